@@ -1,0 +1,37 @@
+# Each target works as the first command after a clone; ARGS="..." goes to the program that runs.
+
+# Where `make setup` finds the CPU build of torch on a machine without a GPU, unless pip knows a
+# `torch==...+cpu` already (PIP_FIND_LINKS, a mirror).
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+export TORCH_INDEX PYTHON BUPO_CUDA
+
+.PHONY: help setup demo test bench gpu-check format clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+setup: ## make .venv, install what is needed and build the extension; quick when nothing changed
+	@tools/setup.sh
+
+demo: setup ## train the built-in arithmetic recipe: no download, no GPU
+	@.venv/bin/python -m bupo.run $(ARGS)
+
+test: setup ## every check that CI runs: formats, lint, types, CUDA compile, tests
+	@tools/test.sh $(ARGS)
+
+bench: setup ## time and peak memory of the LM-head ops against their peers
+	@.venv/bin/python bench/bench_lm_head.py $(ARGS)
+
+gpu-check: ## what only a machine with an NVIDIA GPU can check
+	@test -f bench/gpu_check.py || { echo "gpu-check: no CUDA op has landed yet"; exit 2; }
+	@tools/setup.sh
+	@.venv/bin/python bench/gpu_check.py $(ARGS)
+
+format: setup ## rewrite the sources in the house format
+	@.venv/bin/python -m ruff check --fix-only --quiet
+	@.venv/bin/python -m ruff format
+	@find csrc -regex '.*\.\(h\|cpp\|cuh\|cu\)' -exec .venv/bin/clang-format -i {} +
+
+clean: ## remove build products and caches; keeps .venv
+	@rm -rf build dist *.egg-info bupo/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
