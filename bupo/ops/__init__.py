@@ -1,0 +1,19 @@
+"""The LM-head ops of RL post-training: per-token log-probs, entropy and clipped-ratio loss
+straight from hidden states and the unembedding matrix, never holding [tokens, vocab].
+
+The mathematics is in docs/ops.md; `reference` holds the same functions in eager torch.
+"""
+
+from bupo.ops import reference
+from bupo.ops.lm_head import LogProbs, lm_head_logprobs
+from bupo.ops.policy_loss import PolicyLoss, policy_loss
+from bupo.ops.registration import build_info
+
+__all__ = [
+    "LogProbs",
+    "PolicyLoss",
+    "build_info",
+    "lm_head_logprobs",
+    "policy_loss",
+    "reference",
+]

@@ -1,0 +1,167 @@
+"""Checks and shapes the arguments that both ops share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bupo.ops.registration import accumulator, build_info
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_DEVICES = (*build_info()["devices"], "meta")
+
+
+class Operands(NamedTuple):
+    """The LM head's arguments as the operators take them: tokens flattened to N."""
+
+    hidden: Tensor
+    """[N, D]"""
+    weight: Tensor
+    """[V, D]"""
+    targets: Tensor
+    """int64 [N]"""
+    bias: Tensor | None
+    """[V]"""
+    temperature: Tensor | None
+    """[N], None for 1"""
+    softcap: float
+    """0 for none"""
+
+
+def describe(x: object) -> str:
+    """What came, for error messages."""
+    if isinstance(x, Tensor):
+        return (
+            f"{str(x.dtype).removeprefix('torch.')} tensor of shape {list(x.shape)} on {x.device}"
+        )
+    return f"{type(x).__name__} {x!r}"
+
+
+def per_token(op: str, name: str, x: object, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float tensor of the shape of targets, flattened."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a float tensor, got {describe(x)}")
+    if not x.is_floating_point() and x.dtype not in (torch.bool, torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} must be a float tensor, got {describe(x)}")
+    if x.shape != targets.shape:
+        raise ValueError(
+            f"{op}: {name} must have the shape of targets {list(targets.shape)}, got {describe(x)}"
+        )
+    if x.device != targets.device:
+        raise ValueError(f"{op}: {name} must be on {targets.device}, got {describe(x)}")
+    return x.detach().reshape(-1).to(dtype).contiguous()
+
+
+def _matrix(op: str, name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {describe(x)}")
+    if hasattr(x, "full_tensor"):
+        raise TypeError(
+            f"{op}: {name} is a DTensor; gather it once with {name}.full_tensor() before the call"
+        )
+    if x.device.type not in _DEVICES:
+        raise ValueError(
+            f"{op}: {name} is on {x.device}; this build of bupo runs on {', '.join(_DEVICES[:-1])} "
+            "(see bupo.ops.build_info())"
+        )
+    return x
+
+
+def _temperature(
+    op: str, temperature: object, targets: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError(f"{op}: temperature is not differentiable, pass temperature.detach()")
+        try:
+            full = temperature.to(targets.device, dtype).expand(targets.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{op}: temperature must be a number or broadcast to the shape of targets "
+                f"{list(targets.shape)}, got {describe(temperature)}"
+            ) from None
+        return full.reshape(-1).contiguous()
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(
+            f"{op}: temperature must be a number or a tensor, got {describe(temperature)}"
+        )
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
+    if temperature == 1:
+        return None
+    return torch.full((targets.numel(),), temperature, dtype=dtype, device=targets.device)
+
+
+def _same_dtype(op: str, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    device = hidden.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        if hidden.dtype != torch.float64:
+            return hidden.to(dtype), weight.to(dtype)
+    if hidden.dtype == torch.bfloat16 and weight.dtype == torch.float32:
+        return hidden.float(), weight  # exact, and small beside the weight
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"{op}: hidden and weight must have one dtype (or bfloat16 hidden with float32 weight)"
+            f", got {hidden.dtype} and {weight.dtype}: cast with hidden.to(weight.dtype)"
+        )
+    return hidden, weight
+
+
+def prepare(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+) -> Operands:
+    """Checks everything that can be known without reading the tensors' values."""
+    hidden, weight = _matrix(op, "hidden", hidden), _matrix(op, "weight", weight)
+    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: targets must be an int64 tensor, got {describe(targets)}")
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be [V, D], got {describe(weight)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or weight.shape[1] == 0:
+        raise ValueError(
+            f"{op}: hidden must be [..., D] with D = {weight.shape[1]} > 0 as in weight "
+            f"{list(weight.shape)}, got {describe(hidden)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{op}: weight must have at least one row, got {describe(weight)}")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{op}: targets must have the shape of hidden without its last dimension "
+            f"{list(hidden.shape[:-1])}, got {describe(targets)}"
+        )
+    for name, x in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{op}: {name} must be on {hidden.device}, got {describe(x)}")
+    hidden, weight = _same_dtype(op, hidden, weight)
+    if hidden.dtype not in _DTYPES:
+        raise TypeError(
+            f"{op}: hidden on {hidden.device.type} must be float32, float64 or bfloat16, "
+            f"got {hidden.dtype}"
+        )
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+            raise ValueError(f"{op}: bias must be [{weight.shape[0]}], got {describe(bias)}")
+        bias = bias.to(weight.dtype).contiguous()
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"{op}: softcap must be positive and finite or None, got {softcap}")
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    return Operands(
+        rows,
+        weight,
+        targets.reshape(-1).long().contiguous(),
+        bias,
+        _temperature(op, temperature, targets, accumulator(rows.dtype)),
+        float(softcap or 0.0),
+    )

@@ -1,0 +1,125 @@
+"""The clipped importance-ratio loss of RL post-training, from hidden states."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bupo.ops import operands
+from bupo.ops.registration import KL_ESTIMATORS, LOSS_TYPES, METRICS, accumulator
+from bupo.ops.results import PolicyLoss
+
+__all__ = ["PolicyLoss", "policy_loss"]
+
+_OP = "bupo.ops.policy_loss"
+
+
+def _number(name: str, x: float, low: float, why: str) -> float:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{_OP}: {name} must be a number, got {operands.describe(x)}")
+    if not (low <= x < math.inf):
+        raise ValueError(f"{_OP}: {name} must be {why}, got {x}")
+    return float(x)
+
+
+def _choice(name: str, x: str, choices: tuple[str, ...]) -> int:
+    if x not in choices:
+        raise ValueError(f"{_OP}: {name} must be one of {', '.join(choices)}, got {x!r}")
+    return choices.index(x)
+
+
+def policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    token_weights: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    loss_type: str = "ppo",
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    importance_weights: Tensor | None = None,
+) -> PolicyLoss:
+    """sum_i token_weights_i * loss_i, with its gradient computed in the same pass.
+
+    With logp_i, H_i of :func:`lm_head_logprobs`, r_i = exp(logp_i - old_i), A_i = advantages_i::
+
+        "ppo":    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); with dual_clip c and A < 0,
+                  at most -c A
+        "cispo":  -sg(min(r, 1 + clip_high)) A logp
+        times importance_weights_i
+        + kl_coef * KL, with g = ref - logp      k1: -g    k2: g^2 / 2    k3: e^g - g - 1
+        - entropy_coef * H
+
+    The forward costs one product of hidden and weight, the gradient two more on live tokens only:
+    a token with weight 0, with a clipped ratio, or with advantage 0 (and no KL or entropy term)
+    has gradient 0 and takes no part in them. `backward()` only scales what the forward stored, so
+    without grad mode, or with frozen hidden and weight, nothing is computed or stored for it.
+
+    Args:
+        hidden, weight, targets, bias, temperature, softcap: as in :func:`lm_head_logprobs`.
+        old_logprobs, advantages: float [...], the policy that the ratio is against, and A.
+        token_weights: float [...], mask and normaliser in one (for example mask / total tokens of
+            the optimiser step). 0 excludes a token whatever else it holds, nan and targets out of
+            range included; such a token costs nothing.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: c > 1, or None.
+        ref_logprobs: float [...], the reference policy of the KL term.
+        importance_weights: float [...], e.g. truncated pi_old / pi_rollout; not on KL and entropy.
+
+    Returns:
+        PolicyLoss(loss, logprobs, entropy, metrics): loss is a float32 scalar (float64 for float64
+        input) differentiable in hidden, weight and bias; the rest is detached.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: double backward.
+
+    Source: PPO/GRPO (2402.03300), dual clip (1912.09729), CISPO (2506.13585), BuPO's J_IPA
+    (2512.19673); derived in docs/ops.md. reference.policy_loss is the oracle.
+    """
+    args = operands.prepare(_OP, hidden, weight, targets, bias, temperature, softcap)
+    acc = accumulator(args.hidden.dtype)
+
+    def token(name: str, x: Tensor | None) -> Tensor | None:
+        return None if x is None else operands.per_token(_OP, name, x, targets, acc)
+
+    if kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(f"{_OP}: ref_logprobs is needed when kl_coef is not 0, got None")
+    grad = torch.is_grad_enabled()
+    loss, logprobs, entropy, metrics, *_ = torch.ops.bupo.policy_loss(
+        *args[:3],
+        token("old_logprobs", old_logprobs),
+        token("advantages", advantages),
+        token("token_weights", token_weights),
+        *args[3:],
+        _number("clip_low", clip_low, 0, "at least 0"),
+        _number("clip_high", clip_high, 0, "at least 0"),
+        math.inf if dual_clip is None else _number("dual_clip", dual_clip, 1, "at least 1 or None"),
+        _choice("loss_type", loss_type, LOSS_TYPES),
+        token("ref_logprobs", ref_logprobs),
+        _number("kl_coef", kl_coef, -math.inf, "finite"),
+        _choice("kl_estimator", kl_estimator, KL_ESTIMATORS),
+        _number("entropy_coef", entropy_coef, -math.inf, "finite"),
+        token("importance_weights", importance_weights),
+        grad and args.hidden.requires_grad,
+        grad and args.weight.requires_grad,
+        grad and args.bias is not None and args.bias.requires_grad,
+    )
+    return PolicyLoss(
+        loss,
+        logprobs.detach().reshape(targets.shape),
+        entropy.detach().reshape(targets.shape),
+        dict(zip(METRICS, metrics.detach().unbind())),
+    )

@@ -1,0 +1,115 @@
+"""The LM-head ops in eager torch: the oracle of the tests, and the shortest documentation.
+
+Same signatures and results as bupo.ops; they hold [tokens, vocab] several times over. In float64
+they are the truth that the fused ops are measured against.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bupo.ops.results import LogProbs, PolicyLoss
+
+
+def lm_head_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> LogProbs:
+    """Like :func:`bupo.ops.lm_head_logprobs`."""
+    keep = targets != ignore_index
+    z = F.linear(hidden.masked_fill(~keep[..., None], 0), weight, bias)
+    z = z if z.dtype == torch.float64 else z.float()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / torch.as_tensor(temperature, dtype=z.dtype).expand(targets.shape)[..., None]
+    logsumexp = z.logsumexp(-1)
+    logp = z - logsumexp[..., None]
+    p = logp.exp()
+    entropy = -(p * torch.where(p > 0, logp, 0)).sum(-1)
+    index = torch.where(keep, targets, 0)[..., None]
+    logprobs = logp.gather(-1, index.long()).squeeze(-1)
+    zero = torch.zeros((), dtype=z.dtype)
+    return LogProbs(*(torch.where(keep, x, zero) for x in (logprobs, entropy, logsumexp)))
+
+
+def policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    token_weights: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    loss_type: str = "ppo",
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    importance_weights: Tensor | None = None,
+) -> PolicyLoss:
+    """Like :func:`bupo.ops.policy_loss`."""
+    keep = token_weights != 0
+    logp, entropy, _ = lm_head_logprobs(
+        hidden,
+        weight,
+        targets.where(keep, -1),
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=-1,
+    )
+
+    def kept(x: Tensor) -> Tensor:
+        return x.to(logp.dtype).where(keep, 0)
+
+    advantages = kept(advantages)
+    log_ratio = logp - old_logprobs.to(logp.dtype).where(keep, logp.detach())
+    ratio = log_ratio.exp()
+    if loss_type == "cispo":
+        loss = -ratio.detach().clamp(max=1 + clip_high) * advantages * logp
+        clipped = ratio > 1 + clip_high
+    else:
+        free, bounded = -ratio * advantages, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+        loss, clipped = torch.maximum(free, bounded), bounded > free
+        if dual_clip is not None:
+            limit = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
+            loss, clipped = torch.minimum(loss, limit), clipped | (loss >= limit)
+    if importance_weights is not None:
+        loss = loss * kept(importance_weights)
+    if kl_coef:
+        assert ref_logprobs is not None
+        gap = kept(ref_logprobs) - logp
+        kl = {"k1": -gap, "k2": gap**2 / 2, "k3": torch.expm1(gap) - gap}[kl_estimator]
+        loss = loss + kl_coef * kl
+    total = (token_weights.to(logp.dtype) * kept(loss - entropy_coef * entropy)).sum()
+
+    live = keep
+    if total.requires_grad and not entropy_coef:
+        live = torch.autograd.grad(total, logp, retain_graph=True)[0] != 0
+
+    def mean(x: Tensor) -> Tensor:
+        return kept(x.detach()).sum() / keep.sum().clamp(min=1)
+
+    metrics = {
+        "clip_fraction": mean(clipped),
+        "ratio_mean": mean(ratio),
+        "ratio_max": kept(ratio.detach()).amax() if keep.numel() else kept(ratio.detach()).sum(),
+        "approx_kl": mean(torch.expm1(log_ratio) - log_ratio),
+        "entropy_mean": mean(entropy),
+        "live_fraction": live.to(logp.dtype).sum() / max(keep.numel(), 1),
+    }
+    return PolicyLoss(total, logp.detach(), entropy.detach(), metrics)

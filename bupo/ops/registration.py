@@ -1,0 +1,147 @@
+"""Loads the extension and teaches torch its operators: fake (shape) functions and autograd.
+
+The only file, with lm_head.py and policy_loss.py, that names torch.ops.bupo.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from bupo import _C
+except ImportError as error:  # pragma: no cover - depends on the installation
+    raise ImportError(
+        "bupo.ops: the compiled extension bupo._C cannot be loaded. Build it with `make setup`, or "
+        f"`pip install --no-build-isolation -e .` in the environment of this torch. ({error})"
+    ) from error
+
+LOSS_TYPES = ("ppo", "cispo")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+METRICS = (
+    "clip_fraction",
+    "ratio_mean",
+    "ratio_max",
+    "approx_kl",
+    "entropy_mean",
+    "live_fraction",
+)
+
+
+def build_info() -> dict[str, Any]:
+    """What the extension was built with and can run.
+
+    Keys: ``version``; ``cuda``, the build mode (OFF, CHECK, ON); ``archs``, the CUDA architectures;
+    ``torch_target``, the oldest torch it runs on; ``devices``, where ops are implemented;
+    ``cpu_bfloat16``, "block product" (AVX512_BF16 or AMX) or "upcast" (fp32 products, slower).
+    """
+    return dict(_C.build_info())
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type of per-token results for inputs of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    acc = accumulator(hidden.dtype)
+    return tuple(hidden.new_empty(targets.shape, dtype=acc) for _ in range(3))
+
+
+def _fake_grads(
+    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = hidden.shape[1]
+    return (
+        hidden.new_empty((hidden.shape[0] if need_hidden else 0, width)),
+        hidden.new_empty((weight.shape[0] if need_weight else 0, width)),
+        hidden.new_empty((weight.shape[0] if need_bias else 0,)),
+    )
+
+
+def _fake_logprobs_backward(*args: Any) -> tuple[Tensor, ...]:
+    hidden, weight = args[3:5]
+    return _fake_grads(hidden, weight, *args[-3:])
+
+
+def _fake_policy_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    acc = accumulator(hidden.dtype)
+    per_token = (hidden.new_empty(targets.shape, dtype=acc) for _ in range(2))
+    metrics = hidden.new_empty((len(METRICS),), dtype=acc)
+    grads = _fake_grads(hidden, weight, *args[-3:])
+    return (hidden.new_empty((), dtype=acc), *per_token, metrics, *grads)
+
+
+torch.library.register_fake("bupo::lm_head_logprobs", _fake_logprobs)
+torch.library.register_fake("bupo::lm_head_logprobs_backward", _fake_logprobs_backward)
+torch.library.register_fake("bupo::policy_loss", _fake_policy_loss)
+
+
+def _refuse_double_backward(op: str) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"bupo.ops.{op}: double backward is not supported (create_graph=True). "
+            f"bupo.ops.reference.{op} supports it."
+        )
+
+
+def _save_logprobs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    hidden, weight, targets, bias, temperature, ctx.softcap, ctx.ignore_index = inputs
+    ctx.save_for_backward(hidden, weight, targets, bias, temperature)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_logprobs(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    _refuse_double_backward("lm_head_logprobs")
+    if all(g is None for g in upstream):
+        return (None,) * 7
+    hidden, weight, targets, bias, temperature = ctx.saved_tensors
+    acc = accumulator(hidden.dtype)
+    zero = torch.zeros(targets.shape, dtype=acc, device=hidden.device)
+    grads = (zero if g is None else g.contiguous() for g in upstream)
+    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    d_hidden, d_weight, d_bias = torch.ops.bupo.lm_head_logprobs_backward(
+        *grads, hidden, weight, targets, bias, temperature, ctx.softcap, ctx.ignore_index, *needs
+    )
+    picked = [g if need else None for g, need in zip((d_hidden, d_weight, d_bias), needs)]
+    return picked[0], picked[1], None, picked[2], None, None, None
+
+
+torch.library.register_autograd(
+    "bupo::lm_head_logprobs", _backward_logprobs, setup_context=_save_logprobs
+)
+
+
+def _save_policy(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.needs = inputs[-3:]
+    ctx.save_for_backward(*output[4:])
+    ctx.set_materialize_grads(False)
+
+
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    """scale * grad, in place when the graph dies with this backward: dW is often the largest
+    tensor of a step, and a second one would double the op's memory."""
+    if type(grad) is not Tensor or torch.compiler.is_compiling():
+        return grad * scale
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return grad * scale
+    if scale.device.type == "cpu" and scale.item() == 1:
+        return grad
+    return grad.mul_(scale)
+
+
+def _backward_policy(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    _refuse_double_backward("policy_loss")
+    if grad_loss is None:
+        return (None,) * 21
+    grads = [
+        _scaled(g, grad_loss) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs)
+    ]
+    return grads[0], grads[1], *(None,) * 4, grads[2], *(None,) * 14
+
+
+torch.library.register_autograd("bupo::policy_loss", _backward_policy, setup_context=_save_policy)

@@ -1,0 +1,59 @@
+// Plain structs handed to the kernels: pointers, sizes, strides in elements. No torch types.
+
+#pragma once
+
+#include <cstdint>
+
+#include "row_math.h"
+
+namespace bupo {
+
+// The LM head on N tokens: z[i, j] = softcap(<hidden_i, weight_j> + bias_j) / temperature_i.
+struct HeadArgs {
+  const void* hidden;       // [N, D], inner stride 1
+  const void* weight;       // [V, D], inner stride 1
+  const void* bias;         // [V] contiguous, dtype of weight, or null
+  const void* temperature;  // [N] in the accumulator type, or null for 1
+  const int64_t* targets;   // [N]
+  int64_t tokens, width, vocab;
+  int64_t hidden_stride, weight_stride;
+  double softcap;  // 0: none
+};
+
+// Gradients that the caller wants; null where it does not. dtypes are those of the inputs.
+struct GradArgs {
+  void* hidden;  // [N, D] contiguous, zeroed by the caller
+  void* weight;  // [V, D] contiguous
+  void* bias;    // [V] contiguous
+
+  bool any() const { return hidden != nullptr || weight != nullptr || bias != nullptr; }
+};
+
+// Per-token results in the accumulator type (double for float64 input, float otherwise).
+struct TokenOutputs {
+  void* logprobs;
+  void* entropy;
+  void* logsumexp;  // null in policy_loss
+};
+
+// Coefficients of the per-token op's backward, [N] in the accumulator type.
+struct TokenGrads {
+  const void* logprobs;
+  const void* entropy;
+  const void* logsumexp;
+};
+
+// Inputs of the policy loss, [N] in the accumulator type; null where optional and not given.
+struct PolicyArgs {
+  PolicySettings settings;
+  const void* old_logprobs;
+  const void* advantages;
+  const void* token_weights;
+  const void* ref_logprobs;
+  const void* importance_weights;
+};
+
+// clip_fraction, ratio_mean, ratio_max, approx_kl, entropy_mean, live_fraction
+inline constexpr int kPolicyMetrics = 6;
+
+}  // namespace bupo

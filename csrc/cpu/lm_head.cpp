@@ -1,0 +1,386 @@
+// One pass over the tokens in chunks. For every chunk:
+//   1. forward(): products with all weight rows, tile by tile, each tile reduced while it is in
+//      cache; tiles are merged in their order, so the result does not depend on the threads.
+//   2. the caller turns rows into coefficients (policy loss) or has them already (backward).
+//   3. Gradients::append(): the logits of tokens with a non-zero coefficient become dz, in place
+//      and packed to the left. Tokens without gradient leave no column behind.
+//   4. When the buffer is full, Gradients::flush(): dW += dz X and dX = dz^T W on those columns.
+//
+// Work: 1 + 2k products of 2NDV flop, k = share of live tokens. Memory beyond inputs and outputs:
+// the buffer [V, kBufferBytes / 4V tokens] when gradients are wanted, otherwise one tile a thread;
+// bfloat16 adds the fp32 accumulator of dW.
+//
+// Tests: python_tests/test_lm_head.py, test_policy_loss.py. Bench: bench/bench_lm_head.py.
+
+#include "lm_head.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "library.h"
+#include "products.h"
+#include "vector_math.h"
+#include "vocab_tile.h"
+
+namespace bupo::cpu {
+namespace {
+
+constexpr int64_t kBufferBytes = int64_t{64} << 20;
+constexpr int64_t kForwardTokens = 256;
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Upstream gradients of one token's log-prob, entropy and logsumexp.
+struct Coefficients {
+  double logprob = 0, entropy = 0, logsumexp = 0;
+  bool live() const { return logprob != 0 || entropy != 0 || logsumexp != 0; }
+};
+
+template <class Products>
+class Head {
+ public:
+  using Acc = typename Products::Acc;
+
+  explicit Head(const HeadArgs& args)
+      : args_(args), products_(args), tiles_((args.vocab + kTileRows - 1) / kTileRows) {
+    if (args.bias == nullptr) return;
+    bias_.resize(static_cast<size_t>(args.vocab));
+    for (int64_t j = 0; j < args.vocab; ++j) {
+      if constexpr (std::is_same_v<Products, LibraryProducts<Acc>>) {
+        bias_[j] = static_cast<const Acc*>(args.bias)[j];
+      } else {
+        bias_[j] = from_bfloat16(static_cast<const uint16_t*>(args.bias)[j]);
+      }
+    }
+  }
+
+  const HeadArgs& args() const { return args_; }
+  Products& products() { return products_; }
+  int64_t tiles() const { return tiles_; }
+  int64_t tile_rows(int64_t tile) const {
+    return std::min(kTileRows, args_.vocab - tile * kTileRows);
+  }
+  double temperature(int64_t token) const {
+    return args_.temperature ? static_cast<const Acc*>(args_.temperature)[token] : 1.0;
+  }
+
+  // Rows of logits of the given tokens, reduced. With `keep` [V, ld] the logits stay there.
+  std::vector<Row<double>> forward(const int64_t* tokens, int64_t count, Acc* keep, int64_t ld) {
+    products_.load_tokens(tokens, count);
+    std::vector<int64_t> targets(static_cast<size_t>(count));
+    std::vector<Acc> inverse_temperature, target_logits(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) targets[i] = args_.targets[tokens[i]];
+    if (args_.temperature) {
+      inverse_temperature.assign(static_cast<size_t>(count + kColumnPad), Acc(1));
+      for (int64_t i = 0; i < count; ++i) inverse_temperature[i] = Acc(1 / temperature(tokens[i]));
+    }
+    std::vector<RowSums<Acc>> sums(static_cast<size_t>(tiles_ * count));
+    const int64_t scratch_ld = round_up(count, kColumnPad);
+    for_each(tiles_, [&](int64_t tile) {
+      thread_local std::vector<Acc> scratch;
+      Acc* logits = keep ? keep + tile * kTileRows * ld : nullptr;
+      if (!keep) {
+        scratch.resize(static_cast<size_t>(kTileRows * scratch_ld));
+        logits = scratch.data();
+      }
+      const int64_t first = tile * kTileRows, stride = keep ? ld : scratch_ld;
+      const LogitMap<Acc> map{bias_.empty() ? nullptr : bias_.data() + first,
+                              args_.temperature ? inverse_temperature.data() : nullptr,
+                              Acc(args_.softcap)};
+      products_.logits(first, tile_rows(tile), logits, stride);
+      tile_stats(logits, stride, tile_rows(tile), count, map, first, targets.data(),
+                 target_logits.data(), sums.data() + tile * count);
+    });
+    std::vector<Row<double>> rows(static_cast<size_t>(count));
+    for_each(count, [&](int64_t i) {
+      RowSums<double> row;
+      for (int64_t tile = 0; tile < tiles_; ++tile) merge(row, sums[tile * count + i]);
+      rows[i] = finish_row<double>(row, target_logits[i], args_.vocab);
+    });
+    return rows;
+  }
+
+ private:
+  HeadArgs args_;
+  Products products_;
+  int64_t tiles_;
+  std::vector<Acc> bias_;
+};
+
+// Collects dz of live tokens and multiplies when the buffer is full.
+template <class Products>
+class Gradients {
+ public:
+  using Acc = typename Products::Acc;
+  static constexpr bool kBfloat16 = !std::is_same_v<Products, LibraryProducts<Acc>>;
+  static constexpr bool kPackedGrad = std::is_same_v<Products, Bfloat16Products>;
+
+  Gradients(Head<Products>& head, const GradArgs& out, int64_t tokens)
+      : head_(head), args_(head.args()), out_(out) {
+    const int64_t fitting = kBufferBytes / (args_.vocab * static_cast<int64_t>(sizeof(Acc)));
+    capacity_ = std::min(std::clamp<int64_t>(fitting / 64 * 64, 128, 2048), round_up(tokens, 64));
+    ld_ = capacity_ + kColumnPad;
+    buffer_.reset(new Acc[static_cast<size_t>(args_.vocab * ld_)]);
+    if (out.weight && kBfloat16) {
+      accumulator_.reset(new Acc[static_cast<size_t>(args_.vocab * args_.width)]);
+      weight_ = accumulator_.get();
+    } else {
+      weight_ = static_cast<Acc*>(out.weight);
+    }
+    if (out.bias) bias_.assign(static_cast<size_t>(args_.vocab), Acc(0));
+  }
+
+  int64_t step() const { return std::max<int64_t>(64, std::min(kForwardTokens, capacity_ / 2)); }
+  int64_t ld() const { return ld_; }
+
+  // Room for the logits of `count` tokens.
+  Acc* reserve(int64_t count) {
+    if (static_cast<int64_t>(columns_.size()) + count > capacity_) flush();
+    return buffer_.get() + columns_.size();
+  }
+
+  // The last reserved logits become dz of the tokens with a gradient.
+  void append(const int64_t* tokens, const std::vector<Row<double>>& rows,
+              const std::vector<Coefficients>& coefficients) {
+    const int64_t base = static_cast<int64_t>(columns_.size());
+    Lanes lanes;
+    std::vector<int64_t> members;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      if (!coefficients[i].live()) continue;
+      members.push_back(static_cast<int64_t>(i));
+      columns_.push_back(tokens[i]);
+      lanes.push(static_cast<int32_t>(i), rows[i], coefficients[i], head_.temperature(tokens[i]),
+                 args_.softcap);
+    }
+    const int64_t count = static_cast<int64_t>(members.size());
+    if (count == 0) return;
+    lanes.pad();
+    for_each(head_.tiles(), [&](int64_t tile) {
+      Acc* logits = buffer_.get() + tile * kTileRows * ld_;
+      Acc* row_sums = out_.bias ? bias_.data() + tile * kTileRows : nullptr;
+      if constexpr (kPackedGrad) {
+        tile_gradient_bfloat16(logits, ld_, head_.tile_rows(tile), base, base, lanes.view(count),
+                               row_sums);
+      } else {
+        tile_gradient(logits, ld_, head_.tile_rows(tile), base, base, lanes.view(count), row_sums);
+      }
+    });
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t i = members[n], target = args_.targets[tokens[i]];
+      const Acc dz = Acc(target_gradient(rows[i], coefficients[i], head_.temperature(tokens[i])));
+      Acc* row = buffer_.get() + target * ld_;
+      if constexpr (kPackedGrad) {
+        reinterpret_cast<uint16_t*>(row)[base + n] = to_bfloat16(dz);
+      } else {
+        row[base + n] = dz;
+      }
+      if (out_.bias) bias_[target] += dz;
+    }
+  }
+
+  void finish() {
+    flush();
+    if (out_.weight && !written_)
+      std::fill_n(weight_, static_cast<size_t>(args_.vocab * args_.width), Acc(0));
+    if constexpr (kBfloat16) {
+      if (out_.weight) {
+        for_each(args_.vocab, [&](int64_t j) {
+          uint16_t* to = static_cast<uint16_t*>(out_.weight) + j * args_.width;
+          for (int64_t d = 0; d < args_.width; ++d)
+            to[d] = to_bfloat16(weight_[j * args_.width + d]);
+        });
+      }
+      for (int64_t j = 0; out_.bias && j < args_.vocab; ++j)
+        static_cast<uint16_t*>(out_.bias)[j] = to_bfloat16(bias_[j]);
+    } else if (out_.bias) {
+      std::copy(bias_.begin(), bias_.end(), static_cast<Acc*>(out_.bias));
+    }
+  }
+
+ private:
+  // Per-token constants of the gradient, as arrays.
+  struct Lanes {
+    std::vector<int32_t> column;
+    std::vector<Acc> max, log_total, mean, on_p, on_gap, cap_slope;
+
+    void push(int32_t at, const Row<double>& row, const Coefficients& c, double temperature,
+              double softcap) {
+      column.push_back(at);
+      max.push_back(Acc(row.max));
+      log_total.push_back(Acc(row.log_total));
+      mean.push_back(Acc(row.mean));
+      on_p.push_back(Acc((c.logsumexp - c.logprob) / temperature));
+      on_gap.push_back(Acc(-c.entropy / temperature));
+      cap_slope.push_back(softcap == 0 ? Acc(0) : Acc(temperature / softcap));
+    }
+
+    void pad() {
+      const size_t size = round_up(static_cast<int64_t>(column.size()), kLanes<Acc>);
+      column.resize(size, 0);
+      for (auto* v : {&max, &log_total, &mean, &on_p, &on_gap, &cap_slope}) v->resize(size, Acc(0));
+    }
+
+    GradientColumns<Acc> view(int64_t count) const {
+      return {column.data(), max.data(),    log_total.data(), mean.data(),
+              on_p.data(),   on_gap.data(), cap_slope.data(), count};
+    }
+  };
+
+  double target_gradient(const Row<double>& row, const Coefficients& c, double temperature) const {
+    double dz = c.logprob * row.target_rest + c.logsumexp * row.target_prob;
+    if (row.target_prob != 0) dz -= c.entropy * row.target_prob * (row.target - row.mean);
+    if (args_.softcap != 0) {
+      const double capped = (row.max + row.target) * temperature / args_.softcap;
+      dz *= 1 - capped * capped;
+    }
+    return dz / temperature;
+  }
+
+  void flush() {
+    if (columns_.empty()) return;
+    if (out_.weight || out_.hidden) head_.products().load_live(columns_);
+    if (out_.weight) {
+      for_each(head_.tiles(), [&](int64_t tile) {
+        head_.products().weight_gradient(tile * kTileRows, head_.tile_rows(tile),
+                                         buffer_.get() + tile * kTileRows * ld_, ld_, weight_,
+                                         written_);
+      });
+      written_ = true;
+    }
+    if (out_.hidden) head_.products().hidden_gradient(buffer_.get(), ld_, out_.hidden);
+    columns_.clear();
+  }
+
+  Head<Products>& head_;
+  const HeadArgs& args_;
+  GradArgs out_;
+  int64_t capacity_, ld_;
+  std::unique_ptr<Acc[]> buffer_;       // [V, ld]: dz of columns_, then logits of the open chunk
+  std::unique_ptr<Acc[]> accumulator_;  // fp32 dW of bfloat16 weights
+  Acc* weight_ = nullptr;
+  bool written_ = false;
+  std::vector<Acc> bias_;
+  std::vector<int64_t> columns_;  // the token behind each column
+};
+
+template <class Body>
+void for_products(Scalar dtype, const HeadArgs& args, const Body& body) {
+  if (dtype == Scalar::kFloat) return body.template operator()<LibraryProducts<float>>();
+  if (dtype == Scalar::kDouble) return body.template operator()<LibraryProducts<double>>();
+  if (Bfloat16Products::usable(args)) return body.template operator()<Bfloat16Products>();
+  return body.template operator()<UpcastProducts>();
+}
+
+// visit(tokens, count, rows) for all chosen tokens, with their logits kept if `gradients` is set.
+template <class Products, class Visit>
+void for_chunks(Head<Products>& head, const std::vector<int64_t>& tokens,
+                Gradients<Products>* gradients, const Visit& visit) {
+  const int64_t total = static_cast<int64_t>(tokens.size());
+  const int64_t step = gradients ? gradients->step() : kForwardTokens;
+  for (int64_t begin = 0; begin < total; begin += step) {
+    const int64_t count = std::min(step, total - begin);
+    auto* keep = gradients ? gradients->reserve(count) : nullptr;
+    visit(tokens.data() + begin,
+          head.forward(tokens.data() + begin, count, keep, gradients ? gradients->ld() : 0));
+  }
+}
+
+template <class T>
+T at(const void* values, int64_t i) {
+  return static_cast<const T*>(values)[i];
+}
+
+template <class T>
+void write(const TokenOutputs& out, int64_t token, const Row<double>& row) {
+  static_cast<T*>(out.logprobs)[token] = T(row.logprob);
+  static_cast<T*>(out.entropy)[token] = T(row.entropy);
+  if (out.logsumexp) static_cast<T*>(out.logsumexp)[token] = T(row.logsumexp);
+}
+
+}  // namespace
+
+void lm_head_logprobs(Scalar dtype, const HeadArgs& args, int64_t ignore_index,
+                      const TokenOutputs& out) {
+  for_products(dtype, args, [&]<class Products>() {
+    Head<Products> head(args);
+    std::vector<int64_t> tokens;
+    for (int64_t i = 0; i < args.tokens; ++i)
+      if (args.targets[i] != ignore_index) tokens.push_back(i);
+    for_chunks<Products>(head, tokens, nullptr, [&](const int64_t* chunk, const auto& rows) {
+      for (size_t i = 0; i < rows.size(); ++i)
+        write<typename Products::Acc>(out, chunk[i], rows[i]);
+    });
+  });
+}
+
+void lm_head_logprobs_backward(Scalar dtype, const HeadArgs& args, int64_t ignore_index,
+                               const TokenGrads& upstream, const GradArgs& grads) {
+  for_products(dtype, args, [&]<class Products>() {
+    using Acc = typename Products::Acc;
+    const auto coefficients = [&](int64_t i) {
+      return Coefficients{at<Acc>(upstream.logprobs, i), at<Acc>(upstream.entropy, i),
+                          at<Acc>(upstream.logsumexp, i)};
+    };
+    Head<Products> head(args);
+    std::vector<int64_t> tokens;
+    for (int64_t i = 0; i < args.tokens; ++i)
+      if (args.targets[i] != ignore_index && coefficients(i).live()) tokens.push_back(i);
+    Gradients<Products> gradients(head, grads, static_cast<int64_t>(tokens.size()));
+    for_chunks(head, tokens, &gradients, [&](const int64_t* chunk, const auto& rows) {
+      std::vector<Coefficients> of_chunk;
+      for (size_t i = 0; i < rows.size(); ++i) of_chunk.push_back(coefficients(chunk[i]));
+      gradients.append(chunk, rows, of_chunk);
+    });
+    gradients.finish();
+  });
+}
+
+void policy_loss(Scalar dtype, const HeadArgs& args, const PolicyArgs& policy,
+                 const TokenOutputs& out, const GradArgs& grads, void* loss, void* metrics) {
+  for_products(dtype, args, [&]<class Products>() {
+    using Acc = typename Products::Acc;
+    Head<Products> head(args);
+    std::vector<int64_t> tokens;
+    for (int64_t i = 0; i < args.tokens; ++i)
+      if (at<Acc>(policy.token_weights, i) != Acc(0)) tokens.push_back(i);
+    const int64_t included = static_cast<int64_t>(tokens.size());
+    std::unique_ptr<Gradients<Products>> gradients;
+    if (grads.any()) gradients = std::make_unique<Gradients<Products>>(head, grads, included);
+
+    double total = 0, clipped = 0, ratio_sum = 0, ratio_max = 0, kl = 0, entropy = 0, live = 0;
+    for_chunks(head, tokens, gradients.get(), [&](const int64_t* chunk, const auto& rows) {
+      std::vector<Coefficients> coefficients(rows.size());
+      for (size_t i = 0; i < rows.size(); ++i) {
+        const int64_t token = chunk[i];
+        write<Acc>(out, token, rows[i]);
+        const double weight = at<Acc>(policy.token_weights, token);
+        const auto t = policy_token<double>(
+            policy.settings, rows[i].logprob, rows[i].entropy, at<Acc>(policy.old_logprobs, token),
+            at<Acc>(policy.advantages, token),
+            policy.ref_logprobs ? at<Acc>(policy.ref_logprobs, token) : 0,
+            policy.importance_weights ? at<Acc>(policy.importance_weights, token) : 1);
+        total += weight * t.loss;
+        coefficients[i] = {weight * t.d_logprob, weight * t.d_entropy, 0};
+        live += coefficients[i].live();
+        clipped += t.clipped;
+        ratio_sum += t.ratio;
+        if (!(t.ratio <= ratio_max)) ratio_max = t.ratio;
+        kl += std::expm1(t.log_ratio) - t.log_ratio;
+        entropy += rows[i].entropy;
+      }
+      if (gradients) gradients->append(chunk, rows, coefficients);
+    });
+    if (gradients) gradients->finish();
+
+    const double n = static_cast<double>(std::max<int64_t>(included, 1));
+    *static_cast<Acc*>(loss) = Acc(total);
+    const double values[kPolicyMetrics] = {
+        clipped / n, ratio_sum / n, ratio_max,
+        kl / n,      entropy / n,   live / static_cast<double>(std::max<int64_t>(args.tokens, 1))};
+    for (int m = 0; m < kPolicyMetrics; ++m) static_cast<Acc*>(metrics)[m] = Acc(values[m]);
+  });
+}
+
+}  // namespace bupo::cpu

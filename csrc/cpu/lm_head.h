@@ -1,0 +1,26 @@
+// The LM-head ops on the CPU, on raw pointers. T of the per-token arrays is the accumulator type.
+
+#pragma once
+
+#include <cstdint>
+
+#include "../args.h"
+
+namespace bupo::cpu {
+
+enum class Scalar { kFloat, kDouble, kBfloat16 };
+
+// Log-prob, entropy and logsumexp of every token whose target is not ignore_index.
+void lm_head_logprobs(Scalar dtype, const HeadArgs& head, int64_t ignore_index,
+                      const TokenOutputs& out);
+
+// Its gradient, for upstream gradients of the three outputs. Recomputes the logits block by block.
+void lm_head_logprobs_backward(Scalar dtype, const HeadArgs& head, int64_t ignore_index,
+                               const TokenGrads& upstream, const GradArgs& grads);
+
+// Clipped-ratio loss with its gradient in the same pass over the tokens. `loss` and `metrics`
+// (kPolicyMetrics of them) are of the accumulator type.
+void policy_loss(Scalar dtype, const HeadArgs& head, const PolicyArgs& policy,
+                 const TokenOutputs& out, const GradArgs& grads, void* loss, void* metrics);
+
+}  // namespace bupo::cpu

@@ -1,0 +1,26 @@
+// The table of contents of the extension: every operator schema, and nothing else.
+// Shapes: hidden [N, D], weight [V, D], per-token tensors [N]. csrc/cpu and csrc/cuda implement
+// them; bupo/ops/registration.py adds the fake (shape) functions and the autograd formulas.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(bupo, m) {
+  m.def(
+      "lm_head_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias,"
+      " Tensor? temperature, float softcap, int ignore_index)"
+      " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp)");
+  m.def(
+      "lm_head_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy,"
+      " Tensor grad_logsumexp, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias,"
+      " Tensor? temperature, float softcap, int ignore_index, bool need_hidden,"
+      " bool need_weight, bool need_bias)"
+      " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "policy_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor old_logprobs,"
+      " Tensor advantages, Tensor token_weights, Tensor? bias, Tensor? temperature,"
+      " float softcap, float clip_low, float clip_high, float dual_clip, int loss_type,"
+      " Tensor? ref_logprobs, float kl_coef, int kl_estimator, float entropy_coef,"
+      " Tensor? importance_weights, bool need_hidden, bool need_weight, bool need_bias)"
+      " -> (Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics,"
+      " Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+}

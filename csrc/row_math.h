@@ -1,0 +1,159 @@
+// What one token's row of logits contributes, as plain functions for host and device.
+//
+// A row z[0..V) is reduced in tiles. Each tile leaves RowSums relative to its own maximum, with the
+// target's entry left out; tiles are merged in a fixed order; finish_row() adds the target. Leaving
+// the target out keeps 1 - p_t (and a log-prob close to 0) accurate when p_t rounds to 1.
+//
+// Tests: python_tests/test_lm_head.py, python_tests/test_policy_loss.py (three-way, float64 truth).
+
+#pragma once
+
+#include <cmath>
+
+#ifdef __CUDACC__
+#define BUPO_HOST_DEVICE __host__ __device__
+#else
+#define BUPO_HOST_DEVICE
+#endif
+
+namespace bupo {
+
+// sum = sum_j e^{z_j - max}, dot = sum_j e^{z_j - max} (z_j - max), over the entries j seen so far.
+template <class T>
+struct RowSums {
+  T max = -T(INFINITY);
+  T sum = 0;
+  T dot = 0;
+};
+
+// a := a followed by b. A part without mass (every logit -inf) changes nothing; nan spreads.
+template <class T, class U>
+BUPO_HOST_DEVICE inline void merge(RowSums<T>& a, const RowSums<U>& b) {
+  if (b.sum == U(0)) return;
+  if (a.sum == T(0)) {
+    a = {T(b.max), T(b.sum), T(b.dot)};
+    return;
+  }
+  const T max = a.max > T(b.max) ? a.max : T(b.max);
+  const T scale_a = std::exp(a.max - max);
+  const T scale_b = std::exp(T(b.max) - max);
+  a.dot = scale_a * (a.dot + a.sum * (a.max - max)) +
+          scale_b * (T(b.dot) + T(b.sum) * (T(b.max) - max));
+  a.sum = scale_a * a.sum + scale_b * T(b.sum);
+  a.max = max;
+}
+
+// Everything that later steps need of a row. Logits enter them as d_j = z_j - max, so that an
+// offset common to the row never costs precision:
+//   p_j = e^{d_j - log_total},  H = log_total - mean,  z_j - sum_k p_k z_k = d_j - mean.
+template <class T>
+struct Row {
+  T max, log_total, mean;
+  T target;       // d_t
+  T target_prob;  // p_t
+  T target_rest;  // 1 - p_t
+  T logprob, entropy, logsumexp;
+};
+
+template <class T>
+BUPO_HOST_DEVICE inline Row<T> finish_row(RowSums<T> others, T target_logit, long long vocab) {
+  const T inf = T(INFINITY);
+  Row<T> row;
+  const bool target_is_max = !(others.sum != T(0)) || target_logit >= others.max;
+  T sum = others.sum, dot = others.dot;
+  row.max = target_is_max ? target_logit : others.max;
+  if (target_is_max && sum != T(0)) {
+    const T shift = others.max - row.max;
+    const T scale = std::exp(shift);
+    dot = scale == T(0) ? T(0) : scale * (dot + sum * shift);
+    sum *= scale;
+  }
+  row.target = target_logit - row.max;  // nan when every logit of the row is -inf, as in torch
+  const T e_target = std::exp(row.target);
+  const T total = sum + e_target;
+  if (row.target > -inf || row.target != row.target) dot += e_target * row.target;
+  row.log_total = target_is_max ? std::log1p(sum) : std::log(total);
+  row.mean = dot / total;
+  row.target_prob = e_target / total;
+  row.target_rest = sum / total;
+  row.logprob = row.target - row.log_total;
+  row.entropy = row.log_total - row.mean;
+  const T bound = std::log(T(vocab));
+  if (row.entropy < T(0)) row.entropy = T(0);
+  if (row.entropy > bound) row.entropy = bound;
+  row.logsumexp = row.max + row.log_total;
+  return row;
+}
+
+enum class LossType : int { kPpo = 0, kCispo = 1 };
+enum class KlEstimator : int { kK1 = 0, kK2 = 1, kK3 = 2 };
+
+// Settings of the per-token loss; dual_clip is infinite when off.
+struct PolicySettings {
+  double clip_low, clip_high, dual_clip;
+  LossType loss_type;
+  double kl_coef;
+  KlEstimator kl_estimator;
+  double entropy_coef;
+};
+
+// One token's loss before its weight, and the derivatives that the gradient needs.
+template <class T>
+struct PolicyToken {
+  T loss;
+  T d_logprob;
+  T d_entropy;
+  T ratio, log_ratio;
+  bool clipped;
+};
+
+template <class T>
+BUPO_HOST_DEVICE inline PolicyToken<T> policy_token(const PolicySettings& s, T logprob, T entropy,
+                                                    T old_logprob, T advantage, T ref_logprob,
+                                                    T importance) {
+  PolicyToken<T> token;
+  token.log_ratio = logprob - old_logprob;
+  token.ratio = std::exp(token.log_ratio);
+  const T low = T(1 - s.clip_low), high = T(1 + s.clip_high), dual = T(s.dual_clip);
+  const T r = token.ratio, a = advantage;
+  T loss, slope;  // slope = d loss / d logprob
+  if (s.loss_type == LossType::kCispo) {
+    const T bounded = r > high ? high : r;
+    token.clipped = r > high;
+    loss = -bounded * a * logprob;
+    slope = -bounded * a;
+  } else {
+    // max(-r a, -clip(r) a): the gradient flows where the first is picked, and at a tie.
+    token.clipped = (a > T(0) && r > high) || (a < T(0) && r < low);
+    const T bounded = r > high ? high : (r < low ? low : r);
+    loss = token.clipped ? -bounded * a : -r * a;
+    slope = token.clipped ? T(0) : -r * a;
+    if (a < T(0) && r >= dual) {
+      loss = -dual * a;
+      slope = r == dual ? slope / 2 : T(0);  // torch.minimum halves the gradient of a tie
+      token.clipped = true;
+    }
+  }
+  loss *= importance;
+  slope *= importance;
+  if (s.kl_coef != 0) {
+    const T gap = ref_logprob - logprob;
+    const T beta = T(s.kl_coef);
+    if (s.kl_estimator == KlEstimator::kK1) {
+      loss -= beta * gap;
+      slope += beta;
+    } else if (s.kl_estimator == KlEstimator::kK2) {
+      loss += beta * gap * gap / 2;
+      slope -= beta * gap;
+    } else {
+      loss += beta * (std::expm1(gap) - gap);
+      slope -= beta * std::expm1(gap);
+    }
+  }
+  token.loss = loss - T(s.entropy_coef) * entropy;
+  token.d_logprob = slope;
+  token.d_entropy = -T(s.entropy_coef);
+  return token;
+}
+
+}  // namespace bupo
