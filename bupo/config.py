@@ -1,0 +1,324 @@
+"""Every setting of a run: dataclasses, read from YAML and `key=value`, strict about names.
+
+The text under a field is its help; `python -m bupo.run --help` prints it. Cross-field rules are in
+`__post_init__`, so an impossible configuration cannot be built.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is one line for the user."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{key} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass
+class ModelConfig:
+    path: str | None = None
+    """Folder (or hub name) of a Hugging Face causal LM and its tokenizer; a task may set it."""
+    compute_dtype: str = "float32"
+    """float32, or bfloat16: parameters stay float32, the forward runs under autocast."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    attn_implementation: str = "sdpa"
+    """Passed to transformers: sdpa, eager, flash_attention_2, ..."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+
+
+@dataclass
+class DataConfig:
+    train: list[str] = field(default_factory=list)
+    """Parquet or JSONL files in verl's format (prompt, reward_model.ground_truth, data_source).
+    A prompt is a list of chat messages, or a plain string that is used as it is."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt after the chat template."""
+    overlong: str = "error"
+    """What a longer prompt does: error, or drop (counted and printed)."""
+    chat_template: str | None = None
+    """File with a Jinja chat template that replaces the tokenizer's own."""
+    chat_template_options: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template, e.g. {enable_thinking: false} for Qwen3."""
+    limit: int | None = None
+    """Use only the first rows of the training data."""
+
+    def __post_init__(self) -> None:
+        _one_of("data.overlong", self.overlong, ("error", "drop"))
+        _require(self.max_prompt_tokens > 0, "data.max_prompt_tokens must be positive")
+        _require(self.limit is None or self.limit > 0, "data.limit must be positive or null")
+
+
+@dataclass
+class RolloutConfig:
+    engine: str = "hf"
+    """hf: transformers' generate."""
+    prompts: int = 32
+    """Prompts per step."""
+    samples: int = 8
+    """Responses per prompt, G."""
+    max_new_tokens: int = 1024
+    """Longest response; a response cut there counts as truncated."""
+    temperature: float = 1.0
+    """Of sampling, and of every log-prob that training uses."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1 samples from the policy itself."""
+    batch_size: int = 256
+    """Responses generated at once."""
+
+    def __post_init__(self) -> None:
+        _one_of("rollout.engine", self.engine, ("hf",))
+        for key in ("prompts", "samples", "max_new_tokens", "batch_size"):
+            _require(getattr(self, key) > 0, f"rollout.{key} must be positive")
+        _require(self.temperature > 0, f"rollout.temperature must be > 0, got {self.temperature}")
+        _require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], got {self.top_p}")
+
+
+@dataclass
+class RewardConfig:
+    function: str = "math"
+    """math: 1 if the last \\boxed{} equals the answer by Math-Verify, else 0; or module:function
+    taking (responses: list[str], answers: list[str]) and returning list[float]."""
+    timeout: float = 10.0
+    """Seconds for one response before its worker is killed; it then counts as reward/timeouts."""
+    workers: int = 2
+    """Worker processes of the math reward."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.function == "math" or self.function.count(":") == 1,
+            f"reward.function must be math or module:function, got {self.function!r}",
+        )
+        _require(self.timeout > 0 and self.workers > 0, "reward.timeout and .workers must be > 0")
+
+
+@dataclass
+class BupoConfig:
+    layer: int = 6
+    """The internal policy pi^l that phase 1 trains, counted from 1 (algorithm=bupo)."""
+    steps: int = 30
+    """Steps of phase 1, s_inter of the paper; then the final policy is trained."""
+    final_norm: bool = False
+    """Apply the model's final norm to H^l before the unembedding (the paper does not)."""
+
+    def __post_init__(self) -> None:
+        _require(self.layer >= 1, f"bupo.layer counts from 1, got {self.layer}")
+        _require(self.steps >= 0, f"bupo.steps must be at least 0, got {self.steps}")
+
+
+@dataclass
+class LossConfig:
+    type: str = "ppo"
+    """ppo (clipped ratio) or cispo."""
+    clip_low: float = 0.2
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    clip_high: float = 0.2
+    """See clip_low; 0.28 is DAPO's clip-higher."""
+    dual_clip: float | None = None
+    """Bound c of the loss for negative advantages, e.g. 10; null for none."""
+    aggregation: str = "token_mean"
+    """token_mean over the optimiser step, seq_mean (mean of each response's mean: the paper) or
+    seq_sum (sum over tokens, mean over responses)."""
+    entropy_coef: float = 0.0
+    """Bonus on the entropy of the policy being optimised."""
+
+    def __post_init__(self) -> None:
+        _one_of("loss.type", self.type, ("ppo", "cispo"))
+        _one_of("loss.aggregation", self.aggregation, ("token_mean", "seq_mean", "seq_sum"))
+        _require(self.clip_low >= 0 and self.clip_high >= 0, "loss.clip_* must be at least 0")
+        _require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip must be > 1 or null")
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-6
+    """AdamW, constant after the warm-up."""
+    warmup_steps: int = 0
+    """Linear warm-up over training steps."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moments."""
+    weight_decay: float = 0.01
+    """Never moves a parameter without gradient (layers above l in phase 1)."""
+    grad_clip: float = 1.0
+    """Largest gradient norm."""
+    updates_per_step: int = 4
+    """Optimiser updates per step: rollout.prompts is split into this many mini-batches."""
+    micro_batch_tokens: int = 16384
+    """Tokens (prompt and response, padded) per forward; does not change the result."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0 and self.grad_clip > 0, "optimizer.lr and .grad_clip must be > 0")
+        _require(self.updates_per_step > 0, "optimizer.updates_per_step must be positive")
+        _require(self.micro_batch_tokens > 0, "optimizer.micro_batch_tokens must be positive")
+
+
+@dataclass
+class EvalConfig:
+    files: list[str] = field(default_factory=list)
+    """Evaluation data, same formats as data.train; empty for none."""
+    samples: int = 8
+    """Responses per problem, n of Avg@n and of the Pass@K estimator."""
+    pass_k: list[int] = field(default_factory=lambda: [1, 4, 8])
+    """K of Pass@K; undefined (null) where K > samples."""
+    every: int = 0
+    """Steps between evaluations; before, at the phase switch and after always run if files are
+    given."""
+    limit: int | None = None
+    """Use only the first problems of each file."""
+
+    def __post_init__(self) -> None:
+        _require(self.samples > 0, "eval.samples must be positive")
+        _require(all(k > 0 for k in self.pass_k), "eval.pass_k must be positive")
+        _require(self.every >= 0, "eval.every must be at least 0")
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0
+    """Steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM."""
+    keep_last: int = 2
+    """Older checkpoints are removed."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0 and self.keep_last >= 1, "checkpoint.every >= 0, .keep_last >= 1")
+
+
+@dataclass
+class Config:
+    name: str = "run"
+    """Used in the name of the run directory and the report."""
+    algorithm: str = "bupo"
+    """bupo: the internal policy first, then the final policy. grpo: the final policy only."""
+    steps: int = 300
+    """Training steps in all."""
+    seed: int = 0
+    """Of prompt order and sampling; same seed, same run."""
+    out: str | None = None
+    """Run directory; default runs/NAME-ALGORITHM-TIME."""
+    resume: str = "never"
+    """auto continues from the newest complete checkpoint in `out`, or starts if there is none."""
+    task: str | None = None
+    """Python module that makes model and data (bupo.tasks.arithmetic, bupo.tasks.tiny)."""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """Passed to the task."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    bupo: BupoConfig = field(default_factory=BupoConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("algorithm", self.algorithm, ("bupo", "grpo"))
+        _one_of("resume", self.resume, ("never", "auto"))
+        _require(self.steps > 0, f"steps must be positive, got {self.steps}")
+        _require(
+            self.resume == "never" or self.out is not None,
+            "resume=auto needs out=DIR, the run directory to continue",
+        )
+        _require(
+            self.rollout.samples >= 2,
+            f"rollout.samples must be at least 2 for {self.algorithm}'s group advantages, got "
+            f"{self.rollout.samples}",
+        )
+        _require(
+            self.rollout.prompts % self.optimizer.updates_per_step == 0,
+            f"rollout.prompts ({self.rollout.prompts}) must be a multiple of "
+            f"optimizer.updates_per_step ({self.optimizer.updates_per_step})",
+        )
+        _require(
+            self.algorithm != "bupo" or self.bupo.steps < self.steps,
+            f"bupo.steps ({self.bupo.steps}) must be less than steps ({self.steps})",
+        )
+
+    @property
+    def internal_steps(self) -> int:
+        """Steps that train the internal policy."""
+        return self.bupo.steps if self.algorithm == "bupo" else 0
+
+
+def keys(node: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted key, leaves only."""
+    names: list[str] = []
+    for f in fields(node):
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        if is_dataclass(default):
+            names += keys(type(default), f"{prefix}{f.name}.")
+        else:
+            names.append(prefix + f.name)
+    return names
+
+
+def load(file: Path | None, overrides: list[str]) -> Config:
+    """The configuration of a YAML file and `key=value` overrides.
+
+    Raises ConfigError, one line: an unknown key (naming the nearest), a value of the wrong type, a
+    missing file, an impossible combination.
+    """
+    merged = OmegaConf.structured(Config)
+    try:
+        if file is not None:
+            if not file.is_file():
+                raise ConfigError(f"configuration file not found: {file}")
+            merged = OmegaConf.merge(merged, OmegaConf.load(file))
+        for text in overrides:
+            _require("=" in text, f"expected key=value, got {text!r}")
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]))
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        name = str(error.full_key)
+        near = difflib.get_close_matches(name, keys(), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"unknown key {name}{hint}") from None
+    except OmegaConfBaseException as error:
+        first_line = str(error).splitlines()[0]
+        where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ConfigError(where + first_line) from None
+    assert isinstance(config, Config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML."""
+    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def describe(node: type = Config, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key, default, help) of every key, the help taken from the text under each field."""
+    body = ast.parse(inspect.getsource(node)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts: dict[str, str] = {}
+    for item, following in zip(body.body, body.body[1:]):
+        if isinstance(item, ast.AnnAssign) and isinstance(following, ast.Expr):
+            assert isinstance(item.target, ast.Name)
+            texts[item.target.id] = " ".join(ast.literal_eval(following.value).split())
+    rows: list[tuple[str, str, str]] = []
+    for f in fields(node):
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        if is_dataclass(default):
+            rows += describe(type(default), f"{prefix}{f.name}.")
+        else:
+            shown = "null" if default is None else str(default)
+            rows.append((prefix + f.name, shown, texts.get(f.name, "")))
+    return rows

@@ -1,0 +1,231 @@
+"""One training run, step by step. Reads top-down: prompts, rollouts, rewards, advantages, old
+log-probs, update, sync, metrics, evaluation, checkpoint."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from types import FrameType
+from typing import Any
+
+import torch
+
+from bupo.config import Config
+from bupo.rl import checkpoint, evaluation
+from bupo.rl.advantages import grpo
+from bupo.rl.metrics import Progress, Recorder, Stopwatch, read_rows
+from bupo.rl.prompts import PromptOrder
+from bupo.rl.report import write_report
+from bupo.rl.rewards import Reward
+from bupo.rl.rollouts import RolloutEngine
+from bupo.rl.schedule import Schedule
+from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
+from bupo.rl.update import TokenStats, Trainer
+
+PROBE_ROLLOUTS = 32
+"""In phase 1 the final policy is evaluated on about this many rollouts a step, for metrics only."""
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask; the loop answers between stages. A second Ctrl-C interrupts."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\nstopping: saving a checkpoint first", file=sys.stderr, flush=True)
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def release(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Stopped(Exception):
+    """Leaves a step whose update has not begun."""
+
+
+@dataclass
+class Run:
+    """The parts of a run, made by bupo.run, and what happens with them."""
+
+    config: Config
+    out: Path
+    model: Any
+    tokenizer: Any
+    train_prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    engine: RolloutEngine
+    reward: Reward
+    trainer: Trainer
+    start: int = 0
+    """Steps already done, by a run that this one continues"""
+
+    def train(self) -> int | None:
+        """Trains to the end; returns None, or the number of the signal that stopped it. Either
+        way the state is saved."""
+        config = self.config
+        self.schedule = Schedule(config)
+        self.order = PromptOrder(self.train_prompts, config.rollout.prompts, config.seed)
+        self.recorder = Recorder(self.out, keep_until_step=self.start)
+        self.progress = Progress(config.steps, self.start)
+        self.stop = StopRequest()
+        done = saved = self.start
+        try:
+            self._evaluate_if_due(done)
+            for step in range(self.start + 1, config.steps + 1):
+                self._step(step)
+                done = step
+                self._evaluate_if_due(step)
+                if config.checkpoint.every and step % config.checkpoint.every == 0:
+                    self._save(step)
+                    saved = step
+                if self.stop():
+                    break
+        except _Stopped:
+            pass
+        finally:
+            self.stop.release()
+            self.recorder.close()
+        if done > saved or not checkpoint.complete(self.out):
+            self._save(done)
+        write_report(self.out)
+        return self.stop.signal
+
+    def _step(self, step: int) -> None:
+        config, watch = self.config, Stopwatch()
+        policy = self.schedule.policy(step)
+
+        prompts = self.order.take(step)
+        with watch.stage("rollout"):
+            rollouts = self._generate(prompts, config.rollout.samples, f"{config.seed}/step/{step}")
+        with watch.stage("reward"):
+            report = self.reward(rollouts)
+        zero_spread = grpo(rollouts)
+        self._check_stop()
+        with watch.stage("old_logprobs"):
+            old = self.trainer.token_stats(rollouts, policy)
+            probe, final = self._final_policy(rollouts, policy, old)
+        self._check_stop()
+        with watch.stage("update"):
+            update = self.trainer.update(rollouts, old.logprobs, policy, step)
+        with watch.stage("sync"):
+            self.engine.sync()
+
+        row = {
+            "step": step,
+            "phase": policy.phase,
+            "layer": policy.layer,
+            **self._rollout_metrics(rollouts, report),
+            "groups/zero_spread": zero_spread,
+            "policy/entropy": old.mean_entropy(),
+            "final/entropy": final.mean_entropy(),
+            **update,
+            "sync/logprob_gap": _logprob_gap(probe, final),
+            **{f"time/{name}": seconds for name, seconds in watch.seconds.items()},
+            "time/step": watch.total(),
+            "tokens_per_second": sum(len(r.token_ids) for r in rollouts) / watch.total(),
+            "memory/peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        self.recorder.step(row)
+        self.recorder.rollouts(step, [_rollout_row(r) for r in rollouts])
+        self.progress.step(row)
+
+    def _generate(self, prompts: Sequence[Prompt], samples: int, seed: str) -> list[Rollout]:
+        rollouts = self.engine.generate(prompts, samples, seed, self.stop)
+        self._check_stop()
+        return rollouts
+
+    def _check_stop(self) -> None:
+        if self.stop():
+            raise _Stopped
+
+    def _final_policy(
+        self, rollouts: Sequence[Rollout], policy: Policy, old: TokenStats
+    ) -> tuple[Sequence[Rollout], TokenStats]:
+        """The final policy's statistics: what the engine sampled from, so the gap to its log-probs
+        is a check of the weights it holds. Phase 1 looks at a sample of the rollouts only."""
+        if policy.layer is None:
+            return rollouts, old
+        probe = rollouts[:: max(1, len(rollouts) // PROBE_ROLLOUTS)]
+        return probe, self.trainer.token_stats(probe, Policy(None))
+
+    @staticmethod
+    def _rollout_metrics(rollouts: Sequence[Rollout], report: RewardReport) -> dict[str, float]:
+        rewards = [r.reward for r in rollouts]
+        return {
+            "reward/mean": fmean(rewards),
+            "reward/std": pstdev(rewards),
+            "reward/timeouts": report.timeouts,
+            "reward/errors": report.errors,
+            "response/length": fmean(len(r.token_ids) for r in rollouts),
+            "response/truncated": fmean(r.finish_reason == "length" for r in rollouts),
+        }
+
+    def _evaluation_due(self, step: int) -> str | None:
+        if not self.eval_prompts:
+            return None
+        if step == 0:
+            return "before"
+        if step == self.config.steps:
+            return "after"
+        if self.schedule.switches_after(step):
+            return "phase_switch"
+        return "during" if self.config.eval.every and step % self.config.eval.every == 0 else None
+
+    def _evaluate_if_due(self, step: int) -> None:
+        when = self._evaluation_due(step)
+        recorded = any(row["step"] == step for row in read_rows(self.out / "eval.jsonl"))
+        if when is None or recorded:
+            return
+        settings = self.config.eval
+        results = evaluation.evaluate(
+            lambda p: self._generate(p, settings.samples, f"{self.config.seed}/eval"),
+            self.reward,
+            self.eval_prompts,
+            settings.samples,
+            settings.pass_k,
+        )
+        for result in results:
+            row = self.recorder.evaluation(step, when, result)
+            passes = ", ".join(
+                f"Pass@{k} {row[f'pass@{k}']:.3f}" for k in result.pass_k if k <= result.samples
+            )
+            self.progress.say(
+                f"evaluation {when.replace('_', ' ')} (step {step}): {result.dataset} "
+                f"Avg@{result.samples} {result.avg:.3f} ± {result.avg_se:.3f}, {passes}"
+            )
+
+    def _save(self, step: int) -> None:
+        keep = self.config.checkpoint.keep_last
+        checkpoint.save(self.out, step, self.model, self.tokenizer, self.trainer.optimizer, keep)
+
+
+def _logprob_gap(rollouts: Sequence[Rollout], stats: TokenStats) -> float:
+    """Mean absolute difference, in nats, between engine and trainer on the sampled tokens."""
+    engine = torch.tensor([x for r in rollouts for x in r.logprobs])
+    return float((engine - torch.cat(stats.logprobs)).abs().mean())
+
+
+def _rollout_row(rollout: Rollout) -> dict[str, Any]:
+    assert rollout.advantages is not None
+    return {
+        "prompt": rollout.prompt.text,
+        "response": rollout.text,
+        "reward": rollout.reward,
+        "advantage": float(rollout.advantages[0]) if len(rollout.advantages) else 0.0,
+        "answer": rollout.prompt.answer,
+        "finish_reason": rollout.finish_reason,
+        "tokens": len(rollout.token_ids),
+    }

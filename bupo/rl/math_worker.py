@@ -1,0 +1,71 @@
+"""A process that grades mathematical answers: one JSON object a line in, one a line out.
+
+    {"response": "... \\\\boxed{1/2}", "answer": "0.5"}  ->  {"reward": 1.0}
+
+A process of its own, because symbolic mathematics can run for ever and cannot be interrupted from
+within: rewards.py kills and replaces it. Imports neither torch nor the rest of bupo.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+
+def last_boxed(text: str) -> str | None:
+    """The content of the last complete \\boxed{...} (or \\fbox), braces matched."""
+    for start in sorted(
+        (i for macro in ("\\boxed", "\\fbox") for i in _places(text, macro)), reverse=True
+    ):
+        brace = text.find("{", start)
+        if brace < 0 or text[start:brace].strip() not in ("\\boxed", "\\fbox"):
+            continue
+        depth = 0
+        for end in range(brace, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[brace + 1 : end].strip()
+    return None
+
+
+def _places(text: str, what: str) -> list[int]:
+    places, at = [], text.find(what)
+    while at >= 0:
+        places.append(at)
+        at = text.find(what, at + 1)
+    return places
+
+
+def grade(response: str, answer: str) -> float:
+    """1.0 if the last boxed answer equals the ground truth as a string or by Math-Verify."""
+    given = last_boxed(response)
+    if given is None:
+        return 0.0
+    if "".join(given.split()) == "".join(answer.split()):
+        return 1.0
+    from math_verify import parse, verify
+
+    # No alarm inside: the deadline is the caller's, which kills this process.
+    truth = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)  # type: ignore[arg-type]
+    guess = parse(f"\\boxed{{{given}}}", parsing_timeout=None)  # type: ignore[arg-type]
+    return float(verify(truth, guess, timeout_seconds=None))
+
+
+def main() -> None:
+    """Serves standard input until it closes."""
+    import math_verify  # noqa: F401  # slow to import: before the first deadline runs
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns on every call
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            reply: dict[str, object] = {"reward": grade(request["response"], request["answer"])}
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Responses to rewards, in processes that can be killed or by a function of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from typing import Any, Protocol
+
+from bupo.config import ConfigError, RewardConfig
+from bupo.rl.types import RewardReport, Rollout
+
+GOLDEN = [
+    ("so it is \\boxed{\\frac{1}{2}}", "0.5", 1.0),
+    ("\\boxed{3} no, \\boxed{4}", "4", 1.0),
+    ("\\boxed{x^2+2x+1}", "(x+1)^2", 1.0),
+    ("\\boxed{5}", "6", 0.0),
+    ("the answer is 5", "5", 0.0),
+]
+"""Pairs whose reward is known; wrong here means a broken installation, not a bad model."""
+
+
+class Reward(Protocol):
+    """What the loop needs of a reward."""
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
+        """Sets rollout.reward of each."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _Worker:
+    """One math_worker process and the item it is at."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bupo.rl.math_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is the trainer's to handle
+        )
+        self.item: int | None = None
+        self.deadline = math.inf
+
+    @property
+    def stdout(self) -> Any:
+        return self._process.stdout
+
+    def send(self, item: int, response: str, answer: str, timeout: float) -> bool:
+        self.item, self.deadline = item, time.monotonic() + timeout
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"response": response, "answer": answer}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return False
+        return True
+
+    def receive(self) -> dict[str, Any] | None:
+        """The reply, or None from a process that died."""
+        line = self.stdout.readline()
+        return json.loads(line) if line else None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+class MathReward:
+    """The last \\boxed{} against the ground truth, by Math-Verify in killed-at-deadline workers."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        self._timeout = config.timeout
+        self._workers = [self._start() for _ in range(config.workers)]
+        rewards, report = self.grade([g[:2] for g in GOLDEN])
+        wrong = [g for g, r in zip(GOLDEN, rewards) if r != g[2]]
+        if wrong or report.errors or report.timeouts:
+            self.close()
+            raise ConfigError(f"the math reward fails its self-check on {wrong or report}")
+
+    @staticmethod
+    def _start() -> _Worker:
+        worker = _Worker()
+        if worker.receive() != {"ready": True}:
+            worker.kill()
+            raise ConfigError("the math reward's worker does not start: is math-verify installed?")
+        return worker
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
+        rewards, report = self.grade([(r.text, r.prompt.answer) for r in rollouts])
+        for rollout, reward in zip(rollouts, rewards):
+            rollout.reward = reward
+        return report
+
+    def grade(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[float], RewardReport]:
+        """Rewards of (response, answer) pairs; a timeout or an error counts, and gives 0."""
+        rewards = [0.0] * len(pairs)
+        report = RewardReport()
+        waiting = list(range(len(pairs)))[::-1]
+        while waiting or any(w.item is not None for w in self._workers):
+            for n, worker in enumerate(self._workers):
+                if worker.item is None and waiting:
+                    item = waiting.pop()
+                    if not worker.send(item, *pairs[item], self._timeout):
+                        self._replace(n)
+                        waiting.append(item)
+            busy = [w for w in self._workers if w.item is not None]
+            soonest = min((w.deadline for w in busy), default=math.inf)
+            ready = wait([w.stdout for w in busy], max(0.0, soonest - time.monotonic()))
+            for n, worker in enumerate(self._workers):
+                if worker.item is None:
+                    continue
+                if worker.stdout in ready:
+                    reply = worker.receive()
+                    if reply is None or "error" in reply:
+                        report.errors += 1
+                    else:
+                        rewards[worker.item] = float(reply["reward"])
+                    worker.item = None
+                    if reply is None:
+                        self._replace(n)
+                elif time.monotonic() >= worker.deadline:
+                    report.timeouts += 1
+                    self._replace(n)
+        return rewards, report
+
+    def _replace(self, n: int) -> None:
+        self._workers[n].kill()
+        self._workers[n] = self._start()
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+
+class FunctionReward:
+    """A user's module:function over the whole batch."""
+
+    def __init__(self, name: str) -> None:
+        module, _, attribute = name.partition(":")
+        try:
+            self._function: Callable[[list[str], list[str]], Sequence[float]] = getattr(
+                importlib.import_module(module), attribute
+            )
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"reward.function={name} cannot be loaded: {error}") from None
+        self._name = name
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
+        rewards = self._function([r.text for r in rollouts], [r.prompt.answer for r in rollouts])
+        if len(rewards) != len(rollouts):
+            raise ValueError(
+                f"reward.function={self._name} returned {len(rewards)} rewards for "
+                f"{len(rollouts)} responses"
+            )
+        for rollout, reward in zip(rollouts, rewards):
+            if not math.isfinite(reward):
+                raise ValueError(f"reward.function={self._name} returned {reward}")
+            rollout.reward = float(reward)
+        return RewardReport()
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def make_reward(config: RewardConfig) -> Reward:
+    """The configured reward, checked to work."""
+    return MathReward(config) if config.function == "math" else FunctionReward(config.function)

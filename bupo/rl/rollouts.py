@@ -1,0 +1,145 @@
+"""Prompts to responses, behind one interface. Token ids in, token ids out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TopPLogitsWarper,
+)
+
+from bupo.config import RolloutConfig
+from bupo.rl.types import Prompt, Rollout
+
+
+class RolloutEngine(Protocol):
+    """What the loop needs of an engine."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples: int, seed: str, stop: Callable[[], bool]
+    ) -> list[Rollout]:
+        """`samples` responses for every prompt from the final policy, grouped by prompt.
+
+        The result is a function of weights, prompts and seed. Returns early, with what is there,
+        when stop() becomes true.
+        """
+        ...
+
+    def sync(self) -> None:
+        """Takes over the trainer's weights."""
+        ...
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from any values; nearby values give unrelated seeds."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class _Sampling(LogitsProcessor):
+    """Masks ids outside the tokenizer (padded embedding rows), applies temperature and top-p, and
+    notes the log-prob of each sampled token, which shows in input_ids one call later.
+
+    generate() would apply its own temperature after this, so it is told 1."""
+
+    def __init__(self, vocab: int, config: RolloutConfig) -> None:
+        self._vocab, self._temperature = vocab, config.temperature
+        self._nucleus = TopPLogitsWarper(config.top_p) if config.top_p < 1 else None
+        self._previous: Tensor | None = None
+        self.logprobs: list[Tensor] = []
+
+    def note(self, sampled: Tensor) -> None:
+        if self._previous is not None:
+            self.logprobs.append(self._previous.gather(-1, sampled[:, None]).squeeze(-1))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.note(input_ids[:, -1])
+        scores = scores.float() / self._temperature
+        scores[:, self._vocab :] = -torch.inf
+        self._previous = scores.log_softmax(-1)
+        return scores if self._nucleus is None else self._nucleus(input_ids, scores)
+
+
+class HFEngine:
+    """transformers' generate on the trainer's own model: always in sync, no second copy."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: RolloutConfig) -> None:
+        self._model, self._tokenizer, self._config = model, tokenizer, config
+        eos = model.generation_config.eos_token_id
+        if eos is None:
+            eos = tokenizer.eos_token_id
+        self._eos = [eos] if isinstance(eos, int) else list(eos or [])
+        pad = tokenizer.pad_token_id
+        self._pad = pad if pad is not None else (self._eos[0] if self._eos else 0)
+
+    def sync(self) -> None:
+        """Nothing to do."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples: int, seed: str, stop: Callable[[], bool]
+    ) -> list[Rollout]:
+        rollouts: list[Rollout] = []
+        wanted = [(group, p) for group, p in enumerate(prompts) for _ in range(samples)]
+        size = self._config.batch_size
+        training = self._model.training
+        self._model.eval()
+        try:
+            for start in range(0, len(wanted), size):
+                if stop():
+                    break
+                rollouts += self._batch(wanted[start : start + size], seed_of(seed, start))
+        finally:
+            self._model.train(training)
+        return rollouts
+
+    @torch.no_grad()
+    def _batch(self, wanted: Sequence[tuple[int, Prompt]], seed: int) -> list[Rollout]:
+        device = self._model.device
+        width = max(len(p.token_ids) for _, p in wanted)
+        ids = torch.full((len(wanted), width), self._pad)
+        mask = torch.zeros_like(ids)
+        for row, (_, prompt) in enumerate(wanted):
+            ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+            mask[row, width - len(prompt.token_ids) :] = 1
+        sampling = _Sampling(len(self._tokenizer), self._config)
+        settings = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            max_new_tokens=self._config.max_new_tokens,
+            eos_token_id=self._eos or None,
+            pad_token_id=self._pad,
+        )
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            out = self._model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([sampling]),
+            )
+        sampling.note(out[:, -1])
+        tokens = out[:, width:].tolist()
+        logprobs = torch.stack(sampling.logprobs, dim=1).tolist()
+        return [
+            self._rollout(group, prompt, tokens[row], logprobs[row])
+            for row, (group, prompt) in enumerate(wanted)
+        ]
+
+    def _rollout(
+        self, group: int, prompt: Prompt, tokens: list[int], logprobs: list[float]
+    ) -> Rollout:
+        # Cut after the first end of sequence: what follows is padding, even where pad == eos.
+        end = next((i + 1 for i, t in enumerate(tokens) if t in self._eos), None)
+        finish = "length" if end is None else "stop"
+        end = len(tokens) if end is None else end
+        text = self._tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        return Rollout(prompt, group, tokens[:end], logprobs[:end], finish, text)

@@ -1,0 +1,80 @@
+"""What the stages exchange. A leaf: imports nothing of the project."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem, tokenised once; the ids are what the model sees, everywhere."""
+
+    index: int
+    """Row in the data"""
+    source: str
+    """data_source of the row, or the file's name"""
+    text: str
+    """After the chat template"""
+    token_ids: list[int]
+    answer: str
+    """Ground truth handed to the reward"""
+
+
+@dataclass
+class Rollout:
+    """One response, as token ids; text is decoded for the reward only."""
+
+    prompt: Prompt
+    group: int
+    """Responses with the same number answer the same prompt of this step"""
+    token_ids: list[int]
+    """With the end-of-sequence token when one was sampled"""
+    logprobs: list[float]
+    """Of the engine, under the sampling distribution"""
+    finish_reason: str
+    """stop or length"""
+    text: str
+    reward: float = 0.0
+    advantages: Tensor | None = None
+    """Per token"""
+
+
+@dataclass
+class RewardReport:
+    """Counts beside the rewards."""
+
+    timeouts: int = 0
+    errors: int = 0
+
+
+@dataclass
+class Policy:
+    """Which policy a step trains."""
+
+    layer: int | None
+    """1..L, or None for the final policy"""
+    final_norm: bool = False
+
+    @property
+    def phase(self) -> str:
+        return "final" if self.layer is None else "internal"
+
+
+@dataclass
+class EvalResult:
+    """Avg@n and Pass@K of one data set."""
+
+    dataset: str
+    problems: int
+    samples: int
+    avg: float
+    avg_se: float
+    pass_k: dict[int, tuple[float, float] | None]
+    """K to (estimate, standard error), None where K > samples"""
+    length: float
+    """Mean response tokens"""
+    truncated: float
+    """Share of responses cut at max_new_tokens"""
+    extra: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,235 @@
+"""Rollouts and advantages to new weights: old log-probs, then clipped updates of one policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bupo import ops
+from bupo.config import Config
+from bupo.policy import hidden_states, internal_policy, unembedding
+from bupo.rl.types import Policy, Rollout
+
+
+@dataclass
+class TokenStats:
+    """Per-token log-probs and entropies, one tensor a rollout."""
+
+    logprobs: list[Tensor]
+    entropy: list[Tensor]
+
+    def mean_entropy(self) -> float:
+        return float(torch.cat(self.entropy).mean())
+
+
+@dataclass
+class _MicroBatch:
+    """Some rollouts, padded on the right, with the place of every response token."""
+
+    members: list[int]
+    input_ids: Tensor  # [B, L]
+    attention_mask: Tensor  # [B, L]
+    rows: Tensor  # [T]: the sequence ...
+    columns: Tensor  # [T]: ... and the position that predicts each response token
+    targets: Tensor  # [T]
+
+    def split(self, tokens: Tensor, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        return list(tokens.split([len(rollouts[i].token_ids) for i in self.members]))
+
+
+def _micro_batches(
+    rollouts: Sequence[Rollout], indices: Sequence[int], budget: int, pad: int, device: Any
+) -> list[_MicroBatch]:
+    """The indexed rollouts, those of similar length together, at most `budget` padded tokens (or
+    one rollout) each."""
+    length = {i: len(rollouts[i].prompt.token_ids) + len(rollouts[i].token_ids) for i in indices}
+    batches: list[list[int]] = []
+    for i in sorted(indices, key=lambda i: (length[i], i)):  # so the newest is the longest
+        if batches and (len(batches[-1]) + 1) * length[i] <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    result = []
+    for members in batches:
+        width = max(length[i] for i in members)
+        ids = torch.full((len(members), width), pad)
+        mask = torch.zeros_like(ids)
+        rows: list[int] = []
+        columns: list[int] = []
+        targets: list[int] = []
+        for row, i in enumerate(members):
+            prompt, response = rollouts[i].prompt.token_ids, rollouts[i].token_ids
+            ids[row, : length[i]] = torch.tensor([*prompt, *response])
+            mask[row, : length[i]] = 1
+            rows += [row] * len(response)
+            columns += range(len(prompt) - 1, length[i] - 1)
+            targets += response
+        tensors = (ids, mask, torch.tensor(rows), torch.tensor(columns), torch.tensor(targets))
+        result.append(_MicroBatch(members, *(t.to(device) for t in tensors)))
+    return result
+
+
+def token_weights(lengths: Sequence[int], aggregation: str) -> list[float]:
+    """The weight of each token of each response, from the counts of the whole optimiser step, so
+    that no split into micro-batches changes the loss.
+
+    token_mean 1 / sum of lengths; seq_mean 1 / (N length_i), the paper's; seq_sum 1 / N.
+    """
+    n, total = len(lengths), max(sum(lengths), 1)
+    if aggregation == "token_mean":
+        return [1 / total] * n
+    if aggregation == "seq_mean":
+        return [1 / (n * max(length, 1)) for length in lengths]
+    return [1 / n] * n
+
+
+class Trainer:
+    """The model, its optimizer, and the two passes of a step."""
+
+    def __init__(self, model: nn.Module, config: Config, pad: int) -> None:
+        self.model, self._config, self._pad = model, config, pad
+        self._device = next(model.parameters()).device
+        settings = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+
+    def token_stats(self, rollouts: Sequence[Rollout], policy: Policy) -> TokenStats:
+        """Log-probs and entropies of the response tokens under a policy, without gradient."""
+        stats = TokenStats([torch.empty(0)] * len(rollouts), [torch.empty(0)] * len(rollouts))
+        with torch.no_grad():
+            for batch in self._batches(rollouts, range(len(rollouts))):
+                hidden, head = self._hidden(batch, policy)
+                out = ops.lm_head_logprobs(hidden, head.pop("weight"), batch.targets, **head)
+                for name in ("logprobs", "entropy"):
+                    parts = batch.split(getattr(out, name).cpu(), rollouts)
+                    for i, part in zip(batch.members, parts):
+                        getattr(stats, name)[i] = part
+        return stats
+
+    def update(
+        self,
+        rollouts: Sequence[Rollout],
+        old_logprobs: Sequence[Tensor],
+        policy: Policy,
+        step: int,
+    ) -> dict[str, float]:
+        """Optimiser updates over mini-batches of whole prompt groups; metrics, token-weighted.
+
+        old_logprobs are those of the same policy: the ratio of J_IPA (arXiv 2512.19673) is
+        pi^l / pi^l_old, and an update ratio only. An update whose loss or gradient is not finite
+        is skipped and counted.
+        """
+        lr = self._learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        groups = sorted({r.group for r in rollouts})
+        parts = min(self._config.optimizer.updates_per_step, len(groups))
+        sums: dict[str, float] = {}
+        tokens = 0
+        largest_ratio = 0.0
+        losses: list[float] = []
+        norms: list[float] = []
+        for part in range(parts):
+            chosen = set(groups[part::parts])
+            indices = [i for i, r in enumerate(rollouts) if r.group in chosen]
+            weights = token_weights(
+                [len(rollouts[i].token_ids) for i in indices], self._config.loss.aggregation
+            )
+            weight_of = dict(zip(indices, weights))
+            loss = 0.0
+            for batch in self._batches(rollouts, indices):
+                part_loss, values = self._backward(batch, rollouts, old_logprobs, weight_of, policy)
+                loss += part_loss
+                tokens += len(batch.targets)
+                largest_ratio = max(largest_ratio, values["ratio_max"])
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0.0) + value * len(batch.targets)
+            norm = float(
+                nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimizer.grad_clip)
+            )
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.optimizer.step()
+                losses.append(loss)
+                norms.append(norm)
+            self.optimizer.zero_grad(set_to_none=True)  # None, so weight decay leaves it alone
+        names = ("clip_fraction", "ratio_mean", "approx_kl", "live_fraction")
+        metrics = {f"policy/{name}": sums[name] / max(tokens, 1) for name in names}
+        return metrics | {
+            "policy/loss": fmean(losses) if losses else math.nan,
+            "policy/ratio_max": largest_ratio,
+            "policy/grad_norm": fmean(norms) if norms else math.nan,
+            "policy/skipped_updates": parts - len(losses),
+            "policy/lr": lr,
+        }
+
+    def _learning_rate(self, step: int) -> float:
+        settings = self._config.optimizer
+        warm = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
+        return settings.lr * warm
+
+    def _batches(self, rollouts: Sequence[Rollout], indices: Sequence[int]) -> list[_MicroBatch]:
+        budget = self._config.optimizer.micro_batch_tokens
+        return _micro_batches(rollouts, indices, budget, self._pad, self._device)
+
+    def _hidden(self, batch: _MicroBatch, policy: Policy) -> tuple[Tensor, dict[str, Any]]:
+        """Hidden states of the policy where response tokens are predicted [T, D], and the head's
+        arguments. Prompt tokens go no further than this."""
+        half = self._config.model.compute_dtype == "bfloat16"
+        autocast = torch.autocast(self._device.type, torch.bfloat16) if half else nullcontext()
+        with autocast, internal_policy(self.model, policy.layer, policy.final_norm):
+            hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask)
+        head = unembedding(self.model)
+        weight = head.weight.to(torch.bfloat16) if half else head.weight
+        return hidden[batch.rows, batch.columns].to(weight.dtype), {
+            "weight": weight,
+            "bias": head.bias,
+            "softcap": head.softcap,
+            "temperature": head.temperature * self._config.rollout.temperature,
+        }
+
+    def _backward(
+        self,
+        batch: _MicroBatch,
+        rollouts: Sequence[Rollout],
+        old_logprobs: Sequence[Tensor],
+        weight_of: dict[int, float],
+        policy: Policy,
+    ) -> tuple[float, dict[str, float]]:
+        def gather(tensors: list[Tensor]) -> Tensor:
+            return torch.cat(tensors).to(self._device)
+
+        members = [rollouts[i] for i in batch.members]
+        assert all(r.advantages is not None for r in members)
+        settings = self._config.loss
+        hidden, head = self._hidden(batch, policy)
+        result = ops.policy_loss(
+            hidden,
+            head.pop("weight"),
+            batch.targets,
+            gather([old_logprobs[i] for i in batch.members]),
+            gather([r.advantages for r in members if r.advantages is not None]),
+            gather(
+                [torch.full((len(rollouts[i].token_ids),), weight_of[i]) for i in batch.members]
+            ),
+            **head,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            dual_clip=settings.dual_clip,
+            loss_type=settings.type,
+            entropy_coef=settings.entropy_coef,
+        )
+        loss = float(result.loss.detach())
+        if math.isfinite(loss):
+            result.loss.backward()
+        return loss, {name: float(value) for name, value in result.metrics.items()}

@@ -1,0 +1,95 @@
+"""Tiny randomly initialised models of real families, for trying a configuration end to end on real
+data without a download: the program loads them exactly as it loads a trained model.
+
+Byte-level tokenizer and ChatML template; the weights are random, so the reward stays near zero.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bupo.config import ConfigError
+from bupo.tasks import TaskFiles
+
+DEFAULTS = {"family": "qwen3", "layers": 4, "width": 64, "tied": True, "seed": 0}
+"""task_options. family: qwen3 or llama; tied: one matrix for embedding and unembedding."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PADDED_ROWS = 16
+"""Rows of the head beyond the tokenizer, as Qwen's heads have them; they must never be sampled."""
+
+
+def _options(options: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(options) - set(DEFAULTS))
+    if unknown:
+        raise ConfigError(f"unknown task_options: {unknown}; known: {sorted(DEFAULTS)}")
+    settings = DEFAULTS | options
+    if settings["family"] not in ("qwen3", "llama"):
+        raise ConfigError(f"task_options.family must be qwen3 or llama, got {settings['family']}")
+    return settings
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def prepare(options: dict[str, Any], cache: Path) -> TaskFiles:
+    """Tokenizer and model configuration in a folder named after the options; data is data.train."""
+    settings = _options(options)
+    folder = cache / ("tiny-" + "-".join(str(settings[key]) for key in DEFAULTS))
+    if not (folder / "config.json").exists():
+        tokenizer = _tokenizer()
+        tokenizer.save_pretrained(folder)
+        _config(settings, tokenizer).save_pretrained(folder)
+    return TaskFiles(folder, None, None)
+
+
+def _config(settings: dict[str, Any], tokenizer: Any) -> Any:
+    from transformers import LlamaConfig, Qwen3Config
+
+    width = settings["width"]
+    kind = Qwen3Config if settings["family"] == "qwen3" else LlamaConfig
+    return kind(
+        vocab_size=len(tokenizer) + PADDED_ROWS,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=settings["layers"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        max_position_embeddings=4096,
+        tie_word_embeddings=settings["tied"],
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+
+
+def build(options: dict[str, Any], files: TaskFiles) -> None:
+    """Random weights, once."""
+    if (files.model / "model.safetensors").exists():
+        return
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(_options(options)["seed"])
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.model))
+    model.save_pretrained(files.model)
