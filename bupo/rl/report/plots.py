@@ -1,26 +1,10 @@
-"""The report of a training run: report.html and PNG plots, from the files of its run directory.
+"""The pictures of the report, as PNG. Of one run, amber is the internal phase and blue the final
+policy; of several, colour is the run."""
 
-    python -m bupo.rl.report RUN_DIR                     one run; writes into RUN_DIR
-    python -m bupo.rl.report RUN_DIR RUN_DIR2 [--out D]  overlaid; into D (RUN_DIR/comparison)
-
-A pure function of metrics.jsonl, eval.jsonl, config.yaml and rollouts/step_*.jsonl: same files,
-same bytes. Of one run, amber is the internal phase and blue the final policy; of several, colour
-is the run.
-"""
-
-import argparse
-import base64
 import io
-import json
-import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import groupby, islice
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,6 +13,8 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from bupo.rl.report.run_files import Phase, Run, number, pass_ks, plus_minus, short
 
 INK, GREY, GRID, INTERNAL, FINAL = "#1f2937", "#6b7280", "#e5e7eb", "#d97706", "#2563eb"
 COLORS = [FINAL, INTERNAL, "#0d9488", "#7c3aed", "#e11d48", "#64748b"]  # runs; [2:6] datasets
@@ -39,7 +25,6 @@ WHEN = {"before": GREY, "phase_switch": INTERNAL, "after": FINAL}
 STAGES = {"rollout": "#0d9488", "reward": "#e11d48", "old_logprobs": "#64748b", "update": "#7c3aed"}
 STAGES |= {"sync": "#f472b6", "other": "#aab2bf"}
 MAX_BARS = 60  # of the time plot; with more steps than this a bar is the mean of several
-ROLLOUTS_READ = 64  # of each step's file, which can hold a thousand long answers
 TITLES = {"reward": "Reward", "pass_at_k": "Pass@K", "entropy": "Entropy"}
 TITLES |= {
     "ratio": "How far an update moves the policy",
@@ -59,180 +44,13 @@ PANELS = [  # picture, key of metrics.jsonl, y label
 ]
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Consecutive steps that trained one policy: that of an internal layer, or the final one."""
-
-    internal: bool
-    layer: object
-    steps: list[int]
-
-    @property
-    def policy(self) -> str:
-        digits = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-        return f"π{str(self.layer).translate(digits)}" if self.internal else "final policy"
-
-    @property
-    def color(self) -> str:
-        return INTERNAL if self.internal else FINAL
+def draw(name: str, runs: list[Run]) -> bytes | None:
+    """The picture of this name (a key of TITLES), or None if no run recorded what it shows."""
+    return _pass_at_k(runs) if name == "pass_at_k" else _picture(name, runs)
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the files of a run directory say; notes are what a reader should know first."""
-
-    name: str
-    rows: list[dict]
-    evals: list[dict]
-    config: str
-    notes: list[str]
-
-    @property
-    def steps(self) -> np.ndarray:  # [steps], ascending
-        return np.array([row["step"] for row in self.rows], dtype=int)
-
-    def column(self, key: str) -> np.ndarray:  # [steps], nan where missing or out of any range
-        values = np.array([number(row.get(key)) for row in self.rows], dtype=float)
-        return np.where(np.abs(values) < 1e99, values, np.nan)
-
-    def finite(self, key: str) -> np.ndarray:
-        return self.column(key)[np.isfinite(self.column(key))]
-
-    @property
-    def phases(self) -> list[Phase]:
-        def policy(row: dict) -> tuple[bool, object]:
-            return (True, row.get("layer")) if row.get("phase") == "internal" else (False, None)
-
-        groups = groupby(self.rows, policy)
-        return [Phase(*who, steps=[row["step"] for row in rows]) for who, rows in groups]
-
-    @property
-    def datasets(self) -> list[str]:
-        return list(dict.fromkeys(row["dataset"] for row in self.evals))
-
-    @property
-    def sentence(self) -> str:
-        """What happened, in plain words."""
-        if not self.rows:
-            return "No training step has been recorded yet."
-        n, phases = len(self.rows), self.phases
-        counts = [str(len(p.steps)) if len(phases) > 1 else "all" for p in phases]
-        whose = [f"policy of layer {p.layer}" if p.internal else "final policy" for p in phases]
-        parts = ", then ".join(f"{c} on the {w}" for c, w in zip(counts, whose, strict=True))
-        reward = [f"{value:.2f}" for value in self.finite("reward/mean")]
-        start = f"Mean reward {' → '.join(reward[:1] + reward[1:][-1:])} in " if reward else ""
-        return f"{start}{n} step{'s' * (n > 1)} ({parts})."
-
-
-def write_report(run_dir: Path, *others: Path, out_dir: Path | None = None) -> Path:
-    """Write report.html (one self-contained file) and its plots as PNG; return the page's path.
-
-    They go into run_dir; with others (the runs overlaid) into run_dir/comparison; or into out_dir.
-    Missing keys, values that are not numbers and unreadable lines are left out, and a run without a
-    step gives a page that says so. Raises OSError only: a directory missing or not writable.
-    """
-    paths = list(dict.fromkeys(Path(path).resolve() for path in (run_dir, *others)))
-    unique = len({path.name for path in paths}) == len(paths)
-    runs = [_read_run(path, path.name if unique else str(path)) for path in paths]
-    out = Path(out_dir or (Path(run_dir) / "comparison" if others else run_dir))
-    out.mkdir(parents=True, exist_ok=True)
-    images = {}
-    for name in TITLES:
-        try:
-            png = _pass_at_k(runs) if name == "pass_at_k" else _picture(name, runs)
-        except Exception as error:  # a plot must never end a training run; the page says it is gone
-            runs[0].notes.append(f"{name}.png could not be drawn: {error!r:.200}")
-            continue
-        if png:
-            (out / f"{name}.png").write_bytes(png)
-            images[name] = TITLES[name], base64.b64encode(png).decode()
-    rollouts = {r.name: list(_pick_rollouts(p, r.phases)) for r, p in zip(runs, paths, strict=True)}
-    env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"plus_minus": plus_minus, "short": short}
-    page = env.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
-    html = page.render(runs=runs, images=images, rollouts=rollouts, pass_ks=pass_ks)
-    (out / "report.html").write_text(html, encoding="utf-8", errors="replace")
-    return out / "report.html"
-
-
-def number(value: object) -> float:
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
-def short(value: object) -> str:
-    x = number(value)
-    return "" if math.isnan(x) else f"{x:,.0f}" if 1e3 <= abs(x) < 1e7 else f"{x:.3g}"
-
-
-def plus_minus(row: dict, key: str) -> str:
-    value, error = number(row.get(key)), number(row.get(f"{key}_se"))
-    spread = "" if math.isnan(error) else f" ± {error:.3f}"
-    return "" if math.isnan(value) else f"{value:.3f}{spread}"
-
-
-def pass_ks(rows: list[dict]) -> list[int]:
-    """Every K for which a row of eval.jsonl has a pass@K."""
-    keys = {key for row in rows for key in row if plus_minus(row, key)}
-    return sorted(int(key[5:]) for key in keys if re.fullmatch(r"pass@\d+", key))
-
-
-# ------------------------------------------------------------------------------------ files to Run
-
-
-def _read_run(run_dir: Path, name: str) -> Run:
-    if not run_dir.is_dir():
-        raise FileNotFoundError(f"report: no such run directory: {run_dir}")
-    notes: list[str] = []
-    evals = {}  # here and in rows, of what a resumed run wrote twice the later counts
-    rows = {row["step"]: row for row in _read(run_dir / "metrics.jsonl", notes)}
-    for row in _read(run_dir / "eval.jsonl", notes):
-        row |= {"dataset": str(row.get("dataset")), "when": str(row.get("when"))}
-        evals[row["step"], row["dataset"], row["when"]] = row
-    values = [(k, v) for row in rows.values() for k, v in row.items() if k != "layer"]
-    bad = [k for k, v in values if v is None or (isinstance(v, float) and not math.isfinite(v))]
-    counts = [f"{key} in {bad.count(key)} of {len(rows)} steps" for key in dict.fromkeys(bad)]
-    notes += [f"Not finite: {', '.join(counts)}."] if counts else []
-    config = run_dir / "config.yaml"
-    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
-    ordered = sorted(evals.values(), key=lambda row: row["step"])
-    return Run(name, [rows[step] for step in sorted(rows)], ordered, text, notes)
-
-
-def _read(path: Path, notes: list[str], limit: int | None = None) -> Iterator[dict]:
-    """Rows of a file. Lines that are no JSON object with a step (a write cut short) are noted."""
-    unread = 0
-    with path.open("rb") if path.is_file() else io.BytesIO() as lines:
-        for line in islice(lines, limit):
-            try:
-                row = json.loads(line.decode(errors="replace"))
-                row["step"] = int(row["step"] if limit is None else 0)
-            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-                unread += bool(line.strip())
-                continue
-            yield row
-    if unread:
-        notes.append(f"{path.name}: {unread} unreadable line{'s' * (unread > 1)} left out.")
-
-
-def _pick_rollouts(run_dir: Path, phases: list[Phase]) -> Iterator[dict]:
-    """A best and a worst rollout of the first step, the first after a switch, and the last."""
-    paths = run_dir.glob("rollouts/step_*.jsonl")
-    files = {int(path.stem[5:]): path for path in paths if path.stem[5:].isdecimal()}
-    where = {min(files): "first step", max(files): "last step"} if files else {}
-    for phase in phases[1:]:
-        if after := [step for step in files if step >= phase.steps[0]]:
-            where.setdefault(min(after), "after the switch")
-    for step in sorted(where):
-        rows = list(_read(files[step], [], ROLLOUTS_READ))
-        rows.sort(key=lambda row: -np.nan_to_num(number(row.get("reward")), nan=-1e9))
-        for row in rows[:1] + rows[1:][-1:]:
-            yield row | {"step": step, "where": where[step]}
-
-
-# ------------------------------------------------------------------------------------ Run to plots
+def _color(phase: Phase) -> str:
+    return INTERNAL if phase.internal else FINAL
 
 
 def _picture(picture: str, runs: list[Run]) -> bytes | None:
@@ -328,14 +146,14 @@ def _mark_phases(ax: Axes, run: Run, color: str | None, alpha: float, named: boo
     for i, p in enumerate(run.phases):
         first, last = p.steps[0], p.steps[-1]
         if p.internal:
-            ax.axvspan(first - 0.5, last + 0.5, color=color or p.color, alpha=alpha, linewidth=0)
+            ax.axvspan(first - 0.5, last + 0.5, color=color or _color(p), alpha=alpha, linewidth=0)
         if i > 0:
             ax.axvline(first - 0.5, color=color or GREY, linewidth=1, linestyle=(0, (2, 2)))
         if named and not color and i in (0, len(run.phases) - 1):  # at the ends they cannot overlap
             text = f"{p.policy} (internal, layer {p.layer})" if p.internal else p.policy
             text += f"  ·  steps {first}–{last}" if last > first else f"  ·  step {first}"
             at: Style = {"transform": ax.transAxes, "ha": "right" if i else "left", "va": "bottom"}
-            ax.text(min(i, 1), 1.01, text, color=p.color, fontsize=9, parse_math=False, **at)
+            ax.text(min(i, 1), 1.01, text, color=_color(p), fontsize=9, parse_math=False, **at)
 
 
 def _line(ax: Axes, run: Run, key: str, color: str | None, label: str, dashed=False) -> list:
@@ -344,7 +162,7 @@ def _line(ax: Axes, run: Run, key: str, color: str | None, label: str, dashed=Fa
     width = max(3, len(steps) // 25) if len(steps) >= 12 else 1
     for p in run.phases:
         part = np.isin(steps, p.steps) & np.isfinite(values)
-        x, y, hue = steps[part], values[part], color or p.color
+        x, y, hue = steps[part], values[part], color or _color(p)
         if not len(x):
             continue
         window = np.ones(min(width, len(x)))
@@ -470,18 +288,3 @@ def _pass_at_k(runs: list[Run]) -> bytes | None:
         if i >= len(curves) - cols:
             ax.set_xlabel("K, answers per problem", color=GREY, fontsize=8.5)
     return _png(fig)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Report of a training run, or several overlaid.")
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--out", type=Path, help="where to write the page and its plots")
-    args = parser.parse_args()
-    try:
-        print(write_report(*args.run_dirs, out_dir=args.out))
-    except OSError as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()
