@@ -258,13 +258,13 @@ class Config:
         return self.bupo.steps if self.algorithm == "bupo" else 0
 
 
-def keys(node: type = Config, prefix: str = "") -> list[str]:
+def all_keys(node: type = Config, prefix: str = "") -> list[str]:
     """Every dotted key, leaves only."""
     names: list[str] = []
     for f in fields(node):
         default = f.default_factory() if callable(f.default_factory) else f.default
         if is_dataclass(default):
-            names += keys(type(default), f"{prefix}{f.name}.")
+            names += all_keys(type(default), f"{prefix}{f.name}.")
         else:
             names.append(prefix + f.name)
     return names
@@ -288,7 +288,7 @@ def load(file: Path | None, overrides: list[str]) -> Config:
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         name = str(error.full_key)
-        near = difflib.get_close_matches(name, keys(), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, all_keys(), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"unknown key {name}{hint}") from None
     except OmegaConfBaseException as error:

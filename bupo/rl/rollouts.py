@@ -44,8 +44,9 @@ def seed_of(*parts: object) -> int:
 
 
 class _Sampling(LogitsProcessor):
-    """Masks ids outside the tokenizer (padded embedding rows), applies temperature and top-p, and
-    notes the log-prob of each sampled token, which shows in input_ids one call later.
+    """Applies the temperature, notes the log-prob of each sampled token (which shows in input_ids
+    one call later), and keeps ids outside the tokenizer (padded embedding rows) and outside the
+    nucleus from being sampled.
 
     generate() would apply its own temperature after this, so it is told 1."""
 
@@ -62,8 +63,8 @@ class _Sampling(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.note(input_ids[:, -1])
         scores = scores.float() / self._temperature
+        self._previous = scores.log_softmax(-1)  # of the policy itself, before any mask
         scores[:, self._vocab :] = -torch.inf
-        self._previous = scores.log_softmax(-1)
         return scores if self._nucleus is None else self._nucleus(input_ids, scores)
 
 

@@ -32,7 +32,7 @@ class Rollout:
     token_ids: list[int]
     """With the end-of-sequence token when one was sampled"""
     logprobs: list[float]
-    """Of the engine, under the sampling distribution"""
+    """Of the engine: the final policy at the sampling temperature, over all rows of its head"""
     finish_reason: str
     """stop or length"""
     text: str

@@ -1,0 +1,99 @@
+"""Who may import whom, checked from the syntax tree (the picture is in CONTRIBUTING.md)."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+STAGES = {
+    "advantages",
+    "checkpoint",
+    "evaluation",
+    "metrics",
+    "prompts",
+    "report",
+    "rewards",
+    "rollouts",
+    "schedule",
+    "update",
+}
+
+
+def imports(file: Path) -> set[str]:
+    """Modules of the project that a file imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return {name for name in found if name == "bupo" or name.startswith("bupo.")}
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / "bupo" / folder).rglob("*.py"))
+
+
+def reaches(file: Path, *prefixes: str) -> set[str]:
+    return {
+        name for name in imports(file) for p in prefixes if name == p or name.startswith(f"{p}.")
+    }
+
+
+def test_there_are_sources_to_check() -> None:
+    assert len(sources("")) > 20
+    assert reaches(ROOT / "bupo/run.py", "bupo.rl")
+    assert reaches(ROOT / "bupo/rl/update.py", "bupo.policy")
+
+
+def test_ops_and_policy_stand_on_the_ground() -> None:
+    for file in sources("ops"):
+        assert not reaches(file, "bupo.policy", "bupo.rl", "bupo.run", "bupo.config", "bupo.tasks")
+    assert not reaches(ROOT / "bupo/policy.py", "bupo.rl", "bupo.run", "bupo.config", "bupo.tasks")
+
+
+def test_leaves_import_nothing_of_the_project() -> None:
+    for name in ("config.py", "rl/types.py", "rl/math_worker.py"):
+        assert imports(ROOT / "bupo" / name) == set(), name
+    for file in sources("rl/report"):
+        assert not {name for name in imports(file) if not name.startswith("bupo.rl.report")}, file
+
+
+def test_stages_do_not_import_one_another() -> None:
+    for stage in STAGES:
+        others = {f"bupo.rl.{s}" for s in STAGES - {stage}}
+        path = ROOT / "bupo/rl" / stage
+        for file in sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]:
+            assert not reaches(file, *others, "bupo.rl.loop"), file
+
+
+def test_every_file_of_rl_is_a_known_stage() -> None:
+    known = STAGES | {"__init__", "loop", "math_worker", "types"}
+    found = {path.stem for path in (ROOT / "bupo/rl").iterdir() if path.name != "__pycache__"}
+    assert found == known
+
+
+def test_torch_operators_are_named_in_ops_only() -> None:
+    for file in sources(""):
+        if "ops" not in file.parts:
+            assert "torch.ops" not in file.read_text(encoding="utf-8"), file
+
+
+def test_only_commands_import_run() -> None:
+    for file in sources(""):
+        if file.name not in ("run.py", "evaluate.py", "analyze.py"):
+            assert not reaches(file, "bupo.run"), file
+
+
+def test_backends_do_not_include_each_other_and_kernels_no_torch() -> None:
+    for file in (ROOT / "csrc").rglob("*"):
+        if not file.is_file():
+            continue
+        lines = [x for x in file.read_text().splitlines() if x.startswith("#include")]
+        part = file.relative_to(ROOT / "csrc").parts
+        if part[0] == "cpu":
+            assert not any("cuda" in x for x in lines), file
+        if part[0] == "cuda":
+            assert not any("cpu/" in x for x in lines), file
+        if file.suffix in (".cu", ".cuh") or file.name in ("args.h", "row_math.h"):
+            assert not any("torch/" in x for x in lines), file

@@ -1,0 +1,151 @@
+"""A run that was stopped or killed and continued equals one that was not, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import run_samples
+from run_samples import assert_same_run, rows, run, state
+from safetensors import safe_open
+
+from bupo.rl import checkpoint
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert run(out) == 0
+    return out
+
+
+def test_the_uninterrupted_run_is_what_its_settings_say(whole: Path) -> None:
+    metrics = rows(whole / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    assert [m["phase"] for m in metrics] == ["internal"] * 3 + ["final"] * 3
+    assert [m["layer"] for m in metrics] == [1] * 3 + [None] * 3
+    assert all(m["policy/grad_norm"] > 0 and m["sync/logprob_gap"] < 1e-5 for m in metrics)
+    evals = [(e["step"], e["when"]) for e in rows(whole / "eval.jsonl")]
+    assert evals == [
+        (0, "before"), (2, "during"), (3, "phase_switch"), (4, "during"), (6, "after"),
+    ]  # fmt: skip
+    assert [p.name for p in checkpoint.complete(whole)] == ["step_000004", "step_000006"]
+
+
+def test_same_seed_same_run_and_other_seed_other_run(whole: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "a") == 0
+    assert_same_run(whole, tmp_path / "a")
+    assert run(tmp_path / "b", "seed=1") == 0
+    assert state(whole) != state(tmp_path / "b")
+
+
+# Batches of rewards: evaluation before, step 1, 2, evaluation, 3, evaluation, 4, evaluation ...
+@pytest.mark.parametrize(
+    ("stop", "done"),
+    [(1, 0), (2, 0), (3, 1), (4, 2), (5, 2), (6, 3), (7, 3), (9, 4), (11, 6)],
+    ids=lambda x: str(x),
+)
+def test_stopped_and_continued(whole: Path, tmp_path: Path, stop: int, done: int) -> None:
+    """In phase 1, at the switch and after it, in a step and in an evaluation."""
+    out = tmp_path / "run"
+    assert run(out, stop=stop) == 128 + signal.SIGTERM
+    assert checkpoint.load_step(checkpoint.complete(out)[-1]) == done
+    assert (out / "report.html").exists()
+    assert run(out, "resume=auto") == 0
+    assert_same_run(whole, out)
+
+
+def test_killed_twice_then_terminated_then_continued(whole: Path, tmp_path: Path) -> None:
+    """Real processes: SIGKILL in different places, SIGTERM, then the rest."""
+    out = tmp_path / "run"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "bupo.run", *run_samples.arguments(out, "resume=auto")]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+        deadline = time.monotonic() + 120
+        file = out / "metrics.jsonl"
+        while not (file.exists() and f'"step": {step},' in file.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            time.sleep(0.02)
+
+    for step in (1, 3):
+        process = start()
+        wait_for_step(process, step)
+        process.kill()
+        process.communicate()
+    process = start()
+    wait_for_step(process, 4)
+    process.terminate()
+    errors = process.communicate()[1]
+    assert process.returncode in (0, 128 + signal.SIGTERM), errors  # 0: it was through already
+    assert "Traceback" not in errors
+    process = start()
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    assert_same_run(whole, out)
+
+
+def test_layers_above_are_untouched_until_the_switch(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(out, stop=6) == 128 + signal.SIGTERM  # evaluation at the switch: 3 steps are done
+    trained = checkpoint.complete(out)[-1]
+    cache = Path(os.environ["BUPO_CACHE"])
+    (start,) = cache.glob("arithmetic-2-32-4-*/model/model.safetensors")
+    changed, same = set(), set()
+    with safe_open(start, "pt") as before, safe_open(trained / "model.safetensors", "pt") as after:
+        for name in before.keys():  # noqa: SIM118 - safe_open is no dict
+            equal = before.get_tensor(name).equal(after.get_tensor(name))
+            (same if equal else changed).add(name)
+    assert {n for n in same if ".layers.1." not in n} == {"model.norm.weight"}
+    assert not any(".layers.1." in n for n in changed)
+    with safe_open(trained / "optimizer.safetensors", "pt") as moments:
+        assert not any(".layers.1." in n for n in moments.keys())  # noqa: SIM118
+
+
+def test_a_checkpoint_is_a_model_that_transformers_loads(whole: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    newest = checkpoint.complete(whole)[-1]
+    assert AutoModelForCausalLM.from_pretrained(newest).config.num_hidden_layers == 2
+    assert AutoTokenizer.from_pretrained(newest)("1+2=")["input_ids"]
+
+
+def test_an_unfinished_checkpoint_is_ignored_and_removed(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(out, stop=5) == 128 + signal.SIGTERM
+    torn = out / "checkpoints" / ".step_000004.99"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"torn")
+    (out / "checkpoints" / "step_000005").mkdir()  # no trainer.json: not complete
+    assert run(out, "resume=auto") == 0
+    assert not torn.exists()
+    assert_same_run(whole, out)
+
+
+def test_continuing_a_finished_run_changes_nothing(whole: Path) -> None:
+    before = (rows(whole / "metrics.jsonl"), rows(whole / "eval.jsonl"), state(whole))
+    assert run(whole, "resume=auto") == 0
+    assert before == (rows(whole / "metrics.jsonl"), rows(whole / "eval.jsonl"), state(whole))
+
+
+def test_metrics_are_valid_json_with_the_keys_of_the_contract(whole: Path) -> None:
+    keys = {
+        "step", "phase", "layer", "reward/mean", "response/length", "policy/entropy",
+        "final/entropy", "policy/clip_fraction", "sync/logprob_gap", "tokens_per_second",
+        "time/rollout", "time/reward", "time/old_logprobs", "time/update", "time/sync", "time/step",
+    }  # fmt: skip
+    for line in (whole / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line, parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
+        assert keys <= row.keys()
+    assert {p.name for p in whole.iterdir()} >= {
+        "config.yaml", "metrics.jsonl", "eval.jsonl", "rollouts", "checkpoints", "tensorboard",
+        "report.html", "reward.png", "entropy.png", "ratio.png", "length.png",
+    }  # fmt: skip

@@ -1,0 +1,149 @@
+"""The command: its help, its errors (one line, before any model is loaded), its dry run."""
+
+from pathlib import Path
+
+import pytest
+import run_samples
+from run_samples import arguments
+
+from bupo import config
+from bupo.run import main, recipe
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading weights fails the test."""
+    import transformers
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", refuse)
+
+
+BAD = {
+    "unknown key": (["rollout.sample=3"], "key rollout.sample; did you mean rollout.samples?"),
+    "unknown group": (["optimiser.lr=1"], "unknown key optimiser; did you mean optimizer"),
+    "wrong type": (["steps=many"], "steps: Value 'many'"),
+    "no assignment": (["steps"], "expected key=value, got 'steps'"),
+    "algorithm": (["algorithm=bup"], "algorithm must be one of bupo, grpo, got 'bup'"),
+    "group size": (["rollout.samples=1"], "rollout.samples must be at least 2"),
+    "batch split": (
+        ["rollout.prompts=6", "optimizer.updates_per_step=4"],
+        "rollout.prompts (6) must be a multiple of optimizer.updates_per_step (4)",
+    ),
+    "too many prompts": (["rollout.prompts=100000"], "exceeds the number of training prompts"),
+    "layer zero": (["bupo.layer=0"], "bupo.layer counts from 1, got 0"),
+    "layer over L": (["bupo.layer=3"], "bupo.layer=3 is out of range"),
+    "phase 1 too long": (["bupo.steps=6"], "bupo.steps (6) must be less than steps (6)"),
+    "missing file": (["data.chat_template=no.jinja"], "data file not found: no.jinja"),
+    "prompt too long": (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5 (longest 6)"),
+    "task": (["task=bupo.tasks.nothing"], "task=bupo.tasks.nothing cannot be imported"),
+    "task option": (["task_options={wide: 3}"], "unknown task_options: ['wide']"),
+    "model": (["model.path=/nowhere/model"], "model.path=/nowhere/model cannot be read"),
+    "resume without out": (["resume=auto", "out=null"], "resume=auto needs out=DIR"),
+    "temperature": (["rollout.temperature=0"], "rollout.temperature must be > 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda name: name.replace(" ", "-"))
+def test_mistakes_give_one_line_before_a_model_is_loaded(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    overrides, message = BAD[case]
+    out = tmp_path / "run"
+    assert main(arguments(out, *overrides)) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert len(errors.strip().splitlines()) == 1, errors
+    assert not out.exists()
+
+
+def test_missing_configuration_file(capsys: pytest.CaptureFixture[str], no_model: None) -> None:
+    assert main(["--config", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err == "bupo.run: configuration file not found: nowhere.yaml\n"
+
+
+def test_missing_training_data(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_model: None
+) -> None:
+    monkeypatch.setenv("BUPO_DATA", "nowhere")
+    assert main(["--config", str(recipe("tiny_qwen3_deepmath.yaml"))]) == 2
+    assert "data file not found: nowhere/deepmath-5k.parquet" in capsys.readouterr().err
+
+
+def test_bad_reward_function_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tmp_path / "run", "reward.function=json:nothing")) == 2
+    assert "reward.function=json:nothing cannot be loaded" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_earlier_results_are_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert main(arguments(out)) == 2
+    assert "continue it with resume=auto or choose another" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert [p.name for p in out.iterdir()] == ["metrics.jsonl"]
+
+
+def test_dry_run_prints_the_plan_and_writes_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    assert main([*arguments(tmp_path / "run"), "--dry_run"]) == 0
+    text = capsys.readouterr().err
+    assert "steps 1-3 train layer 1 of 2, then the final policy to step 6" in text
+    assert "4 prompts x 4 responses = 16" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_teaches_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for key in config.all_keys():
+        assert f"  {key} = " in text
+    assert all(help_text for _, _, help_text in config.describe())
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (REPOSITORY / "recipes").glob("*.yaml")))
+def test_recipes_are_valid(name: str) -> None:
+    loaded = config.load(recipe(name), [])
+    assert loaded.internal_steps > 0
+    assert config.load(recipe(name), ["algorithm=grpo"]).internal_steps == 0
+
+
+def test_configuration_survives_being_written(tmp_path: Path) -> None:
+    loaded = config.load(
+        recipe("arithmetic.yaml"), ["optimizer.betas=[0.9,0.95]", "loss.dual_clip=3"]
+    )
+    (tmp_path / "config.yaml").write_text(config.dump(loaded))
+    assert config.load(tmp_path / "config.yaml", []) == loaded
+
+
+def test_grpo_trains_the_final_policy_only(tmp_path: Path) -> None:
+    assert run_samples.run(tmp_path / "run", "algorithm=grpo", "steps=2", "eval.every=0") == 0
+    metrics = run_samples.rows(tmp_path / "run" / "metrics.jsonl")
+    assert [(m["phase"], m["layer"]) for m in metrics] == [("final", None)] * 2
+    assert all(m["policy/entropy"] == m["final/entropy"] for m in metrics)
+
+
+def test_a_layer_counts_to_L_and_with_the_norm_is_the_final_policy(tmp_path: Path) -> None:
+    """pi^L with the final norm is the model: BuPO on it is GRPO, step for step."""
+    same = ["steps=3", "bupo.steps=2", "eval.every=0", "eval.files=[]"]
+    assert run_samples.run(tmp_path / "a", *same, "bupo.layer=2", "bupo.final_norm=true") == 0
+    assert run_samples.run(tmp_path / "b", *same, "algorithm=grpo") == 0
+    a, b = (run_samples.rows(tmp_path / name / "metrics.jsonl") for name in "ab")
+    for mine, grpo in zip(a, b):
+        assert mine["policy/loss"] == pytest.approx(grpo["policy/loss"], rel=1e-5)
+        assert mine["policy/entropy"] == pytest.approx(grpo["policy/entropy"], rel=1e-5)
+        assert mine["reward/mean"] == grpo["reward/mean"]
