@@ -6,9 +6,9 @@ H^l [..., D] is the residual stream after layer l, E_u [V, D] the unembedding. H
 paper; final_norm=True puts the model's final norm between them, and layer L is then the model.
 
 For all families, the layer list shows its first l layers only and the final norm hands its input
-through: both get another class for a while, as FSDP2 does it. With other modules in their place,
-state_dict() and FSDP's lazy initialisation would miss the upper layers; with modules put before
-them in __dict__, torch.compile would silently keep the graph of the full policy.
+through: both get another class for a while, as FSDP2 does it. Other modules in their place would
+hide the upper layers from state_dict() and FSDP's lazy initialisation; modules shadowed in __dict__
+go unnoticed by torch.compile, which would silently keep the graph of the full policy.
 """
 
 import math
@@ -65,8 +65,7 @@ def unembedding(model: nn.Module) -> Unembedding:
     head = _find_head("unembedding", model)
     if model not in _logit_maps:
         token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
-        # Powers of two: a factor on them is exact. The first is too small for a softcap to bend.
-        points = torch.tensor([[[2.0**-40, 2.0**20]]], dtype=torch.float64)
+        points = torch.tensor([[[2.0**-40, 2.0**20]]], dtype=torch.float64)  # linear, capped
         with _undisturbed(model), _recast(head, _Head, seen=[], logits=points):
             scale, bent = (model(input_ids=token, use_cache=False).logits / points)[0, 0].tolist()
         linear = math.isclose(scale, bent, rel_tol=1e-6)
@@ -85,9 +84,9 @@ def internal_policy(
     final_norm=True applies it to H^l. Backward may run later, with gradient checkpointing too.
     Hazards: one thread per model. Weight decay moves what has a gradient of zero and not of None:
     use zero_grad(set_to_none=True). Checkpointing the whole model as one piece recomputes another
-    policy after the context. Inside, save the state_dict, but do not copy or pickle the model.
-    Errors: TypeError for no causal LM, ValueError for a layer outside 1..L or a family that cannot
-    be served, RuntimeError inside another internal policy of the model.
+    policy after the context. Inside, do not copy or pickle the model; a hybrid without attention in
+    layers 1..l needs use_cache=False. Errors: TypeError for no causal LM, ValueError for a layer
+    outside 1..L or a family that cannot be served, RuntimeError inside another internal policy.
     """
     op = "internal_policy"
     _find_head(op, model)
@@ -135,22 +134,21 @@ def check_internal_policy(model: nn.Module, layer: int | list[int] | None = None
     """
     op = "check_internal_policy"
     _, norm, depth = _find_stack(op, model)
-    chosen: Any = layer if isinstance(layer, list) else [layer]
-    chosen = range(1, depth + 1) if layer is None else chosen
+    chosen = range(1, depth + 1) if layer is None else layer if isinstance(layer, list) else [layer]
     weight = _find_head(op, model).weight
     seeded = torch.Generator().manual_seed(0)
     batch = torch.randint(weight.shape[0], (2, 8), generator=seeded).to(weight.device)
     last: list[Tensor] = []  # H^L is the norm's input; the model's hidden_states[-1] is its output
     with _undisturbed(model), internal_policy(model, None):
         with norm.register_forward_pre_hook(lambda _, args: last.append(args[0])):
-            own = model(batch, output_hidden_states=True)
+            own = model(batch, use_cache=False, output_hidden_states=True)
         stream = [*(own.hidden_states or ())[:-1], *last]
         if len(stream) != depth + 1:
             wanted = f"cannot be served: expected {depth + 1} hidden states, came {len(stream)}"
             raise ValueError(f"{op}: {_name(model)}: {wanted}")
         for each, normed in [*((each, False) for each in chosen), (depth, True)]:
             with internal_policy(model, each, normed):
-                hidden, logits = hidden_states(model, batch), model(batch).logits
+                hidden, logits = hidden_states(model, batch), model(batch, use_cache=False).logits
             head = unembedding(model)
             pairs = [("hidden", hidden, stream[each]), ("logits", logits, head.logits(hidden))]
             for what, came, theirs in [("logits", logits, own.logits)] if normed else pairs:
@@ -202,8 +200,10 @@ def _recast(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> Itera
         state.update(forward)
 
 
-def _undisturbed(model: nn.Module) -> ExitStack:
+def _undisturbed(model: Any) -> ExitStack:
     restore = ExitStack()
+    if hasattr(model, "reshard") and hasattr(next(model.parameters()), "full_tensor"):
+        restore.callback(model.reshard)  # FSDP2's root stays whole after a forward
     for module in model.modules():
         restore.callback(setattr, module, "training", module.training)
     model.eval()  # dropout would draw random numbers

@@ -3,6 +3,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
+export OMP_WAIT_POLICY=PASSIVE  # threads that spin while they wait make a busy machine crawl
 failed=()
 skipped=()
 
