@@ -59,7 +59,7 @@ class DataConfig:
     chat_template_options: dict[str, Any] = field(default_factory=dict)
     """Passed to the chat template, e.g. {enable_thinking: false} for Qwen3."""
     limit: int | None = None
-    """Use only the first rows of the training data."""
+    """Use only the first rows of each training file."""
 
     def __post_init__(self) -> None:
         _one_of("data.overlong", self.overlong, ("error", "drop"))
@@ -150,9 +150,11 @@ class LossConfig:
 @dataclass
 class OptimizerConfig:
     lr: float = 1e-6
-    """AdamW, constant after the warm-up."""
+    """Learning rate of AdamW."""
     warmup_steps: int = 0
     """Linear warm-up over training steps."""
+    schedule: str = "constant"
+    """After the warm-up: constant (the paper), or linear down to 0 at the last step."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moments."""
     weight_decay: float = 0.01
@@ -165,6 +167,7 @@ class OptimizerConfig:
     """Tokens (prompt and response, padded) per forward; does not change the result."""
 
     def __post_init__(self) -> None:
+        _one_of("optimizer.schedule", self.schedule, ("constant", "linear"))
         _require(self.lr > 0 and self.grad_clip > 0, "optimizer.lr and .grad_clip must be > 0")
         _require(self.updates_per_step > 0, "optimizer.updates_per_step must be positive")
         _require(self.micro_batch_tokens > 0, "optimizer.micro_batch_tokens must be positive")

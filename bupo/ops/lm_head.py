@@ -29,7 +29,7 @@ def lm_head_logprobs(
         L_i = log sum_j exp z_ij     logp_i = z_it - L_i     H_i = L_i - sum_j p_ij z_ij
 
     [tokens, vocab] is never held: memory beyond the outputs is one tile of logits a thread, and in
-    backward (which recomputes the logits) one block of at most about 64 MiB.
+    backward (which recomputes the logits) one block of about 56 MiB, or 128 tokens' logits.
 
     Args:
         hidden: [..., D] float32, float64 or bfloat16. Products accumulate in float32 at least, and

@@ -137,6 +137,8 @@ def prepare(
             f"{op}: targets must have the shape of hidden without its last dimension "
             f"{list(hidden.shape[:-1])}, got {describe(targets)}"
         )
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"{op}: bias must be a tensor or None, got {describe(bias)}")
     for name, x in (("weight", weight), ("targets", targets), ("bias", bias)):
         if x is not None and x.device != hidden.device:
             raise ValueError(f"{op}: {name} must be on {hidden.device}, got {describe(x)}")
@@ -147,9 +149,11 @@ def prepare(
             f"got {hidden.dtype}"
         )
     if bias is not None:
-        if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+        if bias.shape != weight.shape[:1]:
             raise ValueError(f"{op}: bias must be [{weight.shape[0]}], got {describe(bias)}")
         bias = bias.to(weight.dtype).contiguous()
+    if softcap is not None and (isinstance(softcap, bool) or not isinstance(softcap, (int, float))):
+        raise TypeError(f"{op}: softcap must be a number or None, got {describe(softcap)}")
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"{op}: softcap must be positive and finite or None, got {softcap}")
     rows = hidden.reshape(-1, hidden.shape[-1])

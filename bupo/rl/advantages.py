@@ -30,7 +30,7 @@ def grpo(rollouts: Sequence[Rollout]) -> float:
     flat = 0
     for group in groups:
         rewards = torch.tensor([r.reward for r in group], dtype=torch.float64)
-        if len(group) < 2 or rewards.max() - rewards.min() <= TOLERANCE:
+        if rewards.max() - rewards.min() <= TOLERANCE:
             flat += 1
             values = torch.zeros_like(rewards)
         else:

@@ -97,6 +97,7 @@ class Run:
             pass
         finally:
             self.stop.release()
+            self.progress.end()
             self.recorder.close()
         if done > saved or not checkpoint.complete(self.out):
             self._save(done)
@@ -147,6 +148,24 @@ class Run:
         self._check_stop()
         return rollouts
 
+    def _generate_for_evaluation(self, problems: Sequence[Prompt]) -> list[Rollout]:
+        """With progress: the engine asks whether to stop before every batch."""
+        samples = self.config.eval.samples
+        batches = -(-len(problems) * samples // self.config.rollout.batch_size)
+        asked = 0
+        with self.progress.waiting(f"evaluation on {problems[0].source}") as done:
+
+            def stop() -> bool:
+                nonlocal asked
+                done(asked / batches)
+                asked += 1
+                return self.stop()
+
+            seed = f"{self.config.seed}/eval"
+            rollouts = self.engine.generate(problems, samples, seed, stop)
+        self._check_stop()
+        return rollouts
+
     def _check_stop(self) -> None:
         if self.stop():
             raise _Stopped
@@ -191,7 +210,7 @@ class Run:
             return
         settings = self.config.eval
         results = evaluation.evaluate(
-            lambda p: self._generate(p, settings.samples, f"{self.config.seed}/eval"),
+            self._generate_for_evaluation,
             self.reward,
             self.eval_prompts,
             settings.samples,

@@ -19,7 +19,9 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -41,7 +43,9 @@ class Recorder:
         for name in ("metrics.jsonl", "eval.jsonl"):
             rows = [r for r in read_rows(run / name) if r["step"] <= keep_until_step]
             text = "".join(json.dumps(r) + "\n" for r in rows)
-            (run / name).write_text(text, encoding="utf-8")
+            partial = run / f".{name}"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(run / name)  # a kill here loses nothing
         self._board = self._tensorboard(run, keep_until_step)
 
     @staticmethod
@@ -99,7 +103,10 @@ class Recorder:
 
     def close(self) -> None:
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except Exception as error:  # as above
+                print(f"TensorBoard is off: {error}", file=sys.stderr)
 
 
 class Stopwatch:
@@ -158,6 +165,12 @@ class Progress:
         self._stream.write(text + "\n")
         self._stream.flush()
 
+    def end(self) -> None:
+        """Leaves the live line as it stands."""
+        if self._live and self._width:
+            self._stream.write("\n")
+            self._width = 0
+
     @contextmanager
     def waiting(self, what: str) -> Iterator[Callable[[float], None]]:
         """Announces something that takes more than a moment; call the yielded function with the
@@ -176,4 +189,6 @@ class Progress:
             self._stream.flush()
 
         yield done
-        self.say(f"{what}: done in {time.monotonic() - begin:.0f} s")
+        if self._live and self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._width = 0

@@ -18,13 +18,16 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     if file.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+        try:
+            rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+        except (OSError, ValueError) as error:  # pyarrow's errors are of these
+            raise ConfigError(f"{file} is not a parquet file: {error}") from None
         return rows
     if file.suffix == ".jsonl":
-        lines = file.read_text(encoding="utf-8").splitlines()
         try:
+            lines = file.read_text(encoding="utf-8").split("\n")
             return [json.loads(line) for line in lines if line.strip()]
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not JSON lines: {error}") from None
     raise ConfigError(f"data file must end in .parquet or .jsonl, got {file}")
 
@@ -73,6 +76,8 @@ def load_prompts(
         file = Path(name)
         for n, row in enumerate(_rows(file)[:limit]):
             where = f"row {n} of {file}"
+            if not isinstance(row, dict):
+                raise ConfigError(f"{where} is not a JSON object")
             if "prompt" not in row:
                 raise ConfigError(f"{where} has no prompt")
             text = _text(row["prompt"], tokenizer, config, where)
@@ -90,7 +95,8 @@ def load_prompts(
             f"{config.max_prompt_tokens} (longest {longest}); raise it or set data.overlong=drop"
         )
     if not prompts:
-        raise ConfigError(f"no prompts in {', '.join(map(str, files)) or 'data.train=[]'}")
+        names = ", ".join(map(str, files)) or "data.train=[]"
+        raise ConfigError(f"no prompts in {names} ({overlong} dropped for their length)")
     return prompts, overlong
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -73,7 +74,8 @@ class _Worker:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
 
 class MathReward:
@@ -115,6 +117,8 @@ class MathReward:
                         self._replace(n)
                         waiting.append(item)
             busy = [w for w in self._workers if w.item is not None]
+            if not busy:  # every worker had to be replaced
+                continue
             soonest = min((w.deadline for w in busy), default=math.inf)
             ready = wait([w.stdout for w in busy], max(0.0, soonest - time.monotonic()))
             for n, worker in enumerate(self._workers):

@@ -89,7 +89,8 @@ class HFEngine:
         rollouts: list[Rollout] = []
         wanted = [(group, p) for group, p in enumerate(prompts) for _ in range(samples)]
         size = self._config.batch_size
-        training = self._model.training
+        training, shipped = self._model.training, self._model.generation_config
+        self._model.generation_config = GenerationConfig()
         self._model.eval()
         try:
             for start in range(0, len(wanted), size):
@@ -98,6 +99,7 @@ class HFEngine:
                 rollouts += self._batch(wanted[start : start + size], seed_of(seed, start))
         finally:
             self._model.train(training)
+            self._model.generation_config = shipped
         return rollouts
 
     @torch.no_grad()

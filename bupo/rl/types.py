@@ -12,7 +12,7 @@ class Prompt:
     """One problem, tokenised once; the ids are what the model sees, everywhere."""
 
     index: int
-    """Row in the data"""
+    """Place among all prompts loaded with it"""
     source: str
     """data_source of the row, or the file's name"""
     text: str

@@ -71,7 +71,8 @@ def _micro_batches(
             rows += [row] * len(response)
             columns += range(len(prompt) - 1, length[i] - 1)
             targets += response
-        tensors = (ids, mask, torch.tensor(rows), torch.tensor(columns), torch.tensor(targets))
+        places = (torch.tensor(x, dtype=torch.long) for x in (rows, columns, targets))
+        tensors = (ids, mask, *places)
         result.append(_MicroBatch(members, *(t.to(device) for t in tensors)))
     return result
 
@@ -174,9 +175,13 @@ class Trainer:
         }
 
     def _learning_rate(self, step: int) -> float:
-        settings = self._config.optimizer
-        warm = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
-        return settings.lr * warm
+        """Of step 1, 2, ...; a function of the step alone, so a resumed run has the same."""
+        settings, steps = self._config.optimizer, self._config.steps
+        if step <= settings.warmup_steps:
+            return settings.lr * step / settings.warmup_steps
+        if settings.schedule == "constant":
+            return settings.lr
+        return settings.lr * (steps - step + 1) / (steps - settings.warmup_steps)
 
     def _batches(self, rollouts: Sequence[Rollout], indices: Sequence[int]) -> list[_MicroBatch]:
         budget = self._config.optimizer.micro_batch_tokens

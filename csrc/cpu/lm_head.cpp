@@ -27,7 +27,7 @@
 namespace bupo::cpu {
 namespace {
 
-constexpr int64_t kBufferBytes = int64_t{64} << 20;
+constexpr int64_t kBufferBytes = int64_t{56} << 20;
 constexpr int64_t kForwardTokens = 256;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -121,7 +121,7 @@ class Gradients {
       : head_(head), args_(head.args()), out_(out) {
     const int64_t fitting = kBufferBytes / (args_.vocab * static_cast<int64_t>(sizeof(Acc)));
     capacity_ = std::min(std::clamp<int64_t>(fitting / 64 * 64, 128, 2048), round_up(tokens, 64));
-    ld_ = capacity_ + kColumnPad;
+    ld_ = capacity_ + 16;  // one cache line: no power of two, whose rows would share cache sets
     buffer_.reset(new Acc[static_cast<size_t>(args_.vocab * ld_)]);
     if (out.weight && kBfloat16) {
       accumulator_.reset(new Acc[static_cast<size_t>(args_.vocab * args_.width)]);
@@ -132,12 +132,12 @@ class Gradients {
     if (out.bias) bias_.assign(static_cast<size_t>(args_.vocab), Acc(0));
   }
 
-  int64_t step() const { return std::max<int64_t>(64, std::min(kForwardTokens, capacity_ / 2)); }
+  int64_t step() const { return capacity_; }
   int64_t ld() const { return ld_; }
 
   // Room for the logits of `count` tokens.
   Acc* reserve(int64_t count) {
-    if (static_cast<int64_t>(columns_.size()) + count > capacity_) flush();
+    if (static_cast<int64_t>(columns_.size()) + round_up(count, kColumnPad) > capacity_) flush();
     return buffer_.get() + columns_.size();
   }
 
@@ -187,13 +187,12 @@ class Gradients {
     if constexpr (kBfloat16) {
       if (out_.weight) {
         for_each(args_.vocab, [&](int64_t j) {
-          uint16_t* to = static_cast<uint16_t*>(out_.weight) + j * args_.width;
-          for (int64_t d = 0; d < args_.width; ++d)
-            to[d] = to_bfloat16(weight_[j * args_.width + d]);
+          round_to_bfloat16(weight_ + j * args_.width,
+                            static_cast<uint16_t*>(out_.weight) + j * args_.width, args_.width);
         });
       }
-      for (int64_t j = 0; out_.bias && j < args_.vocab; ++j)
-        static_cast<uint16_t*>(out_.bias)[j] = to_bfloat16(bias_[j]);
+      if (out_.bias)
+        round_to_bfloat16(bias_.data(), static_cast<uint16_t*>(out_.bias), args_.vocab);
     } else if (out_.bias) {
       std::copy(bias_.begin(), bias_.end(), static_cast<Acc*>(out_.bias));
     }
@@ -366,7 +365,7 @@ void policy_loss(Scalar dtype, const HeadArgs& args, const PolicyArgs& policy,
         live += coefficients[i].live();
         clipped += t.clipped;
         ratio_sum += t.ratio;
-        if (!(t.ratio <= ratio_max)) ratio_max = t.ratio;
+        if (t.ratio > ratio_max || std::isnan(t.ratio)) ratio_max = t.ratio;  // nan stays
         kl += std::expm1(t.log_ratio) - t.log_ratio;
         entropy += rows[i].entropy;
       }

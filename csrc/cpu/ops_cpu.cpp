@@ -53,16 +53,7 @@ struct Inputs {
     const int64_t tokens = hidden.size(0);
     check_vector(op, "targets", targets, tokens, ScalarType::Long);
     if (bias) check_vector(op, "bias", *bias, weight.size(0), dtype);
-    if (temperature) {
-      check_vector(op, "temperature", *temperature, tokens, acc);
-      for (int64_t i = 0; i < tokens; ++i) {
-        const double t = acc == ScalarType::Double
-                             ? static_cast<const double*>(data(temperature))[i]
-                             : static_cast<const float*>(data(temperature))[i];
-        require(t > 0 && std::isfinite(t), op, ": temperature[", i,
-                "] must be positive and finite, got ", t);
-      }
-    }
+    if (temperature) check_vector(op, "temperature", *temperature, tokens, acc);
     args = {data(hidden),
             data(weight),
             data(bias),
@@ -74,6 +65,18 @@ struct Inputs {
             hidden.stride(0),
             weight.stride(0),
             softcap};
+  }
+
+  // The values that the tokens selected by `included` may hold; other tokens may hold anything.
+  template <class Included>
+  void check_tokens(const char* op, const Included& included) const {
+    check_targets(op, args.targets, args.tokens, args.vocab, included);
+    for (int64_t i = 0; args.temperature && i < args.tokens; ++i) {
+      const double t = acc == ScalarType::Double ? static_cast<const double*>(args.temperature)[i]
+                                                 : static_cast<const float*>(args.temperature)[i];
+      require(!included(i) || (t > 0 && std::isfinite(t)), op, ": temperature[", i,
+              "] must be positive and finite, got ", t);
+    }
   }
 };
 
@@ -96,8 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_logprobs(Tensor hidden, Tensor weight
                                                     double softcap, int64_t ignore_index) {
   constexpr const char* op = "bupo.ops.lm_head_logprobs";
   const Inputs in(op, hidden, weight, targets, bias, temperature, softcap);
-  check_targets(op, in.args.targets, in.args.tokens, in.args.vocab,
-                [&](int64_t i) { return in.args.targets[i] != ignore_index; });
+  in.check_tokens(op, [&](int64_t i) { return in.args.targets[i] != ignore_index; });
   Tensor logprobs = make(hidden, {in.args.tokens}, in.acc);
   Tensor entropy = make(hidden, {in.args.tokens}, in.acc);
   Tensor logsumexp = make(hidden, {in.args.tokens}, in.acc);
@@ -113,8 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_logprobs_backward(
     int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
   constexpr const char* op = "bupo.ops.lm_head_logprobs (backward)";
   const Inputs in(op, hidden, weight, targets, bias, temperature, softcap);
-  check_targets(op, in.args.targets, in.args.tokens, in.args.vocab,
-                [&](int64_t i) { return in.args.targets[i] != ignore_index; });
+  in.check_tokens(op, [&](int64_t i) { return in.args.targets[i] != ignore_index; });
   check_vector(op, "grad_logprobs", grad_logprobs, in.args.tokens, in.acc);
   check_vector(op, "grad_entropy", grad_entropy, in.args.tokens, in.acc);
   check_vector(op, "grad_logsumexp", grad_logsumexp, in.args.tokens, in.acc);
@@ -138,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
                                         : static_cast<const float*>(data(token_weights))[i] != 0;
   };
   check_vector(op, "token_weights", token_weights, in.args.tokens, in.acc);
-  check_targets(op, in.args.targets, in.args.tokens, in.args.vocab, included);
+  in.check_tokens(op, included);
   check_vector(op, "old_logprobs", old_logprobs, in.args.tokens, in.acc);
   check_vector(op, "advantages", advantages, in.args.tokens, in.acc);
   if (ref_logprobs) check_vector(op, "ref_logprobs", *ref_logprobs, in.args.tokens, in.acc);

@@ -5,6 +5,7 @@
 
 #include "library.h"
 #include "vector_math.h"
+#include "vocab_tile.h"
 
 namespace bupo::cpu {
 namespace {
@@ -29,10 +30,6 @@ T* row_of(void* base, int64_t row, int64_t stride) {
 
 void upcast(const uint16_t* from, float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = from_bfloat16(from[i]);
-}
-
-void round_to_bfloat16(const float* from, uint16_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = to_bfloat16(from[i]);
 }
 
 // The weight's tile in fp32, in memory of the calling thread.

@@ -109,6 +109,16 @@ BUPO_INLINE uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+BUPO_INLINE void store_bfloat16(uint16_t* p, const Vec<float>& v) {
+  using Bits = VectorOf<float>::Bits;
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+  const Bits bits = (Bits)v;
+  Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  rounded = v != v ? Bits{} + 0x7fc0 : rounded;
+  const Half half = __builtin_convertvector(rounded, Half);
+  std::memcpy(p, &half, sizeof half);
+}
+
 BUPO_INLINE float from_bfloat16(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float y;

@@ -59,13 +59,7 @@ BUPO_INLINE void store_gradient(T* row, int64_t at, const Vec<T>& v, std::false_
 }
 
 BUPO_INLINE void store_gradient(float* row, int64_t at, const Vec<float>& v, std::true_type) {
-  using Bits = VectorOf<float>::Bits;
-  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-  const Bits bits = (Bits)v;
-  Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  rounded = v != v ? Bits{} + 0x7fc0 : rounded;
-  const Half half = __builtin_convertvector(rounded, Half);
-  std::memcpy(reinterpret_cast<uint16_t*>(row) + at, &half, sizeof half);
+  store_bfloat16(reinterpret_cast<uint16_t*>(row) + at, v);
 }
 
 template <class T, class Bf16>
@@ -129,6 +123,12 @@ BUPO_CLONES void tile_gradient_bfloat16(float* tile, int64_t ld, int64_t rows, i
 BUPO_CLONES void tile_gradient(double* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
                                const GradientColumns<double>& columns, double* row_sums) {
   gradient(tile, ld, rows, base, out, columns, row_sums, std::false_type{});
+}
+
+BUPO_CLONES void round_to_bfloat16(const float* from, uint16_t* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes<float> <= count; i += kLanes<float>) store_bfloat16(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = to_bfloat16(from[i]);
 }
 
 }  // namespace bupo::cpu

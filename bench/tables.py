@@ -1,0 +1,74 @@
+"""Writes the tables of the documents from bench/results: `python bench/tables.py` (--check only
+compares). A table stands between `<!-- table: NAME -->` and `<!-- end -->`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md",)
+RESULTS = ROOT / "bench" / "results"
+
+
+def newest(name: str) -> list[dict[str, Any]]:
+    """The rows of the last run in a results file."""
+    rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["date"] == rows[-1]["date"]]
+
+
+def cpu_table() -> str:
+    """The LM-head ops on the CPU against bare GEMMs and plain torch."""
+    rows = newest("cpu")
+    run = rows[0]
+    lines = [
+        "| | dtype | x three bare GEMMs | x `policy_loss` | peak MiB | rel. error dW |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        error = row.get("error_d_weight")
+        lines.append(
+            f"| {row['name']} | {row['dtype']} | {row['x_three_gemms']:.2f} | {row['x_ours']:.2f} "
+            f"| {row['peak_mib']:.0f} | {'' if error is None else f'{error:.1e}'} |"
+        )
+    where = (
+        f"N={run['tokens']}, D={run['width']}, V={run['vocab']}, {run['threads']} threads of "
+        f"{run['cpu']}, torch {run['torch']}, {run['date'][:10]}; ratios of medians in one run"
+    )
+    return "\n".join([*lines, "", f"{where}."])
+
+
+TABLES = {"cpu": cpu_table}
+
+
+def filled(text: str) -> str:
+    """A document with its tables made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n<!-- end -->"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    """Exit status 1 if --check finds a table that differs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    stale = []
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        if filled(text) != text:
+            stale.append(name)
+            if not check:
+                (ROOT / name).write_text(filled(text), encoding="utf-8")
+    print("\n".join(f"{name}: tables {'differ' if check else 'written'}" for name in stale))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""bupo.rl.metrics: files that a kill can cut, a mirror that may break, lines for two terminals."""
+
+import io
+import json
+import math
+import types
+
+import pytest
+import torch.utils.tensorboard
+
+from bupo.rl import metrics
+from bupo.rl.metrics import Progress, Recorder, Stopwatch, read_rows
+from bupo.rl.types import EvalResult
+
+
+def strict_lines(file):
+    """Rows of valid JSON, which knows no NaN."""
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    return [json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()]
+
+
+def row_of(step, **more):
+    return {"step": step, "layer": None, "reward/mean": 0.5, "policy/entropy": 1.25} | more
+
+
+def test_rows_of_a_missing_or_empty_file(tmp_path):
+    assert read_rows(tmp_path / "gone.jsonl") == []
+    (tmp_path / "empty.jsonl").touch()
+    assert read_rows(tmp_path / "empty.jsonl") == []
+
+
+@pytest.mark.parametrize("cut", range(1, 20))
+def test_a_cut_last_line_is_left_out(tmp_path, cut):
+    file = tmp_path / "rows.jsonl"
+    whole = '{"step": 1, "x": 0.5}\n{"step": 2, "x": 0.25}\n'
+    file.write_text(whole[:-1])
+    assert [r["step"] for r in read_rows(file)] == [1, 2], "only the newline is missing"
+    file.write_text(whole[: -1 - cut])
+    assert read_rows(file) == [{"step": 1, "x": 0.5}]
+
+
+def test_recorder_continues_after_the_step_it_is_told(tmp_path):
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        text = "".join(json.dumps({"step": n, "of": name}) + "\n" for n in (0, 1, 2, 3, 4))
+        (tmp_path / name).write_text(text + '{"step": 5, "o')
+    recorder = Recorder(tmp_path, keep_until_step=2)
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert strict_lines(tmp_path / name) == [{"step": n, "of": name} for n in (0, 1, 2)]
+    recorder.step(row_of(3))
+    recorder.step(row_of(4))
+    recorder.close()
+    rows = strict_lines(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [0, 1, 2, 3, 4] and "of" not in rows[3]
+    assert read_rows(tmp_path / "metrics.jsonl") == rows
+
+
+def test_a_new_run_starts_with_empty_files(tmp_path):
+    Recorder(tmp_path, keep_until_step=0).close()
+    assert read_rows(tmp_path / "metrics.jsonl") == read_rows(tmp_path / "eval.jsonl") == []
+
+
+def test_every_row_is_on_disk_at_once(tmp_path):
+    recorder = Recorder(tmp_path, keep_until_step=0)
+    recorder.step(row_of(1))
+    assert len(strict_lines(tmp_path / "metrics.jsonl")) == 1, "before close()"
+    recorder.close()
+
+
+def test_what_is_not_finite_becomes_null(tmp_path):
+    recorder = Recorder(tmp_path, keep_until_step=0)
+    recorder.step(row_of(1, **{"policy/loss": math.nan, "a/b": math.inf, "c/d": -math.inf}))
+    passes = {1: (0.5, math.nan), 4: None}
+    result = EvalResult("set", 1, 2, 0.5, math.nan, passes, 7.0, 0.25)
+    shown = recorder.evaluation(1, "before", result)
+    recorder.close()
+    (row,) = strict_lines(tmp_path / "metrics.jsonl")
+    assert row == row_of(1, **{"policy/loss": None, "a/b": None, "c/d": None})
+    (row,) = strict_lines(tmp_path / "eval.jsonl")
+    assert row == {
+        "step": 1,
+        "when": "before",
+        "dataset": "set",
+        "n": 1,
+        "k_samples": 2,
+        "avg": 0.5,
+        "avg_se": None,
+        "length": 7.0,
+        "truncated": 0.25,
+        "pass@1": 0.5,
+        "pass@1_se": None,
+        "pass@4": None,
+        "pass@4_se": None,
+    }
+    assert set(shown) == set(row)
+
+
+def test_rollouts_of_a_step(tmp_path):
+    recorder = Recorder(tmp_path, keep_until_step=0)
+    rows = [{"response": "é\u2028✓\n", "reward": 1.0}, {"response": "", "reward": 0.0}]
+    recorder.rollouts(7, rows)
+    recorder.rollouts(7, rows)  # a step made again replaces its file
+    recorder.close()
+    text = (tmp_path / "rollouts" / "step_000007.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line) for line in text.split("\n")[:-1]] == rows
+
+
+def test_rows_are_split_at_newlines_only(tmp_path):
+    # U+2028 and U+0085 stand unescaped in rollouts/*.jsonl.
+    recorder = Recorder(tmp_path, keep_until_step=0)
+    rows = [{"response": f"a{c}b"} for c in ("\u2028", "\u2029", "\x85")]
+    recorder.rollouts(1, rows)
+    recorder.close()
+    assert read_rows(tmp_path / "rollouts" / "step_000001.jsonl") == rows
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recorder = Recorder(tmp_path, keep_until_step=0)
+    recorder.step(row_of(1, **{"policy/loss": math.nan, "time/step": 2.0}))
+    recorder.step(row_of(2, **{"policy/loss": 0.75}))
+    recorder.evaluation(2, "after", EvalResult("set", 1, 8, 0.25, 0.1, {}, 7.0, 0.0))
+    recorder.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+
+    def points(tag):
+        return [(e.step, e.value) for e in events.Scalars(tag)]
+
+    assert points("reward/mean") == [(1, 0.5), (2, 0.5)]
+    assert points("policy/loss") == [(2, 0.75)]
+    assert points("eval/set/avg@8") == [(2, 0.25)]
+
+
+def test_tensorboard_that_cannot_start(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    recorder = Recorder(tmp_path, keep_until_step=0)
+    recorder.step(row_of(1))
+    recorder.close()
+    assert "TensorBoard is off" in capsys.readouterr().err
+    assert len(strict_lines(tmp_path / "metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize("breaks", ["__init__", "add_scalar", "close"])
+def test_tensorboard_that_breaks_does_not_stop_training(tmp_path, monkeypatch, capsys, breaks):
+    calls = []
+
+    def fail(*args, **kw):
+        calls.append(breaks)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch.utils.tensorboard.SummaryWriter, breaks, fail)
+    recorder = Recorder(tmp_path, keep_until_step=0)
+    for step in (1, 2, 3):
+        recorder.step(row_of(step))
+    recorder.close()
+    assert calls == [breaks], "tried once, then left alone"
+    assert "TensorBoard is off: No space left on device" in capsys.readouterr().err
+    assert [r["step"] for r in strict_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+class Clock(types.SimpleNamespace):
+    """Stands for the time module: its time passes when a test says so."""
+
+    now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(metrics, "time", clock)
+    return clock
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def progress_row(step, layer=None, **more):
+    return row_of(step, layer=layer, tokens_per_second=12345.6, **more)
+
+
+def test_progress_in_a_file_is_whole_lines(clock):
+    stream = io.StringIO()
+    progress = Progress(steps=20, first=0, stream=stream)
+    for step in range(1, 21):
+        clock.now += 2
+        progress.step(progress_row(step, layer=3 if step <= 5 else None))
+    text = stream.getvalue()
+    assert "\r" not in text and text.endswith("\n")
+    lines = text.splitlines()
+    assert lines[0] == (
+        "step 1/20 | pi^3 policy | reward 0.500 | entropy 1.25 | 12,346 tokens/s | ETA 0:38"
+    )
+    steps = [line.split("|")[0].strip() for line in lines]
+    assert steps == [f"step {n}/20" for n in (1, 4, 7, 10, 13, 16, 19, 20)], "about every 5 s"
+    assert "| final policy |" in lines[-1] and lines[-1].endswith("ETA 0:00")
+
+
+def test_progress_of_a_resumed_run_counts_its_own_steps(clock):
+    stream = io.StringIO()
+    progress = Progress(steps=20, first=10, stream=stream)
+    clock.now += 30
+    progress.step(progress_row(11))
+    assert stream.getvalue().rstrip().endswith("ETA 4:30")  # 9 steps of 30 s
+
+
+def screen(text):
+    """What a terminal shows of text: a carriage return goes back to the start of the line."""
+    lines = []
+    for line in text.split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return lines
+
+
+def test_progress_on_a_terminal_is_one_line_rewritten(clock):
+    stream = Terminal()
+    progress = Progress(steps=3, first=0, stream=stream)
+    for step in (1, 2):
+        clock.now += 4000 - 1995 * (step - 1)  # the second line is shorter
+        progress.step(progress_row(step))
+        assert "\n" not in stream.getvalue() and stream.getvalue().startswith("\r")
+    assert stream.getvalue().count("\r") == 2
+    (line,) = screen(stream.getvalue())
+    assert line.startswith("step 2/3 |") and line.endswith("ETA 50:02"), "nothing left of the old"
+
+
+def test_what_is_said_stays(clock):
+    stream = Terminal()
+    progress = Progress(steps=3, first=0, stream=stream)
+    progress.say("first")
+    progress.step(progress_row(1))
+    progress.say("said")
+    progress.step(progress_row(2))
+    shown = screen(stream.getvalue())
+    assert shown[:2] == ["first", "said"], "the live line made room"
+    assert len(shown) == 3 and shown[2].startswith("step 2/3 |")
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_waiting_says_how_long(clock, kind):
+    stream = kind()
+    progress = Progress(steps=3, first=0, stream=stream)
+    with progress.waiting("evaluation") as done:
+        done(0.0)
+        clock.now += 30
+        done(0.25)
+        clock.now += 0.1
+        done(0.26)  # too soon to show
+        clock.now += 30
+        done(0.75)
+    shown = screen(stream.getvalue())
+    if kind is Terminal:
+        assert stream.getvalue().count("ETA") == 2
+        assert [line.strip() for line in shown] == [""], "the line makes room for what follows"
+    else:
+        assert shown == ["evaluation: 25% | ETA 1:30", "evaluation: 75% | ETA 0:20", ""]
+
+
+def test_stopwatch_adds_up(clock):
+    watch = Stopwatch()
+    for seconds in (1, 2):
+        with watch.stage("rollout"):
+            clock.now += seconds
+    with pytest.raises(KeyError), watch.stage("update"):
+        clock.now += 4
+        raise KeyError
+    clock.now += 8
+    assert watch.seconds == {"rollout": 3.0, "update": 4.0}
+    assert watch.total() == 15.0

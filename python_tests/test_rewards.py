@@ -1,0 +1,280 @@
+"""bupo.rl.rewards: Math-Verify in processes that may hang or die, and functions of the user's."""
+
+import shutil
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+from rl_samples import prompt
+
+from bupo.config import ConfigError, RewardConfig
+from bupo.rl import rewards
+from bupo.rl.math_worker import grade, last_boxed
+from bupo.rl.rewards import FunctionReward, MathReward, make_reward
+from bupo.rl.types import RewardReport, Rollout
+
+HANGS = ("\\boxed{9^{9^{9^9}}}", "9^{9^{9^8}}")
+"""Numbers of about 10^369,693,100 digits, which sympy would like to know exactly."""
+
+
+@pytest.fixture(scope="module")
+def grader():
+    reward = MathReward(RewardConfig(timeout=30, workers=2))
+    yield reward
+    reward.close()
+
+
+def one(grader, response, answer):
+    (value,), report = grader.grade([(response, answer)])
+    assert report == RewardReport()
+    return value
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ("\\frac{1}{2}", "0.5"),
+        ("\\dfrac{3}{4}", "\\frac{3}{4}"),
+        ("\\frac12", "1/2"),
+        ("2\\sqrt{2}", "\\sqrt{8}"),
+        ("x^2+2x+1", "(x+1)^2"),
+        ("1,000", "1000"),
+        ("x=5", "5"),
+        ("\\{2,1\\}", "\\{1,2\\}"),
+        ("90^\\circ", "90"),
+        ("\\text{Yes}", "Yes"),
+        ("\\left(3,\\frac{\\pi}{2}\\right)", "(3, \\pi/2)"),
+        ("+\\infty", "\\infty"),
+    ],
+)
+def test_equal_answers_that_differ_as_strings(grader, given, answer):
+    assert "".join(given.split()) != "".join(answer.split())
+    assert one(grader, f"Therefore \\boxed{{{given}}}.", answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ("5", "6"),
+        ("No", "Yes"),
+        ("0.33", "\\frac{1}{3}"),
+        ("(2,1)", "(1,2)"),
+        ("[0,1)", "(0,1)"),
+        ("-3", "3"),
+        ("x^2", "x^3"),
+        ("", "5"),
+    ],
+)
+def test_different_answers(grader, given, answer):
+    assert one(grader, f"Therefore \\boxed{{{given}}}.", answer) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("response", "content"),
+    [
+        ("no box", None),
+        ("", None),
+        ("\\boxed{3}", "3"),
+        ("\\boxed{3} or rather \\boxed{4}", "4"),
+        ("\\boxed{\\frac{\\sqrt{2}}{3}}", "\\frac{\\sqrt{2}}{3}"),
+        ("\\boxed{\\{1, \\{2\\}\\}} }", "\\{1, \\{2\\}\\}"),
+        ("\\boxed{3", None),
+        ("\\boxed{4}, no, \\boxed{\\frac{1}{2", "4"),
+        ("\\fbox{7}", "7"),
+        ("\\boxed{1} \\fbox{2}", "2"),
+        ("\\boxed {5}", "5"),
+        ("\\boxed 5", None),
+        ("\\boxed", None),
+        ("\\boxed{}", ""),
+        ("\\boxed{ a\nb }", "a\nb"),
+        ("\\boxedtext{5}", None),
+        ("\\boxed{\\boxed{5}}", "5"),
+    ],
+)
+def test_last_boxed(response, content):
+    assert last_boxed(response) == content
+
+
+def test_the_last_box_decides(grader):
+    assert one(grader, "\\boxed{3}, wait: \\boxed{4}", "4") == 1.0
+    assert one(grader, "\\boxed{4}, wait: \\boxed{3}", "4") == 0.0
+    assert one(grader, "the answer is 4", "4") == 0.0
+    assert one(grader, "\\boxed{4", "4") == 0.0
+    assert one(grader, "so \\boxed{\\frac{\\frac{1}{2}}{3}}", "1/6") == 1.0
+
+
+def test_yes_is_an_answer_as_a_string():
+    # 682 of the paper's 5,000 answers. Math-Verify is not asked.
+    assert grade("\\boxed{Yes}", "Yes") == 1.0
+    assert grade("\\boxed{ Yes }", "Yes") == 1.0
+    assert grade("Yes", "Yes") == 0.0
+
+
+def test_any_text_reaches_the_worker(grader):
+    strange = "é ✓ \u2028 \x85 \x00 \ud800 \r\n\t \\boxed{5}"
+    long = "x" * 300_000 + "\\boxed{5}"  # more than a pipe holds
+    pairs = [(strange, "5"), (long, "5"), (strange, "6"), ("\\boxed{é}", "é"), ("", "")]
+    assert grader.grade(pairs) == ([1.0, 1.0, 0.0, 1.0, 0.0], RewardReport())
+
+
+def test_many_items_keep_their_order(grader):
+    pairs = [(f"\\boxed{{{n}}}", str(n if n % 3 else n + 1)) for n in range(60)]
+    assert grader.grade(pairs) == ([float(n % 3 > 0) for n in range(60)], RewardReport())
+    assert grader.grade([]) == ([], RewardReport())
+
+
+def test_reward_is_of_the_response_to_its_prompt(grader):
+    rollouts = [
+        Rollout(prompt([1], answer=str(n)), n, [2], [0.0], "stop", f"\\boxed{{{n % 2}}}", -1.0)
+        for n in range(4)
+    ]
+    assert grader(rollouts) == RewardReport()
+    assert [r.reward for r in rollouts] == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_hanging_answer_is_killed_at_the_deadline():
+    reward = MathReward(RewardConfig(timeout=3, workers=2))
+    before = [w._process for w in reward._workers]
+    good, wrong = ("\\boxed{\\frac{2}{4}}", "0.5"), ("\\boxed{1}", "2")
+    try:
+        values, report = reward.grade([HANGS, good, wrong, HANGS, good, wrong, good])
+        assert values == [0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
+        assert report == RewardReport(timeouts=2, errors=0)
+        assert any(p.poll() is not None for p in before), "a worker that hangs is ended"
+        assert all(w._process.poll() is None for w in reward._workers), "and replaced"
+        assert reward.grade([wrong, good]) == ([0.0, 1.0], RewardReport())
+    finally:
+        reward.close()
+    assert all(w._process.poll() is not None for w in reward._workers)
+
+
+def test_a_worker_that_dies_at_work_is_replaced():
+    reward = MathReward(RewardConfig(timeout=120, workers=2))
+
+    def kill_who_hangs():
+        while True:
+            for worker in reward._workers:
+                if worker.item == 1:
+                    return worker._process.kill()
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill_who_hangs)
+    thread.start()
+    try:
+        good = ("\\boxed{0.5}", "\\frac{1}{2}")
+        values, report = reward.grade([good, HANGS, good, good, ("\\boxed{1}", "2"), good])
+        assert values == [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+        assert report == RewardReport(timeouts=0, errors=1)
+        assert reward.grade([good, good]) == ([1.0, 1.0], RewardReport())
+    finally:
+        thread.join()
+        reward.close()
+
+
+def test_a_worker_that_dies_between_batches_is_replaced():
+    reward = MathReward(RewardConfig(timeout=60, workers=1))
+    process = reward._workers[0]._process
+    process.kill()
+    process.wait()
+    try:
+        pairs = [("\\boxed{5}", "5"), ("\\boxed{6}", "5")]
+        assert reward.grade(pairs) == ([1.0, 0.0], RewardReport())
+    finally:
+        reward.close()
+
+
+def test_an_exception_counts_as_an_error(grader):
+    # The answer is no string, so the worker's grade() raises; the process lives on.
+    before = [w._process for w in grader._workers]
+    values, report = grader.grade([("\\boxed{1}", "1"), ("\\boxed{1}", 1), ("\\boxed{2}", "2")])
+    assert (values, report) == ([1.0, 0.0, 1.0], RewardReport(timeouts=0, errors=1))
+    assert [w._process for w in grader._workers] == before
+
+
+def test_self_check_refuses_a_broken_installation(monkeypatch):
+    started = []
+
+    class Recorded(rewards._Worker):
+        def __init__(self):
+            super().__init__()
+            started.append(self._process)
+
+    monkeypatch.setattr(rewards, "_Worker", Recorded)
+    monkeypatch.setattr(rewards, "GOLDEN", [*rewards.GOLDEN, ("\\boxed{1}", "2", 1.0)])
+    with pytest.raises(ConfigError, match=r"self-check.*boxed\{1\}"):
+        make_reward(RewardConfig(timeout=60, workers=2))
+    assert len(started) == 2 and all(p.poll() is not None for p in started), "no process is left"
+
+
+def test_self_check_refuses_timeouts(monkeypatch):
+    # 0 is what the hanging item gets, and what is expected of it: the count must tell.
+    monkeypatch.setattr(rewards, "GOLDEN", [(*HANGS, 0.0)])
+    with pytest.raises(ConfigError, match=r"self-check.*timeouts=1"):
+        MathReward(RewardConfig(timeout=0.5, workers=1))
+
+
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(ConfigError, match="does not start"):
+        MathReward(RewardConfig())
+
+
+@pytest.fixture
+def custom(tmp_path, monkeypatch):
+    """Makes module:function of a body, importable under a name of its own."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(body):
+        name = f"custom_reward_{len(list(tmp_path.iterdir()))}"
+        text = "def score(responses, answers):\n" + textwrap.indent(body, "    ")
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return f"{name}:score"
+
+    return make
+
+
+def three():
+    texts = ("a", "bb", "ccc")
+    return [
+        Rollout(prompt([1], answer=str(n)), n, [2], [0.0], "stop", text, -1.0)
+        for n, text in enumerate(texts)
+    ]
+
+
+def test_custom_function_sees_texts_and_answers(custom):
+    name = custom("assert type(responses) is type(answers) is list\n"
+                  "return [len(r) + 10 * int(a) for r, a in zip(responses, answers)]")  # fmt: skip
+    reward, rollouts = make_reward(RewardConfig(function=name)), three()
+    assert reward(rollouts) == RewardReport()
+    assert [r.reward for r in rollouts] == [1.0, 12.0, 23.0]
+    assert all(type(r.reward) is float for r in rollouts)
+    reward.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1.0, 1.0]", "returned 2 rewards for 3 responses"),
+        ("return [1.0] * 4", "returned 4 rewards for 3 responses"),
+        ("return [0.0, float('nan'), 1.0]", "returned nan"),
+        ("return [0.0, 1.0, float('-inf')]", "returned -inf"),
+    ],
+)
+def test_custom_function_that_answers_wrongly(custom, body, message):
+    name = custom(body)
+    with pytest.raises(ValueError, match=f"reward.function={name}.* {message}"):
+        FunctionReward(name)(three())
+
+
+def test_custom_function_that_raises_is_not_reward_zero(custom):
+    with pytest.raises(KeyError, match="lost"):
+        FunctionReward(custom("raise KeyError('lost')"))(three())
+
+
+@pytest.mark.parametrize("what", ["no_such_module_anywhere:score", "math:no_such_function"])
+def test_custom_function_that_cannot_be_imported(what):
+    with pytest.raises(ConfigError, match=f"reward.function={what} cannot be loaded"):
+        make_reward(RewardConfig(function=what))
