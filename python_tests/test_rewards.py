@@ -1,10 +1,12 @@
 """bupo.rl.rewards: Math-Verify in processes that may hang or die, and functions of the user's."""
 
 import shutil
+import subprocess
 import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from rl_samples import prompt
@@ -278,3 +280,22 @@ def test_custom_function_that_raises_is_not_reward_zero(custom):
 def test_custom_function_that_cannot_be_imported(what):
     with pytest.raises(ConfigError, match=f"reward.function={what} cannot be loaded"):
         make_reward(RewardConfig(function=what))
+
+
+def test_a_killed_trainer_leaves_no_worker_behind():
+    """SIGKILL of the parent while an answer hangs: the worker must not compute on for ever."""
+    code = (
+        "from bupo.config import RewardConfig; from bupo.rl.rewards import MathReward\n"
+        "r = MathReward(RewardConfig(timeout=600, workers=1))\n"
+        "print(r._workers[0]._process.pid, flush=True)\n"
+        "r.grade([('\\\\boxed{9^{9^{9^9}}}', '3')])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = Path("/proc") / parent.stdout.readline().strip()
+    assert (worker / "stat").exists()
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 20
+    while worker.exists() and (worker / "stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "the worker outlived the trainer"
+        time.sleep(0.05)
