@@ -256,7 +256,7 @@ def environment(threads: int) -> dict[str, Any]:
         "commit": commit + ("+changes" if git("status", "--porcelain") else ""),
         "torch": torch.__version__,
         "cpu": models[0] if models else platform.processor(),
-        "bfloat16": ops.build_info()["cpu_bfloat16"],
+        "products": ops.build_info()["cpu_products"],
         "threads": threads,
     }
 

@@ -4,16 +4,6 @@
 
 #include "cpu/library.h"
 
-#ifndef BUPO_CUDA_MODE
-#define BUPO_CUDA_MODE "OFF"
-#endif
-#ifndef BUPO_CUDA_ARCHS
-#define BUPO_CUDA_ARCHS ""
-#endif
-#ifndef BUPO_VERSION
-#define BUPO_VERSION "unknown"
-#endif
-
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
@@ -25,7 +15,10 @@ PYBIND11_MODULE(_C, m) {
     info["archs"] = BUPO_CUDA_ARCHS;
     info["torch_target"] = BUPO_TORCH_TARGET;
     info["devices"] = py::make_tuple("cpu");
-    info["cpu_bfloat16"] = bupo::cpu::bfloat16_kernel().call ? "block product" : "upcast";
+    const auto products = [](bool block) { return block ? "block" : "library"; };
+    info["cpu_products"] =
+        py::dict(py::arg("float32") = products(bupo::cpu::block_kernel<float>().call),
+                 py::arg("bfloat16") = products(bupo::cpu::block_kernel<uint16_t>().call));
     return info;
   });
 }

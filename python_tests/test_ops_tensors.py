@@ -654,8 +654,9 @@ def test_excluded_targets_may_be_out_of_range() -> None:
 
 def test_build_info() -> None:
     info = ops.build_info()
-    assert {"version", "cuda", "archs", "torch_target", "devices", "cpu_bfloat16"} <= info.keys()
+    assert {"version", "cuda", "archs", "torch_target", "devices", "cpu_products"} <= info.keys()
     assert "cpu" in info["devices"]
     assert info["cuda"] in ("OFF", "CHECK", "ON")
-    forced = os.environ.get("BUPO_CPU_BFLOAT16") == "upcast"
-    assert info["cpu_bfloat16"] in (["upcast"] if forced else ["block product", "upcast"])
+    forced = os.environ.get("BUPO_CPU_PRODUCTS") == "library"
+    assert info["cpu_products"].keys() == {"float32", "bfloat16"}
+    assert set(info["cpu_products"].values()) <= ({"library"} if forced else {"library", "block"})

@@ -35,7 +35,8 @@ def build_info() -> dict[str, Any]:
 
     Keys: ``version``; ``cuda``, the build mode (OFF, CHECK, ON); ``archs``, the CUDA architectures;
     ``torch_target``, the oldest torch it runs on; ``devices``, where ops are implemented;
-    ``cpu_bfloat16``, "block product" (AVX512_BF16 or AMX) or "upcast" (fp32 products, slower).
+    ``cpu_products``, for float32 and bfloat16: "block" (oneDNN's block product; AVX-512 and, for
+    bfloat16, AVX512_BF16 or AMX) or "library" (torch's BLAS in fp32, slower).
     """
     return dict(_C.build_info())
 

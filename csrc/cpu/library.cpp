@@ -6,6 +6,8 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
+#include <vector>
 
 namespace bupo::cpu {
 namespace {
@@ -19,19 +21,31 @@ torch::stable::Tensor as_tensor(const Block& b) {
 }
 
 // The block product is exported by libtorch_cpu but is not part of its stable interface: it is
-// looked up by name, arguments included, and its absence only costs speed.
-Bfloat16Kernel find_bfloat16_kernel() {
-  Bfloat16Kernel kernel;
+// looked up by name, arguments included, tried once, and its absence only costs speed.
+template <class T>
+BlockKernel<T> find_block_kernel([[maybe_unused]] const char* name) {
+  BlockKernel<T> kernel;
 #if defined(__x86_64__)
-  const char* mode = std::getenv("BUPO_CPU_BFLOAT16");
-  if (mode && std::strcmp(mode, "upcast") == 0) return kernel;
+  const char* wanted = std::getenv("BUPO_CPU_PRODUCTS");
+  if (wanted && std::strcmp(wanted, "library") == 0) return kernel;
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx512bf16")) return kernel;
-  void* call = dlsym(RTLD_DEFAULT, "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb");
+  constexpr bool paired = BlockKernel<T>::kPaired;
+  if (!(paired ? __builtin_cpu_supports("avx512bf16") : __builtin_cpu_supports("avx512f")))
+    return kernel;
+  void* call = dlsym(RTLD_DEFAULT, name);
   void* release = dlsym(RTLD_DEFAULT, "_ZN2at6native7cpublas14brgemm_releaseEb");
   if (!call || !release) return kernel;
-  kernel.call = reinterpret_cast<Bfloat16Kernel::Call>(call);
-  kernel.release = reinterpret_cast<Bfloat16Kernel::Release>(release);
+  kernel.call = reinterpret_cast<typename BlockKernel<T>::Call>(call);
+  kernel.release = reinterpret_cast<typename BlockKernel<T>::Release>(release);
+  try {  // c[32, 32] of zeros times zeros; a torch built without the kernel throws
+    const std::vector<T> zeros(32 * 32);
+    std::vector<float> c(32 * 32, 1.0f);
+    kernel.call(32, 32, 32, 32, 32, 32, false, zeros.data(), zeros.data(), c.data(), paired);
+    kernel.release(paired);
+    if (c.front() != 0 || c.back() != 0) return {};
+  } catch (const std::exception&) {
+    return {};
+  }
 #endif
   return kernel;
 }
@@ -50,8 +64,17 @@ void multiply(const Block& c, const Block& a, const Block& b, bool accumulate) {
   }
 }
 
-const Bfloat16Kernel& bfloat16_kernel() {
-  static const Bfloat16Kernel kernel = find_bfloat16_kernel();
+template <>
+const BlockKernel<float>& block_kernel() {
+  static const auto kernel =
+      find_block_kernel<float>("_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb");
+  return kernel;
+}
+
+template <>
+const BlockKernel<uint16_t>& block_kernel() {
+  static const auto kernel =
+      find_block_kernel<uint16_t>("_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb");
   return kernel;
 }
 

@@ -1,4 +1,4 @@
-// Thin access to torch's libraries: matrix products on raw blocks, threads, the bf16 block product.
+// Thin access to torch's libraries: matrix products on raw blocks, threads, oneDNN's block product.
 
 #pragma once
 
@@ -44,17 +44,21 @@ void for_each(int64_t count, const Body& body) {
   });
 }
 
-// oneDNN's kernel c[m, n] (+)= a[m, k] b[k, n], bf16 in, fp32 out, one thread. b holds pairs of
-// rows: element (k, n) at b[(k / 2) * 2 ldb + 2 n + k % 2]; k even.
-struct Bfloat16Kernel {
+// oneDNN's kernel c[m, n] (+)= a[m, k] b[k, n], T in, fp32 out, on the calling thread. bfloat16
+// holds b in pairs of rows: element (k, n) at b[(k / 2) * 2 ldb + 2 n + k % 2]; k even.
+template <class T>
+struct BlockKernel {
+  static constexpr bool kPaired = sizeof(T) == 2;
   using Call = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
-                        bool accumulate, const void* a, const void* b, float* c, bool paired);
+                        bool accumulate, const T* a, const T* b, float* c, bool paired);
   using Release = void (*)(bool paired);
   Call call = nullptr;
   Release release = nullptr;  // gives the matrix unit's tile state back, once per thread
 };
 
-// Null where this CPU or this torch has none, or where BUPO_CPU_BFLOAT16=upcast forbids it.
-const Bfloat16Kernel& bfloat16_kernel();
+// T is float or uint16_t (bfloat16). Null where this CPU or this torch has none, or where
+// BUPO_CPU_PRODUCTS=library forbids it.
+template <class T>
+const BlockKernel<T>& block_kernel();
 
 }  // namespace bupo::cpu

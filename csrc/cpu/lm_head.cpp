@@ -27,7 +27,7 @@
 namespace bupo::cpu {
 namespace {
 
-constexpr int64_t kBufferBytes = int64_t{56} << 20;
+constexpr int64_t kBufferBytes = int64_t{64} << 20;
 constexpr int64_t kForwardTokens = 256;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -48,7 +48,7 @@ class Head {
     if (args.bias == nullptr) return;
     bias_.resize(static_cast<size_t>(args.vocab));
     for (int64_t j = 0; j < args.vocab; ++j) {
-      if constexpr (std::is_same_v<Products, LibraryProducts<Acc>>) {
+      if constexpr (std::is_same_v<typename Products::Stored, Acc>) {
         bias_[j] = static_cast<const Acc*>(args.bias)[j];
       } else {
         bias_[j] = from_bfloat16(static_cast<const uint16_t*>(args.bias)[j]);
@@ -114,8 +114,8 @@ template <class Products>
 class Gradients {
  public:
   using Acc = typename Products::Acc;
-  static constexpr bool kBfloat16 = !std::is_same_v<Products, LibraryProducts<Acc>>;
-  static constexpr bool kPackedGrad = std::is_same_v<Products, Bfloat16Products>;
+  static constexpr bool kBfloat16 = !std::is_same_v<typename Products::Stored, Acc>;
+  static constexpr bool kPackedGrad = !std::is_same_v<typename Products::Grad, Acc>;
 
   Gradients(Head<Products>& head, const GradArgs& out, int64_t tokens)
       : head_(head), args_(head.args()), out_(out) {
@@ -266,10 +266,15 @@ class Gradients {
 
 template <class Body>
 void for_products(Scalar dtype, const HeadArgs& args, const Body& body) {
-  if (dtype == Scalar::kFloat) return body.template operator()<LibraryProducts<float>>();
   if (dtype == Scalar::kDouble) return body.template operator()<LibraryProducts<double>>();
-  if (Bfloat16Products::usable(args)) return body.template operator()<Bfloat16Products>();
-  return body.template operator()<UpcastProducts>();
+  const auto run = [&]<class Stored>() {
+    if (BlockProducts<Stored>::usable(args)) {
+      body.template operator()<BlockProducts<Stored>>();
+    } else {
+      body.template operator()<LibraryProducts<Stored, float>>();
+    }
+  };
+  dtype == Scalar::kFloat ? run.template operator()<float>() : run.template operator()<uint16_t>();
 }
 
 // visit(tokens, count, rows) for all chosen tokens, with their logits kept if `gradients` is set.

@@ -6,15 +6,17 @@
 //
 // Logits and dz are [vocabulary, tokens]: then the weight is the left operand of the first two and
 // is never repacked. logits and weight_gradient run inside a parallel region, on the calling
-// thread; hidden_gradient uses all threads itself. Three implementations with this interface:
+// thread; hidden_gradient uses all threads itself. Two implementations with this interface, for
+// inputs stored as Stored (uint16_t: bfloat16 bits) and logits, sums and dz as Acc:
 //
-//   LibraryProducts<float|double>  torch's own BLAS
-//   Bfloat16Products               oneDNN's bf16-in fp32-out block product (AVX512_BF16, AMX)
-//   UpcastProducts                 bf16 in memory, fp32 products: CPUs without bf16 dot products
+//   BlockProducts<float|uint16_t>                          oneDNN's block product, T in, fp32 out
+//   LibraryProducts<float|double> and <uint16_t, float>    torch's BLAS; the last one turns
+//       blocks of bfloat16 to fp32 first. Slower, and needs nothing of the CPU.
 
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "../args.h"
@@ -25,11 +27,12 @@ namespace bupo::cpu {
 // tokens (512 KiB) stays in a core's second-level cache between its product and its statistics.
 inline constexpr int64_t kTileRows = 512;
 
-template <class T>
+template <class T, class AccType = T>
 class LibraryProducts {
  public:
-  using Acc = T;   // logits, accumulators, per-token tensors
-  using Grad = T;  // dz
+  using Stored = T;     // inputs and their gradients
+  using Acc = AccType;  // logits, accumulators, per-token tensors
+  using Grad = Acc;     // dz
 
   explicit LibraryProducts(const HeadArgs& args) : args_(args) {}
   void load_tokens(const int64_t* rows, int64_t count);
@@ -43,18 +46,20 @@ class LibraryProducts {
   HeadArgs args_;
   int64_t count_ = 0;
   std::vector<int64_t> live_rows_;
-  std::vector<T> tokens_, live_;
+  std::vector<Acc> tokens_, live_;
 };
 
-class Bfloat16Products {
+template <class T>
+class BlockProducts {
  public:
+  using Stored = T;
   using Acc = float;
-  using Grad = uint16_t;
+  using Grad = T;
 
   // Whether this CPU, this torch and this width can run it.
   static bool usable(const HeadArgs& args);
 
-  explicit Bfloat16Products(const HeadArgs& args) : args_(args) {}
+  explicit BlockProducts(const HeadArgs& args) : args_(args) {}
   void load_tokens(const int64_t* rows, int64_t count);
   void logits(int64_t first, int64_t rows, float* out, int64_t ld) const;
   void load_live(const std::vector<int64_t>& rows);
@@ -67,27 +72,7 @@ class Bfloat16Products {
   HeadArgs args_;
   int64_t count_ = 0;
   std::vector<int64_t> live_rows_;
-  std::vector<uint16_t> tokens_, live_;  // in pairs of the summed dimension, panels of 64 columns
-};
-
-class UpcastProducts {
- public:
-  using Acc = float;
-  using Grad = float;
-
-  explicit UpcastProducts(const HeadArgs& args) : args_(args) {}
-  void load_tokens(const int64_t* rows, int64_t count);
-  void logits(int64_t first, int64_t rows, float* out, int64_t ld) const;
-  void load_live(const std::vector<int64_t>& rows);
-  void weight_gradient(int64_t first, int64_t rows, float* dz, int64_t ld, float* out,
-                       bool accumulate) const;
-  void hidden_gradient(const float* dz, int64_t ld, void* out) const;
-
- private:
-  HeadArgs args_;
-  int64_t count_ = 0;
-  std::vector<int64_t> live_rows_;
-  std::vector<float> tokens_, live_;
+  std::vector<T> tokens_, live_;  // panels of 64 columns; bfloat16 in pairs of the summed dimension
 };
 
 }  // namespace bupo::cpu

@@ -95,7 +95,46 @@ BUPO_INLINE void gradient(T* tile, int64_t ld, int64_t rows, int64_t base, int64
   }
 }
 
+// One 16 x 16 block: in stage s, entries whose row and column differ in bit s change places.
+BUPO_INLINE void transpose_square(const float* in, int64_t ld, float* out, int64_t out_ld) {
+  using Bits = VectorOf<float>::Bits;
+  constexpr int kSide = kLanes<float>;
+  Vec<float> row[kSide];
+  for (int r = 0; r < kSide; ++r) row[r] = load(in + r * ld);
+#pragma GCC unroll 4
+  for (int s = 1; s < kSide; s *= 2) {
+    Bits low, high;  // lanes of the two rows laid end to end
+    for (int l = 0; l < kSide; ++l) {
+      low[l] = l & s ? kSide + l - s : l;
+      high[l] = l & s ? kSide + l : l + s;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kSide; ++r) {
+      if (r & s) continue;
+      const Vec<float> a = row[r], b = row[r + s];
+      row[r] = __builtin_shuffle(a, b, low);
+      row[r + s] = __builtin_shuffle(a, b, high);
+    }
+  }
+  for (int r = 0; r < kSide; ++r) store(out + r * out_ld, row[r]);
+}
+
 }  // namespace
+
+BUPO_CLONES void transpose(const float* in, int64_t ld, int64_t rows, int64_t columns, float* out,
+                           int64_t out_ld) {
+  constexpr int64_t kSide = kLanes<float>;
+  for (int64_t j = 0; j < rows; j += kSide) {
+    for (int64_t i = 0; i < columns; i += kSide) {
+      if (j + kSide <= rows && i + kSide <= columns) {
+        transpose_square(in + j * ld + i, ld, out + i * out_ld + j, out_ld);
+        continue;
+      }
+      for (int64_t r = j; r < rows && r < j + kSide; ++r)
+        for (int64_t c = i; c < columns && c < i + kSide; ++c) out[c * out_ld + r] = in[r * ld + c];
+    }
+  }
+}
 
 BUPO_CLONES void tile_stats(float* tile, int64_t ld, int64_t rows, int64_t columns,
                             const LogitMap<float>& map, int64_t first, const int64_t* targets,

@@ -55,6 +55,10 @@ void tile_gradient_bfloat16(float* tile, int64_t ld, int64_t rows, int64_t base,
 void tile_gradient(double* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
                    const GradientColumns<double>& columns, double* row_sums);
 
+// out[i * out_ld + j] = in[j * ld + i] for j < rows, i < columns.
+void transpose(const float* in, int64_t ld, int64_t rows, int64_t columns, float* out,
+               int64_t out_ld);
+
 // Round to nearest even; nan stays nan.
 void round_to_bfloat16(const float* from, uint16_t* to, int64_t count);
 
