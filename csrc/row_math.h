@@ -134,6 +134,7 @@ BUPO_HOST_DEVICE inline PolicyToken<T> policy_token(const PolicySettings& s, T l
       token.clipped = true;
     }
   }
+  if (a == T(0) && r == r) loss = slope = T(0);  // even where the ratio or log-prob is infinite
   loss *= importance;
   slope *= importance;
   if (s.kl_coef != 0) {

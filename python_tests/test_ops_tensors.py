@@ -583,6 +583,14 @@ WRONG_POLICY: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("index", [1.5, "x", True, None])
+def test_ignore_index_must_be_an_integer(index: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"bupo\.ops\.lm_head_logprobs: ignore_index must be an int"
+    ):
+        small("lm_head_logprobs").call(ignore_index=index)
+
+
 @pytest.mark.parametrize(
     ("op", "case"),
     [(op, name) for op in OPS for name in WRONG] + [(OPS[1], n) for n in WRONG_POLICY],

@@ -109,6 +109,42 @@ def test_ratio_beyond_every_float_is_clipped() -> None:
     assert got["live_fraction"] == 0
 
 
+@pytest.mark.parametrize("api", [ops, ops.reference], ids=["ops", "reference"])
+@pytest.mark.parametrize("loss_type", ["ppo", "cispo"])
+def test_advantage_zero_beats_an_infinite_ratio_or_logprob(api: Any, loss_type: str) -> None:
+    call = sample(OP, "masked vocabulary").to(torch.float32)
+    a = {k: x.clone() for k, x in call.arguments.items() if isinstance(x, Tensor)}
+    a["old_logprobs"][4], a["targets"][5] = -1000.0, 3  # ratio inf; log-prob -inf, ratio 0
+    a["advantages"][4:6], a["token_weights"][4:6] = 0.0, 0.1
+    call = call.but(**a, loss_type=loss_type)
+    got = evaluate(api, call).results
+    excluded = a["token_weights"].clone()
+    excluded[4:6] = 0
+    without = evaluate(api, call.but(token_weights=excluded)).results
+    assert got["ratio_max"] == math.inf
+    for name in ("loss", "d hidden", "d weight", "live_fraction"):
+        assert torch.equal(got[name], without[name]), name
+
+
+@pytest.mark.parametrize("loss_type", ["ppo", "cispo"])
+def test_infinite_clip_range_is_no_clip(loss_type: str) -> None:
+    call = sample(OP, "masked vocabulary").to(torch.float64).but(loss_type=loss_type)
+    wide = call.but(clip_low=math.inf, clip_high=math.inf)
+    got, truth = evaluate(ops, wide).results, evaluate(ops.reference, wide).results
+    for name in ("loss", "d hidden", "d weight"):
+        torch.testing.assert_close(got[name], truth[name])
+    assert got["clip_fraction"] == 0
+    assert evaluate(ops, call).results["clip_fraction"] > 0
+
+
+def test_live_fraction_of_the_reference_does_not_need_grad_mode() -> None:
+    call = sample(OP, "masked vocabulary").to(torch.float64)
+    with torch.no_grad():
+        quiet = call.call(ops.reference).metrics["live_fraction"]
+    assert quiet == call.call(ops.reference).metrics["live_fraction"]
+    assert 0 < quiet < 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_target_has_ratio_zero(dtype: torch.dtype) -> None:
     """A target with bias -inf: its loss is that of ratio 0, and it has no gradient."""

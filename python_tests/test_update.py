@@ -412,6 +412,14 @@ def test_fewer_groups_than_updates():
     assert len(steps) == 2 and metrics["policy/skipped_updates"] == 0
 
 
+def test_no_rollouts_is_no_update():
+    model = small_model()
+    start = {name: p.clone() for name, p in model.named_parameters()}
+    metrics = make_trainer(model).update([], [], FINAL, 1)
+    assert metrics["policy/skipped_updates"] == 0 and metrics["policy/live_fraction"] == 0
+    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
+
+
 # Ratio, phases
 
 

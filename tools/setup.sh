@@ -112,7 +112,7 @@ if ! recorded packages "$packages"; then
 fi
 
 nvcc=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v nvcc || true)
-extension="$(hash_of CMakeLists.txt setup.py pyproject.toml csrc) $facts ${BUPO_CUDA:-} $nvcc"
+extension="$(hash_of CMakeLists.txt setup.py pyproject.toml csrc) $facts ${BUPO_CUDA:-} $nvcc ${CXX:-}"
 if ! recorded extension "$extension" || [ ! -f "bupo/_C$suffix" ]; then
   compiler=
   for name in ${CXX:-c++ g++ clang++}; do
@@ -120,6 +120,9 @@ if ! recorded extension "$extension" || [ ! -f "bupo/_C$suffix" ]; then
   done
   [ -n "$compiler" ] || die "no C++20 compiler (tried ${CXX:-c++, g++, clang++})." \
     "Debian and Ubuntu: apt install g++; or name one: make setup CXX=/path/to/g++"
+  identity="${CXX:-$compiler}: $("$compiler" --version 2>&1 | head -n 1)"
+  recorded compiler "$identity" || rm -rf build  # CMake keeps the compiler that it saw first
+  record compiler "$identity"
   say "building the extension (about a minute the first time)"
   CXX=${CXX:-$compiler} "$py" setup.py -q build_ext --inplace
   record extension "$extension"

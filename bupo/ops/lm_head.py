@@ -29,7 +29,7 @@ def lm_head_logprobs(
         L_i = log sum_j exp z_ij     logp_i = z_it - L_i     H_i = L_i - sum_j p_ij z_ij
 
     [tokens, vocab] is never held: memory beyond the outputs is one tile of logits a thread, and in
-    backward (which recomputes the logits) one block of about 56 MiB, or 128 tokens' logits.
+    backward (which recomputes the logits) one block of about 64 MiB, or 128 tokens' logits.
 
     Args:
         hidden: [..., D] float32, float64 or bfloat16. Products accumulate in float32 at least, and
@@ -53,6 +53,11 @@ def lm_head_logprobs(
 
     Source: KERNELS mathematics, derived in docs/ops.md; reference.lm_head_logprobs is the oracle.
     """
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(
+            "bupo.ops.lm_head_logprobs: ignore_index must be an int, got "
+            f"{operands.describe(ignore_index)}"
+        )
     args = operands.prepare(
         "bupo.ops.lm_head_logprobs", hidden, weight, targets, bias, temperature, softcap
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -14,12 +15,13 @@ from bupo.ops.results import PolicyLoss
 __all__ = ["PolicyLoss", "policy_loss"]
 
 _OP = "bupo.ops.policy_loss"
+_LARGEST = sys.float_info.max
 
 
-def _number(name: str, x: float, low: float, why: str) -> float:
+def _number(name: str, x: float, low: float, why: str, high: float = math.inf) -> float:
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{_OP}: {name} must be a number, got {operands.describe(x)}")
-    if not (low <= x < math.inf):
+    if not (low <= x <= high):
         raise ValueError(f"{_OP}: {name} must be {why}, got {x}")
     return float(x)
 
@@ -73,7 +75,7 @@ def policy_loss(
         token_weights: float [...], mask and normaliser in one (for example mask / total tokens of
             the optimiser step). 0 excludes a token whatever else it holds, nan and targets out of
             range included; such a token costs nothing.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; inf: no bound.
         dual_clip: c > 1, or None.
         ref_logprobs: float [...], the reference policy of the KL term.
         importance_weights: float [...], e.g. truncated pi_old / pi_rollout; not on KL and entropy.
@@ -104,14 +106,14 @@ def policy_loss(
         token("advantages", advantages),
         token("token_weights", token_weights),
         *args[3:],
-        _number("clip_low", clip_low, 0, "at least 0"),
-        _number("clip_high", clip_high, 0, "at least 0"),
+        _number("clip_low", clip_low, 0, "at least 0 (inf: no bound)"),
+        _number("clip_high", clip_high, 0, "at least 0 (inf: no bound)"),
         math.inf if dual_clip is None else _number("dual_clip", dual_clip, 1, "at least 1 or None"),
         _choice("loss_type", loss_type, LOSS_TYPES),
         token("ref_logprobs", ref_logprobs),
-        _number("kl_coef", kl_coef, -math.inf, "finite"),
+        _number("kl_coef", kl_coef, -_LARGEST, "finite", _LARGEST),
         _choice("kl_estimator", kl_estimator, KL_ESTIMATORS),
-        _number("entropy_coef", entropy_coef, -math.inf, "finite"),
+        _number("entropy_coef", entropy_coef, -_LARGEST, "finite", _LARGEST),
         token("importance_weights", importance_weights),
         grad and args.hidden.requires_grad,
         grad and args.weight.requires_grad,

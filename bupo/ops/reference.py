@@ -78,29 +78,40 @@ def policy_loss(
         return x.to(logp.dtype).where(keep, 0)
 
     advantages = kept(advantages)
-    log_ratio = logp - old_logprobs.to(logp.dtype).where(keep, logp.detach())
-    ratio = log_ratio.exp()
-    if loss_type == "cispo":
-        loss = -ratio.detach().clamp(max=1 + clip_high) * advantages * logp
-        clipped = ratio > 1 + clip_high
-    else:
-        free, bounded = -ratio * advantages, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-        loss, clipped = torch.maximum(free, bounded), bounded > free
-        if dual_clip is not None:
-            limit = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
-            loss, clipped = torch.minimum(loss, limit), clipped | (loss >= limit)
-    if importance_weights is not None:
-        loss = loss * kept(importance_weights)
-    if kl_coef:
-        assert ref_logprobs is not None
-        gap = kept(ref_logprobs) - logp
-        kl = {"k1": -gap, "k2": gap**2 / 2, "k3": torch.expm1(gap) - gap}[kl_estimator]
-        loss = loss + kl_coef * kl
-    total = (token_weights.to(logp.dtype) * kept(loss - entropy_coef * entropy)).sum()
+
+    def of(logp: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss of each token without its entropy term; clipped; log-ratio; ratio."""
+        log_ratio = logp - old_logprobs.to(logp.dtype).where(keep, logp.detach())
+        moving = (advantages != 0) | log_ratio.isnan()  # an advantage of 0 beats an infinite ratio
+        ratio, r = log_ratio.exp(), log_ratio.where(moving, 0).exp()
+        if loss_type == "cispo":
+            loss = -r.detach().clamp(max=1 + clip_high) * advantages * logp.where(moving, 0)
+            clipped = ratio > 1 + clip_high
+        else:
+            free, bounded = -r * advantages, -r.clamp(1 - clip_low, 1 + clip_high) * advantages
+            loss, clipped = torch.maximum(free, bounded), bounded > free
+            if dual_clip is not None:
+                limit = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
+                loss, clipped = torch.minimum(loss, limit), clipped | (loss >= limit)
+        if importance_weights is not None:
+            loss = loss * kept(importance_weights)
+        if kl_coef:
+            assert ref_logprobs is not None
+            gap = kept(ref_logprobs) - logp
+            kl = {"k1": -gap, "k2": gap**2 / 2, "k3": torch.expm1(gap) - gap}[kl_estimator]
+            loss = loss + kl_coef * kl
+        return loss, clipped, log_ratio, ratio
+
+    loss, clipped, log_ratio, ratio = of(logp)
+    weights = token_weights.to(logp.dtype)
+    total = (weights * kept(loss - entropy_coef * entropy)).sum()
 
     live = keep
-    if total.requires_grad and not entropy_coef:
-        live = torch.autograd.grad(total, logp, retain_graph=True)[0] != 0
+    if not entropy_coef:
+        with torch.enable_grad():
+            leaf = logp.detach().requires_grad_()
+            (slope,) = torch.autograd.grad((weights * kept(of(leaf)[0])).sum(), leaf)
+        live = slope != 0
 
     def mean(x: Tensor) -> Tensor:
         return kept(x.detach()).sum() / keep.sum().clamp(min=1)

@@ -165,7 +165,7 @@ class Trainer:
                 norms.append(norm)
             self.optimizer.zero_grad(set_to_none=True)  # None, so weight decay leaves it alone
         names = ("clip_fraction", "ratio_mean", "approx_kl", "live_fraction")
-        metrics = {f"policy/{name}": sums[name] / max(tokens, 1) for name in names}
+        metrics = {f"policy/{name}": sums.get(name, 0.0) / max(tokens, 1) for name in names}
         return metrics | {
             "policy/loss": fmean(losses) if losses else math.nan,
             "policy/ratio_max": largest_ratio,

@@ -7,6 +7,17 @@ else. A task module has
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from bupo.config import ConfigError
+
+
+def task_options(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The defaults with what was given; unknown names are errors."""
+    unknown = sorted(set(given) - set(defaults))
+    if unknown:
+        raise ConfigError(f"unknown task_options: {unknown}; known: {sorted(defaults)}")
+    return defaults | given
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bupo.config import ConfigError
-from bupo.tasks import TaskFiles
+from bupo.tasks import TaskFiles, task_options
 
 SYMBOLS = "0123456789+=;#"
 NOISE = 0.2
@@ -56,13 +55,6 @@ def solution(a: int, b: int, rng: random.Random, noise: float) -> str:
     return f"{a % 10}+{b % 10}={units};{a // 10}+{b // 10}{carried}={tens}#{total}"
 
 
-def _options(options: dict[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(options) - set(DEFAULTS))
-    if unknown:
-        raise ConfigError(f"unknown task_options: {unknown}; known: {sorted(DEFAULTS)}")
-    return DEFAULTS | options
-
-
 def _problems(seed: int, held_out: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.Random(seed).shuffle(pairs)
@@ -71,7 +63,7 @@ def _problems(seed: int, held_out: int) -> tuple[list[tuple[int, int]], list[tup
 
 def prepare(options: dict[str, Any], cache: Path) -> TaskFiles:
     """Tokenizer, model configuration and data, in a folder named after the options."""
-    settings = _options(options)
+    settings = task_options(options, DEFAULTS)
     name = "arithmetic-" + "-".join(str(settings[key]) for key in DEFAULTS)
     folder = cache / name
     files = TaskFiles(folder / "model", [folder / "train.jsonl"], [folder / "eval.jsonl"])
@@ -130,7 +122,7 @@ def build(options: dict[str, Any], files: TaskFiles) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    settings = _options(options)
+    settings = task_options(options, DEFAULTS)
     torch.manual_seed(settings["seed"])
     model = AutoModelForCausalLM.from_config(_config(settings)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["warm_lr"], weight_decay=0.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.config import ConfigError
-from bupo.tasks import TaskFiles
+from bupo.tasks import TaskFiles, task_options
 
 DEFAULTS = {"family": "qwen3", "layers": 4, "width": 64, "tied": True, "seed": 0}
 """task_options. family: qwen3 or llama; tied: one matrix for embedding and unembedding."""
@@ -25,10 +25,7 @@ PADDED_ROWS = 16
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(options) - set(DEFAULTS))
-    if unknown:
-        raise ConfigError(f"unknown task_options: {unknown}; known: {sorted(DEFAULTS)}")
-    settings = DEFAULTS | options
+    settings = task_options(options, DEFAULTS)
     if settings["family"] not in ("qwen3", "llama"):
         raise ConfigError(f"task_options.family must be qwen3 or llama, got {settings['family']}")
     return settings
