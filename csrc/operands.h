@@ -1,0 +1,126 @@
+// What both backends make of an operator's arguments: checked operands, gradients to fill, and the
+// policy loss's settings. Values of tensors are not read here.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <vector>
+
+#include "args.h"
+#include "checks.h"
+
+namespace bupo {
+
+using OptionalTensor = std::optional<Tensor>;
+
+inline const void* data(const Tensor& t) { return t.const_data_ptr(); }
+inline const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+inline Tensor make(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_zeros(like, {shape.data(), shape.size()}, dtype);
+}
+
+inline Tensor make_uninitialised(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+}
+
+inline const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    default:
+      return "another dtype";
+  }
+}
+
+// The LM head's operands, checked.
+struct Inputs {
+  HeadArgs args;
+  ScalarType dtype, acc;  // of hidden and weight; of the per-token tensors
+
+  Inputs(const char* op, std::initializer_list<ScalarType> supported, const Tensor& hidden,
+         const Tensor& weight, const Tensor& targets, const OptionalTensor& bias,
+         const OptionalTensor& temperature, double softcap) {
+    check_matrix(op, "hidden", hidden);
+    check_matrix(op, "weight", weight);
+    dtype = hidden.scalar_type();
+    require(std::find(supported.begin(), supported.end(), dtype) != supported.end(), op,
+            ": hidden of ", name_of(dtype), " is not supported on this device");
+    require(weight.scalar_type() == dtype, op, ": weight must have the dtype of hidden");
+    require(weight.size(1) == hidden.size(1), op, ": weight must be [V, ", hidden.size(1),
+            "] for hidden ", shape_of(hidden), ", got ", shape_of(weight));
+    require(weight.size(0) > 0, op, ": weight must have at least one row, got ", shape_of(weight));
+    acc = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    const int64_t tokens = hidden.size(0);
+    check_vector(op, "targets", targets, tokens, ScalarType::Long);
+    if (bias) check_vector(op, "bias", *bias, weight.size(0), dtype);
+    if (temperature) check_vector(op, "temperature", *temperature, tokens, acc);
+    args = {data(hidden),
+            data(weight),
+            data(bias),
+            data(temperature),
+            static_cast<const int64_t*>(data(targets)),
+            tokens,
+            hidden.size(1),
+            weight.size(0),
+            hidden.stride(0),
+            weight.stride(0),
+            softcap};
+  }
+};
+
+// Upstream gradients of the per-token op.
+inline TokenGrads token_grads(const char* op, const Inputs& in, const Tensor& logprobs,
+                              const Tensor& entropy, const Tensor& logsumexp) {
+  check_vector(op, "grad_logprobs", logprobs, in.args.tokens, in.acc);
+  check_vector(op, "grad_entropy", entropy, in.args.tokens, in.acc);
+  check_vector(op, "grad_logsumexp", logsumexp, in.args.tokens, in.acc);
+  return {data(logprobs), data(entropy), data(logsumexp)};
+}
+
+inline PolicyArgs policy_args(const char* op, const Inputs& in, const PolicySettings& settings,
+                              const Tensor& old_logprobs, const Tensor& advantages,
+                              const Tensor& token_weights, const OptionalTensor& ref_logprobs,
+                              const OptionalTensor& importance_weights) {
+  const int64_t n = in.args.tokens;
+  check_vector(op, "token_weights", token_weights, n, in.acc);
+  check_vector(op, "old_logprobs", old_logprobs, n, in.acc);
+  check_vector(op, "advantages", advantages, n, in.acc);
+  if (ref_logprobs) check_vector(op, "ref_logprobs", *ref_logprobs, n, in.acc);
+  if (importance_weights) check_vector(op, "importance_weights", *importance_weights, n, in.acc);
+  const int type = static_cast<int>(settings.loss_type);
+  const int estimator = static_cast<int>(settings.kl_estimator);
+  require(settings.kl_coef == 0 || ref_logprobs, op,
+          ": ref_logprobs is needed when kl_coef is not 0");
+  require(type >= 0 && type <= 1, op, ": unknown loss_type ", type);
+  require(estimator >= 0 && estimator <= 2, op, ": unknown kl_estimator ", estimator);
+  return {settings,           data(old_logprobs),      data(advantages), data(token_weights),
+          data(ref_logprobs), data(importance_weights)};
+}
+
+// The gradients that an operator returns; empty where not wanted.
+struct Grads {
+  Tensor hidden, weight, bias;
+  GradArgs args;
+
+  Grads(const Inputs& in, const Tensor& like, bool need_hidden, bool need_weight, bool need_bias)
+      : hidden(make(like, {need_hidden ? in.args.tokens : 0, in.args.width}, in.dtype)),
+        weight(
+            make_uninitialised(like, {need_weight ? in.args.vocab : 0, in.args.width}, in.dtype)),
+        bias(make(like, {need_bias ? in.args.vocab : 0}, in.dtype)),
+        args{need_hidden ? hidden.mutable_data_ptr() : nullptr,
+             need_weight ? weight.mutable_data_ptr() : nullptr,
+             need_bias ? bias.mutable_data_ptr() : nullptr} {}
+};
+
+}  // namespace bupo
