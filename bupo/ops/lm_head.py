@@ -37,7 +37,7 @@ def lm_head_logprobs(
         weight: [V, D], the unembedding matrix, of the dtype of hidden. bfloat16 hidden with float32
             weight is computed in float32. Under autocast both are cast as F.linear would.
         targets: int64 (or int32) [...], token ids in [0, V) or ignore_index.
-        bias: [V]; -inf removes an entry of the vocabulary.
+        bias: [V]; -inf removes an entry of the vocabulary (not with a softcap: f(-inf) = -softcap).
         temperature: a positive number, or a tensor that broadcasts to [...]; not differentiable.
         softcap: applied before the temperature (Gemma); None for none.
         ignore_index: tokens with this target give 0, 0, 0 and no gradient, whatever they hold.

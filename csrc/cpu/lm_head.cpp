@@ -65,16 +65,22 @@ class Head {
   double temperature(int64_t token) const {
     return args_.temperature ? static_cast<const Acc*>(args_.temperature)[token] : 1.0;
   }
+  bool capped() const { return args_.softcap != 0; }
+  // The tile keeps z, or with a softcap u = z / scale.
+  Acc scale(int64_t token) const {
+    return Acc((capped() ? args_.softcap : 1) / temperature(token));
+  }
+  double kept_scale(int64_t token) const { return capped() ? double(scale(token)) : 1.0; }
 
   // Rows of logits of the given tokens, reduced. With `keep` [V, ld] the logits stay there.
   std::vector<Row<double>> forward(const int64_t* tokens, int64_t count, Acc* keep, int64_t ld) {
     products_.load_tokens(tokens, count);
     std::vector<int64_t> targets(static_cast<size_t>(count));
-    std::vector<Acc> inverse_temperature, target_logits(static_cast<size_t>(count));
+    std::vector<Acc> scales, targets_kept(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) targets[i] = args_.targets[tokens[i]];
-    if (args_.temperature) {
-      inverse_temperature.assign(static_cast<size_t>(count + kColumnPad), Acc(1));
-      for (int64_t i = 0; i < count; ++i) inverse_temperature[i] = Acc(1 / temperature(tokens[i]));
+    if (args_.temperature || capped()) {
+      scales.assign(static_cast<size_t>(count + kColumnPad), Acc(1));
+      for (int64_t i = 0; i < count; ++i) scales[i] = scale(tokens[i]);
     }
     std::vector<RowSums<Acc>> sums(static_cast<size_t>(tiles_ * count));
     const int64_t scratch_ld = round_up(count, kColumnPad);
@@ -87,17 +93,16 @@ class Head {
       }
       const int64_t first = tile * kTileRows, stride = keep ? ld : scratch_ld;
       const LogitMap<Acc> map{bias_.empty() ? nullptr : bias_.data() + first,
-                              args_.temperature ? inverse_temperature.data() : nullptr,
-                              Acc(args_.softcap)};
+                              scales.empty() ? nullptr : scales.data(), Acc(args_.softcap)};
       products_.logits(first, tile_rows(tile), logits, stride);
       tile_stats(logits, stride, tile_rows(tile), count, map, first, targets.data(),
-                 target_logits.data(), sums.data() + tile * count);
+                 targets_kept.data(), sums.data() + tile * count);
     });
     std::vector<Row<double>> rows(static_cast<size_t>(count));
     for_each(count, [&](int64_t i) {
       RowSums<double> row;
       for (int64_t tile = 0; tile < tiles_; ++tile) merge(row, sums[tile * count + i]);
-      rows[i] = finish_row<double>(row, target_logits[i], args_.vocab);
+      rows[i] = finish_row<double>(row, targets_kept[i] * kept_scale(tokens[i]), args_.vocab);
     });
     return rows;
   }
@@ -129,7 +134,7 @@ class Gradients {
     } else {
       weight_ = static_cast<Acc*>(out.weight);
     }
-    if (out.bias) bias_.assign(static_cast<size_t>(args_.vocab), Acc(0));
+    if (out.bias) bias_.assign(static_cast<size_t>(args_.vocab), 0.0);
   }
 
   int64_t step() const { return capacity_; }
@@ -152,24 +157,25 @@ class Gradients {
       members.push_back(static_cast<int64_t>(i));
       columns_.push_back(tokens[i]);
       lanes.push(static_cast<int32_t>(i), rows[i], coefficients[i], head_.temperature(tokens[i]),
-                 args_.softcap);
+                 head_.scale(tokens[i]));
     }
     const int64_t count = static_cast<int64_t>(members.size());
     if (count == 0) return;
     lanes.pad();
     for_each(head_.tiles(), [&](int64_t tile) {
       Acc* logits = buffer_.get() + tile * kTileRows * ld_;
-      Acc* row_sums = out_.bias ? bias_.data() + tile * kTileRows : nullptr;
+      double* row_sums = out_.bias ? bias_.data() + tile * kTileRows : nullptr;
       if constexpr (kPackedGrad) {
-        tile_gradient_bfloat16(logits, ld_, head_.tile_rows(tile), base, base, lanes.view(count),
-                               row_sums);
+        tile_gradient_bfloat16(logits, ld_, head_.tile_rows(tile), base, base,
+                               lanes.view(count, head_.capped()), row_sums);
       } else {
-        tile_gradient(logits, ld_, head_.tile_rows(tile), base, base, lanes.view(count), row_sums);
+        tile_gradient(logits, ld_, head_.tile_rows(tile), base, base,
+                      lanes.view(count, head_.capped()), row_sums);
       }
     });
     for (int64_t n = 0; n < count; ++n) {
       const int64_t i = members[n], target = args_.targets[tokens[i]];
-      const Acc dz = Acc(target_gradient(rows[i], coefficients[i], head_.temperature(tokens[i])));
+      const Acc dz = Acc(target_gradient(rows[i], coefficients[i], tokens[i]));
       Acc* row = buffer_.get() + target * ld_;
       if constexpr (kPackedGrad) {
         reinterpret_cast<uint16_t*>(row)[base + n] = to_bfloat16(dz);
@@ -192,9 +198,10 @@ class Gradients {
         });
       }
       if (out_.bias)
-        round_to_bfloat16(bias_.data(), static_cast<uint16_t*>(out_.bias), args_.vocab);
+        for (int64_t j = 0; j < args_.vocab; ++j)
+          static_cast<uint16_t*>(out_.bias)[j] = to_bfloat16(static_cast<float>(bias_[j]));
     } else if (out_.bias) {
-      std::copy(bias_.begin(), bias_.end(), static_cast<Acc*>(out_.bias));
+      for (int64_t j = 0; j < args_.vocab; ++j) static_cast<Acc*>(out_.bias)[j] = Acc(bias_[j]);
     }
   }
 
@@ -202,39 +209,45 @@ class Gradients {
   // Per-token constants of the gradient, as arrays.
   struct Lanes {
     std::vector<int32_t> column;
-    std::vector<Acc> max, log_total, mean, on_p, on_gap, cap_slope;
+    std::vector<Acc> max, log_total, mean, on_p, on_gap, scale;
 
     void push(int32_t at, const Row<double>& row, const Coefficients& c, double temperature,
-              double softcap) {
+              Acc scale_of_row) {
       column.push_back(at);
       max.push_back(Acc(row.max));
       log_total.push_back(Acc(row.log_total));
       mean.push_back(Acc(row.mean));
       on_p.push_back(Acc((c.logsumexp - c.logprob) / temperature));
       on_gap.push_back(Acc(-c.entropy / temperature));
-      cap_slope.push_back(softcap == 0 ? Acc(0) : Acc(temperature / softcap));
+      scale.push_back(scale_of_row);
     }
 
     void pad() {
       const size_t size = round_up(static_cast<int64_t>(column.size()), kLanes<Acc>);
       column.resize(size, 0);
-      for (auto* v : {&max, &log_total, &mean, &on_p, &on_gap, &cap_slope}) v->resize(size, Acc(0));
+      for (auto* v : {&max, &log_total, &mean, &on_p, &on_gap, &scale}) v->resize(size, Acc(0));
     }
 
-    GradientColumns<Acc> view(int64_t count) const {
-      return {column.data(), max.data(),    log_total.data(), mean.data(),
-              on_p.data(),   on_gap.data(), cap_slope.data(), count};
+    GradientColumns<Acc> view(int64_t count, bool capped) const {
+      return {column.data(),
+              max.data(),
+              log_total.data(),
+              mean.data(),
+              on_p.data(),
+              on_gap.data(),
+              capped ? scale.data() : nullptr,
+              count};
     }
   };
 
-  double target_gradient(const Row<double>& row, const Coefficients& c, double temperature) const {
+  double target_gradient(const Row<double>& row, const Coefficients& c, int64_t token) const {
     double dz = c.logprob * row.target_rest + c.logsumexp * row.target_prob;
     if (row.target_prob != 0) dz -= c.entropy * row.target_prob * (row.target - row.mean);
-    if (args_.softcap != 0) {
-      const double capped = (row.max + row.target) * temperature / args_.softcap;
-      dz *= 1 - capped * capped;
+    if (head_.capped()) {
+      const double u = (row.max + row.target) / head_.kept_scale(token);
+      dz *= 1 - u * u;
     }
-    return dz / temperature;
+    return dz / head_.temperature(token);
   }
 
   void flush() {
@@ -260,7 +273,7 @@ class Gradients {
   std::unique_ptr<Acc[]> accumulator_;  // fp32 dW of bfloat16 weights
   Acc* weight_ = nullptr;
   bool written_ = false;
-  std::vector<Acc> bias_;
+  std::vector<double> bias_;
   std::vector<int64_t> columns_;  // the token behind each column
 };
 

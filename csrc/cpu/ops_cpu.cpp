@@ -30,7 +30,8 @@ void check_tokens(const char* op, const Inputs& in, const Included& included) {
   check_targets(op, in.args.targets, in.args.tokens, in.args.vocab, included);
   for (int64_t i = 0; in.args.temperature && i < in.args.tokens; ++i) {
     const double t = at(in, in.args.temperature, i);
-    require(!included(i) || (t > 0 && std::isfinite(t)), op, ": temperature[", i,
+    const bool invertible = in.acc == ScalarType::Double || std::isfinite(float(1 / t));
+    require(!included(i) || (t > 0 && std::isfinite(t) && invertible), op, ": temperature[", i,
             "] must be positive and finite, got ", t);
   }
 }

@@ -7,46 +7,57 @@
 namespace bupo::cpu {
 namespace {
 
+// Rows whose terms are summed before they meet the larger sum: small terms beside a large one are
+// not lost one by one.
+constexpr int64_t kShortSum = 16;
+
 template <class T>
 BUPO_INLINE void map_logits(T* tile, int64_t ld, int64_t rows, int64_t i, const LogitMap<T>& map) {
-  const Vec<T> scale = map.inverse_temperature ? load(map.inverse_temperature + i) : fill(T(1));
+  const Vec<T> scale = map.scale ? load(map.scale + i) : fill(T(1));
   for (int64_t j = 0; j < rows; ++j) {
     T* p = tile + j * ld + i;
     Vec<T> z = load(p);
     if (map.bias) z = z + map.bias[j];
-    if (map.softcap != T(0)) z = tanh(z / map.softcap) * map.softcap;
-    store(p, z * scale);
+    store(p, map.softcap != T(0) ? tanh(z / map.softcap) : z * scale);
   }
 }
 
 template <class T>
 BUPO_INLINE void stats(T* tile, int64_t ld, int64_t rows, int64_t columns, const LogitMap<T>& map,
-                       int64_t first, const int64_t* targets, T* target_logits, RowSums<T>* sums) {
+                       int64_t first, const int64_t* targets, T* targets_kept, RowSums<T>* sums) {
   constexpr T inf = T(INFINITY);
-  const bool plain = !map.bias && !map.inverse_temperature && map.softcap == T(0);
+  const bool capped = map.softcap != T(0);
   for (int64_t i = 0; i < columns; i += kLanes<T>) {
-    if (!plain) map_logits(tile, ld, rows, i, map);
+    if (map.bias || map.scale || capped) map_logits(tile, ld, rows, i, map);
     for (int64_t l = i; l < i + kLanes<T> && l < columns; ++l) {
       const int64_t target = targets[l] - first;
       if (target < 0 || target >= rows) continue;
       T* place = tile + target * ld + l;
-      target_logits[l] = *place;
+      targets_kept[l] = *place;
       *place = -inf;
     }
+    const Vec<T> scale = capped && map.scale ? load(map.scale + i) : fill(T(1));
     Vec<T> max = fill(-inf);
     for (int64_t j = 0; j < rows; ++j) {
       const Vec<T> z = load(tile + j * ld + i);
       max = z > max ? z : max;
     }
+    max = max * scale;  // scales are positive
     // A column of -inf only has no maximum to subtract; shift 0 makes its sum 0 instead of nan.
     const Vec<T> shift = max == -inf ? Vec<T>{} : max;
     Vec<T> sum{}, dot{};
-    for (int64_t j = 0; j < rows; ++j) {
-      Vec<T> d = load(tile + j * ld + i) - shift;
-      d = d < T(-800) ? fill(T(-800)) : d;  // e^-800 = 0; keeps 0 * -inf out of the dot
-      const Vec<T> e = exp_nonpositive(d);
-      sum = sum + e;
-      dot = dot + e * d;
+    for (int64_t start = 0; start < rows; start += kShortSum) {
+      const int64_t stop = start + kShortSum < rows ? start + kShortSum : rows;
+      Vec<T> short_sum{}, short_dot{};
+      for (int64_t j = start; j < stop; ++j) {
+        Vec<T> d = load(tile + j * ld + i) * scale - shift;
+        d = d < T(-800) ? fill(T(-800)) : d;  // e^-800 = 0; keeps 0 * -inf out of the dot
+        const Vec<T> e = exp_nonpositive(d);
+        short_sum = short_sum + e;
+        short_dot = short_dot + e * d;
+      }
+      sum = sum + short_sum;
+      dot = dot + short_dot;
     }
     for (int64_t l = 0; l < kLanes<T> && i + l < columns; ++l)
       sums[i + l] = {max[l], sum[l], dot[l]};
@@ -64,31 +75,33 @@ BUPO_INLINE void store_gradient(float* row, int64_t at, const Vec<float>& v, std
 
 template <class T, class Bf16>
 BUPO_INLINE void gradient(T* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
-                          const GradientColumns<T>& c, T* row_sums, Bf16 bf16) {
+                          const GradientColumns<T>& c, double* row_sums, Bf16 bf16) {
   constexpr int kW = kLanes<T>;
   for (int64_t i = 0; i < c.count; i += kW) {
     const int64_t valid = c.count - i < kW ? c.count - i : kW;
     const bool whole = valid == kW && c.column[i + kW - 1] - c.column[i] == kW - 1;
     const Vec<T> max = load(c.max + i), log_total = load(c.log_total + i), mean = load(c.mean + i);
     const Vec<T> on_p = load(c.on_p + i), on_gap = load(c.on_gap + i);
-    const Vec<T> cap_slope = load(c.cap_slope + i);
+    const Vec<T> scale = c.scale ? load(c.scale + i) : fill(T(1));
     for (int64_t j = 0; j < rows; ++j) {
       T* row = tile + j * ld;
-      Vec<T> z = max;
+      Vec<T> kept = max;
       if (whole) {
-        z = load(row + base + c.column[i]);
+        kept = load(row + base + c.column[i]);
       } else {
-        for (int64_t l = 0; l < valid; ++l) z[l] = row[base + c.column[i + l]];
+        for (int64_t l = 0; l < valid; ++l) kept[l] = row[base + c.column[i + l]];
       }
-      Vec<T> d = z - max;
+      Vec<T> d = kept * scale - max;
       d = d < T(-800) ? fill(T(-800)) : d;
-      const Vec<T> capped = d == T(-800) ? Vec<T>{} : z * cap_slope;  // no -inf * 0
       Vec<T> dz = exp_nonpositive(d - log_total) * (on_p + on_gap * (d - mean));
-      dz = dz - dz * capped * capped;
+      if (c.scale) {
+        const Vec<T> u = d == T(-800) ? Vec<T>{} : kept;  // no -inf * 0
+        dz = dz - dz * u * u;
+      }
       if (row_sums) {
         T total = 0;
         for (int64_t l = 0; l < valid; ++l) total += dz[l];
-        row_sums[j] += total;
+        row_sums[j] += static_cast<double>(total);
       }
       store_gradient(row, out + i, dz, bf16);
     }
@@ -138,24 +151,24 @@ BUPO_CLONES void transpose(const float* in, int64_t ld, int64_t rows, int64_t co
 
 BUPO_CLONES void tile_stats(float* tile, int64_t ld, int64_t rows, int64_t columns,
                             const LogitMap<float>& map, int64_t first, const int64_t* targets,
-                            float* target_logits, RowSums<float>* sums) {
-  stats(tile, ld, rows, columns, map, first, targets, target_logits, sums);
+                            float* targets_kept, RowSums<float>* sums) {
+  stats(tile, ld, rows, columns, map, first, targets, targets_kept, sums);
 }
 
 BUPO_CLONES void tile_stats(double* tile, int64_t ld, int64_t rows, int64_t columns,
                             const LogitMap<double>& map, int64_t first, const int64_t* targets,
-                            double* target_logits, RowSums<double>* sums) {
-  stats(tile, ld, rows, columns, map, first, targets, target_logits, sums);
+                            double* targets_kept, RowSums<double>* sums) {
+  stats(tile, ld, rows, columns, map, first, targets, targets_kept, sums);
 }
 
 BUPO_CLONES void tile_gradient(float* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
-                               const GradientColumns<float>& columns, float* row_sums) {
+                               const GradientColumns<float>& columns, double* row_sums) {
   gradient(tile, ld, rows, base, out, columns, row_sums, std::false_type{});
 }
 
 BUPO_CLONES void tile_gradient_bfloat16(float* tile, int64_t ld, int64_t rows, int64_t base,
                                         int64_t out, const GradientColumns<float>& columns,
-                                        float* row_sums) {
+                                        double* row_sums) {
   gradient(tile, ld, rows, base, out, columns, row_sums, std::true_type{});
 }
 

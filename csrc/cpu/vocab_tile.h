@@ -17,31 +17,34 @@ namespace bupo::cpu {
 // Columns are padded to this many, so vector loads and stores may pass the last token.
 inline constexpr int64_t kColumnPad = 64;
 
-// How raw products become logits: z = softcap(x + bias_j) / temperature_i.
+// How raw products become logits: z = softcap(x + bias_j) / temperature_i. With a softcap the tile
+// keeps u = tanh((x + bias_j) / softcap) and z = u scale_i, so that the slope 1 - u^2 is as exact
+// as u; without one it keeps z.
 template <class T>
 struct LogitMap {
-  const T* bias;                 // of the tile's first row, or null
-  const T* inverse_temperature;  // [columns] padded to kColumnPad, or null
-  T softcap;                     // 0: none
+  const T* bias;   // of the tile's first row, or null
+  const T* scale;  // [columns] padded to kColumnPad: 1 or softcap, over temperature; null for 1
+  T softcap;       // 0: none, then scale is applied to the tile
 };
 
 // tile [rows, ld]: columns [0, columns) are read, mapped and written back. `first` is the
-// tile's first vocabulary entry. The logit of a target that lies in the tile goes to
-// target_logits[i], stays out of the sums, and its place in the tile is set to -inf (tile_gradient
+// tile's first vocabulary entry. What the tile keeps of a target that lies in it goes to
+// targets_kept [i] and stays out of the sums; its place in the tile is set to -inf (tile_gradient
 // never reads it).
 void tile_stats(float* tile, int64_t ld, int64_t rows, int64_t columns, const LogitMap<float>& map,
-                int64_t first, const int64_t* targets, float* target_logits, RowSums<float>* sums);
+                int64_t first, const int64_t* targets, float* targets_kept, RowSums<float>* sums);
 void tile_stats(double* tile, int64_t ld, int64_t rows, int64_t columns,
                 const LogitMap<double>& map, int64_t first, const int64_t* targets,
-                double* target_logits, RowSums<double>* sums);
+                double* targets_kept, RowSums<double>* sums);
 
 // One token's part in the gradient: dz_j = p_j (on_p + on_gap (d_j - mean)) f'(z_j), where
-// d_j = z_j - max, p_j = e^{d_j - log_total} and f' = 1 - (z_j cap_slope)^2, arrays of struct of
-// kLanes tokens each. `column` is where its logits stand in the tile, ascending.
+// d_j = z_j - max, p_j = e^{d_j - log_total} and f' = 1 - u_j^2 with a softcap, arrays of a
+// multiple of kLanes tokens. `column` is where its logits stand in the tile, ascending.
 template <class T>
 struct GradientColumns {
   const int32_t* column;
-  const T *max, *log_total, *mean, *on_p, *on_gap, *cap_slope;
+  const T *max, *log_total, *mean, *on_p, *on_gap;
+  const T* scale;  // with a softcap z = u scale; null without
   int64_t count;
 };
 
@@ -49,9 +52,9 @@ struct GradientColumns {
 // result starts where the row of the tile starts (out <= base, so nothing unread is overwritten);
 // the last vector is filled up with zeros. row_sums[j], if wanted, grows by the row's sum.
 void tile_gradient(float* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
-                   const GradientColumns<float>& columns, float* row_sums);
+                   const GradientColumns<float>& columns, double* row_sums);
 void tile_gradient_bfloat16(float* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
-                            const GradientColumns<float>& columns, float* row_sums);
+                            const GradientColumns<float>& columns, double* row_sums);
 void tile_gradient(double* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
                    const GradientColumns<double>& columns, double* row_sums);
 
