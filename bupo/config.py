@@ -9,12 +9,14 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 
 class ConfigError(ValueError):
@@ -169,6 +171,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _one_of("optimizer.schedule", self.schedule, ("constant", "linear"))
         _require(self.lr > 0 and self.grad_clip > 0, "optimizer.lr and .grad_clip must be > 0")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps must be at least 0")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay must be at least 0")
+        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas must be in [0, 1)")
         _require(self.updates_per_step > 0, "optimizer.updates_per_step must be positive")
         _require(self.micro_batch_tokens > 0, "optimizer.micro_batch_tokens must be positive")
 
@@ -191,6 +196,7 @@ class EvalConfig:
         _require(self.samples > 0, "eval.samples must be positive")
         _require(all(k > 0 for k in self.pass_k), "eval.pass_k must be positive")
         _require(self.every >= 0, "eval.every must be at least 0")
+        _require(self.limit is None or self.limit > 0, "eval.limit must be positive or null")
 
 
 @dataclass
@@ -280,13 +286,15 @@ def load(file: Path | None, overrides: list[str]) -> Config:
     missing file, an impossible combination.
     """
     merged = OmegaConf.structured(Config)
+    reading = str(file)
     try:
         if file is not None:
             if not file.is_file():
                 raise ConfigError(f"configuration file not found: {file}")
             merged = OmegaConf.merge(merged, OmegaConf.load(file))
         for text in overrides:
-            _require("=" in text, f"expected key=value, got {text!r}")
+            reading = text
+            _require(text.find("=") > 0, f"expected key=value, got {text!r}")
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]))
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
@@ -296,10 +304,45 @@ def load(file: Path | None, overrides: list[str]) -> Config:
         raise ConfigError(f"unknown key {name}{hint}") from None
     except OmegaConfBaseException as error:
         first_line = str(error).splitlines()[0]
-        where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise ConfigError(where + first_line) from None
+        raise ConfigError(f"{getattr(error, 'full_key', None) or reading}: {first_line}") from None
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{reading} cannot be read: {text}") from None
+    except (ValueError, TypeError) as error:  # from OmegaConf: a value of the wrong structure
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{reading}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)
+    for key, value in values(config).items():
+        if isinstance(value, float) and not math.isfinite(value) and "clip" not in key:
+            raise ConfigError(f"{key} must be finite, got {value}")
     return config
+
+
+def values(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key and its value."""
+    found: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            found |= values(value, f"{prefix}{f.name}.")
+        else:
+            found[prefix + f.name] = value
+    return found
+
+
+_MAY_CHANGE = ("steps", "name", "out", "resume", "eval.", "checkpoint.", "reward.workers")
+"""Settings that a resumed run may have otherwise than the run it continues."""
+
+
+def changes_since(file: Path, config: Config) -> list[str]:
+    """`key: old -> new` of the settings that make this another run than the one of `file`."""
+    old = values(load(file, []))
+    return [
+        f"{key}: {old[key]} -> {value}"
+        for key, value in values(config).items()
+        if value != old[key] and not key.startswith(_MAY_CHANGE)
+    ]
 
 
 def dump(config: Config) -> str:

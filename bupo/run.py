@@ -55,7 +55,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", help="run directory (same as out=DIR)")
     parser.add_argument("--dry_run", action="store_true", help="check and print, load no weights")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="see below")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # options may stand between key=value
 
 
 @dataclass
@@ -81,8 +81,15 @@ def make_plan(config: Config) -> Plan:
     """
     now = time.strftime("%Y%m%d-%H%M%S")
     out = Path(config.out or f"runs/{config.name}-{config.algorithm}-{now}")
+    _check_out(out)
     resume_from = _resume_point(config, out)
     files = _task(config).prepare(config.task_options, cache_dir()) if config.task else None
+    for key, given, made in (
+        ("data.train", config.data.train, files and files.train),
+        ("eval.files", config.eval.files, files and files.eval),
+    ):
+        if given and made:
+            raise ConfigError(f"{key} is set, but task={config.task} brings its own data")
     model_path = config.model.path or (str(files.model) if files else None)
     if model_path is None:
         raise ConfigError("model.path is not set (folder or hub name of a causal LM)")
@@ -95,14 +102,26 @@ def make_plan(config: Config) -> Plan:
     from transformers import AutoConfig, AutoTokenizer  # slow, so after the cheap checks
 
     from bupo.rl.prompts import PromptOrder, load_prompts
+    from bupo.rl.rewards import FunctionReward
 
+    if config.reward.function != "math":
+        FunctionReward(config.reward.function)
+    if model_path.startswith(("/", ".")) and not Path(model_path).is_dir():
+        raise ConfigError(f"model.path={model_path}: folder not found")
     try:
         model_config = AutoConfig.from_pretrained(model_path)
         tokenizer = AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.path={model_path} cannot be read: {first}") from None
-    layers = model_config.get_text_config(decoder=True).num_hidden_layers
+    text_config = model_config.get_text_config(decoder=True)
+    layers = text_config.num_hidden_layers
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context is not None and config.rollout.max_new_tokens >= context:
+        raise ConfigError(
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} does not fit the model's "
+            f"context of {context} tokens"
+        )
     if config.algorithm == "bupo" and config.bupo.layer > layers:
         raise ConfigError(
             f"bupo.layer={config.bupo.layer} is out of range: {model_path} has layers 1..{layers}"
@@ -128,18 +147,42 @@ def make_plan(config: Config) -> Plan:
 
 def _task(config: Config) -> Any:
     try:
-        return importlib.import_module(str(config.task))
+        module = importlib.import_module(str(config.task))
     except ImportError as error:
         raise ConfigError(f"task={config.task} cannot be imported: {error}") from None
+    if not hasattr(module, "prepare") or not hasattr(module, "build"):
+        raise ConfigError(f"task={config.task} is not a task: it has no prepare() and build()")
+    return module
+
+
+def _check_out(out: Path) -> None:
+    there = out.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ConfigError(f"out={out}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK) or str(there).startswith(("/proc", "/sys")):
+        raise ConfigError(f"out={out}: {there} cannot be written to")
 
 
 def _resume_point(config: Config, out: Path) -> Path | None:
-    from bupo.rl.checkpoint import complete
+    """The checkpoint to go on from. A folder that holds another run is refused, so no result is
+    lost or continued under other settings."""
+    from bupo.rl.checkpoint import complete, load_step
 
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out} is a file")
     if config.resume == "auto":
-        points = complete(out)
+        points, earlier = complete(out), out / "config.yaml"
+        if earlier.is_file() and (points or (out / "metrics.jsonl").exists()):
+            changed = configuration.changes_since(earlier, config)
+            if changed:
+                raise ConfigError(
+                    f"resume=auto: out={out} holds a run with other settings ("
+                    + "; ".join(changed)
+                    + "); restore them or choose another out"
+                )
+        done = load_step(points[-1]) if points else 0
+        if done > config.steps:
+            raise ConfigError(f"resume=auto: out={out} has done {done} steps, steps={config.steps}")
         return points[-1] if points else None
     if (out / "metrics.jsonl").exists() or (out / "checkpoints").exists():
         raise ConfigError(f"out={out} holds a run; continue it with resume=auto or choose another")
@@ -172,6 +215,7 @@ def print_plan(plan: Plan) -> None:
 def execute(plan: Plan) -> int | None:
     """Loads the model and trains; returns the stopping signal, if any."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -186,11 +230,16 @@ def execute(plan: Plan) -> int | None:
     config, tokenizer = plan.config, plan.tokenizer
     if plan.files is not None:
         _task(config).build(config.task_options, plan.files)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        plan.resume_from or plan.model_path,
-        dtype=torch.float32,
-        attn_implementation=config.model.attn_implementation,
-    )
+    source = plan.resume_from or plan.model_path
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.float32,
+            attn_implementation=config.model.attn_implementation,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{source} cannot be loaded: {first}") from None
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.train()
     for module in model.modules():  # rollout and training must be the same policy

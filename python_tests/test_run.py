@@ -1,5 +1,6 @@
 """The command: its help, its errors (one line, before any model is loaded), its dry run."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,24 @@ BAD = {
     "prompt too long": (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5 (longest 6)"),
     "task": (["task=bupo.tasks.nothing"], "task=bupo.tasks.nothing cannot be imported"),
     "task option": (["task_options={wide: 3}"], "unknown task_options: ['wide']"),
-    "model": (["model.path=/nowhere/model"], "model.path=/nowhere/model cannot be read"),
+    "task is no task": (["task=os"], "task=os is not a task"),
+    "task with data": (["data.train=[x.parquet]"], "data.train is set, but task="),
+    "model": (["model.path=/nowhere/model"], "model.path=/nowhere/model: folder not found"),
+    "model name": (["model.path=nobody/ no"], "model.path=nobody/ no cannot be read"),
+    "context": (["rollout.max_new_tokens=1000000"], "does not fit the model's context of 256"),
+    "out in a file": (["out=/dev/null/run"], "out=/dev/null/run: /dev/null is a file"),
+    "out in proc": (["out=/proc/run"], "out=/proc/run: /proc cannot be written to"),
+    "list not closed": (["steps=[1"], "cannot be read"),
+    "a value for a group": (["optimizer=3"], "optimizer"),
+    "no name": (["=3"], "expected key=value, got '=3'"),
+    "not finite": (["optimizer.lr=inf"], "optimizer.lr must be finite, got inf"),
+    "nan": (["loss.entropy_coef=nan"], "loss.entropy_coef must be finite, got nan"),
+    "betas": (["optimizer.betas=[2,3]"], "optimizer.betas must be in [0, 1)"),
+    "decay": (["optimizer.weight_decay=-1"], "optimizer.weight_decay must be at least 0"),
+    "warm-up": (["optimizer.warmup_steps=-5"], "optimizer.warmup_steps must be at least 0"),
+    "eval.limit": (["eval.limit=0"], "eval.limit must be positive"),
+    "reward module": (["reward.function=nope:x"], "reward.function=nope:x cannot be loaded"),
+    "reward signature": (["reward.function=math:sqrt"], "reward.function=math:sqrt must take"),
     "resume without out": (["resume=auto", "out=null"], "resume=auto needs out=DIR"),
     "temperature": (["rollout.temperature=0"], "rollout.temperature must be > 0"),
 }  # fmt: skip
@@ -60,6 +78,50 @@ def test_mistakes_give_one_line_before_a_model_is_loaded(
     assert message in errors
     assert len(errors.strip().splitlines()) == 1, errors
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["- a\n- b\n", "steps: 1\nsteps: 2\n", "steps: [1\n", "# Title\n\ntext `x`: y\n", "\xff"],
+)
+def test_configuration_file_that_is_none(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text, encoding="latin-1")
+    assert main(["--config", str(file)]) == 2
+    errors = capsys.readouterr().err
+    assert len(errors.strip().splitlines()) == 1 and errors.startswith("bupo.run: "), errors
+
+
+def test_options_may_stand_between_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    first, *rest = arguments(tmp_path / "run")
+    assert main([first, *rest, "--dry_run", "seed=7"]) == 0
+    assert main(["steps=7", "--out", str(tmp_path / "run"), "bupo.steps=2", "--dry_run"]) == 0
+    assert (
+        "steps 1-2 train layer 3 of 6, then the final policy to step 7" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("change", ["bupo.steps=1", "seed=9", "task_options.layers=1"])
+def test_resume_with_other_settings_is_refused(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(out, "steps=4", "checkpoint.every=2")) == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert main(arguments(out, "steps=6", "resume=auto", change)) == 2
+    errors = capsys.readouterr().err
+    assert "holds a run with other settings (" in errors and change.split("=")[0][:8] in errors
+    assert main(arguments(out, "steps=5", "bupo.steps=3", "resume=auto", change)) == 2
+    assert main(arguments(out, "steps=3", "bupo.steps=2", "resume=auto")) == 2
+    for checkpoint in (out / "checkpoints").iterdir():  # still refused: the numbers are kept
+        shutil.rmtree(checkpoint)
+    assert main(arguments(out, "steps=6", "resume=auto", change)) == 2
+    assert all(p.read_bytes() == x for p, x in before.items() if "checkpoints" not in str(p))
 
 
 def test_missing_configuration_file(capsys: pytest.CaptureFixture[str], no_model: None) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from bupo.config import ConfigError, DataConfig
 from bupo.rl.types import Prompt
 
@@ -33,17 +35,32 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 
 def _answer(row: dict[str, Any], where: str) -> str:
-    truth = (row.get("reward_model") or {}).get("ground_truth", row.get("answer"))
+    model = row.get("reward_model") or {}
+    if not isinstance(model, dict):
+        raise ConfigError(
+            f"{where}: reward_model must be an object with ground_truth, got {model!r}"
+        )
+    truth = model.get("ground_truth", row.get("answer"))
     if truth is None:
         raise ConfigError(f"{where} has neither reward_model.ground_truth nor answer")
     return str(truth)
 
 
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and message.get("content") is not None
+    )
+
+
 def _text(prompt: Any, tokenizer: Any, config: DataConfig, where: str) -> str:
     if isinstance(prompt, str):
         return prompt
-    if not isinstance(prompt, list) or not all(isinstance(m, dict) for m in prompt):
-        raise ConfigError(f"{where}: prompt must be a string or a list of chat messages")
+    if not isinstance(prompt, list) or not prompt or not all(map(_is_message, prompt)):
+        raise ConfigError(
+            f"{where}: prompt must be a string or a list of chat messages with role and content"
+        )
     template = None
     if config.chat_template is not None:
         template = Path(config.chat_template).read_text(encoding="utf-8")
@@ -52,13 +69,17 @@ def _text(prompt: Any, tokenizer: Any, config: DataConfig, where: str) -> str:
             f"{where} is a chat, but the model's tokenizer has no chat template; set "
             "data.chat_template=FILE"
         )
-    text: str = tokenizer.apply_chat_template(
-        prompt,
-        tokenize=False,
-        add_generation_prompt=True,
-        chat_template=template,
-        **config.chat_template_options,
-    )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            prompt,
+            tokenize=False,
+            add_generation_prompt=True,
+            chat_template=template,
+            **config.chat_template_options,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        source = config.chat_template or "the tokenizer's chat template"
+        raise ConfigError(f"{where}: {source} failed: {error}") from None
     return text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import json
 import math
 import subprocess
@@ -159,19 +160,31 @@ class FunctionReward:
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"reward.function={name} cannot be loaded: {error}") from None
         self._name = name
+        try:
+            inspect.signature(self._function).bind([], [])
+        except TypeError as error:
+            raise ConfigError(
+                f"reward.function={name} must take (responses: list[str], answers: list[str]): "
+                f"{error}"
+            ) from None
 
     def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
-        rewards = self._function([r.text for r in rollouts], [r.prompt.answer for r in rollouts])
-        if len(rewards) != len(rollouts):
+        rewards = self._rewards([r.text for r in rollouts], [r.prompt.answer for r in rollouts])
+        for rollout, reward in zip(rollouts, rewards):
+            rollout.reward = reward
+        return RewardReport()
+
+    def _rewards(self, responses: list[str], answers: list[str]) -> list[float]:
+        rewards = [float(r) for r in self._function(responses, answers)]
+        if len(rewards) != len(responses):
             raise ValueError(
                 f"reward.function={self._name} returned {len(rewards)} rewards for "
-                f"{len(rollouts)} responses"
+                f"{len(responses)} responses"
             )
-        for rollout, reward in zip(rollouts, rewards):
+        for reward in rewards:
             if not math.isfinite(reward):
                 raise ValueError(f"reward.function={self._name} returned {reward}")
-            rollout.reward = float(reward)
-        return RewardReport()
+        return rewards
 
     def close(self) -> None:
         """Nothing to do."""
