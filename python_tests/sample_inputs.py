@@ -7,9 +7,11 @@ float64, on the same rounded inputs).
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import math
+import os
 from typing import Any
 
 import torch
@@ -20,8 +22,17 @@ from torch.overrides import TorchFunctionMode
 
 import bupo.ops as ops
 
+EMULATED = os.environ.get("BUPO_EMULATED")
+"""The library with the CUDA sources compiled for the host (test_cuda_emulated.py sets it): the same
+tests then run that code in place of the CPU operators."""
+if EMULATED:
+    torch.ops.load_library(EMULATED)
+    ctypes.CDLL(EMULATED).emulator_workspace(ctypes.c_int64(int(os.environ["BUPO_WORKSPACE"])))
+
 OPS = ("lm_head_logprobs", "policy_loss")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+if EMULATED:
+    DTYPES = (torch.float32, torch.bfloat16)
 DIFFERENTIABLE = ("hidden", "weight", "bias")
 
 # Our error may be twice plain torch's. Where plain torch is exact by luck (one product, a sum of

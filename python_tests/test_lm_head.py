@@ -33,6 +33,7 @@ from torch import Tensor
 import bupo.ops as ops
 
 OP = "lm_head_logprobs"
+EPS = torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,6 +78,38 @@ def test_the_oracle_agrees_with_torch() -> None:
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(got.entropy.flatten(), entropy)
     torch.testing.assert_close(got.logsumexp.flatten(), logits.logsumexp(-1))
+
+
+@pytest.mark.parametrize("tail", [1.0, 7.85, 12.0, 17.0])
+def test_a_flat_tail_beside_one_large_entry_is_not_lost(tail: float) -> None:
+    """Terms below half an ulp of a running sum vanish one by one: sums have to be short."""
+    weight = torch.full((512, 1), -tail)
+    weight[0] = 0
+    arguments = {"hidden": torch.ones(1, 1), "weight": weight, "targets": torch.ones(1).long()}
+    call = Sample("tail", OP, arguments)
+    got = call.call()
+    plain, truth = call.call(ops.reference), call.to(torch.float64).call(ops.reference)
+    for name in ("logprobs", "entropy", "logsumexp"):
+        x, y, z = (float(getattr(r, name)) for r in (got, plain, truth))
+        assert abs(x - z) <= 2 * abs(y - z) + 4 * EPS * max(1, abs(z)), (name, x, y, z)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_bias_gradient_of_many_tokens(same: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(5000, 8, generator=g), torch.randn(5, 8, generator=g) * 0.3
+    targets = torch.zeros(5000).long() if same else torch.randint(5, (5000,), generator=g)
+    arguments = {"hidden": hidden, "weight": weight, "targets": targets, "bias": torch.zeros(5)}
+    check_three_way(Sample("many", OP, arguments), torch.float32)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.3])
+def test_saturated_softcap_has_no_slope(temperature: float) -> None:
+    hidden = torch.full((1, 1), 100.0, requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    options = {"softcap": 1.0, "temperature": temperature}
+    ops.lm_head_logprobs(hidden, weight, torch.ones(1).long(), **options).logprobs.sum().backward()
+    assert not hidden.grad.any() and not weight.grad.any()
 
 
 # ---- hard numbers ------------------------------------------------------------------------------

@@ -583,6 +583,12 @@ WRONG_POLICY: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("change", [{"temperature": 1e-39}, {"softcap": 1e300}])
+def test_numbers_that_float32_cannot_divide_by(change: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(change))}.* must be positive and finite"):
+        small("lm_head_logprobs").to(torch.float32).call(**change)
+
+
 @pytest.mark.parametrize("index", [1.5, "x", True, None])
 def test_ignore_index_must_be_an_integer(index: Any) -> None:
     with pytest.raises(
@@ -658,6 +664,17 @@ def test_excluded_targets_may_be_out_of_range() -> None:
     got = call.call(targets=targets, ignore_index=-(10**12))
     assert not got.logprobs[0, :5].any()
     assert torch.equal(got.logprobs[1], call.call().logprobs[1])
+
+
+def test_workspace_budget() -> None:
+    before = ops.build_info()["workspace_bytes"]
+    assert before == 2**30
+    ops.set_workspace_bytes(2**28)
+    assert ops.build_info()["workspace_bytes"] == 2**28
+    ops.set_workspace_bytes(before)
+    for wrong, kind in ((0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)):
+        with pytest.raises(kind, match="set_workspace_bytes: size must be"):
+            ops.set_workspace_bytes(wrong)
 
 
 def test_build_info() -> None:

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from bupo.ops.registration import accumulator, build_info
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "meta": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+}
 _DEVICES = (*build_info()["devices"], "meta")
 
 
@@ -143,9 +147,11 @@ def prepare(
         if x is not None and x.device != hidden.device:
             raise ValueError(f"{op}: {name} must be on {hidden.device}, got {describe(x)}")
     hidden, weight = _same_dtype(op, hidden, weight)
-    if hidden.dtype not in _DTYPES:
+    supported = DTYPES[hidden.device.type]
+    if hidden.dtype not in supported:
+        *others, last = (str(dtype).removeprefix("torch.") for dtype in supported)
         raise TypeError(
-            f"{op}: hidden on {hidden.device.type} must be float32, float64 or bfloat16, "
+            f"{op}: hidden on {hidden.device.type} must be {', '.join(others)} or {last}, "
             f"got {hidden.dtype}"
         )
     if bias is not None:
@@ -154,7 +160,7 @@ def prepare(
         bias = bias.to(weight.dtype).contiguous()
     if softcap is not None and (isinstance(softcap, bool) or not isinstance(softcap, (int, float))):
         raise TypeError(f"{op}: softcap must be a number or None, got {describe(softcap)}")
-    if softcap is not None and not 0 < softcap < float("inf"):
+    if softcap is not None and not 0 < softcap <= torch.finfo(accumulator(hidden.dtype)).max:
         raise ValueError(f"{op}: softcap must be positive and finite or None, got {softcap}")
     rows = hidden.reshape(-1, hidden.shape[-1])
     if rows.stride(1) != 1:

@@ -36,9 +36,27 @@ def build_info() -> dict[str, Any]:
     Keys: ``version``; ``cuda``, the build mode (OFF, CHECK, ON); ``archs``, the CUDA architectures;
     ``torch_target``, the oldest torch it runs on; ``devices``, where ops are implemented;
     ``cpu_products``, for float32 and bfloat16: "block" (oneDNN's block product; AVX-512 and, for
-    bfloat16, AVX512_BF16 or AMX) or "library" (torch's BLAS in fp32, slower).
+    bfloat16, AVX512_BF16 or AMX) or "library" (torch's BLAS in fp32, slower); ``workspace_bytes``,
+    see :func:`set_workspace_bytes`.
     """
     return dict(_C.build_info())
+
+
+def set_workspace_bytes(size: int) -> None:
+    """The memory in bytes that a CUDA op may take beside its results; 1 GiB unless set.
+
+    More memory is fewer, larger chunks of tokens. 128 rows of logits are always taken. With more
+    chunks than one, bfloat16 and float16 weights also get a float32 accumulator of the size of dW.
+    CPU ops need no such budget.
+
+    Raises:
+        TypeError, ValueError: size is not a positive int.
+    """
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"bupo.ops.set_workspace_bytes: size must be an int, got {size!r}")
+    if size <= 0:
+        raise ValueError(f"bupo.ops.set_workspace_bytes: size must be positive, got {size}")
+    _C.set_workspace_bytes(size)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

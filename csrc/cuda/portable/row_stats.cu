@@ -1,77 +1,95 @@
-// log p(target), entropy and logsumexp of each row of a block of fp32 logits [rows, V].
+// log p(target), entropy and logsumexp of each row of a block of fp32 products [rows, V].
 //
-//   max_j z_j, sum_j e^{z_j - max}, sum_j e^{z_j - max} (z_j - max)   over j != target
-//   then finish_row() of row_math.h, the same function that the CPU path runs in float64.
+//   z_j = softcap(x_j + bias_j) / T;  RowSums over j != target;  finish_row() of row_math.h
 //
-// One block a row: two sweeps over the row, the second from cache. 8V bytes read and 2V
-// exponentials and multiply-adds a row, so it is bound by memory. Reductions run in a fixed order,
-// so a row's result does not depend on its neighbours.
+// One block a row, one sweep with a running maximum per thread: 4V bytes read and V exponentials a
+// row, so it is bound by memory. Threads are merged in a fixed order, so a row's result depends on
+// nothing but the row.
 //
-// The first kernel of the portable path (sm_80 and newer). It is compiled in CI (BUPO_CUDA=CHECK);
-// the operators that will launch it have not landed, and it has not run on a GPU.
+// Tests: python_tests/test_cuda_emulated.py, on a GPU bench/gpu_check.py. Bench: the latter.
 
-#include "../../row_math.h"
+#include "../common/device.cuh"
+#include "../common/logit.cuh"
 #include "../launch.h"
 
 namespace bupo::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kThreads = kRowThreads;
 
-// Every thread's value combined in lane and warp order; all threads get the result.
-template <class Combine>
-__device__ float block_reduce(float value, float* shared, Combine combine) {
-  for (int offset = 16; offset > 0; offset /= 2)
-    value = combine(value, __shfl_xor_sync(kAllLanes, value, offset));
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
-  __syncthreads();
-  float total = shared[0];
-  for (int warp = 1; warp < kWarps; ++warp) total = combine(total, shared[warp]);
-  __syncthreads();
-  return total;
-}
+// A thread's part of a row, with compensated sums: beside one dominant entry the hundreds of small
+// ones that follow would otherwise be rounded away one by one.
+struct RunningSums {
+  RowSums<float> sums;
+  float lost_sum = 0.0f, lost_dot = 0.0f;  // what the last additions rounded away, negated
+
+  __device__ static void add(float& total, float& lost, float x) {
+    const float y = x - lost, next = total + y;
+    lost = (next - total) - y;
+    total = next;
+  }
+
+  // One more entry. -inf has no mass; nan stays in sum and dot.
+  __device__ void add(float z) {
+    if (z == -INFINITY) return;
+    if (z > sums.max) {
+      const float shift = sums.max - z, scale = sums.sum == 0.0f ? 0.0f : expf(shift);
+      sums.dot = sums.sum == 0.0f ? 0.0f : scale * (sums.dot + sums.sum * shift);
+      sums.sum *= scale;
+      lost_sum = lost_dot = 0.0f;
+      sums.max = z;
+    }
+    const float d = z - sums.max, e = expf(d);
+    add(sums.sum, lost_sum, e);
+    add(sums.dot, lost_dot, e == 0.0f ? 0.0f : e * d);
+  }
+};
 
 __global__ void __launch_bounds__(kThreads) row_stats_kernel(RowStatsArgs args) {
-  __shared__ float shared[kWarps];
+  __shared__ RowSums<float> shared[kThreads / 32];
   const int64_t row = blockIdx.x;
-  const float* z = args.logits + row * args.stride;
-  const int64_t target = args.targets[row];
-  if (target < 0 || target >= args.vocab) {
-    if (threadIdx.x == 0) args.logprobs[row] = args.entropy[row] = args.logsumexp[row] = 0.0f;
-    return;
+  const bool included = takes_part(args.choice, row);
+  const int64_t target = args.choice.targets[row], vocab = args.logits.vocab;
+  const bool valid = included && target >= 0 && target < vocab;
+  Row<float> record{};
+  if (!valid) {
+    const float value = included ? NAN : 0.0f;
+    record.logprob = record.entropy = record.logsumexp = value;
+  } else {
+    const RowLogits z(args.logits, row);
+    RunningSums running;
+    for (int64_t j = threadIdx.x; j < vocab; j += kThreads)
+      if (j != target) running.add(z[j]);
+    RowSums<float> sums = running.sums;
+    const auto shift = [](const RowSums<float>& s, int offset) {
+      return RowSums<float>{__shfl_down_sync(kAllLanes, s.max, offset),
+                            __shfl_down_sync(kAllLanes, s.sum, offset),
+                            __shfl_down_sync(kAllLanes, s.dot, offset)};
+    };
+    sums =
+        block_reduce<kThreads>(sums, shared, shift, [](RowSums<float> a, const RowSums<float>& b) {
+          merge(a, b);
+          return a;
+        });
+    if (threadIdx.x == 0) {
+      const Row<double> exact =
+          finish_row<double>({sums.max, sums.sum, sums.dot}, static_cast<double>(z[target]), vocab);
+      record = {float(exact.max),     float(exact.log_total),   float(exact.mean),
+                float(exact.target),  float(exact.target_prob), float(exact.target_rest),
+                float(exact.logprob), float(exact.entropy),     float(exact.logsumexp)};
+    }
   }
-  const auto larger = [](float a, float b) { return b > a ? b : a; };
-  const auto add = [](float a, float b) { return a + b; };
-
-  RowSums<float> sums;
-  for (int64_t j = threadIdx.x; j < args.vocab; j += kThreads)
-    if (j != target) sums.max = larger(sums.max, z[j]);
-  sums.max = block_reduce(sums.max, shared, larger);
-  const float shift = sums.max == -INFINITY ? 0.0f : sums.max;  // a row of -inf: sums of 0
-  for (int64_t j = threadIdx.x; j < args.vocab; j += kThreads) {
-    if (j == target) continue;
-    const float d = fmaxf(z[j] - shift, -800.0f);   // keeps 0 * -inf out of the dot
-    const float e = z[j] != z[j] ? z[j] : expf(d);  // fmaxf drops nan
-    sums.sum += e;
-    sums.dot += e * d;
-  }
-  sums.sum = block_reduce(sums.sum, shared, add);
-  sums.dot = block_reduce(sums.dot, shared, add);
   if (threadIdx.x != 0) return;
-  const Row<float> result = finish_row(sums, z[target], static_cast<long long>(args.vocab));
-  args.logprobs[row] = result.logprob;
-  args.entropy[row] = result.entropy;
-  args.logsumexp[row] = result.logsumexp;
+  if (args.records) args.records[row] = record;
+  args.logprobs[row] = record.logprob;
+  args.entropy[row] = record.entropy;
+  if (args.logsumexp) args.logsumexp[row] = record.logsumexp;
 }
 
 }  // namespace
 
 cudaError_t launch_row_stats(const RowStatsArgs& args, cudaStream_t stream) {
-  if (args.rows == 0) return cudaSuccess;
-  row_stats_kernel<<<static_cast<unsigned>(args.rows), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch(row_stats_kernel, args.logits.rows, kThreads, stream, args);
 }
 
 }  // namespace bupo::cuda

@@ -1,0 +1,83 @@
+// What every kernel uses of a device: 16-bit numbers as stored bits, block-wide reductions, launch.
+//
+// With BUPO_EMULATED the same kernel sources compile for the host (python_tests/emulator.h runs a
+// block's threads one after another), so that CI executes every line of them without a GPU.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../../row_math.h"
+
+#ifdef BUPO_EMULATED
+#include "emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+#endif
+
+namespace bupo::cuda {
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+#ifdef BUPO_EMULATED
+__device__ inline float widen(Float16 x) { return emulator::from_half(x.bits); }
+__device__ inline void narrow(float x, BFloat16& out) { out.bits = emulator::to_bfloat16(x); }
+__device__ inline void narrow(float x, Float16& out) { out.bits = emulator::to_half(x); }
+#else
+__device__ inline float widen(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ inline void narrow(float x, BFloat16& out) {
+  out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+__device__ inline void narrow(float x, Float16& out) {
+  out.bits = __half_as_ushort(__float2half_rn(x));
+}
+#endif
+__device__ inline void narrow(float x, float& out) { out = x; }
+
+// The block's values combined in lane and warp order: the same result in every run. Thread 0 has
+// it.
+template <int kThreads, class T, class Shift, class Combine>
+__device__ T block_reduce(T value, T* shared, const Shift& shift, const Combine& combine) {
+  for (int offset = 16; offset > 0; offset /= 2) value = combine(value, shift(value, offset));
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int warp = 1; warp < kThreads / 32; ++warp) value = combine(value, shared[warp]);
+  return value;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  if (blocks == 0) return cudaSuccess;
+#ifdef BUPO_EMULATED
+  (void)stream;
+  emulator::run(blocks, threads, [&] { kernel(arguments...); });
+  return cudaSuccess;
+#else
+  // clang-format off
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(arguments...);
+  // clang-format on
+  return cudaGetLastError();
+#endif
+}
+
+}  // namespace bupo::cuda

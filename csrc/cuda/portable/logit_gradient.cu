@@ -1,0 +1,66 @@
+// dLoss/dz of the rows that have a gradient, packed, in the dtype of the inputs.
+//
+//   dz_j = [ p_j (g_L - g_logp) - g_H p_j (z_j - m) ] f'_j / T        p_j = e^{z_j - max -
+//   log_total} dz_t = [ g_logp (1 - p_t) + g_L p_t - g_H p_t (z_t - m) ] f'_t / T out[place, j] =
+//   dz_j / scale
+//
+// One block a row: 4V bytes read, 2V or 4V written, V exponentials, bound by memory. 1 - p_t comes
+// from the sum without the target, so it keeps its digits where p_t rounds to 1.
+//
+// Tests: python_tests/test_cuda_emulated.py, on a GPU bench/gpu_check.py. Bench: the latter.
+
+#include "../common/device.cuh"
+#include "../common/logit.cuh"
+#include "../launch.h"
+
+namespace bupo::cuda {
+namespace {
+
+constexpr int kThreads = kRowThreads;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) logit_gradient_kernel(LogitGradientArgs args) {
+  const int64_t row = blockIdx.x;
+  const int place = args.places.position[row];
+  if (place < 0) return;
+  T* out = static_cast<T*>(args.out) + place * args.out_stride;
+  const Coefficients& c = args.coefficients;
+  const float on_logprob = c.on_logprob[row], on_entropy = c.on_entropy[row];
+  const float on_logsumexp = c.on_logsumexp ? c.on_logsumexp[row] : 0.0f;
+  const int64_t vocab = args.logits.vocab;
+  if (on_logprob == 0.0f && on_entropy == 0.0f && on_logsumexp == 0.0f) {
+    for (int64_t j = threadIdx.x; j < vocab; j += kThreads) narrow(0.0f, out[j]);
+    return;
+  }
+  const RowLogits z(args.logits, row);
+  const Row<float> record = args.records[row];
+  const float factor = 1.0f / (z.temperature() * args.places.scale[place]);
+  const float on_p = (on_logsumexp - on_logprob) * factor, on_gap = -on_entropy * factor;
+  const int64_t target = args.targets[row];
+  for (int64_t j = threadIdx.x; j < vocab; j += kThreads) {
+    const float unit = z.unit(j), d = z.z(unit) - record.max;
+    float dz = 0.0f;
+    if (j == target) {
+      dz = factor * (on_logprob * record.target_rest + on_logsumexp * record.target_prob);
+      if (record.target_prob != 0.0f)
+        dz += on_gap * record.target_prob * (record.target - record.mean);
+      dz *= z.slope(unit);
+    } else if (d != -INFINITY) {
+      const float p = expf(d - record.log_total);
+      dz = p * (on_p + on_gap * (d - record.mean)) * z.slope(unit);
+    }
+    narrow(dz, out[j]);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_logit_gradient(Number number, const LogitGradientArgs& args,
+                                  cudaStream_t stream) {
+  const auto kernel = number == Number::kFloat      ? logit_gradient_kernel<float>
+                      : number == Number::kBfloat16 ? logit_gradient_kernel<BFloat16>
+                                                    : logit_gradient_kernel<Float16>;
+  return launch(kernel, args.logits.rows, kThreads, stream, args);
+}
+
+}  // namespace bupo::cuda

@@ -1,0 +1,97 @@
+// What the policy loss makes of its rows' log-probs: coefficients of the gradient, loss, metrics.
+//
+// A thread a row for the coefficients; one block for the sums, in double and in a fixed order. A
+// few dozen bytes a row: their time is their launch.
+//
+// Tests: python_tests/test_cuda_emulated.py; policy_token() itself:
+// python_tests/test_policy_loss.py.
+
+#include "../common/device.cuh"
+#include "../common/logit.cuh"
+#include "../launch.h"
+
+namespace bupo::cuda {
+namespace {
+
+#ifdef BUPO_EMULATED
+constexpr int kSumThreads = 64;
+#else
+constexpr int kSumThreads = 512;
+#endif
+
+__device__ PolicyToken<double> token_of(const PolicyRows& r, int64_t i) {
+  return policy_token<double>(r.settings, r.logprobs[i], r.entropy[i], r.old_logprobs[i],
+                              r.advantages[i], r.ref_logprobs ? r.ref_logprobs[i] : 0.0,
+                              r.importance_weights ? r.importance_weights[i] : 1);
+}
+
+__global__ void coefficients_kernel(PolicyRows rows, float* on_logprob, float* on_entropy) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (i >= rows.rows) return;
+  const double weight = rows.token_weights[i];
+  if (weight == 0) {
+    on_logprob[i] = on_entropy[i] = 0.0f;
+    return;
+  }
+  const PolicyToken<double> token = token_of(rows, i);
+  on_logprob[i] = static_cast<float>(weight * token.d_logprob);
+  on_entropy[i] = static_cast<float>(weight * token.d_entropy);
+}
+
+struct Sums {
+  double loss = 0, clipped = 0, ratio = 0, largest = 0, kl = 0, entropy = 0, live = 0, included = 0;
+};
+
+__global__ void __launch_bounds__(kSumThreads)
+    sums_kernel(PolicyRows rows, float* loss, float* metrics) {
+  __shared__ Sums shared[kSumThreads / 32];
+  Sums mine;
+  for (int64_t i = threadIdx.x; i < rows.rows; i += kSumThreads) {
+    const double weight = rows.token_weights[i];
+    if (weight == 0) continue;
+    const PolicyToken<double> token = token_of(rows, i);
+    mine.included += 1;
+    mine.loss += weight * token.loss;
+    mine.clipped += token.clipped;
+    mine.ratio += token.ratio;
+    if (token.ratio > mine.largest || token.ratio != token.ratio) mine.largest = token.ratio;
+    mine.kl += expm1(token.log_ratio) - token.log_ratio;
+    mine.entropy += rows.entropy[i];
+    // Live as the gradient sees it: coefficients are floats there.
+    mine.live += static_cast<float>(weight * token.d_logprob) != 0.0f ||
+                 static_cast<float>(weight * token.d_entropy) != 0.0f;
+  }
+  const auto shift = [](const Sums& s, int offset) {
+    const auto from = [offset](double x) { return __shfl_down_sync(kAllLanes, x, offset); };
+    return Sums{from(s.loss), from(s.clipped), from(s.ratio), from(s.largest),
+                from(s.kl),   from(s.entropy), from(s.live),  from(s.included)};
+  };
+  const Sums all = block_reduce<kSumThreads>(mine, shared, shift, [](const Sums& a, const Sums& b) {
+    const bool second = b.largest > a.largest || b.largest != b.largest;
+    return Sums{
+        a.loss + b.loss, a.clipped + b.clipped, a.ratio + b.ratio, second ? b.largest : a.largest,
+        a.kl + b.kl,     a.entropy + b.entropy, a.live + b.live,   a.included + b.included};
+  });
+  if (threadIdx.x != 0) return;
+  const double n = all.included > 1 ? all.included : 1;
+  const double tokens = rows.rows > 1 ? static_cast<double>(rows.rows) : 1;
+  *loss = static_cast<float>(all.loss);
+  const double values[kPolicyMetrics] = {all.clipped / n, all.ratio / n,   all.largest,
+                                         all.kl / n,      all.entropy / n, all.live / tokens};
+  for (int m = 0; m < kPolicyMetrics; ++m) metrics[m] = static_cast<float>(values[m]);
+}
+
+}  // namespace
+
+cudaError_t launch_policy_coefficients(const PolicyRows& rows, float* on_logprob, float* on_entropy,
+                                       cudaStream_t stream) {
+  const int64_t blocks = (rows.rows + kRowThreads - 1) / kRowThreads;
+  return launch(coefficients_kernel, blocks, kRowThreads, stream, rows, on_logprob, on_entropy);
+}
+
+cudaError_t launch_policy_sums(const PolicyRows& rows, float* loss, float* metrics,
+                               cudaStream_t stream) {
+  return launch(sums_kernel, 1, kSumThreads, stream, rows, loss, metrics);
+}
+
+}  // namespace bupo::cuda

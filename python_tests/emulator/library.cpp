@@ -1,0 +1,85 @@
+// csrc/cuda/library.h on the host: products through torch's CPU library, a counter that is simply
+// read, and a switch that plays the recording of a CUDA graph.
+
+#include "cuda/library.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/library.h"
+#include "workspace.h"
+
+namespace {
+bool capturing = false;
+int64_t reads = 0;
+}  // namespace
+
+#define BUPO_EXPORT extern "C" __attribute__((visibility("default")))
+BUPO_EXPORT void emulator_workspace(int64_t bytes) { bupo::workspace_bytes = bytes; }
+BUPO_EXPORT void emulator_capturing(bool yes) { capturing = yes; }
+BUPO_EXPORT int64_t emulator_reads() { return reads; }
+
+namespace bupo::cuda {
+namespace {
+
+float element(const Matrix& m, int64_t i) {
+  if (m.number == Number::kFloat) return static_cast<const float*>(m.data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(m.data)[i];
+  if (m.number == Number::kFloat16) return emulator::from_half(bits);
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
+std::vector<float> copy(const Matrix& m) {
+  std::vector<float> dense(static_cast<size_t>(m.rows * m.columns));
+  for (int64_t r = 0; r < m.rows; ++r)
+    for (int64_t c = 0; c < m.columns; ++c)
+      dense[static_cast<size_t>(r * m.columns + c)] = element(m, r * m.stride + c);
+  return dense;
+}
+
+cpu::Block view(const std::vector<float>& dense, const Matrix& m) {
+  const cpu::Block plain = cpu::block(dense.data(), m.rows, m.columns, m.columns);
+  return m.transposed ? cpu::transposed(plain) : plain;
+}
+
+}  // namespace
+
+Device current_device(const torch::stable::Tensor&) { return {0, nullptr, capturing}; }
+
+void multiply(const Device&, const Matrix& out, const Matrix& a, const Matrix& b) {
+  const std::vector<float> left = copy(a), right = copy(b);
+  std::vector<float> result(static_cast<size_t>(out.rows * out.columns));
+  cpu::multiply(cpu::block(result.data(), out.rows, out.columns, out.columns), view(left, a),
+                view(right, b));
+  for (int64_t r = 0; r < out.rows; ++r) {
+    for (int64_t c = 0; c < out.columns; ++c) {
+      const float x = result[static_cast<size_t>(r * out.columns + c)];
+      const int64_t at = r * out.stride + c;
+      void* data = const_cast<void*>(out.data);
+      if (out.number == Number::kFloat) {
+        static_cast<float*>(data)[at] = x;
+      } else {
+        static_cast<uint16_t*>(data)[at] =
+            out.number == Number::kBfloat16 ? emulator::to_bfloat16(x) : emulator::to_half(x);
+      }
+    }
+  }
+}
+
+int64_t read_count(const Device&, const int32_t* count) {
+  if (capturing) throw std::logic_error("the host would wait during a graph capture");
+  ++reads;
+  return *count;
+}
+
+void set_zero(const Device&, void* data, int64_t bytes) {
+  std::memset(data, 0, static_cast<size_t>(bytes));
+}
+
+void check(cudaError_t) {}
+
+}  // namespace bupo::cuda
