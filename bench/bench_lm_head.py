@@ -317,9 +317,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print(line([f"{cell(row):{width}}" for _, width, cell in COLUMNS]))
 
 
-def print_bars(rows: list[dict[str, Any]]) -> None:
+def print_bars(rows: list[dict[str, Any]], shape: tuple[int, int, int]) -> None:
     """What the project holds itself to at the default shape, each with its figure."""
-    if (rows[0]["tokens"], rows[0]["width"], rows[0]["vocab"]) != (2048, 1024, 32768):
+    if shape != (2048, 1024, 32768):
         return
     ms = {(row["name"], row["dtype"]): row["ms"] for row in rows}
     bars = [
@@ -367,7 +367,7 @@ def main() -> None:
     found = cases(args.tokens, args.width, args.vocab, dtypes)
     rows = measure(found, args.rounds, min(args.error_tokens, args.tokens))
     print_table(rows)
-    print_bars(rows)
+    print_bars(rows, (args.tokens, args.width, args.vocab))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         with args.json.open("a") as file:

@@ -72,7 +72,7 @@ class DataConfig:
 @dataclass
 class RolloutConfig:
     engine: str = "hf"
-    """hf: transformers' generate."""
+    """hf: transformers' generate, any model. vllm: fast for all but the smallest models."""
     prompts: int = 32
     """Prompts per step."""
     samples: int = 8
@@ -85,12 +85,27 @@ class RolloutConfig:
     """Nucleus sampling; 1 samples from the policy itself."""
     batch_size: int = 256
     """Responses generated at once."""
+    max_logprob_gap: float = 0.1
+    """Engine and trainer may differ by this much per token (nats, mean); more stops the run."""
+    kv_cache_gib: int = 1
+    """vllm on a CPU: memory of its cache."""
+    gpu_memory_utilization: float = 0.4
+    """vllm on a GPU: its share of the memory, the trainer's aside."""
+    tensor_parallel: int = 1
+    """vllm on GPUs: how many share one model."""
+    sleep: bool = True
+    """vllm on a GPU: give its memory back during the update."""
 
     def __post_init__(self) -> None:
-        _one_of("rollout.engine", self.engine, ("hf",))
-        for key in ("prompts", "samples", "max_new_tokens", "batch_size"):
+        _one_of("rollout.engine", self.engine, ("hf", "vllm"))
+        counts = ("prompts", "samples", "max_new_tokens", "batch_size", "kv_cache_gib")
+        for key in (*counts, "tensor_parallel"):
             _require(getattr(self, key) > 0, f"rollout.{key} must be positive")
         _require(self.temperature > 0, f"rollout.temperature must be > 0, got {self.temperature}")
+        _require(self.max_logprob_gap > 0, "rollout.max_logprob_gap must be > 0")
+        _require(
+            0 < self.gpu_memory_utilization < 1, "rollout.gpu_memory_utilization must be in (0, 1)"
+        )
         _require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], got {self.top_p}")
 
 

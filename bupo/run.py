@@ -223,7 +223,7 @@ def execute(plan: Plan) -> int | None:
     from bupo.rl import checkpoint
     from bupo.rl.loop import Run
     from bupo.rl.rewards import make_reward
-    from bupo.rl.rollouts import HFEngine
+    from bupo.rl.rollouts import HFEngine, RolloutEngine, VllmEngine
     from bupo.rl.update import Trainer
 
     logging.disable_progress_bar()  # ours is the only live line
@@ -255,16 +255,23 @@ def execute(plan: Plan) -> int | None:
         start = checkpoint.load_step(plan.resume_from)
         checkpoint.load_optimizer(plan.resume_from, model, trainer.optimizer)
     reward = make_reward(config.reward)
+    engine: RolloutEngine = HFEngine(model, tokenizer, config.rollout)
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
         (plan.out / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
-        engine = HFEngine(model, tokenizer, config.rollout)
+        if config.rollout.engine == "vllm":
+            longest = max(len(p.token_ids) for p in [*plan.train_prompts, *plan.eval_prompts])
+            engine = VllmEngine(
+                str(source), tokenizer, config.rollout, longest, config.model.compute_dtype,
+                config.seed,
+            )  # fmt: skip
         run = Run(
             config, plan.out, model, tokenizer, plan.train_prompts, plan.eval_prompts,
             engine, reward, trainer, start,
         )  # fmt: skip
         return run.train()
     finally:
+        engine.close()
         reward.close()
 
 

@@ -65,7 +65,7 @@ def state(out: Path) -> dict[str, bytes]:
     newest = sorted((out / "checkpoints").iterdir())[-1]
     return {
         name: (newest / name).read_bytes()
-        for name in ("model.safetensors", "optimizer.safetensors")
+        for name in ("model.safetensors", "optimizer/state.safetensors")
     }
 
 

@@ -15,6 +15,7 @@ STAGES = {
     "rollouts",
     "schedule",
     "update",
+    "weight_sync",
 }
 
 
@@ -77,6 +78,17 @@ def test_torch_operators_are_named_in_ops_only() -> None:
     for file in sources(""):
         if "ops" not in file.parts:
             assert "torch.ops" not in file.read_text(encoding="utf-8"), file
+
+
+def test_vllm_is_imported_in_one_file() -> None:
+    for file in sources(""):
+        found = any(
+            name.split(".")[0] == "vllm"
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in [getattr(node, "module", None) or "", *(a.name for a in node.names)]
+        )
+        assert found == (file == ROOT / "bupo/rl/rollouts/vllm.py"), file
 
 
 def test_only_commands_import_run() -> None:

@@ -106,7 +106,7 @@ def test_layers_above_are_untouched_until_the_switch(whole: Path, tmp_path: Path
             (same if equal else changed).add(name)
     assert {n for n in same if ".layers.1." not in n} == {"model.norm.weight"}
     assert not any(".layers.1." in n for n in changed)
-    with safe_open(trained / "optimizer.safetensors", "pt") as moments:
+    with safe_open(trained / "optimizer/state.safetensors", "pt") as moments:
         assert not any(".layers.1." in n for n in moments.keys())  # noqa: SIM118
 
 

