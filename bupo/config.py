@@ -18,6 +18,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline")
+AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum", "seq_sum_longest")
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one line for the user."""
@@ -152,14 +155,19 @@ class LossConfig:
     dual_clip: float | None = None
     """Bound c of the loss for negative advantages, e.g. 10; null for none."""
     aggregation: str = "token_mean"
-    """token_mean over the optimiser step, seq_mean (mean of each response's mean: the paper) or
-    seq_sum (sum over tokens, mean over responses)."""
+    """token_mean over the optimiser step, seq_mean (mean of each response's mean: the paper),
+    seq_sum (sum over tokens, mean over responses) or seq_sum_longest (that over max_new_tokens:
+    Dr.GRPO)."""
     entropy_coef: float = 0.0
     """Bonus on the entropy of the policy being optimised."""
+    tis_cap: float | None = None
+    """Truncated importance sampling: each token's loss times min(pi / pi_engine, cap), e.g. 2; null
+    for none. For engines whose log-probs differ from the trainer's."""
 
     def __post_init__(self) -> None:
         _one_of("loss.type", self.type, ("ppo", "cispo"))
-        _one_of("loss.aggregation", self.aggregation, ("token_mean", "seq_mean", "seq_sum"))
+        _one_of("loss.aggregation", self.aggregation, AGGREGATIONS)
+        _require(self.tis_cap is None or self.tis_cap > 0, "loss.tis_cap must be > 0 or null")
         _require(self.clip_low >= 0 and self.clip_high >= 0, "loss.clip_* must be at least 0")
         _require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip must be > 1 or null")
 
@@ -231,6 +239,8 @@ class Config:
     """Used in the name of the run directory and the report."""
     algorithm: str = "bupo"
     """bupo: the internal policy first, then the final policy. grpo: the final policy only."""
+    advantage: str = "grpo"
+    """grpo, dr_grpo, rloo, reinforce_pp or reinforce_pp_baseline (bupo/rl/advantages.py)."""
     steps: int = 300
     """Training steps in all."""
     seed: int = 0
@@ -255,6 +265,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _one_of("algorithm", self.algorithm, ("bupo", "grpo"))
+        _one_of("advantage", self.advantage, ADVANTAGES)
         _one_of("resume", self.resume, ("never", "auto"))
         _require(self.steps > 0, f"steps must be positive, got {self.steps}")
         _require(
@@ -262,8 +273,8 @@ class Config:
             "resume=auto needs out=DIR, the run directory to continue",
         )
         _require(
-            self.rollout.samples >= 2,
-            f"rollout.samples must be at least 2 for {self.algorithm}'s group advantages, got "
+            self.rollout.samples >= 2 or self.advantage == "reinforce_pp",
+            f"rollout.samples must be at least 2 for {self.advantage}'s group advantages, got "
             f"{self.rollout.samples}",
         )
         _require(

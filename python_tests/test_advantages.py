@@ -7,7 +7,12 @@ import pytest
 import torch
 from rl_samples import rewarded
 
-from bupo.rl.advantages import TOLERANCE, by_group, grpo
+from bupo.config import ADVANTAGES
+from bupo.rl.advantages import ESTIMATORS, TOLERANCE, by_group, estimate
+
+
+def grpo(rollouts):
+    return estimate(rollouts, "grpo")
 
 
 def literal(rewards):
@@ -91,3 +96,66 @@ def test_every_token_has_the_advantage_of_its_response():
         assert rollout.advantages.shape == (len(rollout.token_ids),)
         assert rollout.advantages.dtype == torch.float32
         assert rollout.advantages.tolist() == pytest.approx([value] * len(rollout.token_ids))
+
+
+def literal_value(name, rewards, i):
+    mean = sum(rewards) / len(rewards)
+    others = [x for j, x in enumerate(rewards) if j != i]
+    if name == "grpo":
+        return literal(rewards)[i]
+    if name == "rloo":
+        return rewards[i] - sum(others) / len(others)
+    return rewards[i] if name == "reinforce_pp" else rewards[i] - mean
+
+
+def literal_of(name, groups):
+    """[group][response][token] advantages, straight from the formulas."""
+    values = [
+        [[literal_value(name, rewards, i)] * lengths[i] for i in range(len(rewards))]
+        for rewards, lengths in groups
+    ]
+    if name.startswith("reinforce"):
+        tokens = [x for row in values for response in row for x in response]
+        mean = sum(tokens) / len(tokens)
+        std = math.sqrt(sum((x - mean) ** 2 for x in tokens) / len(tokens))
+        values = [[[(x - mean) / (std + 1e-8) for x in t] for t in row] for row in values]
+    return values
+
+
+def test_the_configuration_knows_every_estimator():
+    assert tuple(ESTIMATORS) == ADVANTAGES
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_against_literal_loops(name):
+    rng = random.Random(2)
+    groups = [
+        ([rng.gauss(n, 2) for _ in range(size)], [rng.randint(1, 6) for _ in range(size)])
+        for n, size in enumerate((4, 2, 5))
+    ]
+    rollouts = [
+        [rewarded(n, r, tokens=t) for r, t in zip(*group)] for n, group in enumerate(groups)
+    ]
+    assert estimate([r for group in rollouts for r in group], name) == 0
+    for group, expected in zip(rollouts, literal_of(name, groups)):
+        for rollout, tokens in zip(group, expected):
+            assert rollout.advantages.tolist() == pytest.approx(tokens, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_no_signal_is_exactly_zero(name):
+    """Equal rewards everywhere: also after whitening, whose std would be noise."""
+    rollouts = [rewarded(n, 0.1, tokens=3) for n in range(3) for _ in range(7)]
+    assert estimate(rollouts, name) == 1.0
+    assert all(r.advantages.tolist() == [0.0] * 3 for r in rollouts)
+    assert estimate([], name) == 0.0
+
+
+def test_whitening_is_over_tokens_not_responses():
+    """A long response counts as often as it has tokens."""
+    rollouts = [rewarded(0, 1.0, tokens=9), rewarded(0, 0.0, tokens=1)]
+    estimate(rollouts, "reinforce_pp")
+    assert float(rollouts[0].advantages.sum() + rollouts[1].advantages.sum()) == pytest.approx(
+        0, abs=1e-5
+    )
+    assert float(rollouts[1].advantages[0]) == pytest.approx(-3.0, rel=1e-5)

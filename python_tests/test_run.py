@@ -1,5 +1,6 @@
 """The command: its help, its errors (one line, before any model is loaded), its dry run."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -92,6 +93,17 @@ def test_configuration_file_that_is_none(
     assert main(["--config", str(file)]) == 2
     errors = capsys.readouterr().err
     assert len(errors.strip().splitlines()) == 1 and errors.startswith("bupo.run: "), errors
+
+
+@pytest.mark.parametrize("advantage", config.ADVANTAGES)
+def test_every_advantage_composes_with_both_phases(advantage: str, tmp_path: Path) -> None:
+    settings = [f"advantage={advantage}", "steps=2", "bupo.steps=1", "loss.tis_cap=2"]
+    settings += ["loss.aggregation=seq_sum_longest"] if advantage == "dr_grpo" else []
+    assert main(arguments(tmp_path / "run", *settings)) == 0
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["phase"] for row in rows] == ["internal", "final"]
+    assert all(row["policy/grad_norm"] > 0 and not row["policy/skipped_updates"] for row in rows)
 
 
 def test_options_may_stand_between_settings(

@@ -7,6 +7,7 @@ decoder layers by hooks.
 import copy
 import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -224,6 +225,7 @@ def test_token_weights():
     lengths = [4, 1, 0, 5]
     assert token_weights(lengths, "token_mean") == pytest.approx([1 / 10] * 4)
     assert token_weights(lengths, "seq_sum") == pytest.approx([1 / 4] * 4)
+    assert token_weights(lengths, "seq_sum_longest", 8) == pytest.approx([1 / 32] * 4)
     sequence = token_weights(lengths, "seq_mean")
     assert [sequence[i] for i in (0, 1, 3)] == pytest.approx([1 / 16, 1 / 4, 1 / 20])
     for aggregation, total in (("token_mean", 1.0), ("seq_mean", 3 / 4), ("seq_sum", 10 / 4)):
@@ -410,6 +412,23 @@ def test_fewer_groups_than_updates():
     old = trainer.token_stats(rollouts, FINAL).logprobs
     steps, metrics = gradients_of(trainer, rollouts, old, FINAL, 1)
     assert len(steps) == 2 and metrics["policy/skipped_updates"] == 0
+
+
+def test_importance_weights_scale_each_tokens_loss():
+    """Truncated importance sampling: a factor of the ratio loss, token by token."""
+    rollouts = random_rollouts()
+    g = torch.Generator().manual_seed(0)
+    factors = [torch.rand(len(r.token_ids), generator=g) for r in rollouts]
+    scaled = [replace(r, advantages=r.advantages * f) for r, f in zip(rollouts, factors)]
+    results = []
+    for members, importance in ((rollouts, factors), (scaled, None), (rollouts, None)):
+        model = small_model()
+        trainer = make_trainer(model)
+        old = trainer.token_stats(members, FINAL).logprobs
+        _, metrics = gradients_of(trainer, members, old, FINAL, 1, importance)
+        results.append((metrics["policy/loss"], metrics["policy/grad_norm"]))
+    assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-7)
+    assert results[0] != pytest.approx(results[2], rel=1e-2)
 
 
 def test_no_rollouts_is_no_update():

@@ -1,10 +1,11 @@
-"""Rewards to per-token advantages. Each function states its formula."""
+"""Rewards to per-token advantages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from bupo.rl.types import Rollout
 
@@ -19,22 +20,72 @@ def by_group(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
     return list(groups.values())
 
 
-def grpo(rollouts: Sequence[Rollout]) -> float:
-    """A_i = (r_i - mean) / (std + 1e-6) over the G responses of a prompt, std unbiased
-    (2402.03300); the same for every token of the response.
+def _flat(rewards: Tensor) -> bool:
+    """No spread beyond rounding noise."""
+    return bool(rewards.max() - rewards.min() <= TOLERANCE)
 
-    A group whose rewards differ by no more than TOLERANCE gets exactly 0: the std of equal floats
-    is rounding noise. Sets rollout.advantages; returns the share of such groups.
+
+def _grpo(rewards: Tensor) -> Tensor:
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+
+
+def _centred(rewards: Tensor) -> Tensor:
+    return rewards - rewards.mean()
+
+
+def _rloo(rewards: Tensor) -> Tensor:
+    n = len(rewards)
+    return (rewards - rewards.mean()) * n / (n - 1)  # r_i - mean of the others
+
+
+def _as_they_are(rewards: Tensor) -> Tensor:
+    return rewards
+
+
+ESTIMATORS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "grpo": (_grpo, False),
+    "dr_grpo": (_centred, False),
+    "rloo": (_rloo, False),
+    "reinforce_pp": (_as_they_are, True),
+    "reinforce_pp_baseline": (_centred, True),
+}
+"""Name to what it makes of a group's rewards, and whether that is whitened over all tokens."""
+
+
+def estimate(rollouts: Sequence[Rollout], name: str) -> float:
+    """Sets rollout.advantages, one value for every token of a response::
+
+        grpo                   (r_i - mean_G) / (std_G + 1e-6), std unbiased        2402.03300
+        dr_grpo                r_i - mean_G                                         2503.20783
+        rloo                   r_i - mean of the other G - 1                        2402.14740
+        reinforce_pp           r_i, whitened over all tokens of the step            2501.03262
+        reinforce_pp_baseline  r_i - mean_G, whitened over all tokens of the step   2501.03262
+
+    Whitening subtracts the mean over tokens and divides by their standard deviation. A group whose
+    rewards differ by no more than TOLERANCE gets exactly 0 from the first three: the std of equal
+    floats is rounding noise. Returns the share of such groups.
     """
+    of_group, whiten = ESTIMATORS[name]
     groups = by_group(rollouts)
     flat = 0
     for group in groups:
         rewards = torch.tensor([r.reward for r in group], dtype=torch.float64)
-        if rewards.max() - rewards.min() <= TOLERANCE:
-            flat += 1
-            values = torch.zeros_like(rewards)
-        else:
-            values = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+        flat += _flat(rewards)
+        baseline = of_group is not _as_they_are
+        values = torch.zeros_like(rewards) if baseline and _flat(rewards) else of_group(rewards)
         for rollout, value in zip(group, values):
             rollout.advantages = torch.full((len(rollout.token_ids),), float(value))
+    if whiten:
+        _whiten(rollouts)
     return flat / max(len(groups), 1)
+
+
+def _whiten(rollouts: Sequence[Rollout]) -> None:
+    values = [r.advantages.double() for r in rollouts if r.advantages is not None]
+    tokens = torch.cat(values) if values else torch.empty(0)
+    if not len(tokens):
+        return
+    mean, std = tokens.mean(), tokens.std(correction=0)
+    for rollout, value in zip(rollouts, values):
+        white = torch.zeros_like(value) if _flat(tokens) else (value - mean) / (std + 1e-8)
+        rollout.advantages = white.float()

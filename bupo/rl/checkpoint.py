@@ -1,9 +1,9 @@
 """Everything a run needs to go on as if it had not stopped.
 
 checkpoints/step_000010/ holds the model as save_pretrained writes it (with the tokenizer, ready
-for other programs), optimizer/state.safetensors and trainer.json. Prompt order and sampling are functions of
-(seed, step), so there is no random state to keep. A checkpoint is written beside its place and
-renamed, so one that exists is complete; no pickle is read or written.
+for other programs), optimizer/state.safetensors and trainer.json. Prompt order and sampling are
+functions of (seed, step), so there is no random state to keep. A checkpoint is written beside its
+place and renamed, so one that exists is complete; no pickle is read or written.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bupo.config import Config
 from bupo.rl import checkpoint, evaluation
-from bupo.rl.advantages import grpo
+from bupo.rl.advantages import estimate
 from bupo.rl.metrics import Progress, Recorder, Stopwatch, read_rows
 from bupo.rl.prompts import PromptOrder
 from bupo.rl.report import write_report
@@ -120,7 +120,7 @@ class Run:
             rollouts = self._generate(prompts, config.rollout.samples, f"{config.seed}/step/{step}")
         with watch.stage("reward"):
             report = self.reward(rollouts)
-        zero_spread = grpo(rollouts)
+        zero_spread = estimate(rollouts, config.advantage)
         self._check_stop()
         with watch.stage("old_logprobs"):
             old = self.trainer.token_stats(rollouts, policy)
@@ -130,7 +130,8 @@ class Run:
                 check(mismatch, config.rollout.max_logprob_gap, "log-probs of sampled tokens")
         self._check_stop()
         with watch.stage("update"):
-            update = self.trainer.update(rollouts, old.logprobs, policy, step)
+            correction = self._correction(rollouts, final)
+            update = self.trainer.update(rollouts, old.logprobs, policy, step, correction)
         with watch.stage("sync"):
             gap = self.sync(self.trainer.changed, _short(rollouts), self._final_logprobs)
 
@@ -188,8 +189,18 @@ class Run:
         is a check of the weights it holds. Phase 1 looks at a sample of the rollouts only."""
         if policy.layer is None:
             return rollouts, old
-        probe = rollouts[:: max(1, len(rollouts) // PROBE_ROLLOUTS)]
+        every = 1 if self.config.loss.tis_cap else max(1, len(rollouts) // PROBE_ROLLOUTS)
+        probe = rollouts[::every]
         return probe, self.trainer.token_stats(probe, Policy(None))
+
+    def _correction(self, rollouts: Sequence[Rollout], final: TokenStats) -> list[Tensor] | None:
+        """Truncated importance weights min(pi / pi_engine, cap) of the tokens, by the final policy
+        in both phases: the engine never samples from another."""
+        cap = self.config.loss.tis_cap
+        if cap is None:
+            return None
+        pairs = zip(final.logprobs, rollouts)
+        return [(x - torch.tensor(r.logprobs)).exp().clamp(max=cap) for x, r in pairs]
 
     def _final_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         return self.trainer.token_stats(rollouts, Policy(None), temperature=1.0).logprobs

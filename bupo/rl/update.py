@@ -77,17 +77,23 @@ def _micro_batches(
     return result
 
 
-def token_weights(lengths: Sequence[int], aggregation: str) -> list[float]:
+def token_weights(
+    lengths: Sequence[int], aggregation: str, longest: int | None = None
+) -> list[float]:
     """The weight of each token of each response, from the counts of the whole optimiser step, so
     that no split into micro-batches changes the loss.
 
-    token_mean 1 / sum of lengths; seq_mean 1 / (N length_i), the paper's; seq_sum 1 / N.
+    token_mean 1 / sum of lengths; seq_mean 1 / (N length_i), the paper's; seq_sum 1 / N;
+    seq_sum_longest 1 / (N longest), Dr.GRPO's.
     """
     n, total = len(lengths), max(sum(lengths), 1)
     if aggregation == "token_mean":
         return [1 / total] * n
     if aggregation == "seq_mean":
         return [1 / (n * max(length, 1)) for length in lengths]
+    if aggregation == "seq_sum_longest":
+        assert longest is not None
+        return [1 / (n * longest)] * n
     return [1 / n] * n
 
 
@@ -129,11 +135,13 @@ class Trainer:
         old_logprobs: Sequence[Tensor],
         policy: Policy,
         step: int,
+        importance: Sequence[Tensor] | None = None,
     ) -> dict[str, float]:
         """Optimiser updates over mini-batches of whole prompt groups; metrics, token-weighted.
 
         old_logprobs are those of the same policy: the ratio of J_IPA (arXiv 2512.19673) is
-        pi^l / pi^l_old, and an update ratio only. An update whose loss or gradient is not finite
+        pi^l / pi^l_old, and an update ratio only. importance: a factor of each token's ratio loss,
+        of the final policy. An update whose loss or gradient is not finite
         is skipped and counted.
         """
         lr = self._learning_rate(step)
@@ -151,12 +159,16 @@ class Trainer:
             chosen = set(groups[part::parts])
             indices = [i for i, r in enumerate(rollouts) if r.group in chosen]
             weights = token_weights(
-                [len(rollouts[i].token_ids) for i in indices], self._config.loss.aggregation
+                [len(rollouts[i].token_ids) for i in indices],
+                self._config.loss.aggregation,
+                self._config.rollout.max_new_tokens,
             )
             weight_of = dict(zip(indices, weights))
             loss = 0.0
             for batch in self._batches(rollouts, indices):
-                part_loss, values = self._backward(batch, rollouts, old_logprobs, weight_of, policy)
+                part_loss, values = self._backward(
+                    batch, rollouts, old_logprobs, weight_of, policy, importance
+                )
                 loss += part_loss
                 tokens += len(batch.targets)
                 largest_ratio = max(largest_ratio, values["ratio_max"])
@@ -222,6 +234,7 @@ class Trainer:
         old_logprobs: Sequence[Tensor],
         weight_of: dict[int, float],
         policy: Policy,
+        importance: Sequence[Tensor] | None,
     ) -> tuple[float, dict[str, float]]:
         def gather(tensors: list[Tensor]) -> Tensor:
             return torch.cat(tensors).to(self._device)
@@ -245,6 +258,9 @@ class Trainer:
             dual_clip=settings.dual_clip,
             loss_type=settings.type,
             entropy_coef=settings.entropy_coef,
+            importance_weights=(
+                None if importance is None else gather([importance[i] for i in batch.members])
+            ),
         )
         loss = float(result.loss.detach())
         if math.isfinite(loss):
