@@ -275,8 +275,15 @@ def execute(plan: Plan) -> int | None:
         reward.close()
 
 
+def _sync_error() -> type[Exception]:
+    from bupo.rl.weight_sync import SyncError  # imports torch, so not at the top
+
+    return SyncError
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a configuration that cannot be run, 128 + n stopped by signal n."""
+    """Exit status: 0 done, 1 a rollout engine with other weights than the trainer, 2 a
+    configuration that cannot be run, 128 + n stopped by signal n."""
     arguments = _arguments(argv)
     overrides = arguments.overrides + ([f"out={arguments.out}"] if arguments.out else [])
     try:
@@ -289,6 +296,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"bupo.run: {error}", file=sys.stderr)
         return 2
+    except _sync_error() as error:
+        print(f"bupo.run: {error}", file=sys.stderr)
+        return 1
     if signal is not None:
         print(f"stopped; continue with: --out {plan.out} resume=auto", file=sys.stderr)
         return 128 + signal

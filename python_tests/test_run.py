@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import run_samples
 from run_samples import arguments
 
 from bupo import config
+from bupo.rl.rollouts import HFEngine
 from bupo.run import main, recipe
 
 REPOSITORY = Path(__file__).parent.parent
@@ -104,6 +106,32 @@ def test_every_advantage_composes_with_both_phases(advantage: str, tmp_path: Pat
     rows = [json.loads(line) for line in lines]
     assert [row["phase"] for row in rows] == ["internal", "final"]
     assert all(row["policy/grad_norm"] > 0 and not row["policy/skipped_updates"] for row in rows)
+
+
+def test_a_wrong_engine_stops_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probs of the sampled tokens that are not the trainer's, before any update uses them."""
+    generate = HFEngine.generate
+
+    def shifted(self: Any, *arguments: Any) -> Any:
+        rollouts = generate(self, *arguments)
+        for rollout in rollouts:
+            rollout.logprobs = [x - 0.2 for x in rollout.logprobs]
+        return rollouts
+
+    monkeypatch.setattr(HFEngine, "generate", shifted)
+    assert main(arguments(tmp_path / "run")) == 1
+    errors = capsys.readouterr().err
+    assert (
+        "sync/logprob_gap: log-probs of sampled tokens differ from the trainer's by 0.2" in errors
+    )
+    assert "rollout.max_logprob_gap=0.1" in errors
+    assert not (tmp_path / "run/metrics.jsonl").read_text()
+    assert (
+        main(arguments(tmp_path / "other", "steps=1", "bupo.steps=0", "rollout.max_logprob_gap=1"))
+        == 0
+    )
 
 
 def test_options_may_stand_between_settings(
