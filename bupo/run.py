@@ -12,7 +12,6 @@ tensorboard/, report.html and its plots. Ctrl-C or SIGTERM saves a checkpoint an
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 import time
@@ -26,19 +25,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from bupo import config as configuration
 from bupo.config import Config, ConfigError
-from bupo.tasks import TaskFiles
+from bupo.inputs import (
+    Sources,
+    build_task,
+    check_out,
+    find_sources,
+    load_model,
+    make_engine,
+    read_model,
+)
 
 
 def recipe(name: str) -> Path:
     """A recipe that comes with bupo."""
     beside = Path(__file__).parent / "recipes" / name
     return beside if beside.is_file() else Path(__file__).parent.parent / "recipes" / name
-
-
-def cache_dir() -> Path:
-    """Where tasks keep what they make: $BUPO_CACHE, or bupo in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("BUPO_CACHE") or Path(base) / "bupo")
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -65,8 +66,7 @@ class Plan:
     config: Config
     out: Path
     resume_from: Path | None
-    files: TaskFiles | None
-    model_path: str
+    sources: Sources
     tokenizer: Any
     layers: int
     train_prompts: list[Any]
@@ -81,88 +81,36 @@ def make_plan(config: Config) -> Plan:
     """
     now = time.strftime("%Y%m%d-%H%M%S")
     out = Path(config.out or f"runs/{config.name}-{config.algorithm}-{now}")
-    _check_out(out)
+    check_out(out)
     resume_from = _resume_point(config, out)
-    files = _task(config).prepare(config.task_options, cache_dir()) if config.task else None
-    for key, given, made in (
-        ("data.train", config.data.train, files and files.train),
-        ("eval.files", config.eval.files, files and files.eval),
-    ):
-        if given and made:
-            raise ConfigError(f"{key} is set, but task={config.task} brings its own data")
-    model_path = config.model.path or (str(files.model) if files else None)
-    if model_path is None:
-        raise ConfigError("model.path is not set (folder or hub name of a causal LM)")
-    train = [str(f) for f in files.train] if files and files.train else config.data.train
-    held_out = [str(f) for f in files.eval] if files and files.eval else config.eval.files
-    for name in [*train, *held_out, *filter(None, [config.data.chat_template])]:
-        if not Path(name).is_file():
-            raise ConfigError(f"data file not found: {name}")
+    sources = find_sources(config)
 
-    from transformers import AutoConfig, AutoTokenizer  # slow, so after the cheap checks
+    from bupo.rl.prompts import PromptOrder, load_prompts  # slow, so after the cheap checks
 
-    from bupo.rl.prompts import PromptOrder, load_prompts
-    from bupo.rl.rewards import FunctionReward
-
-    if config.reward.function != "math":
-        FunctionReward(config.reward.function)
-    if model_path.startswith(("/", ".")) and not Path(model_path).is_dir():
-        raise ConfigError(f"model.path={model_path}: folder not found")
-    try:
-        model_config = AutoConfig.from_pretrained(model_path)
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path={model_path} cannot be read: {first}") from None
-    text_config = model_config.get_text_config(decoder=True)
-    layers = text_config.num_hidden_layers
-    context = getattr(text_config, "max_position_embeddings", None)
-    if context is not None and config.rollout.max_new_tokens >= context:
-        raise ConfigError(
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens} does not fit the model's "
-            f"context of {context} tokens"
-        )
+    tokenizer, layers = read_model(config, sources.model)
     if config.algorithm == "bupo" and config.bupo.layer > layers:
         raise ConfigError(
-            f"bupo.layer={config.bupo.layer} is out of range: {model_path} has layers 1..{layers}"
+            f"bupo.layer={config.bupo.layer} is out of range: {sources.model} has layers "
+            f"1..{layers}"
         )
-    prompts, dropped = load_prompts(train, tokenizer, config.data, config.data.limit)
+    prompts, dropped = load_prompts(sources.train, tokenizer, config.data, config.data.limit)
     PromptOrder(prompts, config.rollout.prompts, config.seed)
     eval_prompts, eval_dropped = (
-        load_prompts(held_out, tokenizer, config.data, config.eval.limit) if held_out else ([], 0)
+        load_prompts(sources.held_out, tokenizer, config.data, config.eval.limit)
+        if sources.held_out
+        else ([], 0)
     )
     return Plan(
         config=config,
         out=out,
         resume_from=resume_from,
-        files=files,
-        model_path=model_path,
+        sources=sources,
         tokenizer=tokenizer,
         layers=layers,
         train_prompts=prompts,
         eval_prompts=eval_prompts,
         dropped=dropped + eval_dropped,
     )
-
-
-def _task(config: Config) -> Any:
-    try:
-        module = importlib.import_module(str(config.task))
-    except ImportError as error:
-        raise ConfigError(f"task={config.task} cannot be imported: {error}") from None
-    if not hasattr(module, "prepare") or not hasattr(module, "build"):
-        raise ConfigError(f"task={config.task} is not a task: it has no prepare() and build()")
-    return module
-
-
-def _check_out(out: Path) -> None:
-    there = out.absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise ConfigError(f"out={out}: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK) or str(there).startswith(("/proc", "/sys")):
-        raise ConfigError(f"out={out}: {there} cannot be written to")
 
 
 def _resume_point(config: Config, out: Path) -> Path | None:
@@ -200,7 +148,7 @@ def print_plan(plan: Plan) -> None:
         else f"the final policy for {config.steps} steps"
     )
     print(
-        f"{config.name}: {config.algorithm} on {plan.model_path}\n"
+        f"{config.name}: {config.algorithm} on {plan.sources.model}\n"
         f"  phases   {phases}\n"
         f"  step     {size.prompts} prompts x {size.samples} responses = {responses}, "
         f"{config.optimizer.updates_per_step} updates of "
@@ -215,32 +163,18 @@ def print_plan(plan: Plan) -> None:
 def execute(plan: Plan) -> int | None:
     """Loads the model and trains; returns the stopping signal, if any."""
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     from bupo.policy import check_internal_policy
     from bupo.rl import checkpoint
     from bupo.rl.loop import Run
     from bupo.rl.rewards import make_reward
-    from bupo.rl.rollouts import HFEngine, RolloutEngine, VllmEngine
+    from bupo.rl.rollouts import HFEngine, RolloutEngine
     from bupo.rl.update import Trainer
 
-    logging.disable_progress_bar()  # ours is the only live line
     config, tokenizer = plan.config, plan.tokenizer
-    if plan.files is not None:
-        _task(config).build(config.task_options, plan.files)
-    source = plan.resume_from or plan.model_path
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch.float32,
-            attn_implementation=config.model.attn_implementation,
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{source} cannot be loaded: {first}") from None
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    build_task(config, plan.sources)
+    source = str(plan.resume_from or plan.sources.model)
+    model = load_model(config, source)
     model.train()
     for module in model.modules():  # rollout and training must be the same policy
         if isinstance(module, torch.nn.Dropout):
@@ -259,12 +193,9 @@ def execute(plan: Plan) -> int | None:
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
         (plan.out / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
-        if config.rollout.engine == "vllm":
-            longest = max(len(p.token_ids) for p in [*plan.train_prompts, *plan.eval_prompts])
-            engine = VllmEngine(
-                str(source), tokenizer, config.rollout, longest, config.model.compute_dtype,
-                config.seed,
-            )  # fmt: skip
+        if config.rollout.engine != "hf":
+            prompts = [*plan.train_prompts, *plan.eval_prompts]
+            engine = make_engine(config, source, model, tokenizer, prompts)
         run = Run(
             config, plan.out, model, tokenizer, plan.train_prompts, plan.eval_prompts,
             engine, reward, trainer, start,

@@ -1,0 +1,143 @@
+"""From a configuration to what commands work on: model folder, tokenizer, data files, engine.
+
+Imports of torch and transformers are inside the functions, so that mistakes of a configuration are
+told within a second.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bupo.config import Config, ConfigError
+from bupo.tasks import TaskFiles
+
+
+@dataclass
+class Sources:
+    """Where a run takes things from."""
+
+    model: str
+    """Folder or hub name"""
+    train: list[str]
+    held_out: list[str]
+    files: TaskFiles | None
+    """What the task made, if there is one"""
+
+
+def cache_dir() -> Path:
+    """Where tasks keep what they make: $BUPO_CACHE, or bupo in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("BUPO_CACHE") or Path(base) / "bupo")
+
+
+def find_sources(config: Config) -> Sources:
+    """Checks that all of them are there; has written nothing but a task's cached files."""
+    files = _task(config).prepare(config.task_options, cache_dir()) if config.task else None
+    for key, given, made in (
+        ("data.train", config.data.train, files and files.train),
+        ("eval.files", config.eval.files, files and files.eval),
+    ):
+        if given and made:
+            raise ConfigError(f"{key} is set, but task={config.task} brings its own data")
+    model = config.model.path or (str(files.model) if files else None)
+    if model is None:
+        raise ConfigError("model.path is not set (folder or hub name of a causal LM)")
+    train = [str(f) for f in files.train] if files and files.train else config.data.train
+    held_out = [str(f) for f in files.eval] if files and files.eval else config.eval.files
+    for name in [*train, *held_out, *filter(None, [config.data.chat_template])]:
+        if not Path(name).is_file():
+            raise ConfigError(f"data file not found: {name}")
+    if model.startswith(("/", ".")) and not Path(model).is_dir():
+        raise ConfigError(f"model.path={model}: folder not found")
+    return Sources(model, train, held_out, files)
+
+
+def read_model(config: Config, model: str) -> tuple[Any, int]:
+    """Tokenizer and number of layers; also checks what needs a model's configuration, and the
+    reward function."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from bupo.rl.rewards import FunctionReward
+
+    if config.reward.function != "math":
+        FunctionReward(config.reward.function)
+    try:
+        model_config = AutoConfig.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.path={model} cannot be read: {first}") from None
+    text_config = model_config.get_text_config(decoder=True)
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context is not None and config.rollout.max_new_tokens >= context:
+        raise ConfigError(
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} does not fit the model's "
+            f"context of {context} tokens"
+        )
+    return tokenizer, text_config.num_hidden_layers
+
+
+def load_model(config: Config, source: str) -> Any:
+    """The causal LM of a folder or hub name, in float32 on the GPU if there is one."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours is the only live line
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.float32,
+            attn_implementation=config.model.attn_implementation,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{source} cannot be loaded: {first}") from None
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_engine(
+    config: Config, source: str, model: Any, tokenizer: Any, prompts: Sequence[Any]
+) -> Any:
+    """The rollout engine of the configuration, for these prompts. `model` is the trainer's, or None
+    where there is no trainer."""
+    from bupo.rl.rollouts import HFEngine, VllmEngine
+
+    if config.rollout.engine == "hf":
+        return HFEngine(model or load_model(config, source), tokenizer, config.rollout)
+    longest = max(len(p.token_ids) for p in prompts)
+    dtype = config.model.compute_dtype
+    return VllmEngine(source, tokenizer, config.rollout, longest, dtype, config.seed)
+
+
+def build_task(config: Config, sources: Sources) -> None:
+    """Makes the task's weights, once, if the configuration names a task and no other model."""
+    if sources.files is not None and sources.model == str(sources.files.model):
+        _task(config).build(config.task_options, sources.files)
+
+
+def _task(config: Config) -> Any:
+    try:
+        module = importlib.import_module(str(config.task))
+    except ImportError as error:
+        raise ConfigError(f"task={config.task} cannot be imported: {error}") from None
+    if not hasattr(module, "prepare") or not hasattr(module, "build"):
+        raise ConfigError(f"task={config.task} is not a task: it has no prepare() and build()")
+    return module
+
+
+def check_out(out: Path) -> None:
+    """Whether a run directory can be made there."""
+    there = out.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ConfigError(f"out={out}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK) or str(there).startswith(("/proc", "/sys")):
+        raise ConfigError(f"out={out}: {there} cannot be written to")
