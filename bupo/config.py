@@ -361,13 +361,15 @@ _MAY_CHANGE = ("steps", "name", "out", "resume", "eval.", "checkpoint.", "reward
 """Settings that a resumed run may have otherwise than the run it continues."""
 
 
-def changes_since(file: Path, config: Config) -> list[str]:
+def changes_since(
+    file: Path, config: Config, may_change: tuple[str, ...] = _MAY_CHANGE
+) -> list[str]:
     """`key: old -> new` of the settings that make this another run than the one of `file`."""
     old = values(load(file, []))
     return [
         f"{key}: {old[key]} -> {value}"
         for key, value in values(config).items()
-        if value != old[key] and not key.startswith(_MAY_CHANGE)
+        if value != old[key] and not key.startswith(may_change)
     ]
 
 

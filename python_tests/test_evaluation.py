@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 from rl_samples import rewarded
 
-from bupo.rl.evaluation import by_dataset, evaluate, pass_at_k, summarise
+from bupo.rl.evaluation import Graded, by_dataset, by_problem, evaluate, pass_at_k, summarise
 from bupo.rl.types import Prompt, Rollout
 
 
@@ -39,9 +39,13 @@ def results(*problems):
     return [rewarded(n, float(c == "x")) for n, marks in enumerate(problems) for c in marks]
 
 
+def summary(rollouts, ks):
+    return summarise("set", [Graded.of(g) for g in by_problem(rollouts)], ks)
+
+
 def test_average_and_its_error_by_problem():
     problems = ["xxxx", "....", "xx..", "x..."]
-    result = summarise("set", results(*problems), 4, [1, 2, 4, 8])
+    result = summary(results(*problems), [1, 2, 4, 8])
     shares = [1.0, 0.0, 0.5, 0.25]
     assert (result.dataset, result.problems, result.samples) == ("set", 4, 4)
     assert result.avg == pytest.approx(statistics.fmean(shares))
@@ -61,23 +65,23 @@ def test_average_and_its_error_by_problem():
 def test_problems_are_by_group_number():
     rollouts = results("xx", "..", "x.")
     mixed = rollouts[::2] + rollouts[1::2]
-    assert summarise("set", mixed, 2, [1, 2]) == summarise("set", rollouts, 2, [1, 2])
+    assert summary(mixed, [1, 2]) == summary(rollouts, [1, 2])
 
 
 def test_one_problem_has_no_error():
-    result = summarise("set", results("x."), 2, [1])
+    result = summary(results("x."), [1])
     assert result.avg == 0.5 and math.isnan(result.avg_se) and math.isnan(result.pass_k[1][1])
 
 
 def test_a_response_is_right_above_one_half():
     rollouts = [rewarded(0, r) for r in (0.5, 0.51, 1.0, -1.0)]
-    assert summarise("set", rollouts, 4, []).avg == 0.5
+    assert summary(rollouts, []).avg == 0.5
 
 
 def test_length_and_truncated_share():
     rollouts = [rewarded(n, 0.0, tokens) for n, tokens in enumerate((1, 4, 4, 7))]
     rollouts[1].finish_reason = rollouts[3].finish_reason = rollouts[2].finish_reason = "length"
-    result = summarise("set", rollouts, 1, [1])
+    result = summary(rollouts, [1])
     assert (result.length, result.truncated) == (4.0, 0.75)
 
 
@@ -100,7 +104,9 @@ def test_every_data_source_is_evaluated_apart():
         for n, rollout in enumerate(rollouts):
             rollout.reward = float(rollout.prompt.source == "a" and n % 2)
 
-    b, a = evaluate(generate, grade, prompts, 2, [1, 2])
+    b, a = evaluate(generate, grade, prompts, [1, 2])
     assert asked == [[0, 2], [1, 3, 4]]
     assert (b.dataset, b.problems, b.avg, b.pass_k[2]) == ("b", 2, 0.0, (0.0, 0.0))
     assert (a.dataset, a.problems, a.avg, a.pass_k[2][0]) == ("a", 3, 0.5, 1.0)
+    row = a.row()
+    assert (row["n"], row["k_samples"], row["avg"], row["pass@2"]) == (3, 2, 0.5, 1.0)

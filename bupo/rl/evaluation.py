@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from bupo.rl.types import EvalResult, Prompt, Rollout
@@ -24,22 +25,49 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values), error
 
 
-def summarise(
-    dataset: str, rollouts: Sequence[Rollout], samples: int, ks: Sequence[int]
-) -> EvalResult:
-    """Of `samples` graded responses to each problem; a response is right if its reward is > 0.5."""
+@dataclass
+class Graded:
+    """One problem's responses, counted: what the figures need of them."""
+
+    correct: int
+    samples: int
+    tokens: int
+    truncated: int
+
+    @staticmethod
+    def of(rollouts: Sequence[Rollout]) -> Graded:
+        """A response is right if its reward is > 0.5."""
+        return Graded(
+            sum(r.reward > 0.5 for r in rollouts),
+            len(rollouts),
+            sum(len(r.token_ids) for r in rollouts),
+            sum(r.finish_reason == "length" for r in rollouts),
+        )
+
+
+def by_problem(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """The responses to each problem, in order of the problems' first responses."""
     groups: dict[int, list[Rollout]] = {}
     for rollout in rollouts:
         groups.setdefault(rollout.group, []).append(rollout)
-    correct = [sum(r.reward > 0.5 for r in group) for group in groups.values()]
-    avg, avg_se = _mean_and_error([c / samples for c in correct])
+    return list(groups.values())
+
+
+def summarise(dataset: str, graded: Sequence[Graded], ks: Sequence[int]) -> EvalResult:
+    """Avg@n and Pass@K over problems with the same number of samples each."""
+    samples = graded[0].samples
+    assert all(g.samples == samples for g in graded)
+    avg, avg_se = _mean_and_error([g.correct / samples for g in graded])
     pass_k = {
-        k: _mean_and_error([pass_at_k(samples, c, k) for c in correct]) if k <= samples else None
+        k: _mean_and_error([pass_at_k(samples, g.correct, k) for g in graded])
+        if k <= samples
+        else None
         for k in ks
     }
-    length = fmean(len(r.token_ids) for r in rollouts)
-    truncated = fmean(r.finish_reason == "length" for r in rollouts)
-    return EvalResult(dataset, len(groups), samples, avg, avg_se, pass_k, length, truncated)
+    responses = samples * len(graded)
+    length = sum(g.tokens for g in graded) / responses
+    truncated = sum(g.truncated for g in graded) / responses
+    return EvalResult(dataset, len(graded), samples, avg, avg_se, pass_k, length, truncated)
 
 
 def by_dataset(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
@@ -54,7 +82,6 @@ def evaluate(
     generate: Callable[[Sequence[Prompt]], list[Rollout]],
     grade: Callable[[Sequence[Rollout]], object],
     prompts: Sequence[Prompt],
-    samples: int,
     ks: Sequence[int],
 ) -> list[EvalResult]:
     """One result a data set. generate and grade are the engine and the reward."""
@@ -62,5 +89,5 @@ def evaluate(
     for dataset, problems in by_dataset(prompts).items():
         rollouts = generate(problems)
         grade(rollouts)
-        results.append(summarise(dataset, rollouts, samples, ks))
+        results.append(summarise(dataset, [Graded.of(g) for g in by_problem(rollouts)], ks))
     return results

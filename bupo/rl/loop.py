@@ -238,7 +238,6 @@ class Run:
             self._generate_for_evaluation,
             self.reward,
             self.eval_prompts,
-            settings.samples,
             settings.pass_k,
         )
         for result in results:

@@ -63,19 +63,7 @@ class Recorder:
         self._mirror(row["step"], {k: v for k, v in row.items() if "/" in k or "_" in k})
 
     def evaluation(self, step: int, when: str, result: EvalResult) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "step": step,
-            "when": when,
-            "dataset": result.dataset,
-            "n": result.problems,
-            "k_samples": result.samples,
-            "avg": result.avg,
-            "avg_se": result.avg_se,
-            "length": result.length,
-            "truncated": result.truncated,
-        }
-        for k, estimate in result.pass_k.items():
-            row[f"pass@{k}"], row[f"pass@{k}_se"] = estimate or (None, None)
+        row = {"step": step, "when": when, **result.row()}
         self._append("eval.jsonl", row)
         self._mirror(step, {f"eval/{result.dataset}/avg@{result.samples}": result.avg})
         return row

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -77,4 +78,18 @@ class EvalResult:
     """Mean response tokens"""
     truncated: float
     """Share of responses cut at max_new_tokens"""
-    extra: dict[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """As eval.jsonl holds it."""
+        row: dict[str, Any] = {
+            "dataset": self.dataset,
+            "n": self.problems,
+            "k_samples": self.samples,
+            "avg": self.avg,
+            "avg_se": self.avg_se,
+            "length": self.length,
+            "truncated": self.truncated,
+        }
+        for k, estimate in self.pass_k.items():
+            row[f"pass@{k}"], row[f"pass@{k}_se"] = estimate or (None, None)
+        return row

@@ -1,0 +1,231 @@
+"""Avg@n and Pass@K of a model, by the engine and the reward that training uses.
+
+    python -m bupo.evaluate model.path=MODEL eval.files=[test.parquet] eval.samples=32
+    python -m bupo.evaluate --config RUN/config.yaml model.path=RUN/checkpoints/step_000300
+
+Writes a directory: config.yaml, responses/DATASET.jsonl (a line a problem: its responses and their
+rewards), eval.jsonl (Avg@n and Pass@K with standard errors, the problem as the unit) and
+pass_at_k.png. The same command again continues where it was stopped. Settings are those of
+bupo.run; what only training needs is ignored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in bupo.run
+
+from bupo import config as configuration
+from bupo.config import Config, ConfigError
+from bupo.inputs import build_task, check_out, find_sources, make_engine, read_model
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bupo.evaluate",
+        description=__doc__,
+        epilog="Keys: python -m bupo.run --help. Used here: model, data, rollout, reward, eval, "
+        "task, task_options, seed, name.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help="YAML file, e.g. a run's config.yaml")
+    parser.add_argument("--out", help="directory to write; default evals/NAME-TIME")
+    parser.add_argument("--dry_run", action="store_true", help="check and print, load no weights")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_intermixed_args(argv)
+
+
+class Responses:
+    """responses/DATASET.jsonl: finished problems, in order; survives a kill at any moment."""
+
+    def __init__(self, file: Path) -> None:
+        from bupo.rl.metrics import read_rows
+
+        self._file = file
+        self.rows: list[dict[str, Any]] = read_rows(file)
+
+    def keep(self, count: int) -> None:
+        """Forgets what comes after the first `count` problems: a batch that was cut."""
+        del self.rows[count:]
+        partial = self._file.with_name(f".{self._file.name}")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        partial.replace(self._file)
+
+    def add(self, groups: Sequence[Sequence[Any]]) -> None:
+        rows = [
+            {
+                "prompt": group[0].prompt.text,
+                "answer": group[0].prompt.answer,
+                "rewards": [r.reward for r in group],
+                "tokens": [len(r.token_ids) for r in group],
+                "finish_reasons": [r.finish_reason for r in group],
+                "responses": [r.text for r in group],
+            }
+            for group in groups
+        ]
+        with self._file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        self.rows += rows
+
+    def graded(self) -> list[Any]:
+        from bupo.rl.evaluation import Graded
+
+        return [
+            Graded(
+                sum(reward > 0.5 for reward in row["rewards"]),
+                len(row["rewards"]),
+                sum(row["tokens"]),
+                row["finish_reasons"].count("length"),
+            )
+            for row in self.rows
+        ]
+
+
+def _file_name(dataset: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in dataset) + ".jsonl"
+
+
+def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
+    """Evaluates every data set of eval.files; returns their EvalResults."""
+    check_out(out)
+    earlier = out / "config.yaml"
+    if earlier.is_file():
+        changed = configuration.changes_since(earlier, config, ("name", "out", "resume", "steps"))
+        if changed:
+            raise ConfigError(
+                f"out={out} holds an evaluation with other settings ({'; '.join(changed)}); "
+                "restore them or choose another out"
+            )
+    sources = find_sources(config)
+    if not sources.held_out:
+        raise ConfigError("eval.files is empty: nothing to evaluate on")
+
+    from bupo.rl.evaluation import by_dataset, by_problem, summarise
+    from bupo.rl.metrics import Progress
+    from bupo.rl.prompts import load_prompts
+    from bupo.rl.rewards import make_reward
+
+    tokenizer, _ = read_model(config, sources.model)
+    prompts, dropped = load_prompts(sources.held_out, tokenizer, config.data, config.eval.limit)
+    sets = by_dataset(prompts)
+    shown = ", ".join(f"{name} {len(problems)}" for name, problems in sets.items())
+    print(
+        f"{config.name}: {sources.model}\n"
+        f"  problems {shown}; {dropped} dropped for length\n"
+        f"  samples  {config.eval.samples} each at temperature {config.rollout.temperature}, "
+        f"top_p {config.rollout.top_p}, at most {config.rollout.max_new_tokens} tokens\n"
+        f"  out      {out}",
+        file=sys.stderr,
+    )
+    if dry_run:
+        return []
+    build_task(config, sources)
+    reward = make_reward(config.reward)
+    engine = make_engine(config, sources.model, None, tokenizer, prompts)
+    progress = Progress(1, 0)
+    (out / "responses").mkdir(parents=True, exist_ok=True)
+    earlier.write_text(configuration.dump(config), encoding="utf-8")
+    results = []
+    try:
+        for name, problems in sets.items():
+            done = Responses(out / "responses" / _file_name(name))
+            # Batches are the same in every call, and with them the seeds and the responses.
+            size = max(1, config.rollout.batch_size // config.eval.samples)
+            done.keep(
+                len(done.rows) if len(done.rows) >= len(problems) else len(done.rows) // size * size
+            )
+            with progress.waiting(f"evaluation on {name}") as share:
+                for start in range(len(done.rows), len(problems), size):
+                    batch = problems[start : start + size]
+                    seed = f"{config.seed}/eval/{name}/{start}"
+                    rollouts = engine.generate(batch, config.eval.samples, seed, lambda: False)
+                    reward(rollouts)
+                    done.add(by_problem(rollouts))
+                    share(len(done.rows) / len(problems))
+            results.append(summarise(name, done.graded(), config.eval.pass_k))
+    finally:
+        engine.close()
+        reward.close()
+    rows = "".join(json.dumps(_plain(result.row())) + "\n" for result in results)
+    (out / "eval.jsonl").write_text(rows, encoding="utf-8")
+    _draw(results, out / "pass_at_k.png")
+    return results
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """nan is null in JSON."""
+    return {k: None if v != v else v for k, v in row.items()}
+
+
+def _draw(results: Sequence[Any], file: Path) -> None:
+    """Pass@K over K, with a standard error on either side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for result in results:
+        points = [(k, *p) for k, p in result.pass_k.items() if p is not None]
+        ks, means = [p[0] for p in points], [p[1] for p in points]
+        errors = [0.0 if p[2] != p[2] else p[2] for p in points]  # nan: one problem
+        label = f"{result.dataset} ({result.problems} problems, {result.samples} samples)"
+        axes.errorbar(ks, means, yerr=errors, marker="o", capsize=3, label=label)
+    axes.set_xscale("log", base=2)
+    shown = sorted({k for result in results for k, p in result.pass_k.items() if p is not None})
+    axes.set_xticks(shown, [str(k) for k in shown])
+    axes.minorticks_off()
+    axes.set_xlabel("K")
+    axes.set_ylabel("Pass@K")
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=120)
+
+
+def print_table(results: Sequence[Any]) -> None:
+    """Avg@n and Pass@K of each data set."""
+    from rich.console import Console
+    from rich.table import Table
+
+    ks = list(results[0].pass_k)
+    table = Table("data set", "problems", f"Avg@{results[0].samples}", *(f"Pass@{k}" for k in ks))
+    table.add_column("tokens")
+    table.add_column("truncated")
+    for r in results:
+        passes = ["-" if p is None else f"{p[0]:.3f} ± {p[1]:.3f}" for p in r.pass_k.values()]
+        average = f"{r.avg:.3f} ± {r.avg_se:.3f}"
+        shares = (f"{r.length:.0f}", f"{r.truncated:.1%}")
+        table.add_row(r.dataset, str(r.problems), average, *passes, *shares)
+    Console(width=max(80, 26 + 18 * (len(ks) + 2))).print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 a configuration that cannot be run."""
+    arguments = _arguments(argv)
+    try:
+        config = configuration.load(arguments.config, arguments.overrides)
+        name = f"evals/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        out = Path(arguments.out or name)
+        results = run(config, out, arguments.dry_run)
+    except ConfigError as error:
+        print(f"bupo.evaluate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command with --out {out} continues", file=sys.stderr)
+        return 130
+    if results:
+        print_table(results)
+        print(f"written: {out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""python -m bupo.evaluate: the real program on the built-in task."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bupo.evaluate import main
+
+SIZES = "task_options={layers: 2, width: 32, warm_steps: 4, eval_problems: 40}"
+SETTINGS = [
+    "task=bupo.tasks.arithmetic",
+    "reward.function=bupo.tasks.arithmetic:reward",
+    SIZES,
+    "rollout.max_new_tokens=12",
+    "rollout.batch_size=16",
+    "eval.samples=4",
+    "eval.pass_k=[1,4,8]",
+]
+
+
+def arguments(out: Path, *more: str) -> list[str]:
+    return ["--out", str(out), *SETTINGS, *more]
+
+
+def files(out: Path) -> dict[str, str]:
+    return {name: (out / name).read_text() for name in ("eval.jsonl", "responses/addition.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluate") / "whole"
+    assert main(arguments(out)) == 0
+    return out
+
+
+def test_figures_are_those_of_the_responses(whole: Path) -> None:
+    rows = [json.loads(x) for x in files(whole)["responses/addition.jsonl"].splitlines()]
+    (result,) = [json.loads(x) for x in files(whole)["eval.jsonl"].splitlines()]
+    assert len(rows) == result["n"] == 40
+    assert all(len(row["responses"]) == 4 for row in rows)
+    shares = [sum(r > 0.5 for r in row["rewards"]) / 4 for row in rows]
+    assert result["avg"] == pytest.approx(sum(shares) / 40)
+    assert result["pass@4"] == pytest.approx(sum(share > 0 for share in shares) / 40)
+    assert result["pass@8"] is None, "undefined with 4 samples"
+    assert result["length"] == pytest.approx(sum(sum(row["tokens"]) for row in rows) / 160)
+    assert (whole / "pass_at_k.png").stat().st_size > 5000
+
+
+def test_a_killed_evaluation_is_continued_exactly(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "parts"
+    command = [sys.executable, "-m", "bupo.evaluate", *arguments(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    responses = out / "responses/addition.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if responses.exists() and len(responses.read_bytes().splitlines()) >= 8:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert responses.exists() and not (out / "eval.jsonl").exists()
+    with responses.open("a") as file:
+        file.write('{"prompt": "cut')  # and a line cut by the kill
+    assert main(arguments(out)) == 0
+    assert files(out) == files(whole)
+
+
+def test_done_work_is_not_done_again(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(whole)
+    assert main(arguments(whole)) == 0
+    assert files(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("eval.samples=8", "holds an evaluation with other settings (eval.samples: 4 -> 8)"),
+        ("model.path=/nowhere", "model.path=/nowhere: folder not found"),
+        ("eval.sample=8", "unknown key eval.sample; did you mean eval.samples?"),
+    ],
+)
+def test_mistakes_give_one_line_and_leave_results_alone(
+    change: str, message: str, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(whole)
+    target = whole if "samples" in change else whole.parent / "other"
+    assert main(arguments(target, change)) == 2
+    errors = capsys.readouterr().err
+    assert message in errors and len(errors.strip().splitlines()) == 1, errors
+    assert files(whole) == before
+
+
+def test_nothing_to_evaluate_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--out", str(tmp_path / "x"), "model.path=somewhere/model"]) == 2
+    assert "eval.files is empty" in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments(tmp_path / "x"), "--dry_run"]) == 0
+    assert "addition 40" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
