@@ -98,7 +98,7 @@ def test_layers_above_are_untouched_until_the_switch(whole: Path, tmp_path: Path
     assert run(out, stop=6) == 128 + signal.SIGTERM  # evaluation at the switch: 3 steps are done
     trained = checkpoint.complete(out)[-1]
     cache = Path(os.environ["BUPO_CACHE"])
-    (start,) = cache.glob("arithmetic-2-32-4-*/model/model.safetensors")
+    (start,) = cache.glob("arithmetic-2-32-4-*-4-0/model/model.safetensors")  # 4 eval_problems
     changed, same = set(), set()
     with safe_open(start, "pt") as before, safe_open(trained / "model.safetensors", "pt") as after:
         for name in before.keys():  # noqa: SIM118 - safe_open is no dict
