@@ -357,7 +357,11 @@ def values(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-_MAY_CHANGE = ("steps", "name", "out", "resume", "eval.", "checkpoint.", "reward.workers")
+_MAY_CHANGE = (
+    *("steps", "name", "out", "resume", "eval.", "checkpoint.", "reward.workers"),
+    *("rollout.max_logprob_gap", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
+    "rollout.sleep",
+)
 """Settings that a resumed run may have otherwise than the run it continues."""
 
 

@@ -36,7 +36,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, help="YAML file, e.g. a run's config.yaml")
-    parser.add_argument("--out", help="directory to write; default evals/NAME-TIME")
+    parser.add_argument("--out", help="directory to write; default evals/TIME")
     parser.add_argument("--dry_run", action="store_true", help="check and print, load no weights")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(argv)
@@ -88,6 +88,14 @@ class Responses:
         ]
 
 
+def _check_same(out: Path, name: str, rows: Sequence[Any], problems: Sequence[Any]) -> None:
+    for n, (row, problem) in enumerate(zip(rows, problems)):
+        if (row["prompt"], row["answer"]) != (problem.text, problem.answer):
+            raise ConfigError(
+                f"out={out}: problem {n} of {name} is another one now; choose another"
+            )
+
+
 def _file_name(dataset: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in dataset) + ".jsonl"
 
@@ -103,7 +111,7 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
                 f"out={out} holds an evaluation with other settings ({'; '.join(changed)}); "
                 "restore them or choose another out"
             )
-    sources = find_sources(config)
+    sources = find_sources(config, training=False)
     if not sources.held_out:
         raise ConfigError("eval.files is empty: nothing to evaluate on")
 
@@ -138,6 +146,7 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
             done = Responses(out / "responses" / _file_name(name))
             # Batches are the same in every call, and with them the seeds and the responses.
             size = max(1, config.rollout.batch_size // config.eval.samples)
+            _check_same(out, name, done.rows, problems)
             done.keep(
                 len(done.rows) if len(done.rows) >= len(problems) else len(done.rows) // size * size
             )
@@ -210,10 +219,9 @@ def print_table(results: Sequence[Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a configuration that cannot be run."""
     arguments = _arguments(argv)
+    out = Path(arguments.out or f"evals/{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         config = configuration.load(arguments.config, arguments.overrides)
-        name = f"evals/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        out = Path(arguments.out or name)
         results = run(config, out, arguments.dry_run)
     except ConfigError as error:
         print(f"bupo.evaluate: {error}", file=sys.stderr)

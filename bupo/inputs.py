@@ -35,8 +35,9 @@ def cache_dir() -> Path:
     return Path(os.environ.get("BUPO_CACHE") or Path(base) / "bupo")
 
 
-def find_sources(config: Config) -> Sources:
-    """Checks that all of them are there; has written nothing but a task's cached files."""
+def find_sources(config: Config, training: bool = True) -> Sources:
+    """Checks that all of them are there, training data only if asked for; has written nothing but
+    a task's cached files."""
     files = _task(config).prepare(config.task_options, cache_dir()) if config.task else None
     for key, given, made in (
         ("data.train", config.data.train, files and files.train),
@@ -49,6 +50,7 @@ def find_sources(config: Config) -> Sources:
         raise ConfigError("model.path is not set (folder or hub name of a causal LM)")
     train = [str(f) for f in files.train] if files and files.train else config.data.train
     held_out = [str(f) for f in files.eval] if files and files.eval else config.eval.files
+    train = train if training else []
     for name in [*train, *held_out, *filter(None, [config.data.chat_template])]:
         if not Path(name).is_file():
             raise ConfigError(f"data file not found: {name}")

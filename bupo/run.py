@@ -168,7 +168,6 @@ def execute(plan: Plan) -> int | None:
     from bupo.rl import checkpoint
     from bupo.rl.loop import Run
     from bupo.rl.rewards import make_reward
-    from bupo.rl.rollouts import HFEngine, RolloutEngine
     from bupo.rl.update import Trainer
 
     config, tokenizer = plan.config, plan.tokenizer
@@ -189,20 +188,20 @@ def execute(plan: Plan) -> int | None:
         start = checkpoint.load_step(plan.resume_from)
         checkpoint.load_optimizer(plan.resume_from, model, trainer.optimizer)
     reward = make_reward(config.reward)
-    engine: RolloutEngine = HFEngine(model, tokenizer, config.rollout)
+    engine = None
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
         (plan.out / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
-        if config.rollout.engine != "hf":
-            prompts = [*plan.train_prompts, *plan.eval_prompts]
-            engine = make_engine(config, source, model, tokenizer, prompts)
+        prompts = [*plan.train_prompts, *plan.eval_prompts]
+        engine = make_engine(config, source, model, tokenizer, prompts)
         run = Run(
             config, plan.out, model, tokenizer, plan.train_prompts, plan.eval_prompts,
             engine, reward, trainer, start,
         )  # fmt: skip
         return run.train()
     finally:
-        engine.close()
+        if engine is not None:
+            engine.close()
         reward.close()
 
 

@@ -179,6 +179,18 @@ assert all(torch.equal(x, y) for x, y in zip(whole, parts))
     run_script(library, text)
 
 
+def test_a_flat_tail_beside_one_large_entry_is_not_lost(library: Path) -> None:
+    """Hundreds of terms of one thread, each below half an ulp of its running sum."""
+    text = """
+weight = torch.full((40001, 1), -17.0)
+weight[0] = 0
+got = ops.lm_head_logprobs(torch.ones(1, 1), weight, torch.ones(1).long())
+truth = torch.logsumexp(weight.double(), 0).item()
+assert abs(got.logsumexp.item() - truth) < 5e-7, (got.logsumexp.item(), truth)
+"""
+    run_script(library, text)
+
+
 def test_float64_is_refused(library: Path) -> None:
     text = """
 try:

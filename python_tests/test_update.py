@@ -25,7 +25,7 @@ from bupo.config import (
 )
 from bupo.rl.schedule import Schedule
 from bupo.rl.types import Policy, Rollout
-from bupo.rl.update import Trainer, token_weights
+from bupo.rl.update import Trainer, importance_weights, token_weights
 
 FINAL = Policy(None)
 POLICIES = [Policy(1), Policy(2), Policy(2, True), Policy(DEPTH), Policy(DEPTH, True), FINAL]
@@ -412,6 +412,17 @@ def test_fewer_groups_than_updates():
     old = trainer.token_stats(rollouts, FINAL).logprobs
     steps, metrics = gradients_of(trainer, rollouts, old, FINAL, 1)
     assert len(steps) == 2 and metrics["policy/skipped_updates"] == 0
+
+
+def test_importance_weights_are_truncated():
+    rollouts = random_rollouts()[:1]
+    count = len(rollouts[0].token_ids)
+    rollouts[0].logprobs = [-2.0] * count
+    final = [torch.linspace(-4, 1, count)]
+    (weights,) = importance_weights(rollouts, final, cap=1.5)
+    expected = [min(math.exp(float(x) + 2), 1.5) for x in final[0]]
+    assert weights.tolist() == pytest.approx(expected)
+    assert min(expected) < 1 < max(expected) == 1.5
 
 
 def test_importance_weights_scale_each_tokens_loss():

@@ -20,7 +20,8 @@ from bupo.rl.update import Trainer
 from bupo.rl.weight_sync import SyncError, WeightSync, changed_tensors, gap
 from bupo.tasks import tiny
 
-TEXTS = ("a", "17+25=", "Prove that the square root of two is irrational.")
+TEXTS = ("a", "17+25=", "Prove that the square root of two is irrational. " * 7)
+"""The last one fills blocks of the prefix cache (128 tokens each on a CPU)."""
 CONFIG = RolloutConfig(engine="vllm", max_new_tokens=12, temperature=0.7, batch_size=16)
 NEAR = 1e-5
 
@@ -33,7 +34,7 @@ def parts(tmp_path_factory):
     tiny.build(options, files)
     tokenizer = AutoTokenizer.from_pretrained(files.model)
     model = AutoModelForCausalLM.from_pretrained(files.model, dtype=torch.float32)
-    engine = VllmEngine(str(files.model), tokenizer, CONFIG, 64, "float32", seed=0)
+    engine = VllmEngine(str(files.model), tokenizer, CONFIG, 400, "float32", seed=0)
     yield engine, model, tokenizer
     engine.close()
 
@@ -81,19 +82,8 @@ def perturb(model, keep=()):
     return moved
 
 
-def without_padding(model, tokenizer):
-    """Padding rows that no policy would sample, so that leaving them out changes nothing."""
-    with torch.no_grad():
-        head = model.get_output_embeddings().weight
-        head[len(tokenizer) :] = 0
-        head[: len(tokenizer)] += 0.3 * torch.randn(len(tokenizer), head.shape[1])
-
-
-def test_log_probs_are_those_of_the_sampled_policy(engine, model, prompts, parts):
-    """At the sampling temperature; padding rows, which the engine leaves out, are renormalised."""
-    vocab = len(parts[2])
-    rollouts = engine.generate(prompts, 4, "seed", never)
-    assert [r.group for r in rollouts] == [n for n in range(3) for _ in range(4)]
+def assert_sampled_from(model, rollouts, vocab):
+    """At the sampling temperature, over the rows that may be sampled."""
     for r in rollouts:
         ids = torch.tensor([[*r.prompt.token_ids, *r.token_ids]])
         with torch.no_grad():
@@ -101,6 +91,12 @@ def test_log_probs_are_those_of_the_sampled_policy(engine, model, prompts, parts
         logp = logits[:, :vocab].log_softmax(-1)
         truth = logp.gather(-1, torch.tensor(r.token_ids)[:, None]).squeeze(-1)
         torch.testing.assert_close(torch.tensor(r.logprobs), truth, atol=NEAR, rtol=0)
+
+
+def test_log_probs_are_those_of_the_sampled_policy(engine, model, prompts, parts):
+    rollouts = engine.generate(prompts, 4, "seed", never)
+    assert [r.group for r in rollouts] == [n for n in range(3) for _ in range(4)]
+    assert_sampled_from(model, rollouts, len(parts[2]))
 
 
 def test_scores_are_the_trainers_log_probs(engine, model, prompts):
@@ -151,7 +147,7 @@ def test_a_stop_request_is_heard_between_batches(engine, prompts):
 
 
 @pytest.mark.parametrize("keep", [(), ("layers.2", "model.norm")], ids=["all", "layers 1 and 2"])
-def test_new_weights_arrive(engine, model, prompts, keep):
+def test_new_weights_arrive(engine, model, prompts, parts, keep):
     """All of them, and only those below a layer: tied head included, prefix cache dropped."""
     trainer = trainer_of(model)
     rollouts = engine.generate(prompts, 2, "seed", never)  # fills the prefix cache
@@ -167,9 +163,7 @@ def test_new_weights_arrive(engine, model, prompts, keep):
     assert "lm_head.weight" in sent and not any(k in n for n in sent for k in keep)
     assert sync(moved, rollouts, log_probs) < NEAR
     assert gap(engine.score(rollouts), log_probs(rollouts)) < NEAR
-    fresh = engine.generate(prompts, 2, "seed", never)
-    at_temperature = trainer.token_stats(fresh, Policy(None)).logprobs
-    assert gap([torch.tensor(r.logprobs) for r in fresh], at_temperature) < 0.2
+    assert_sampled_from(model, engine.generate(prompts, 2, "seed", never), len(parts[2]))
 
 
 @pytest.mark.parametrize("forgotten", ["layers.1.mlp.down_proj", "embed_tokens", "model.norm"])

@@ -26,7 +26,7 @@ from bupo.rl.rewards import Reward
 from bupo.rl.rollouts import RolloutEngine
 from bupo.rl.schedule import Schedule
 from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
-from bupo.rl.update import TokenStats, Trainer
+from bupo.rl.update import TokenStats, Trainer, importance_weights
 from bupo.rl.weight_sync import WeightSync, check
 
 PROBE_ROLLOUTS = 32
@@ -130,7 +130,8 @@ class Run:
                 check(mismatch, config.rollout.max_logprob_gap, "log-probs of sampled tokens")
         self._check_stop()
         with watch.stage("update"):
-            correction = self._correction(rollouts, final)
+            cap = config.loss.tis_cap
+            correction = None if cap is None else importance_weights(rollouts, final.logprobs, cap)
             update = self.trainer.update(rollouts, old.logprobs, policy, step, correction)
         with watch.stage("sync"):
             gap = self.sync(self.trainer.changed, _short(rollouts), self._final_logprobs)
@@ -192,15 +193,6 @@ class Run:
         every = 1 if self.config.loss.tis_cap else max(1, len(rollouts) // PROBE_ROLLOUTS)
         probe = rollouts[::every]
         return probe, self.trainer.token_stats(probe, Policy(None))
-
-    def _correction(self, rollouts: Sequence[Rollout], final: TokenStats) -> list[Tensor] | None:
-        """Truncated importance weights min(pi / pi_engine, cap) of the tokens, by the final policy
-        in both phases: the engine never samples from another."""
-        cap = self.config.loss.tis_cap
-        if cap is None:
-            return None
-        pairs = zip(final.logprobs, rollouts)
-        return [(x - torch.tensor(r.logprobs)).exp().clamp(max=cap) for x, r in pairs]
 
     def _final_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         return self.trainer.token_stats(rollouts, Policy(None), temperature=1.0).logprobs

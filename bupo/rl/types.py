@@ -33,7 +33,8 @@ class Rollout:
     token_ids: list[int]
     """With the end-of-sequence token when one was sampled"""
     logprobs: list[float]
-    """Of the engine: the final policy at the sampling temperature, over all rows of its head"""
+    """Of the engine: the final policy at the sampling temperature; hf: over all rows of its head,
+    vllm: over the rows that it may sample"""
     finish_reason: str
     """stop or length"""
     text: str

@@ -97,6 +97,15 @@ def token_weights(
     return [1 / n] * n
 
 
+def importance_weights(
+    rollouts: Sequence[Rollout], final_logprobs: Sequence[Tensor], cap: float
+) -> list[Tensor]:
+    """min(pi / pi_engine, cap) of each token. pi is the final policy in both phases: the engine
+    never samples from another, and with pi^l the weight would be the whole distance of pi^l."""
+    pairs = zip(final_logprobs, rollouts)
+    return [(x - torch.tensor(r.logprobs)).exp().clamp(max=cap) for x, r in pairs]
+
+
 class Trainer:
     """The model, its optimizer, and the two passes of a step."""
 

@@ -83,7 +83,7 @@ class VllmEngine:
             )
             # Compiles and fills what the first call needs, and meets what this device cannot do.
             self._run([[0, 1]], [SamplingParams(max_tokens=1, detokenize=False)])
-        except (ValueError, RuntimeError, NotImplementedError) as error:
+        except (ValueError, RuntimeError) as error:  # a device or a family that it does not know
             first = str(error).strip().splitlines()[0]
             raise ConfigError(f"rollout.engine=vllm cannot serve {model}: {first}") from None
         rows = self._llm.model_config.get_vocab_size()
