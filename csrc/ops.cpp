@@ -1,18 +1,19 @@
 // The table of contents of the extension: every operator schema, and nothing else.
-// Shapes: hidden [N, D], weight [V, D], per-token tensors [N]. csrc/cpu and csrc/cuda implement
-// them; bupo/ops/registration.py adds the fake (shape) functions and the autograd formulas.
+// Shapes: hidden [N, D], weight [V, D], per-token tensors [N]; kept: bytes that a forward leaves
+// for its backward, possibly none. csrc/cpu and csrc/cuda implement them; bupo/ops/registration.py
+// adds the fake (shape) functions and the autograd formulas.
 
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(bupo, m) {
   m.def(
       "lm_head_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias,"
-      " Tensor? temperature, float softcap, int ignore_index)"
-      " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp)");
+      " Tensor? temperature, float softcap, int ignore_index, bool keep)"
+      " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp, Tensor kept)");
   m.def(
       "lm_head_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy,"
       " Tensor grad_logsumexp, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias,"
-      " Tensor? temperature, float softcap, int ignore_index, bool need_hidden,"
+      " Tensor? temperature, Tensor kept, float softcap, int ignore_index, bool need_hidden,"
       " bool need_weight, bool need_bias)"
       " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   m.def(

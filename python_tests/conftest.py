@@ -1,7 +1,9 @@
 """Shared by all tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import emulation
 import pytest
 from sample_inputs import EMULATED
 
@@ -23,3 +25,9 @@ def task_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BUPO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def emulated() -> Path:
+    """The CUDA operators, compiled for the host."""
+    return emulation.build()

@@ -27,7 +27,13 @@ EMULATED = os.environ.get("BUPO_EMULATED")
 tests then run that code in place of the CPU operators."""
 if EMULATED:
     torch.ops.load_library(EMULATED)
-    ctypes.CDLL(EMULATED).emulator_workspace(ctypes.c_int64(int(os.environ["BUPO_WORKSPACE"])))
+    library = ctypes.CDLL(EMULATED)
+    library.emulator_workspace(ctypes.c_int64(int(os.environ["BUPO_WORKSPACE"])))
+    library.emulator_capability(int(os.environ["BUPO_CAPABILITY"]))
+
+HOPPER = EMULATED is not None and os.environ["BUPO_CAPABILITY"] == "90"
+BFLOAT16_ROUNDINGS = 2 if HOPPER else 1
+"""Of an entry of dz: the Hopper path rounds its exponential, and then dz or x times its scale."""
 
 OPS = ("lm_head_logprobs", "policy_loss")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)

@@ -12,7 +12,7 @@ from pathlib import Path
 FUNCTION = re.compile(r"Function properties for '?([\w$.]+)")
 ARCHITECTURE = re.compile(r"Compiling entry function '.*' for '(\w+)'")
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-SERIALISED = re.compile(r"C7508|Potential Performance Loss")
+SERIALISED = re.compile(r"C75\d\d|Potential Performance Loss")
 
 
 def faults(log: str) -> list[str]:

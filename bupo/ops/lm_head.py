@@ -28,8 +28,11 @@ def lm_head_logprobs(
         z_ij = f(x_i . w_j + b_j) / T_i        f = identity, or softcap * tanh(. / softcap)
         L_i = log sum_j exp z_ij     logp_i = z_it - L_i     H_i = L_i - sum_j p_ij z_ij
 
-    [tokens, vocab] is never held: memory beyond the outputs is one tile of logits a thread, and in
-    backward (which recomputes the logits) one block of about 64 MiB, or 128 tokens' logits.
+    [tokens, vocab] is never held: on the CPU memory beyond the outputs is one tile of logits a
+    thread, and in backward (which recomputes the logits) one block of about 64 MiB, or 128 tokens'
+    logits. A GPU takes the workspace budget (:func:`bupo.ops.set_workspace_bytes`); where the
+    logits of all tokens fit that, the forward keeps them for the backward, which then recomputes
+    nothing: three passes over the vocabulary rather than four.
 
     Args:
         hidden: [..., D] float32, float64 or bfloat16. Products accumulate in float32 at least, and
@@ -61,5 +64,9 @@ def lm_head_logprobs(
     args = operands.prepare(
         "bupo.ops.lm_head_logprobs", hidden, weight, targets, bias, temperature, softcap
     )
-    outputs = torch.ops.bupo.lm_head_logprobs(*args, ignore_index)
+    trained = (args.hidden, args.weight, args.bias)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained)
+    # How much is kept depends on the budget, and a compiled graph has to know its sizes.
+    keep = keep and not torch.compiler.is_compiling()
+    *outputs, _ = torch.ops.bupo.lm_head_logprobs(*args, ignore_index, keep)
     return LogProbs(*(x.reshape(targets.shape) for x in outputs))

@@ -36,8 +36,8 @@ def build_info() -> dict[str, Any]:
     Keys: ``version``; ``cuda``, the build mode (OFF, CHECK, ON); ``archs``, the CUDA architectures;
     ``torch_target``, the oldest torch it runs on; ``devices``, where ops are implemented;
     ``cpu_products``, for float32 and bfloat16: "block" (oneDNN's block product; AVX-512 and, for
-    bfloat16, AVX512_BF16 or AMX) or "library" (torch's BLAS in fp32, slower); ``workspace_bytes``,
-    see :func:`set_workspace_bytes`.
+    bfloat16, AVX512_BF16 or AMX) or "library" (torch's BLAS in fp32, slower); ``cuda_paths``, which
+    CUDA calls are served by which kernels; ``workspace_bytes``, see :func:`set_workspace_bytes`.
     """
     return dict(_C.build_info())
 
@@ -46,8 +46,10 @@ def set_workspace_bytes(size: int) -> None:
     """The memory in bytes that a CUDA op may take beside its results; 1 GiB unless set.
 
     More memory is fewer, larger chunks of tokens. 128 rows of logits are always taken. With more
-    chunks than one, bfloat16 and float16 weights also get a float32 accumulator of the size of dW.
-    CPU ops need no such budget.
+    chunks than one, bfloat16 and float16 weights also get a float32 accumulator of the size of dW;
+    where one chunk of all tokens takes less than budget and accumulator together, it is taken
+    instead. lm_head_logprobs keeps up to this much from its forward for its backward as well. CPU
+    ops need no such budget.
 
     Raises:
         TypeError, ValueError: size is not a positive int.
@@ -64,9 +66,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _fake_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
     acc = accumulator(hidden.dtype)
-    return tuple(hidden.new_empty(targets.shape, dtype=acc) for _ in range(3))
+    per_token = (hidden.new_empty(targets.shape, dtype=acc) for _ in range(3))
+    # What a GPU keeps depends on the budget; under torch.compile lm_head.py asks for nothing.
+    return (*per_token, hidden.new_empty((0,), dtype=torch.uint8))
 
 
 def _fake_grads(
@@ -109,25 +115,25 @@ def _refuse_double_backward(op: str) -> None:
 
 
 def _save_logprobs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    hidden, weight, targets, bias, temperature, ctx.softcap, ctx.ignore_index = inputs
-    ctx.save_for_backward(hidden, weight, targets, bias, temperature)
+    hidden, weight, targets, bias, temperature, ctx.softcap, ctx.ignore_index, _ = inputs
+    ctx.save_for_backward(hidden, weight, targets, bias, temperature, output[3])
     ctx.set_materialize_grads(False)
 
 
 def _backward_logprobs(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     _refuse_double_backward("lm_head_logprobs")
     if all(g is None for g in upstream):
-        return (None,) * 7
-    hidden, weight, targets, bias, temperature = ctx.saved_tensors
+        return (None,) * 8
+    hidden, _, targets, *_ = ctx.saved_tensors
     acc = accumulator(hidden.dtype)
     zero = torch.zeros(targets.shape, dtype=acc, device=hidden.device)
-    grads = (zero if g is None else g.contiguous() for g in upstream)
+    grads = (zero if g is None else g.contiguous() for g in upstream[:3])
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     d_hidden, d_weight, d_bias = torch.ops.bupo.lm_head_logprobs_backward(
-        *grads, hidden, weight, targets, bias, temperature, ctx.softcap, ctx.ignore_index, *needs
+        *grads, *ctx.saved_tensors, ctx.softcap, ctx.ignore_index, *needs
     )
     picked = [g if need else None for g, need in zip((d_hidden, d_weight, d_bias), needs)]
-    return picked[0], picked[1], None, picked[2], None, None, None
+    return picked[0], picked[1], None, picked[2], None, None, None, None
 
 
 torch.library.register_autograd(

@@ -36,9 +36,12 @@ void check_tokens(const char* op, const Inputs& in, const Included& included) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> lm_head_logprobs(Tensor hidden, Tensor weight, Tensor targets,
-                                                    OptionalTensor bias, OptionalTensor temperature,
-                                                    double softcap, int64_t ignore_index) {
+// Keeps nothing for the backward, which makes the logits again in its cache.
+std::tuple<Tensor, Tensor, Tensor, Tensor> lm_head_logprobs(Tensor hidden, Tensor weight,
+                                                            Tensor targets, OptionalTensor bias,
+                                                            OptionalTensor temperature,
+                                                            double softcap, int64_t ignore_index,
+                                                            bool /*keep*/) {
   constexpr const char* op = "bupo.ops.lm_head_logprobs";
   const Inputs in(op, kDtypes, hidden, weight, targets, bias, temperature, softcap);
   check_tokens(op, in, [&](int64_t i) { return in.args.targets[i] != ignore_index; });
@@ -48,13 +51,13 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_logprobs(Tensor hidden, Tensor weight
   cpu::lm_head_logprobs(
       scalar_of(in.dtype), in.args, ignore_index,
       {logprobs.mutable_data_ptr(), entropy.mutable_data_ptr(), logsumexp.mutable_data_ptr()});
-  return {logprobs, entropy, logsumexp};
+  return {logprobs, entropy, logsumexp, make(hidden, {0}, ScalarType::Byte)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> lm_head_logprobs_backward(
     Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logsumexp, Tensor hidden, Tensor weight,
-    Tensor targets, OptionalTensor bias, OptionalTensor temperature, double softcap,
-    int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
+    Tensor targets, OptionalTensor bias, OptionalTensor temperature, Tensor /*kept*/,
+    double softcap, int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
   constexpr const char* op = "bupo.ops.lm_head_logprobs (backward)";
   const Inputs in(op, kDtypes, hidden, weight, targets, bias, temperature, softcap);
   check_tokens(op, in, [&](int64_t i) { return in.args.targets[i] != ignore_index; });

@@ -40,10 +40,8 @@ struct LogitBlock {
 struct RowStatsArgs {
   LogitBlock logits;
   RowChoice choice;
-  Row<float>* records;  // [rows], for logit_gradient; null without gradient
-  float* logprobs;      // [rows]
-  float* entropy;       // [rows]
-  float* logsumexp;     // [rows] or null
+  Row<float>* records;                    // [rows], for logit_gradient; null without gradient
+  float *logprobs, *entropy, *logsumexp;  // [rows]; null where not wanted
 };
 cudaError_t launch_row_stats(const RowStatsArgs& args, cudaStream_t stream);
 

@@ -35,7 +35,11 @@ Device current_device(const Tensor& like) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
-  return {index, static_cast<cudaStream_t>(stream), status != cudaStreamCaptureStatusNone};
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+  return {index, 10 * major + minor, static_cast<cudaStream_t>(stream),
+          status != cudaStreamCaptureStatusNone};
 }
 
 void multiply(const Device& device, const Matrix& out, const Matrix& a, const Matrix& b) {

@@ -23,9 +23,12 @@ inline Matrix transpose(Matrix m) {
   return m;
 }
 
+inline int64_t bytes_of(Number number) { return number == Number::kFloat ? 4 : 2; }
+
 // The device and stream that a call runs on.
 struct Device {
   int32_t index;
+  int capability;  // 10 major + minor
   cudaStream_t stream;
   bool capturing;  // a CUDA graph is being recorded: the host must not wait
 };

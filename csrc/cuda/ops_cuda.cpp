@@ -31,32 +31,43 @@ struct Guard {
 };
 #endif
 
-std::tuple<Tensor, Tensor, Tensor> lm_head_logprobs(Tensor hidden, Tensor weight, Tensor targets,
-                                                    OptionalTensor bias, OptionalTensor temperature,
-                                                    double softcap, int64_t ignore_index) {
+cuda::Call call_of(const Tensor& hidden, const Inputs& in) {
+  return {hidden, cuda::current_device(hidden), number_of(in.dtype), in.args};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lm_head_logprobs(Tensor hidden, Tensor weight,
+                                                            Tensor targets, OptionalTensor bias,
+                                                            OptionalTensor temperature,
+                                                            double softcap, int64_t ignore_index,
+                                                            bool keep) {
   const Guard guard(hidden);
   const Inputs in("bupo.ops.lm_head_logprobs", kDtypes, hidden, weight, targets, bias, temperature,
                   softcap);
+  const cuda::Call call = call_of(hidden, in);
   Tensor logprobs = make_uninitialised(hidden, {in.args.tokens}, in.acc);
   Tensor entropy = make_uninitialised(hidden, {in.args.tokens}, in.acc);
   Tensor logsumexp = make_uninitialised(hidden, {in.args.tokens}, in.acc);
+  const int64_t bytes = keep ? cuda::kept_bytes(call) : 0;
+  Tensor kept = make_uninitialised(hidden, {bytes}, ScalarType::Byte);
   cuda::lm_head_logprobs(
-      hidden, number_of(in.dtype), in.args, ignore_index,
-      {logprobs.mutable_data_ptr(), entropy.mutable_data_ptr(), logsumexp.mutable_data_ptr()});
-  return {logprobs, entropy, logsumexp};
+      call, ignore_index,
+      {logprobs.mutable_data_ptr(), entropy.mutable_data_ptr(), logsumexp.mutable_data_ptr()},
+      bytes ? kept.mutable_data_ptr() : nullptr);
+  return {logprobs, entropy, logsumexp, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor> lm_head_logprobs_backward(
     Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logsumexp, Tensor hidden, Tensor weight,
-    Tensor targets, OptionalTensor bias, OptionalTensor temperature, double softcap,
+    Tensor targets, OptionalTensor bias, OptionalTensor temperature, Tensor kept, double softcap,
     int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
   const Guard guard(hidden);
   constexpr const char* op = "bupo.ops.lm_head_logprobs (backward)";
   const Inputs in(op, kDtypes, hidden, weight, targets, bias, temperature, softcap);
   const TokenGrads upstream = token_grads(op, in, grad_logprobs, grad_entropy, grad_logsumexp);
   Grads grads(in, hidden, need_hidden, need_weight, need_bias);
-  cuda::lm_head_logprobs_backward(hidden, number_of(in.dtype), in.args, ignore_index, upstream,
-                                  grads.args);
+  if (!grads.args.any()) return {grads.hidden, grads.weight, grads.bias};
+  cuda::lm_head_logprobs_backward(call_of(hidden, in), ignore_index, upstream, grads.args,
+                                  kept.numel() ? kept.mutable_data_ptr() : nullptr);
   return {grads.hidden, grads.weight, grads.bias};
 }
 
@@ -80,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
   Tensor loss = make_uninitialised(hidden, {}, in.acc);
   Tensor metrics = make_uninitialised(hidden, {kPolicyMetrics}, in.acc);
   Grads grads(in, hidden, need_hidden, need_weight, need_bias);
-  cuda::policy_loss(hidden, number_of(in.dtype), in.args, policy,
+  cuda::policy_loss(call_of(hidden, in), policy,
                     {logprobs.mutable_data_ptr(), entropy.mutable_data_ptr(), nullptr}, grads.args,
                     loss.mutable_data_ptr(), metrics.mutable_data_ptr());
   return {loss, logprobs, entropy, metrics, grads.hidden, grads.weight, grads.bias};

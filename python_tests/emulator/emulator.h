@@ -158,6 +158,17 @@ T __shfl_down_sync(unsigned, T value, int offset) {
   return value;
 }
 
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  static_assert(sizeof(T) <= 8);
+  const int64_t me = emulator::current->id;
+  std::memcpy(&emulator::lanes[static_cast<size_t>(me)], &value, sizeof value);
+  emulator::warp_wait();
+  std::memcpy(&value, &emulator::lanes[static_cast<size_t>(me ^ mask)], sizeof value);
+  emulator::warp_wait();
+  return value;
+}
+
 inline unsigned __ballot_sync(unsigned, bool vote) {
   const int64_t me = emulator::current->id, first = me / 32 * 32;
   emulator::lanes[static_cast<size_t>(me)] = vote;

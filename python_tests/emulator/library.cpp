@@ -10,14 +10,22 @@
 #include "cpu/library.h"
 #include "workspace.h"
 
+namespace bupo::cuda::sm90 {
+extern int64_t scans;  // calls of the Hopper path's product
+}
+
 namespace {
 bool capturing = false;
+int capability = 80;
 int64_t reads = 0;
 }  // namespace
 
 #define BUPO_EXPORT extern "C" __attribute__((visibility("default")))
 BUPO_EXPORT void emulator_workspace(int64_t bytes) { bupo::workspace_bytes = bytes; }
 BUPO_EXPORT void emulator_capturing(bool yes) { capturing = yes; }
+BUPO_EXPORT void emulator_capability(int value) { capability = value; }
+BUPO_EXPORT int64_t emulator_scans() { return bupo::cuda::sm90::scans; }
+BUPO_EXPORT void emulator_portable_only(bool yes) { bupo::portable_only = yes; }
 BUPO_EXPORT int64_t emulator_reads() { return reads; }
 
 namespace bupo::cuda {
@@ -48,7 +56,7 @@ cpu::Block view(const std::vector<float>& dense, const Matrix& m) {
 
 }  // namespace
 
-Device current_device(const torch::stable::Tensor&) { return {0, nullptr, capturing}; }
+Device current_device(const torch::stable::Tensor&) { return {0, capability, nullptr, capturing}; }
 
 void multiply(const Device&, const Matrix& out, const Matrix& a, const Matrix& b) {
   const std::vector<float> left = copy(a), right = copy(b);

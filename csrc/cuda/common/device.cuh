@@ -52,6 +52,39 @@ __device__ inline void narrow(float x, Float16& out) {
 #endif
 __device__ inline void narrow(float x, float& out) { out = x; }
 
+// 2^x to about 2^-22 relative, results below 2^-126 are 0.
+__device__ inline float exp2_fast(float x) {
+#ifdef BUPO_EMULATED
+  const float y = std::exp2(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// 2^n of an integer, exactly; 0 below 2^-126, infinity above 2^127.
+__device__ inline float exp2_integer(float n) {
+  if (!(n >= -126.0f)) return 0.0f;
+  if (n > 127.0f) return INFINITY;
+  const uint32_t bits = static_cast<uint32_t>(static_cast<int>(n) + 127) << 23;
+  float y;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+// The larger of two; nan if one of them is.
+__device__ inline float max_nan(float a, float b) {
+#ifdef BUPO_EMULATED
+  return a < b || b != b ? b : a;
+#else
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+#endif
+}
+
 // The block's values combined in lane and warp order: the same result in every run. Thread 0 has
 // it.
 template <int kThreads, class T, class Shift, class Combine>

@@ -8,6 +8,7 @@
 //
 // Tests: python_tests/test_cuda_emulated.py.
 
+#include "../common/coefficients.cuh"
 #include "../common/device.cuh"
 #include "../common/logit.cuh"
 #include "../launch.h"
@@ -23,51 +24,20 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr float kHalfGain = 1024.0f;
 
-__device__ float largest(const Coefficients& c, int64_t i) {
-  const float a = fmaxf(fabsf(c.on_logprob[i]), fabsf(c.on_entropy[i]));
-  return c.on_logsumexp ? fmaxf(a, fabsf(c.on_logsumexp[i])) : a;
-}
-
-__device__ bool is_nan(const Coefficients& c, int64_t i) {
-  const float sum = c.on_logprob[i] + c.on_entropy[i] + (c.on_logsumexp ? c.on_logsumexp[i] : 0.0f);
-  return sum != sum;
-}
-
-// A finite power of two not above x; 1 for 0, nan and infinity.
-__device__ float power_of_two(float x) {
-  if (!(x > 0.0f) || x == INFINITY) return 1.0f;
-  const int exponent = ilogbf(x);
-  return ldexpf(1.0f, exponent < -100 ? -100 : exponent);
-}
-
 __global__ void __launch_bounds__(kThreads) live_places_kernel(LiveArgs args) {
   __shared__ int counts[kWarps];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int base = args.compact ? *args.places.count : static_cast<int>(args.first);
   for (int64_t start = 0; start < args.rows; start += kThreads) {
     const int64_t i = start + threadIdx.x;
-    float size = 0.0f;
-    bool live = false;
-    if (i < args.rows && takes_part(args.choice, i)) {
-      size = largest(args.coefficients, i);
-      live = size != 0.0f || is_nan(args.coefficients, i);
-      if (args.temperature) size /= args.temperature[i];
-    }
+    const bool live = i < args.rows && takes_part(args.choice, i) && is_live(args.coefficients, i);
     const bool placed = i < args.rows && (live || !args.compact);
-    const unsigned warp_live = __ballot_sync(kAllLanes, placed);
-    if (lane == 0) counts[warp] = __popc(warp_live);
-    __syncthreads();
-    int place = base + __popc(warp_live & ((1u << lane) - 1));
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) place += counts[w];
-      base += counts[w];
-    }
+    const int place = next_place<kThreads>(placed, base, counts);
     if (i < args.rows) args.places.position[i] = placed ? place : -1;
-    if (placed) {
-      args.places.order[place] = args.first + i;
-      args.places.scale[place] = power_of_two(size) / (args.half ? kHalfGain : 1.0f);
-    }
-    __syncthreads();
+    if (!placed) continue;
+    float size = largest(args.coefficients, i);
+    if (args.temperature) size /= args.temperature[i];
+    args.places.order[place] = args.first + i;
+    args.places.scale[place] = live ? power_of_two(size) / (args.half ? kHalfGain : 1.0f) : 0.0f;
   }
   if (threadIdx.x == 0) *args.places.count = base;
 }

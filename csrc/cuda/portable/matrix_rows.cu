@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(GatherArgs args) {
   T* to = static_cast<T*>(args.out) + k * args.width;
   const float factor = args.scale[k] / (args.norm ? *args.norm : 1.0f);
   for (int64_t d = threadIdx.x; d < args.width; d += kThreads)
-    narrow(widen(from[d]) * factor, to[d]);
+    narrow(factor == 0.0f ? 0.0f : widen(from[d]) * factor, to[d]);  // 0 also where x is nan
 }
 
 template <class T>

@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kThreads) row_stats_kernel(RowStatsArgs args) 
   }
   if (threadIdx.x != 0) return;
   if (args.records) args.records[row] = record;
-  args.logprobs[row] = record.logprob;
-  args.entropy[row] = record.entropy;
+  if (args.logprobs) args.logprobs[row] = record.logprob;
+  if (args.entropy) args.entropy[row] = record.entropy;
   if (args.logsumexp) args.logsumexp[row] = record.logsumexp;
 }
 

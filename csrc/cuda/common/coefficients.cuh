@@ -1,0 +1,45 @@
+// Which rows have a gradient, and of what size.
+
+#pragma once
+
+#include "../launch.h"
+#include "device.cuh"
+
+namespace bupo::cuda {
+
+__device__ inline float largest(const Coefficients& c, int64_t i) {
+  const float a = fmaxf(fabsf(c.on_logprob[i]), fabsf(c.on_entropy[i]));
+  return c.on_logsumexp ? fmaxf(a, fabsf(c.on_logsumexp[i])) : a;
+}
+
+__device__ inline bool is_live(const Coefficients& c, int64_t i) {
+  const float sum = c.on_logprob[i] + c.on_entropy[i] + (c.on_logsumexp ? c.on_logsumexp[i] : 0.0f);
+  return largest(c, i) != 0.0f || sum != sum;
+}
+
+// A finite power of two not above x; 1 for 0, nan and infinity.
+__device__ inline float power_of_two(float x) {
+  if (!(x > 0.0f) || x == INFINITY) return 1.0f;
+  const int exponent = ilogbf(x);
+  return ldexpf(1.0f, exponent < -100 ? -100 : exponent);
+}
+
+// Where the threads of a block place those of their items that are marked: behind one another, in
+// the order of the threads, from `base` on, which grows. All threads call it; shared: an int a
+// warp.
+template <int kThreads>
+__device__ int next_place(bool marked, int& base, int* shared) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const unsigned votes = __ballot_sync(kAllLanes, marked);
+  if (lane == 0) shared[warp] = __popc(votes);
+  __syncthreads();
+  int place = base + __popc(votes & ((1u << lane) - 1));
+  for (int w = 0; w < kThreads / 32; ++w) {
+    if (w < warp) place += shared[w];
+    base += shared[w];
+  }
+  __syncthreads();
+  return place;
+}
+
+}  // namespace bupo::cuda

@@ -1,0 +1,88 @@
+// The rows of a chunk in the order in which the scan takes them, and the scan's input.
+//
+//   arrange  places = rows that may have a gradient, then the others that take part; masked rows
+//            have none. One block, two sweeps, counted by ballots: always the same order.
+//   place    hidden by place, and the guess of L: log2(e) (z_t - old log-prob), z_t a dot product.
+//            A block a row; 4D bytes read, 2D
+//            written.
+//
+// Tests: python_tests/test_cuda_emulated.py.
+
+#include "../common/coefficients.cuh"
+#include "../common/device.cuh"
+#include "../common/logit.cuh"
+#include "launch.h"
+
+namespace bupo::cuda::sm90 {
+namespace {
+
+#ifdef BUPO_EMULATED
+constexpr int kThreads = 64, kRowThreads = 64;
+#else
+constexpr int kThreads = 1024, kRowThreads = 128;
+#endif
+
+__global__ void __launch_bounds__(kThreads) arrange_kernel(ArrangeArgs args) {
+  __shared__ int counts[kThreads / 32];
+  const auto stores = [&](int64_t i) {
+    for (const float* signal : args.signals)
+      if (signal && signal[i] != 0.0f) return true;
+    return args.all_store;
+  };
+  int base = 0;
+  for (int sweep = 0; sweep < (args.only_stored ? 1 : 2); ++sweep) {
+    for (int64_t start = 0; start < args.rows; start += kThreads) {
+      const int64_t i = start + threadIdx.x;
+      const bool placed =
+          i < args.rows &&
+          (args.compact ? takes_part(args.choice, i) && stores(i) == (sweep == 0) : sweep == 0);
+      const int place = next_place<kThreads>(placed, base, counts);
+      if (placed) args.places.order[place] = i;
+    }
+    if (threadIdx.x == 0) args.places.counts[0] = base;
+    if (threadIdx.x == 0 && sweep == 0) args.places.counts[1] = base;
+  }
+}
+
+__global__ void __launch_bounds__(kRowThreads) place_kernel(PlaceArgs args) {
+  __shared__ float shared[kRowThreads / 32];
+  const int64_t place = blockIdx.x;
+  if (place >= args.places.counts[0]) return;
+  const int64_t row = args.places.order[place], target = args.targets[row];
+  const BFloat16* x = args.hidden + row * args.hidden_stride;
+  const bool valid = target >= 0 && target < args.vocab;
+  const BFloat16* w = args.weight + (valid ? target : 0) * args.weight_stride;
+  BFloat16* out = args.out + place * args.width;
+  float dot = 0.0f;
+  for (int64_t d = threadIdx.x; d < args.width; d += kRowThreads) {
+    out[d] = x[d];
+    dot = fmaf(widen(x[d]), widen(w[d]), dot);
+  }
+  dot = block_reduce<kRowThreads>(
+      dot, shared, [](float v, int offset) { return __shfl_down_sync(kAllLanes, v, offset); },
+      [](float a, float b) { return a + b; });
+  if (threadIdx.x != 0) return;
+  const float temperature = args.temperature ? args.temperature[row] : 1.0f;
+  args.places.targets[place] = target;
+  if (args.places.temperature) args.places.temperature[place] = temperature;
+  if (!args.guess) return;
+  if (args.bias && valid) dot += args.bias[target];
+  if (args.softcap != 0.0f) dot = args.softcap * tanhf(dot / args.softcap);
+  constexpr float kLog2E = 1.44269504f;
+  const float old = args.old_logprobs ? args.old_logprobs[row] : 0.0f;
+  const float guess =
+      rintf(kLog2E * (dot / temperature - old)) + (args.old_logprobs ? 0.0f : kGuessAbove);
+  args.guess[place] = guess > -1e9f && guess < 1e9f ? guess : 0.0f;  // nan and infinity too
+}
+
+}  // namespace
+
+cudaError_t launch_arrange_rows(const ArrangeArgs& args, cudaStream_t stream) {
+  return launch(arrange_kernel, 1, kThreads, stream, args);
+}
+
+cudaError_t launch_place_rows(const PlaceArgs& args, cudaStream_t stream) {
+  return launch(place_kernel, args.places.capacity, kRowThreads, stream, args);
+}
+
+}  // namespace bupo::cuda::sm90

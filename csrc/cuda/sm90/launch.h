@@ -1,0 +1,158 @@
+// Host-side entry points of the Hopper kernels; the structs are their contracts. Plain pointers.
+//
+// Rows are addressed by place: arrange_rows puts the rows of a chunk that take part first, those
+// that may have a gradient before all others. Arrays by place hold `capacity` entries; those by
+// row begin with the chunk's first row.
+
+#pragma once
+
+#include "../launch.h"
+
+namespace bupo::cuda {
+struct BFloat16;
+}
+
+namespace bupo::cuda::sm90 {
+
+// E = bf16(2^(z log2(e) - reference)), an integer reference for each row and tile of kTileColumns.
+// A row's guess is the reference of every tile whose largest entry is at most so many bits above
+// it, or below it. Far below is harmless: such a tile is small beside the row.
+inline constexpr float kAboveGuess = 16.0f, kBelowGuess = 64.0f;
+inline constexpr float kNoMass = -1e30f;  // bits, in place of -inf
+
+inline constexpr int kTileRows = 128, kTileColumns = 256;
+// Columns of one partial. Fixed, so that a row's result depends on nothing but the row and V.
+inline constexpr int kSplitColumns = 2048;
+BUPO_HOST_DEVICE constexpr int64_t tiles_of(int64_t vocab) {
+  return (vocab + kTileColumns - 1) / kTileColumns;
+}
+BUPO_HOST_DEVICE constexpr int64_t splits_of(int64_t vocab) {
+  return (vocab + kSplitColumns - 1) / kSplitColumns;
+}
+
+// RowSums of row_math.h in bits: max = ref, an integer.
+struct BitSums {
+  float ref, sum, dot;
+};
+
+// What the gradient needs of a row: p_j = E_j 2^(tile reference - ref) gain.
+struct PlacedRow {
+  Row<float> row;
+  float ref;     // bits
+  float gain;    // e^(ref ln 2 - L)
+  float offset;  // ref ln 2 - max
+};
+
+// E of a chunk and what goes with it, by place. Null pointers where nothing is stored.
+struct Kept {
+  BFloat16* e;        // [capacity, stride]; with a softcap times its slope
+  int64_t stride;     // a multiple of 8
+  float* guess;       // [capacity]
+  float* references;  // [capacity, tiles]
+};
+
+// What the rows of a chunk are, by place.
+struct Places {
+  int32_t* counts;     // [2]: rows that take part, and how many of them come first and store E
+  int64_t* order;      // the row of each place
+  int64_t* targets;    // outside [0, V) allowed
+  float* temperature;  // null for 1
+  int64_t capacity;
+};
+
+struct ArrangeArgs {
+  RowChoice choice;  // of the chunk
+  int64_t rows;
+  const float* signals[3];  // by row: a row may have a gradient if one of them is not 0
+  bool all_store;           // every row that takes part does
+  bool only_stored;         // leave the others out
+  bool compact;             // false: places are rows, all of them (CUDA-graph capture)
+  Places places;
+};
+cudaError_t launch_arrange_rows(const ArrangeArgs& args, cudaStream_t stream);
+
+// Rows of hidden to their places, and the guess of each row that stores E, in bits: the logit of
+// the target less its old log-prob, which is near L; without one, the logit and kGuessAbove.
+inline constexpr float kGuessAbove = 8.0f;
+struct PlaceArgs {
+  const BFloat16* hidden;  // of the chunk
+  int64_t hidden_stride, width;
+  const BFloat16* weight;
+  int64_t weight_stride, vocab;
+  const float *bias, *temperature, *old_logprobs;  // [vocab] and by row; null where not given
+  float softcap;
+  const int64_t* targets;  // by row
+  Places places;
+  BFloat16* out;  // [capacity, width]
+  float* guess;   // by place; null: none
+};
+cudaError_t launch_place_rows(const PlaceArgs& args, cudaStream_t stream);
+
+struct ScanArgs {
+  const void* hidden;  // bf16 [capacity, D], by place; stride and address on 16 bytes
+  const void* weight;  // bf16 [V, D], likewise
+  int64_t hidden_stride, weight_stride, width, vocab, capacity;
+  const int32_t* counts;     // of Places; null: all rows, no E
+  const int64_t* targets;    // by place
+  const float* bias;         // [vocab] or null
+  const float* temperature;  // by place, or null
+  float softcap;             // 0: none
+  BitSums* partials;         // [splits, capacity], without the target
+  float* target_logits;      // by place, before the temperature
+  int64_t tiles;             // tiles_of(vocab)
+  Kept kept;
+};
+cudaError_t launch_head_scan(const ScanArgs& args, cudaStream_t stream);
+
+// Partials to results by row, and to records by place.
+struct FinishArgs {
+  const BitSums* partials;
+  const float* target_logits;
+  const float* guess;  // by place; null where E is not stored
+  Places places;       // counts and order null: every row at its own place
+  RowChoice choice;    // by row
+  int64_t vocab;
+  PlacedRow* records;
+  float *logprobs, *entropy, *logsumexp;  // by row; null where not wanted
+};
+cudaError_t launch_finish_rows(const FinishArgs& args, cudaStream_t stream);
+
+// Which stored rows have a gradient after all, in places of their own: 0, 1, ... Holes are filled
+// from the end, so that most rows stay where they are.
+struct LiveRowsArgs {
+  Coefficients coefficients;  // by row
+  RowChoice choice;           // by row
+  Places places;
+  int64_t first, rows;  // of the stored places, those that are looked at
+  const PlacedRow* records;
+  bool compact;        // as in ArrangeArgs
+  bool scaled_by_row;  // scale = dz / E of the row; false: a power of two near it
+  int32_t* count;      // [1]
+  int32_t* source;     // [rows]: the stored place of each live one
+  int32_t* scratch;    // [rows]
+  int64_t* order;      // [rows]: its row
+  float* scale;        // [rows]
+};
+cudaError_t launch_live_rows(const LiveRowsArgs& args, cudaStream_t stream);
+
+// E of the live rows to dz / scale: the target's column, tiles of another reference, rows that
+// move, and everything if there is a gradient of the entropy.
+struct GradientRowsArgs {
+  Coefficients coefficients;  // by row
+  Places places;
+  Kept kept;
+  int64_t vocab, tiles;
+  const PlacedRow* records;
+  const float* target_logits;
+  float softcap;
+  const int32_t *count, *source;  // of LiveRowsArgs
+  const int64_t* order;
+  const float* scale;
+  int64_t rows;
+  bool scaled_by_row;
+  BFloat16* out;  // [rows, out_stride], or kept.e
+  int64_t out_stride;
+};
+cudaError_t launch_gradient_rows(const GradientRowsArgs& args, cudaStream_t stream);
+
+}  // namespace bupo::cuda::sm90

@@ -1,0 +1,72 @@
+"""The CUDA sources compiled for the host: how tests build and run them (emulator/)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+
+def build() -> Path:
+    """The library that takes over the operators' CPU key, built if it is not."""
+    tools = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    build = ROOT / "build" / "emulated"
+    configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DBUPO_PYTHON={sys.executable}"]
+    for command in (configure, ["cmake", "--build", build, "--target", "bupo_emulated"]):
+        done = subprocess.run(command, env=tools, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return build / "libbupo_emulated.so"
+
+
+SCRIPT = """
+import ctypes, os, sys, torch
+import bupo.ops as ops
+from bupo.ops import operands
+operands.DTYPES["cpu"] += (torch.float16,)
+torch.ops.load_library(sys.argv[1])
+library = ctypes.CDLL(sys.argv[1])
+library.emulator_reads.restype = library.emulator_scans.restype = ctypes.c_int64
+
+def sample(dtype, seed=0, tokens=300, width=24, vocab=151, scale=0.8):
+    g = torch.Generator().manual_seed(seed)
+    weights = torch.rand(tokens, generator=g) / tokens
+    return dict(
+        hidden=torch.randn(tokens, width, generator=g).to(dtype).requires_grad_(),
+        weight=(torch.randn(vocab, width, generator=g) * scale).to(dtype).requires_grad_(),
+        targets=torch.randint(vocab, (tokens,), generator=g),
+        old_logprobs=-8 * torch.rand(tokens, generator=g),
+        advantages=torch.randn(tokens, generator=g) * (torch.rand(tokens, generator=g) < 0.5),
+        token_weights=weights * (torch.rand(tokens, generator=g) < 0.8),
+        bias=torch.randn(vocab, generator=g).to(dtype).requires_grad_(),
+    )
+
+def run(call, api=ops, **options):
+    result = api.policy_loss(**call, **options)
+    leaves = [call[name] for name in ("hidden", "weight", "bias")]
+    return result, torch.autograd.grad(result.loss, leaves)
+
+def error(got, truth):
+    return max(
+        float((a.double() - b).norm() / b.norm().clamp(min=1e-300)) for a, b in zip(got, truth)
+    )
+
+def double(call):
+    return {
+        name: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+        for name, x in call.items()
+    }
+"""
+
+
+def run_script(library: Path, text: str) -> str:
+    """Runs text in a process of its own, after SCRIPT."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT + text, str(library)],
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
