@@ -51,6 +51,19 @@ def num_layers(model: nn.Module) -> int:
     return _find_stack("num_layers", model)[2]
 
 
+class Stack(NamedTuple):
+    """The decoder layers, 1..L, and the norm that stands between H^L and the unembedding."""
+
+    layers: list[nn.Module]
+    norm: nn.Module
+
+
+def decoder_stack(model: nn.Module) -> Stack:
+    """The model's layers and final norm. Errors: as internal_policy."""
+    layers, norm, _ = _find_stack("decoder_stack", model)
+    return Stack(list(layers), norm)
+
+
 _logit_maps: WeakKeyDictionary[nn.Module, tuple[float | None, float]] = WeakKeyDictionary()
 
 

@@ -1,0 +1,209 @@
+"""A forward, taken apart: what each layer's attention and FFN read and write.
+
+    H^l = H^0 + sum_{i<=l} A^i + sum_{i<=l} F^i          (arXiv 2512.19673, section 2)
+
+A^l and F^l are what the modules add to the residual stream, whatever stands around them: norms
+after a module (Gemma, OLMo 2), a residual multiplier (Granite), a residual that the module adds
+itself (BLOOM). They are found by what the tensors do, not by the family's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bupo.policy import decoder_stack
+
+ATTENTION = re.compile(r"attn|attention|mixer|linear_att", re.IGNORECASE)
+FFN = re.compile(r"mlp|ffn|feed_?forward|moe|fc1", re.IGNORECASE)
+NORM = re.compile(r"norm|^ln", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What layer l read and wrote, each [B, T, D]."""
+
+    index: int
+    """l, counted from 1"""
+    before: Tensor
+    """H^{l-1}"""
+    attention_input: Tensor
+    """What attention read: after its own norm where it has one before it"""
+    attention: Tensor
+    """A^l"""
+    ffn_input: Tensor
+    ffn: Tensor
+    """F^l"""
+    after: Tensor
+    """H^l"""
+    parallel: bool
+    """Attention and FFN read the same H^{l-1}; else the FFN reads H^{l-1} + A^l"""
+    error: float
+    """|H^{l-1} + A^l + F^l - H^l| / |H^l|, Frobenius: rounding of the model's dtype, no more"""
+
+    @property
+    def ffn_stream(self) -> Tensor:
+        """The residual stream that the FFN reads from."""
+        return self.before if self.parallel else self.before + self.attention
+
+
+class DecompositionError(ValueError):
+    """A family whose layers cannot be taken apart; says which and why."""
+
+
+@dataclass
+class _Call:
+    name: str
+    source: Tensor
+    result: Tensor
+    value: Tensor
+    """The result as it was: Falcon adds to its FFN's output in place"""
+
+
+@dataclass
+class _Trace:
+    """The calls of one layer's direct children, in their order."""
+
+    before: Tensor | None = None
+    calls: list[_Call] = field(default_factory=list)
+
+
+@contextmanager
+def decomposed(model: nn.Module, visit: Callable[[Layer], None]) -> Iterator[None]:
+    """Inside, every forward of the model calls visit(Layer) once for each layer, as it ends.
+
+    Nothing is kept: memory is that of one layer. Use torch.no_grad() and model.eval(); a cache of
+    keys is fine. Errors: DecompositionError naming family and layer; else as bupo.policy's.
+    """
+    layers = decoder_stack(model).layers
+    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers, start=1):
+            _watch(hooks, layer, index, f"model of family {family!r}, layer {index}", visit)
+        yield
+
+
+def _watch(
+    hooks: ExitStack, layer: nn.Module, index: int, where: str, visit: Callable[[Layer], None]
+) -> None:
+    trace = _Trace()
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        trace.before, trace.calls = _first_tensor(args, kwargs), []
+
+    def call(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            source, result = _first_tensor(args, kwargs), _first_tensor((output,), {})
+            if source is not None and result is not None:
+                value = result.clone() if name in ("attention", "ffn") else result
+                trace.calls.append(_Call(name, source, result, value))
+
+        return note
+
+    def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        after = _first_tensor((output,), {})
+        if trace.before is None or after is None:
+            raise DecompositionError(f"{where}: no hidden states came in or out")
+        visit(_take_apart(trace, after, index, where))
+        trace.before, trace.calls = None, []
+
+    handles = [layer.register_forward_pre_hook(begin, with_kwargs=True)]
+    handles += [
+        child.register_forward_hook(call(_label(name, child)), with_kwargs=True)
+        for name, child in layer.named_children()
+    ]
+    handles.append(layer.register_forward_hook(end, with_kwargs=True))
+    for handle in handles:
+        hooks.callback(handle.remove)
+
+
+def _label(name: str, child: nn.Module) -> str:
+    """What a child is: its own name first, for `post_attention_layernorm` is no attention."""
+    if NORM.search(name) or NORM.search(type(child).__name__):
+        return "norm"
+    for label, pattern in (("attention", ATTENTION), ("ffn", FFN)):
+        if pattern.search(name) or pattern.search(type(child).__name__):
+            return label
+    return "other"
+
+
+def _first_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """The hidden states among a call's arguments or in its output."""
+    for x in (*args, *kwargs.values()):
+        while isinstance(x, (tuple, list)) and x:
+            x = x[0]
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2:
+            return x
+    return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """One tensor, perhaps in another shape."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.numel() == b.numel())
+
+
+def _take_apart(trace: _Trace, after: Tensor, index: int, where: str) -> Layer:
+    before = trace.before
+    assert before is not None
+    attention = next((c for c in trace.calls if c.name == "attention"), None)
+    ffn = next((c for c in trace.calls if c.name == "ffn"), None)
+    if attention is None or ffn is None:
+        missing = "attention" if attention is None else "FFN"
+        seen = ", ".join(c.name for c in trace.calls) or "none"
+        raise DecompositionError(f"{where}: found no {missing} among its modules (calls: {seen})")
+    norms = [c for c in trace.calls if c.name == "norm"]
+    read_by_ffn = next((n.source for n in norms if _same(n.result, ffn.source)), ffn.source)
+    read_by_ffn = read_by_ffn.reshape(before.shape)
+    parallel = _same(read_by_ffn, before)
+    if parallel:  # two writes at once: only the modules' own outputs can tell them apart
+        wrote, fed = (_outputs(c, norms)[0].reshape(before.shape) for c in (attention, ffn))
+    else:
+        wrote = _written(attention, norms, read_by_ffn - before)
+        fed = _written(ffn, norms, after - read_by_ffn)
+    rebuilt = before.double() + wrote.double() + fed.double()
+    error = float((rebuilt - after.double()).norm() / after.double().norm().clamp(min=1e-30))
+    if not error <= 64 * torch.finfo(after.dtype).eps:
+        raise DecompositionError(
+            f"{where}: expected H^(l-1) + A^l + F^l = H^l, came {error:.1e} off, relative"
+        )
+    return Layer(
+        index,
+        before,
+        attention.source.reshape(before.shape),
+        wrote,
+        ffn.source.reshape(before.shape),
+        fed,
+        after,
+        parallel,
+        error,
+    )
+
+
+def _outputs(call: _Call, norms: list[_Call]) -> list[Tensor]:
+    """Of a module: of a norm behind it, and its own."""
+    return [n.result for n in norms if _same(n.source, call.result)] + [call.value]
+
+
+def _written(call: _Call, norms: list[_Call], change: Tensor) -> Tensor:
+    """What a module adds to the stream, given by how much the stream changes.
+
+    Its output, times a factor where the family has one: exact where the change of a large stream,
+    in 16 bits, would be mostly rounding. The change itself where no output explains it: BLOOM's
+    modules add the residual themselves, OPT's FFN is three modules.
+    """
+    change = change.double()
+    for output in _outputs(call, norms):
+        if output.numel() != change.numel():
+            continue
+        output = output.reshape(change.shape)
+        x = output.double()
+        factor = float((x * change).sum() / (x * x).sum().clamp(min=1e-300))
+        if factor > 0 and (x * factor - change).norm() <= 1e-2 * change.norm():
+            return output if abs(factor - 1) < 1e-2 else output * factor
+    return change.to(call.result.dtype)

@@ -1,0 +1,261 @@
+"""Entropy of every internal policy, token by token, from two forwards and one sweep of the head.
+
+    pi^l_Layer = softmax(H^l E_u^T)   pi^l_ATTN = softmax(A^l E_u^T)   pi^l_FFN = softmax(F^l E_u^T)
+    dH_Layer = H(H^l) - H(H^{l-1})    dH_ATTN = H(A^l) - H(input)      dH_FFN = H(F^l) - H(input)
+
+(arXiv 2512.19673). A module's input is what it reads, after its own norm; layers are raw on both
+sides. "normed" policies put the model's final norm before the unembedding (the logit lens); there
+the last layer is the model itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bupo import ops
+from bupo.internal.decomposition import Layer, decomposed
+from bupo.policy import Unembedding, decoder_stack, hidden_states, num_layers, unembedding
+
+Array = NDArray[np.float32]
+POLICIES = ("layer", "attention", "ffn")
+MODULE_INPUTS = ("attention_input", "ffn_input")
+ROWS = 8192
+"""Hidden states that one call of the op takes, so that memory does not grow with the text"""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids of one prompt and response; what is measured are the tokens from `start` on."""
+
+    token_ids: list[int]
+    start: int
+    """Place of the first measured token, at least 1: its predecessor predicts it"""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.start < len(self.token_ids):
+            raise ValueError(
+                f"Text: start: expected a place in 1..{len(self.token_ids) - 1}, came {self.start}"
+            )
+
+    @property
+    def measured(self) -> int:
+        return len(self.token_ids) - self.start
+
+
+@dataclass
+class EntropyFlow:
+    """Arrays over [layer, token]; tokens of all texts behind one another, layers 1..L.
+
+    Entropies and log-probs are in nats. `entropy["layer"]` etc. are raw, `entropy["layer_normed"]`
+    with the final norm; `entropy["attention_input"]` and `["ffn_input"]` what the modules read.
+    """
+
+    text: NDArray[np.int64]
+    """[token]: which text"""
+    position: NDArray[np.int64]
+    """[token]: its place in the text"""
+    token: NDArray[np.int64]
+    """[token]: its id, the target of every policy's log-prob"""
+    vocab: int
+    entropy: dict[str, Array] = field(default_factory=dict)
+    logprob: dict[str, Array] = field(default_factory=dict)
+    embedding_entropy: Array = field(default_factory=lambda: np.empty(0, np.float32))
+    """[token]: H(H^0)"""
+    final_entropy: Array = field(default_factory=lambda: np.empty(0, np.float32))
+    """[token]: the model's own"""
+    final_logprob: Array = field(default_factory=lambda: np.empty(0, np.float32))
+    norm: dict[str, Array] = field(default_factory=dict)
+    """|H^l|, |A^l|, |F^l| under layer, attention, ffn"""
+    cosine: dict[str, Array] = field(default_factory=dict)
+    """attention: cos(A^l, stream it adds to); ffn: cos(F^l, stream it adds to)"""
+    parallel: bool = False
+    """Attention and FFN read the same stream"""
+    decomposition_error: float = 0.0
+    """|H^0 + sum A + sum F - H^L| / |H^L|"""
+    last_layer_error: float = 0.0
+    """Largest difference, in nats, of the last layer's normed log-probs to the model's own"""
+
+    @property
+    def layers(self) -> int:
+        return int(self.entropy["layer"].shape[0])
+
+    def change(self, policy: str) -> Array:
+        """dH of a policy, [layer, token]: > 0 exploration, about 0 integration, < 0 convergence."""
+        after = self.entropy[policy]
+        if policy == "layer":
+            return after - np.concatenate([self.embedding_entropy[None], after[:-1]])
+        if policy not in POLICIES:
+            raise ValueError(f"change: policy: expected one of {POLICIES}, came {policy!r}")
+        return after - self.entropy[f"{policy}_input"]
+
+    def by_text(self, values: Array) -> Array:
+        """[layer, token] -> [layer, text]: means over each text's tokens."""
+        count = int(self.text.max()) + 1
+        sums = np.stack([np.bincount(self.text, row, minlength=count) for row in values])
+        return (sums / np.bincount(self.text, minlength=count)).astype(np.float32)
+
+
+def entropy_flow(
+    model: nn.Module, texts: Sequence[Text], temperature: float = 1.0, batch_tokens: int = 16384
+) -> EntropyFlow:
+    """Every internal policy of a model over the measured tokens of texts.
+
+    Memory is that of one layer's activations, [batch_tokens, D], whatever L and V. Texts run one by
+    one or, those of equal length, together, so nothing is padded. Errors: ValueError for no text;
+    DecompositionError for a family whose layers cannot be taken apart.
+    """
+    if not texts:
+        raise ValueError("entropy_flow: texts: expected at least one, came none")
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].token_ids))
+    batches: list[list[int]] = []
+    for i in order:
+        length = len(texts[i].token_ids)
+        same = batches and len(texts[batches[-1][0]].token_ids) == length
+        if same and (len(batches[-1]) + 1) * length <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            parts = [_Sweep(model, [texts[i] for i in b], b, temperature).run() for b in batches]
+    finally:
+        model.train(training)
+    return _joined(parts)
+
+
+class _Sweep:
+    """One batch of texts of equal length."""
+
+    def __init__(
+        self, model: nn.Module, texts: list[Text], numbers: list[int], temperature: float
+    ) -> None:
+        self.model, self.head, self.norm = model, unembedding(model), decoder_stack(model).norm
+        self.temperature = temperature
+        device = self.head.weight.device
+        self.ids = torch.tensor([t.token_ids for t in texts], device=device)
+        places = [(row, p) for row, t in enumerate(texts) for p in range(t.start, len(t.token_ids))]
+        self.rows = torch.tensor([row for row, _ in places], device=device)
+        self.columns = torch.tensor([p - 1 for _, p in places], device=device)
+        self.targets = self.ids[self.rows, self.columns + 1]
+        self.flow = EntropyFlow(
+            text=np.array([numbers[row] for row, _ in places]),
+            position=np.array([p for _, p in places]),
+            token=self.targets.cpu().numpy(),
+            vocab=int(self.head.weight.shape[0]),
+        )
+        self.depth = num_layers(model)
+        self.found: dict[str, dict[str, list[Array]]] = {}
+        self.total: Tensor | None = None
+
+    def run(self) -> EntropyFlow:
+        flow = self.flow
+        final = self._picked(hidden_states(self.model, self.ids))
+        flow.final_logprob, flow.final_entropy = self._policies([final])[0]
+        with decomposed(self.model, self._visit):
+            hidden_states(self.model, self.ids)
+        for kind, columns in self.found.items():
+            getattr(flow, kind).update({name: np.stack(x) for name, x in columns.items()})
+        gap = flow.logprob["layer_normed"][-1] - flow.final_logprob
+        flow.last_layer_error = float(np.abs(gap).max())
+        return flow
+
+    def _picked(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> the places that predict measured tokens, [N, D]."""
+        return x[self.rows, self.columns]
+
+    def _visit(self, layer: Layer) -> None:
+        before, after = self._picked(layer.before), self._picked(layer.after)
+        attention, ffn = self._picked(layer.attention), self._picked(layer.ffn)
+        stream = self._picked(layer.ffn_stream)
+        vectors = {"layer": after, "attention": attention, "ffn": ffn}
+        vectors |= {f"{name}_normed": self.norm(x) for name, x in tuple(vectors.items())}
+        vectors["attention_input"] = self._picked(layer.attention_input)
+        vectors["ffn_input"] = self._picked(layer.ffn_input)
+        if layer.index == 1:
+            vectors["embedding"] = before
+        for name, (logprob, entropy) in zip(vectors, self._policies(list(vectors.values()))):
+            if name == "embedding":
+                self.flow.embedding_entropy = entropy
+                continue
+            self._note("entropy", name, entropy)
+            if name not in MODULE_INPUTS:
+                self._note("logprob", name, logprob)
+        for name, x in (("layer", after), ("attention", attention), ("ffn", ffn)):
+            self._note("norm", name, x.float().norm(dim=-1).cpu().numpy())
+        for name, write, onto in (("attention", attention, before), ("ffn", ffn, stream)):
+            cosine = nn.functional.cosine_similarity(write.float(), onto.float(), dim=-1)
+            self._note("cosine", name, cosine.cpu().numpy())
+        written = attention.double() + ffn.double()
+        self.total = (before.double() if self.total is None else self.total) + written
+        if layer.index == self.depth:
+            off = (self.total - after.double()).norm() / after.double().norm().clamp(min=1e-30)
+            self.flow.decomposition_error = float(off)
+        self.flow.parallel = layer.parallel
+
+    def _note(self, kind: str, name: str, values: Array) -> None:
+        self.found.setdefault(kind, {}).setdefault(name, []).append(values)
+
+    def _policies(self, vectors: Sequence[Tensor]) -> list[tuple[Array, Array]]:
+        """Log-probs of the next tokens and entropies of softmax(x E_u^T), for every vector."""
+        count = len(self.targets)
+        stacked = torch.cat([x.to(self.head.weight.dtype) for x in vectors])
+        targets = self.targets.repeat(len(vectors))
+        logprobs, entropies = torch.empty(len(stacked)), torch.empty(len(stacked))
+        for first in range(0, len(stacked), ROWS):
+            rows = slice(first, first + ROWS)
+            out = _policy(self.head, stacked[rows], targets[rows], self.temperature)
+            logprobs[rows], entropies[rows] = out.logprobs.float().cpu(), out.entropy.float().cpu()
+        pairs = zip(logprobs.split(count), entropies.split(count))
+        return [(a.numpy().copy(), b.numpy().copy()) for a, b in pairs]
+
+
+def _policy(head: Unembedding, x: Tensor, targets: Tensor, temperature: float) -> ops.LogProbs:
+    return ops.lm_head_logprobs(
+        x,
+        head.weight,
+        targets,
+        bias=head.bias,
+        softcap=head.softcap,
+        temperature=head.temperature * temperature,
+    )
+
+
+def _joined(parts: list[EntropyFlow]) -> EntropyFlow:
+    """One flow of several, tokens in the order of texts and places."""
+    order = np.lexsort(
+        (np.concatenate([p.position for p in parts]), np.concatenate([p.text for p in parts]))
+    )
+
+    def together(values: list[Any], axis: int = -1) -> Any:
+        return np.take(np.concatenate(values, axis=axis), order, axis=axis)
+
+    def tables(name: str) -> dict[str, Array]:
+        found = [getattr(p, name) for p in parts]
+        return {key: together([f[key] for f in found]) for key in found[0]}
+
+    singles = ("text", "position", "token", "embedding_entropy", "final_entropy", "final_logprob")
+    columns = {name: together([getattr(p, name) for p in parts]) for name in singles}
+    flow = EntropyFlow(
+        **columns,
+        entropy=tables("entropy"),
+        logprob=tables("logprob"),
+        norm=tables("norm"),
+        cosine=tables("cosine"),
+        vocab=parts[0].vocab,
+        parallel=parts[0].parallel,
+        decomposition_error=max(p.decomposition_error for p in parts),
+        last_layer_error=max(p.last_layer_error for p in parts),
+    )
+    largest = max(float(x.max()) for x in flow.entropy.values())
+    assert largest <= math.log(flow.vocab) * (1 + 1e-5), largest
+    return flow

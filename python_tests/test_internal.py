@@ -1,0 +1,260 @@
+"""Internal policies read: decomposition, entropies against literal float64, the boundary rule."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import families
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bupo.internal import (
+    DecompositionError,
+    Layer,
+    Text,
+    boundary_layer,
+    convergence,
+    decomposed,
+    entropy_flow,
+)
+from bupo.internal.boundary import segments
+from bupo.policy import decoder_stack, unembedding
+
+VOCAB = families.VOCAB
+
+
+def build(family: str, **changes: object) -> nn.Module:
+    torch.manual_seed(0)
+    return families.build(family, **changes).eval()
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(1))
+
+
+def layers_of(model: nn.Module, tokens: Tensor) -> list[Layer]:
+    found: list[Layer] = []
+    with torch.no_grad(), decomposed(model, found.append):
+        model(tokens, use_cache=False)
+    return found
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_writes_add_up_to_the_stream(family: str) -> None:
+    """H^0 + sum A + sum F = H^L, and each layer begins where the last one ended."""
+    model = build(family)
+    found = layers_of(model, ids(2, 7))
+    assert [layer.index for layer in found] == list(range(1, families.DEPTH + 1))
+    total = found[0].before.double()
+    for layer in found:
+        total = total + layer.attention.double() + layer.ffn.double()
+        assert layer.error < 1e-6
+        assert layer.attention.norm() > 0 and layer.ffn.norm() > 0
+    torch.testing.assert_close(total, found[-1].after.double(), rtol=1e-5, atol=1e-5)
+    for earlier, later in pairwise(found):
+        assert torch.equal(earlier.after, later.before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# family: (module whose output attention writes, the same of the FFN, factor, parallel)
+INNER: dict[str, tuple[str, str, float, bool]] = {
+    "qwen3": ("self_attn.o_proj", "mlp.down_proj", 1.0, False),
+    "llama": ("self_attn.o_proj", "mlp.down_proj", 1.0, False),
+    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm", 1.0, False),
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm", 1.0, False),
+    "granite": ("self_attn.o_proj", "mlp.down_proj", 0.5, False),
+    "phi": ("self_attn.dense", "mlp.fc2", 1.0, True),
+    "gpt2": ("attn.c_proj", "mlp.c_proj", 1.0, False),
+    "gpt_neox-parallel": ("attention.dense", "mlp.dense_4h_to_h", 1.0, True),
+    "gpt_neox-sequential": ("attention.dense", "mlp.dense_4h_to_h", 1.0, False),
+    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h", 1.0, False),
+    "falcon-parallel": ("self_attention.dense", "mlp.dense_4h_to_h", 1.0, True),
+    "falcon-sequential": ("self_attention.dense", "mlp.dense_4h_to_h", 1.0, False),
+    "falcon-new": ("self_attention.dense", "mlp.dense_4h_to_h", 1.0, True),
+    "cohere": ("self_attn.o_proj", "mlp.down_proj", 1.0, True),
+    "opt": ("self_attn.out_proj", "fc2", 1.0, False),
+}
+
+
+@pytest.mark.parametrize("family", INNER)
+def test_writes_are_those_of_the_last_projections(family: str) -> None:
+    attention, ffn, factor, parallel = INNER[family]
+    model = build(family, **({"residual_multiplier": factor} if factor != 1 else {}))
+    written: dict[str, list[Tensor]] = {"attention": [], "ffn": []}
+    for layer in decoder_stack(model).layers:
+        for name, path in (("attention", attention), ("ffn", ffn)):
+            layer.get_submodule(path).register_forward_hook(
+                lambda _, __, out, name=name: written[name].append(out.clone())
+            )
+    for k, layer in enumerate(layers_of(model, ids(2, 7))):
+        assert layer.parallel == parallel
+        for name in written:
+            own = written[name][k].reshape(getattr(layer, name).shape) * factor
+            torch.testing.assert_close(getattr(layer, name), own, rtol=1e-4, atol=1e-5)
+
+
+def test_writes_keep_their_precision_in_bfloat16() -> None:
+    """On a large stream the difference of two roundings would be noise."""
+    model = build("qwen3")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(100)
+    exact = layers_of(model, ids(1, 9))
+    coarse = layers_of(model.to(torch.bfloat16), ids(1, 9))
+    for a, b in zip(exact, coarse):
+        for name in ("attention", "ffn"):
+            x, y = getattr(a, name), getattr(b, name).float()
+            assert (x - y).norm() < 0.03 * x.norm(), (a.index, name)
+
+
+def test_a_layer_without_attention_is_refused_by_name() -> None:
+    model = build("llama")
+    for layer in decoder_stack(model).layers:
+        layer.mixing = layer._modules.pop("self_attn")
+        layer.mixing.__class__.__name__ = "Mixing"
+        layer.forward = lambda hidden, *a, layer=layer, **k: layer.mlp(hidden) + hidden
+    match = "family 'llama', layer 1: found no attention"
+    with pytest.raises(DecompositionError, match=match):
+        layers_of(model, ids(1, 4))
+
+
+def literal(model: nn.Module, tokens: list[int], normed: bool) -> dict[str, Tensor]:
+    """Entropies and log-probs of every policy in float64, [layer, place], from whole logits."""
+    model = model.double()
+    head, norm = unembedding(model), decoder_stack(model).norm
+    found: dict[str, list[Tensor]] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        with torch.no_grad():
+            logp = head.logits(norm(x) if normed else x)[0, :-1].log_softmax(-1)
+        found.setdefault(f"{name} entropy", []).append(-(logp.exp() * logp).sum(-1))
+        next_tokens = torch.tensor(tokens[1:])[:, None]
+        found.setdefault(f"{name} logprob", []).append(logp.gather(1, next_tokens).squeeze(1))
+
+    for layer in layers_of(model, torch.tensor([tokens])):
+        for name in ("before", "attention_input", "attention", "ffn_input", "ffn", "after"):
+            note(name, getattr(layer, name))
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3", "gemma2", "granite", "opt", "bloom", "gpt_neox-parallel", "cohere", "gpt2"]
+)
+def test_entropies_against_a_literal_float64(family: str) -> None:
+    model = build(family)
+    texts = [Text(ids(n).tolist(), start) for n, start in ((7, 3), (11, 1), (7, 6))]
+    flow = entropy_flow(model, texts)
+    assert flow.text.tolist() == [0] * 4 + [1] * 10 + [2]
+    assert flow.decomposition_error < 1e-6 and flow.last_layer_error < 1e-5
+    names = {"layer": "after", "attention": "attention", "ffn": "ffn"}
+    for number, text in enumerate(texts):
+        mine = flow.text == number
+        assert flow.token[mine].tolist() == text.token_ids[text.start :]
+        assert flow.position[mine].tolist() == list(range(text.start, len(text.token_ids)))
+        places = slice(text.start - 1, None)
+        raw, normed = (literal(model, text.token_ids, n) for n in (False, True))
+        model.float()
+
+        def same(got: Any, truth: Tensor, mine: Any = mine, places: slice = places) -> None:
+            want = truth[:, places].numpy()
+            np.testing.assert_allclose(got[:, mine], want, rtol=1e-4, atol=2e-5)
+
+        for name, literally in names.items():
+            same(flow.entropy[name], raw[f"{literally} entropy"])
+            same(flow.logprob[name], raw[f"{literally} logprob"])
+            same(flow.entropy[f"{name}_normed"], normed[f"{literally} entropy"])
+            same(flow.logprob[f"{name}_normed"], normed[f"{literally} logprob"])
+        same(flow.change("layer"), raw["after entropy"] - raw["before entropy"])
+        for name in ("attention", "ffn"):
+            same(flow.change(name), raw[f"{name} entropy"] - raw[f"{name}_input entropy"])
+
+
+def test_the_last_layer_with_the_norm_is_the_model() -> None:
+    model = build("gemma2")
+    tokens = ids(9).tolist()
+    flow = entropy_flow(model, [Text(tokens, 1)])
+    with torch.no_grad():
+        logp = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+    np.testing.assert_allclose(flow.final_entropy, -(logp.exp() * logp).sum(-1), atol=1e-5)
+    np.testing.assert_allclose(flow.entropy["layer_normed"][-1], flow.final_entropy, atol=1e-5)
+
+
+def test_norms_and_cosines() -> None:
+    model = build("qwen3")
+    tokens = ids(6)
+    flow = entropy_flow(model, [Text(tokens.tolist(), 1)])
+    for k, layer in enumerate(layers_of(model, tokens[None])):
+        cosine = nn.functional.cosine_similarity(layer.ffn, layer.before + layer.attention, dim=-1)
+        np.testing.assert_allclose(flow.cosine["ffn"][k], cosine[0, :-1], atol=1e-5)
+        cosine = nn.functional.cosine_similarity(layer.attention, layer.before, dim=-1)
+        np.testing.assert_allclose(flow.cosine["attention"][k], cosine[0, :-1], atol=1e-5)
+        np.testing.assert_allclose(flow.norm["layer"][k], layer.after[0, :-1].norm(dim=-1), 1e-5)
+    assert (flow.entropy["layer"] <= math.log(VOCAB) + 1e-5).all()
+    assert (flow.entropy["layer"] >= 0).all()
+    with pytest.raises(ValueError, match="start"):
+        Text([1, 2], 0)
+    with pytest.raises(ValueError, match="at least one"):
+        entropy_flow(model, [])
+
+
+# ---- boundary ----------------------------------------------------------------------------------
+
+QWEN = (
+    [0.3, 0.5, 0.6, 0.5, 0.4, 0.3] + [0.0] * 20 + [-0.2, -0.3, -0.5, -0.6, -0.8, -1, -1, -1, -2, -3]
+)
+LLAMA = [0.1] * 27 + [-4.0]
+
+
+def noisy(curve: list[float], noise: float, prompts: int = 60) -> np.ndarray:
+    random = np.random.default_rng(0)
+    return np.array(curve)[:, None] + noise * random.standard_normal((len(curve), prompts))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_the_papers_boundaries(noise: float) -> None:
+    """PAPER: layer 6 of 36 with a plateau near 0 behind it, layer 27 of 28 without one."""
+    found = boundary_layer(noisy(QWEN, noise))
+    assert (found.layer, found.low, found.high) == (6, 6, 6), found
+    assert found.segments[0] == ("exploration", 1, 6)
+    assert found.segments[-1][0] == "convergence" and found.segments[-1][1] == 27
+    found = boundary_layer(noisy(LLAMA, noise / 4))
+    assert found.layer == 27 and found.reason == ""
+
+
+def test_a_noisy_plateau_does_not_move_it() -> None:
+    """The literal rule, the last layer above 0, would give a layer of the plateau."""
+    change = noisy(QWEN, 0.15)
+    plateau = change.mean(axis=1)[6:26]
+    assert (plateau > 0).any()
+    assert boundary_layer(change).layer == 6
+
+
+def test_no_clear_boundary_is_said() -> None:
+    depth = 24
+    falling = boundary_layer(noisy([-0.5] * depth, 0.1))
+    assert falling.layer is None and "raises" in falling.reason
+    rising = boundary_layer(noisy([0.5] * depth, 0.1))
+    assert rising.layer is None and "still explores" in rising.reason
+    vague = boundary_layer(noisy(list(np.linspace(0.3, -0.3, depth)), 3.0, prompts=5))
+    assert vague.layer is None and vague.candidate is not None and vague.reason
+    alone = boundary_layer(noisy(QWEN, 0.0, prompts=1))
+    assert alone.layer is None and "one prompt" in alone.reason and alone.candidate == 6
+
+
+@pytest.mark.parametrize("bad", [np.zeros(3), np.zeros((3, 0)), np.full((3, 2), np.nan)])
+def test_boundary_refuses_what_is_no_curve(bad: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"boundary_layer: change: expected finite values"):
+        boundary_layer(bad)
+
+
+def test_segments_and_convergence() -> None:
+    curve = np.array([0.3, 0.2, 0.01, -0.01, -0.5])
+    assert segments(curve, 0.05) == [
+        ("exploration", 1, 2),
+        ("integration", 3, 4),
+        ("convergence", 5, 5),
+    ]
+    assert convergence(np.array([10.0, 9.9, 9.8, 9.7, 2.0, 1.0]))[0] == "sudden"
+    assert convergence(np.linspace(10, 1, 20))[0] == "progressive"
+    assert convergence(np.array([1.0, 2.0, 3.0]))[0] == "none"
