@@ -18,6 +18,7 @@ from bupo.internal import (
     convergence,
     decomposed,
     entropy_flow,
+    lens,
 )
 from bupo.internal.boundary import segments
 from bupo.policy import decoder_stack, unembedding
@@ -196,6 +197,60 @@ def test_norms_and_cosines() -> None:
         Text([1, 2], 0)
     with pytest.raises(ValueError, match="at least one"):
         entropy_flow(model, [])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_neox-parallel"])
+def test_lens_against_whole_logits(family: str) -> None:
+    model = build(family)
+    texts = [Text(ids(n).tolist(), start) for n, start in ((7, 3), (70, 1), (7, 6))]
+    got = lens(model, texts, top_k=3)
+    head, norm = unembedding(model), decoder_stack(model).norm
+    streams = []
+    for number, text in enumerate(texts):
+        mine = got.text == number
+        places = slice(text.start - 1, -1)
+        target = torch.tensor(text.token_ids[text.start :])[:, None]
+        with torch.no_grad():
+            tokens = torch.tensor([text.token_ids])
+            final = model(tokens).logits[0, places].double().log_softmax(-1)
+        assert got.final_top[mine].tolist() == final.argmax(-1).tolist()
+        found = layers_of(model, tokens)
+        streams.append([layer.after[0, places] for layer in found])
+        for k, layer in enumerate(found):
+            for name, x in (("layer", layer.after), ("attention", layer.attention)):
+                for normed in (False, True):
+                    view = name + "_normed" * normed
+                    with torch.no_grad():
+                        z = head.logits(norm(x) if normed else x)[0, places].double()
+                    logp = z.log_softmax(-1)
+                    kl = (logp.exp() * (logp - final)).sum(-1)
+                    np.testing.assert_allclose(got.kl[view][k, mine], kl, rtol=1e-4, atol=2e-5)
+                    rank = (z > z.gather(1, target)).sum(-1)
+                    assert got.rank[view][k, mine].tolist() == rank.tolist()
+                    top = logp.topk(3)
+                    assert got.top_tokens[view][k, mine].tolist() == top.indices.tolist()
+                    np.testing.assert_allclose(
+                        got.top_logprobs[view][k, mine], top.values, rtol=1e-4, atol=1e-5
+                    )
+                    agrees = top.indices[:, 0] == final.argmax(-1)
+                    assert got.agrees[view][k, mine].tolist() == agrees.tolist()
+    joined = [torch.cat(layer) for layer in zip(*streams)]
+    cosine = nn.functional.cosine_similarity(joined[0], joined[2], dim=-1).mean()
+    assert abs(float(cosine) - got.similarity[0, 2]) < 1e-5
+    np.testing.assert_allclose(np.diag(got.similarity), 1, atol=1e-5)
+    # The last layer with the norm is the model itself.
+    assert got.agrees["layer_normed"][-1].all() and got.kl["layer_normed"][-1].max() < 1e-5
+
+
+def test_lens_refuses_what_it_cannot_show() -> None:
+    model, text = build("llama"), Text([3, 4, 5], 1)
+    with pytest.raises(ValueError, match="views: expected some of"):
+        lens(model, [text], views=["mlp"])
+    with pytest.raises(ValueError, match=f"top_k: expected 1..{VOCAB}, came 0"):
+        lens(model, [text], top_k=0)
+    with pytest.raises(ValueError, match="texts: expected at least one"):
+        lens(model, [])
+    assert set(lens(model, [text], views=["layer"]).rank) == {"layer"}
 
 
 # ---- boundary ----------------------------------------------------------------------------------

@@ -2,16 +2,20 @@
 
 from bupo.internal.boundary import Boundary, boundary_layer, convergence
 from bupo.internal.decomposition import DecompositionError, Layer, decomposed
-from bupo.internal.entropy_flow import EntropyFlow, Text, entropy_flow
+from bupo.internal.entropy_flow import EntropyFlow, entropy_flow
+from bupo.internal.lens import Lens, lens
+from bupo.internal.texts import Text
 
 __all__ = [
     "Boundary",
     "DecompositionError",
     "EntropyFlow",
     "Layer",
+    "Lens",
     "Text",
     "boundary_layer",
     "convergence",
     "decomposed",
     "entropy_flow",
+    "lens",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bupo import ops
 from bupo.internal.decomposition import Layer, decomposed
+from bupo.internal.texts import Batch, Text, batches_of
 from bupo.policy import Unembedding, decoder_stack, hidden_states, num_layers, unembedding
 
 Array = NDArray[np.float32]
@@ -29,25 +30,6 @@ POLICIES = ("layer", "attention", "ffn")
 MODULE_INPUTS = ("attention_input", "ffn_input")
 ROWS = 8192
 """Hidden states that one call of the op takes, so that memory does not grow with the text"""
-
-
-@dataclass(frozen=True)
-class Text:
-    """Token ids of one prompt and response; what is measured are the tokens from `start` on."""
-
-    token_ids: list[int]
-    start: int
-    """Place of the first measured token, at least 1: its predecessor predicts it"""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.start < len(self.token_ids):
-            raise ValueError(
-                f"Text: start: expected a place in 1..{len(self.token_ids) - 1}, came {self.start}"
-            )
-
-    @property
-    def measured(self) -> int:
-        return len(self.token_ids) - self.start
 
 
 @dataclass
@@ -114,20 +96,14 @@ def entropy_flow(
     """
     if not texts:
         raise ValueError("entropy_flow: texts: expected at least one, came none")
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i].token_ids))
-    batches: list[list[int]] = []
-    for i in order:
-        length = len(texts[i].token_ids)
-        same = batches and len(texts[batches[-1][0]].token_ids) == length
-        if same and (len(batches[-1]) + 1) * length <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            parts = [_Sweep(model, [texts[i] for i in b], b, temperature).run() for b in batches]
+            parts = [
+                _Sweep(model, batch, temperature).run()
+                for batch in batches_of(texts, batch_tokens, unembedding(model).weight.device)
+            ]
     finally:
         model.train(training)
     return _joined(parts)
@@ -136,21 +112,13 @@ def entropy_flow(
 class _Sweep:
     """One batch of texts of equal length."""
 
-    def __init__(
-        self, model: nn.Module, texts: list[Text], numbers: list[int], temperature: float
-    ) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, temperature: float) -> None:
         self.model, self.head, self.norm = model, unembedding(model), decoder_stack(model).norm
-        self.temperature = temperature
-        device = self.head.weight.device
-        self.ids = torch.tensor([t.token_ids for t in texts], device=device)
-        places = [(row, p) for row, t in enumerate(texts) for p in range(t.start, len(t.token_ids))]
-        self.rows = torch.tensor([row for row, _ in places], device=device)
-        self.columns = torch.tensor([p - 1 for _, p in places], device=device)
-        self.targets = self.ids[self.rows, self.columns + 1]
+        self.batch, self.temperature = batch, temperature
         self.flow = EntropyFlow(
-            text=np.array([numbers[row] for row, _ in places]),
-            position=np.array([p for _, p in places]),
-            token=self.targets.cpu().numpy(),
+            text=batch.text,
+            position=batch.position,
+            token=batch.targets.cpu().numpy(),
             vocab=int(self.head.weight.shape[0]),
         )
         self.depth = num_layers(model)
@@ -159,28 +127,24 @@ class _Sweep:
 
     def run(self) -> EntropyFlow:
         flow = self.flow
-        final = self._picked(hidden_states(self.model, self.ids))
+        final = self.batch.pick(hidden_states(self.model, self.batch.ids))
         flow.final_logprob, flow.final_entropy = self._policies([final])[0]
         with decomposed(self.model, self._visit):
-            hidden_states(self.model, self.ids)
+            hidden_states(self.model, self.batch.ids)
         for kind, columns in self.found.items():
             getattr(flow, kind).update({name: np.stack(x) for name, x in columns.items()})
         gap = flow.logprob["layer_normed"][-1] - flow.final_logprob
         flow.last_layer_error = float(np.abs(gap).max())
         return flow
 
-    def _picked(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> the places that predict measured tokens, [N, D]."""
-        return x[self.rows, self.columns]
-
     def _visit(self, layer: Layer) -> None:
-        before, after = self._picked(layer.before), self._picked(layer.after)
-        attention, ffn = self._picked(layer.attention), self._picked(layer.ffn)
-        stream = self._picked(layer.ffn_stream)
+        before, after = self.batch.pick(layer.before), self.batch.pick(layer.after)
+        attention, ffn = self.batch.pick(layer.attention), self.batch.pick(layer.ffn)
+        stream = self.batch.pick(layer.ffn_stream)
         vectors = {"layer": after, "attention": attention, "ffn": ffn}
         vectors |= {f"{name}_normed": self.norm(x) for name, x in tuple(vectors.items())}
-        vectors["attention_input"] = self._picked(layer.attention_input)
-        vectors["ffn_input"] = self._picked(layer.ffn_input)
+        vectors["attention_input"] = self.batch.pick(layer.attention_input)
+        vectors["ffn_input"] = self.batch.pick(layer.ffn_input)
         if layer.index == 1:
             vectors["embedding"] = before
         for name, (logprob, entropy) in zip(vectors, self._policies(list(vectors.values()))):
@@ -207,9 +171,9 @@ class _Sweep:
 
     def _policies(self, vectors: Sequence[Tensor]) -> list[tuple[Array, Array]]:
         """Log-probs of the next tokens and entropies of softmax(x E_u^T), for every vector."""
-        count = len(self.targets)
+        count = len(self.batch.targets)
         stacked = torch.cat([x.to(self.head.weight.dtype) for x in vectors])
-        targets = self.targets.repeat(len(vectors))
+        targets = self.batch.targets.repeat(len(vectors))
         logprobs, entropies = torch.empty(len(stacked)), torch.empty(len(stacked))
         for first in range(0, len(stacked), ROWS):
             rows = slice(first, first + ROWS)
