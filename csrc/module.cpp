@@ -23,11 +23,12 @@ PYBIND11_MODULE(_C, m) {
 #else
     info["devices"] = py::make_tuple("cpu");
 #endif
-    info["cuda_paths"] = py::dict(
-        py::arg("sm90") =
-            "compute capability 9.0, bfloat16, D % 8 == 0, weight on 16 bytes; with a softcap no "
-            "gradient of the entropy",
-        py::arg("portable") = "every other call, compute capability 8.0 and newer");
+    info["cuda_paths"] =
+        py::dict(py::arg("sm90") =
+                     "compute capability 9.0, bfloat16, D % 8 == 0, rows of the weight on 16 "
+                     "bytes; with a softcap no "
+                     "gradient of the entropy",
+                 py::arg("portable") = "every other call, compute capability 8.0 and newer");
     info["workspace_bytes"] = bupo::workspace_bytes.load();
     const auto products = [](bool block) { return block ? "block" : "library"; };
     info["cpu_products"] =

@@ -59,6 +59,8 @@ struct Inputs {
     require(weight.scalar_type() == dtype, op, ": weight must have the dtype of hidden");
     require(weight.size(1) == hidden.size(1), op, ": weight must be [V, ", hidden.size(1),
             "] for hidden ", shape_of(hidden), ", got ", shape_of(weight));
+    require(hidden.size(1) > 0, op, ": hidden must have at least one column, got ",
+            shape_of(hidden));
     require(weight.size(0) > 0, op, ": weight must have at least one row, got ", shape_of(weight));
     acc = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     const int64_t tokens = hidden.size(0);

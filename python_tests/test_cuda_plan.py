@@ -37,7 +37,7 @@ def test_a_plan_covers_the_call_within_its_budget(
     assert bool(p["slice"]) == (gradients and tokens > p["chunk"])
 
 
-@pytest.mark.parametrize(("sm90", "rows"), [(False, 2000), (True, 2900)])
+@pytest.mark.parametrize(("sm90", "rows"), [(False, 2000), (True, 2800)])
 def test_the_default_budget_at_full_size(sm90: bool, rows: int) -> None:
     """Qwen3-8B's head: chunks of thousands of rows, dW added up in fp32; but thousands
     of tokens are one chunk, since the memory of that accumulator is enough for them."""
@@ -56,7 +56,7 @@ def test_statistics_alone_take_little_memory_on_hopper() -> None:
     """All layers and modules of a 4B model over 2048 tokens: one walk over the vocabulary."""
     options = {"gradients": False, "weight_gradient": False, "placed": False}
     p = plan(36 * 3 * 2048, 2560, 151936, sm90=True, **options)
-    assert p["chunk"] == 36 * 3 * 2048 and p["bytes"] < GIB // 4
+    assert p["chunk"] == 36 * 3 * 2048 and p["bytes"] < GIB // 2
 
 
 def test_float16_always_adds_up_in_float32() -> None:

@@ -213,6 +213,42 @@ assert error(captured[1], [x.double() for x in normal[1]]) < 5e-3
     run(emulated, text)
 
 
+def test_a_backward_may_be_captured_though_its_forward_was_not(emulated: Path) -> None:
+    """The forward has put its rows in places, and under capture every row keeps its own."""
+    text = """
+call = wide()
+call["targets"][5:100] = -100
+leaves = [call[name] for name in ("hidden", "weight", "bias")]
+def loss():
+    out = ops.lm_head_logprobs(**head(call))
+    return (out.logprobs * torch.arange(150) / 150).sum()
+normal = torch.autograd.grad(loss(), leaves)
+eager = loss()
+library.emulator_capturing(True)
+captured = torch.autograd.grad(eager, leaves)
+library.emulator_capturing(False)
+assert error(captured, [x.double() for x in normal]) < 5e-3
+assert not captured[0][5:100].any()
+"""
+    run(emulated, text)
+
+
+def test_what_is_kept_by_one_path_is_not_read_by_the_other(emulated: Path) -> None:
+    """A weight that was offloaded may come back at an address that TMA cannot read."""
+    text = """
+call = wide()
+leaves = [call[name] for name in ("hidden", "weight", "bias")]
+normal = torch.autograd.grad(ops.lm_head_logprobs(**head(call)).logprobs.sum(), leaves)
+for first in (False, True):
+    library.emulator_portable_only(first)
+    loss = ops.lm_head_logprobs(**head(call)).logprobs.sum()
+    library.emulator_portable_only(not first)
+    other = torch.autograd.grad(loss, leaves)
+    assert error(other, [x.double() for x in normal]) < 5e-3
+"""
+    run(emulated, text)
+
+
 def test_a_row_of_nan_spares_the_others(emulated: Path) -> None:
     text = """
 call = wide()

@@ -18,7 +18,7 @@ enum class Path : int { kPortable, kSm90 };
 
 struct PathRequest {
   int capability;          // 10 major + minor
-  bool bfloat16, aligned;  // aligned: D and the rows of the weight are multiples of 16 bytes
+  bool bfloat16, aligned;  // aligned: the weight's address, rows and D are multiples of 16 bytes
   int64_t width, vocab;
   bool softcap, entropy_gradient;
 };
@@ -41,7 +41,7 @@ struct Shape {
 
 struct Plan {
   int64_t block = 0, chunk = 0;
-  int64_t products_stride = 0;  // elements; rows begin on 32 bytes
+  int64_t products_stride = 0;  // elements; rows begin on 32 bytes, E's on 128
   int64_t slice = 0;            // rows of dW that one product makes when chunks are added up
   bool accumulate = false;      // dW needs an fp32 accumulator [V, D] beside the workspace
   int64_t bytes = 0;            // of the workspace
@@ -53,9 +53,12 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Rows that fit, a multiple of kRowMultiple, no more than there are.
-inline int64_t rows_within(int64_t tokens, int64_t bytes, int64_t bytes_a_row) {
-  const int64_t fitting = bytes / bytes_a_row / kRowMultiple * kRowMultiple;
+// Rows that fit, a multiple of kRowMultiple (or of `multiple`, if they are that many), no more than
+// there are.
+inline int64_t rows_within(int64_t tokens, int64_t bytes, int64_t bytes_a_row,
+                           int64_t multiple = kRowMultiple) {
+  int64_t fitting = bytes / bytes_a_row;
+  fitting -= fitting % (fitting > multiple ? multiple : kRowMultiple);
   return std::clamp<int64_t>(fitting, kRowMultiple,
                              round_up(std::max<int64_t>(tokens, 1), kRowMultiple));
 }
@@ -96,18 +99,18 @@ inline Plan portable_plan(const Shape& s, int64_t budget) {
 
 // sm90: E, the rows of hidden by place, partial sums and references of tiles.
 inline Plan sm90_plan(const Shape& s, int64_t budget) {
-  constexpr int64_t kTileColumns = 256, kSplitColumns = 2048, kPerPlace = 128;
+  constexpr int64_t kTileColumns = 256, kSplitColumns = 1024, kClusterRows = 256, kPerPlace = 128;
   const int64_t partials = 12 * (round_up(s.vocab, kSplitColumns) / kSplitColumns);
   Plan p;
-  p.products_stride = round_up(s.vocab, 8);
+  p.products_stride = round_up(s.vocab, 64);
   int64_t of_chunk = partials + kPerPlace + (s.placed ? s.element * s.width : 0);
   if (s.gradients) {
     const int64_t references = 4 * (round_up(s.vocab, kTileColumns) / kTileColumns);
     of_chunk += s.element * p.products_stride + references + row_bytes(s);
   }
-  const int64_t columns = 8 * s.vocab;
+  const int64_t columns = 8 * round_up(s.vocab, kTileColumns);  // bias, and its gradient
   const int64_t fixed = columns + (s.weight_gradient ? budget / 16 : 0);
-  p.block = p.chunk = rows_within(s.tokens, budget - fixed, of_chunk);
+  p.block = p.chunk = rows_within(s.tokens, budget - fixed, of_chunk, kClusterRows);
   if (s.gradients) plan_weight_gradient(s, budget - columns - p.chunk * of_chunk, budget, p);
   p.bytes = p.chunk * of_chunk + columns + 4 * p.slice * s.width;
   return p;

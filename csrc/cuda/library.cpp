@@ -51,12 +51,14 @@ void multiply(const Device& device, const Matrix& out, const Matrix& a, const Ma
                                       torch::stable::detail::from(to)};
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
   } else {
     std::array<StableIValue, 4> stack{
         torch::stable::detail::from(left), torch::stable::detail::from(right),
         torch::stable::detail::from(ScalarType::Float), torch::stable::detail::from(to)};
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
   }
 }
 

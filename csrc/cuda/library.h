@@ -34,7 +34,8 @@ struct Device {
 };
 Device current_device(const torch::stable::Tensor& like);
 
-// out = a b, summed in fp32; out is fp32, or of the dtype of a and b (rounded once).
+// out = a b, summed in fp32; out is fp32, or of the dtype of a and b: then rounded once, unless
+// torch.backends.cuda.matmul.allow_*_reduced_precision_reduction lets the library split the sum.
 void multiply(const Device& device, const Matrix& out, const Matrix& a, const Matrix& b);
 
 // The value of a counter on the device, once everything before it has run: the one place where the

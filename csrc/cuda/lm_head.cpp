@@ -13,7 +13,7 @@ namespace {
 Path path_for(const Call& call, bool entropy_gradient) {
   if (portable_only) return Path::kPortable;
   const HeadArgs& head = call.head;
-  const bool aligned = rows_aligned(head.weight, head.weight_stride) && rows_aligned(0, head.width);
+  const bool aligned = rows_readable(head.weight, head.width, head.weight_stride);
   return path_of({call.device.capability, call.number == Number::kBfloat16, aligned, head.width,
                   head.vocab, head.softcap != 0, entropy_gradient});
 }
@@ -34,10 +34,12 @@ void lm_head_logprobs(const Call& call, int64_t ignore_index, const TokenOutputs
 }
 
 void lm_head_logprobs_backward(const Call& call, int64_t ignore_index, const TokenGrads& upstream,
-                               const GradArgs& grads, void* kept) {
+                               const GradArgs& grads, void* kept, int64_t bytes_kept) {
   const Coefficients all{at<float>(upstream.logprobs, 0), at<float>(upstream.entropy, 0),
                          at<float>(upstream.logsumexp, 0)};
   const bool hopper = path_for(call, true) == Path::kSm90;
+  // A saved weight may come back at another address (hooks that offload it), on the other path.
+  if (bytes_kept != (hopper ? sm90::kept_bytes : portable::kept_bytes)(call)) kept = nullptr;
   (hopper ? sm90::lm_head_logprobs_backward : portable::lm_head_logprobs_backward)(
       call, ignore_index, all, grads, kept);
 }

@@ -38,18 +38,20 @@ struct Call {
 int64_t kept_bytes(const Call& call);
 void lm_head_logprobs(const Call& call, int64_t ignore_index, const TokenOutputs& out, void* kept);
 void lm_head_logprobs_backward(const Call& call, int64_t ignore_index, const TokenGrads& upstream,
-                               const GradArgs& grads, void* kept);
+                               const GradArgs& grads, void* kept, int64_t bytes_kept);
 void policy_loss(const Call& call, const PolicyArgs& policy, const TokenOutputs& out,
                  const GradArgs& grads, void* loss, void* metrics);
 
 // Whether TMA can read rows of 16-bit numbers. The emulator reads any, so that its tests reach the
 // Hopper path with narrow heads.
-inline bool rows_aligned(const void* data, int64_t stride) {
+inline bool rows_readable(const void* data, int64_t width, int64_t stride) {
 #ifdef BUPO_EMULATED
-  return true;
+  constexpr int64_t kElements = 1;
 #else
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+  constexpr int64_t kElements = 8;
 #endif
+  return reinterpret_cast<uintptr_t>(data) % (2 * kElements) == 0 && width % kElements == 0 &&
+         stride % kElements == 0 && stride >= width;  // overlapping rows have no tensor map
 }
 
 // The two paths; which one serves a call is choose.h's to say.

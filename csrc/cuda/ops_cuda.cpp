@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_logprobs_backward(
   Grads grads(in, hidden, need_hidden, need_weight, need_bias);
   if (!grads.args.any()) return {grads.hidden, grads.weight, grads.bias};
   cuda::lm_head_logprobs_backward(call_of(hidden, in), ignore_index, upstream, grads.args,
-                                  kept.numel() ? kept.mutable_data_ptr() : nullptr);
+                                  kept.numel() ? kept.mutable_data_ptr() : nullptr, kept.numel());
   return {grads.hidden, grads.weight, grads.bias};
 }
 

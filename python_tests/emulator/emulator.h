@@ -169,6 +169,17 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return value;
 }
 
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  static_assert(sizeof(T) <= 8);
+  const int64_t me = emulator::current->id;
+  std::memcpy(&emulator::lanes[static_cast<size_t>(me)], &value, sizeof value);
+  emulator::warp_wait();
+  std::memcpy(&value, &emulator::lanes[static_cast<size_t>(me / 32 * 32 + lane)], sizeof value);
+  emulator::warp_wait();
+  return value;
+}
+
 inline unsigned __ballot_sync(unsigned, bool vote) {
   const int64_t me = emulator::current->id, first = me / 32 * 32;
   emulator::lanes[static_cast<size_t>(me)] = vote;
@@ -180,4 +191,6 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   return result;
 }
 
+inline void __syncwarp() { emulator::warp_wait(); }
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -57,22 +57,28 @@ cudaError_t launch_head_scan(const ScanArgs& args, cudaStream_t) {
       emulator::run(1, kScanThreads, [&] {
         const int thread = static_cast<int>(threadIdx.x);
         const bool store = args.kept.e && row < stored;
-        RowScan<true> upper, lower;
-        upper.begin(args, row + row_in_tile(thread, 0), rows);
-        lower.begin(args, row + row_in_tile(thread, 1), rows);
-        for (size_t t = 0; t < products.size(); ++t) {
-          float x[4 * kGroups];
-          for (int half = 0; half < 2; ++half)
-            for (int g = 0; g < kGroups; ++g)
-              for (int pair = 0; pair < 2; ++pair)
-                x[accumulator(half, g, pair)] =
-                    products[t].at(row_in_tile(thread, half), column_in_tile(thread, g, pair));
-          const int tile = first + static_cast<int>(t);
-          upper.template add<0>(args, x, thread, tile, store);
-          lower.template add<1>(args, x, thread, tile, store);
-        }
-        upper.finish(args, thread, first / together);
-        lower.finish(args, thread, first / together);
+        const auto walk = [&]<bool kPlain>() {
+          RowScan<true, kPlain> upper, lower;
+          upper.begin(args, row + row_in_tile(thread, 0), rows);
+          lower.begin(args, row + row_in_tile(thread, 1), rows);
+          for (size_t t = 0; t < products.size(); ++t) {
+            float x[4 * kGroups];
+            for (int half = 0; half < 2; ++half)
+              for (int g = 0; g < kGroups; ++g)
+                for (int pair = 0; pair < 2; ++pair)
+                  x[accumulator(half, g, pair)] =
+                      products[t].at(row_in_tile(thread, half), column_in_tile(thread, g, pair));
+            const int tile = first + static_cast<int>(t);
+            upper.template add<0>(args, x, thread, tile, store);
+            lower.template add<1>(args, x, thread, tile, store);
+          }
+          upper.finish(args, thread, first / together);
+          lower.finish(args, thread, first / together);
+        };
+        if (args.bias == nullptr && args.softcap == 0.0f)
+          walk.template operator()<true>();
+        else
+          walk.template operator()<false>();
       });
     }
   }

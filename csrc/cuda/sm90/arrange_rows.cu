@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kRowThreads) place_kernel(PlaceArgs args) {
   float dot = 0.0f;
   for (int64_t d = threadIdx.x; d < args.width; d += kRowThreads) {
     out[d] = x[d];
-    dot = fmaf(widen(x[d]), widen(w[d]), dot);
+    if (args.guess) dot = fmaf(widen(x[d]), widen(w[d]), dot);
   }
   dot = block_reduce<kRowThreads>(
       dot, shared, [](float v, int offset) { return __shfl_down_sync(kAllLanes, v, offset); },

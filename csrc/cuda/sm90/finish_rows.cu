@@ -8,6 +8,7 @@
 #include "../common/device.cuh"
 #include "../common/logit.cuh"
 #include "launch.h"
+#include "tile_scan.cuh"
 
 namespace bupo::cuda::sm90 {
 namespace {
@@ -33,9 +34,7 @@ __device__ Row<double> row_of(const FinishArgs& args, int64_t place) {
     ref = next;
   }
   const RowSums<double> sums{ref * kLn2, sum, dot * kLn2};
-  const float temperature = args.places.temperature ? args.places.temperature[place] : 1.0f;
-  // The scan's factor, so that the target and its row are measured alike.
-  const double bits = static_cast<double>(1.44269504f / temperature);
+  const double bits = bits_per_logit(args.places.temperature, place, args.softcap);
   return finish_row<double>(sums, args.target_logits[place] * bits * kLn2, args.vocab);
 }
 

@@ -24,6 +24,7 @@ constexpr int kThreads = 64;
 #else
 constexpr int kThreads = 256;
 #endif
+constexpr int kWarps = kThreads / 32;
 constexpr int kVector = 8;  // entries, 16 bytes
 static_assert(32 * kVector == kTileColumns);
 
@@ -33,7 +34,6 @@ struct alignas(16) Vector {
 
 __global__ void __launch_bounds__(kThreads) gradient_rows_kernel(GradientRowsArgs args) {
   const int64_t k = blockIdx.x;
-  if (k >= *args.count) return;
   const int64_t source = args.source[k], row = args.order[k];
   const BFloat16* in = args.kept.e + source * args.kept.stride;
   BFloat16* out = args.out + k * args.out_stride;
@@ -52,30 +52,36 @@ __global__ void __launch_bounds__(kThreads) gradient_rows_kernel(GradientRowsArg
   const float shift = record.offset - record.row.mean;
   const bool stays = args.scaled_by_row && in == out;
 
-  for (int64_t tile = warp; tile < args.tiles; tile += kThreads / 32) {
-    const int64_t j = tile * kTileColumns + lane * kVector;
-    const float power = exp2_integer(references[tile] - record.ref);
-    if ((stays && power == 1.0f && scale != 0.0f) || j >= args.out_stride) continue;
-    Vector v{};
-    if (scale != 0.0f) {
-      if (j < args.kept.stride) v = *reinterpret_cast<const Vector*>(in + j);
-      for (BFloat16& value : v.values) {
-        const float e = widen(value) * power;
-        float dz = e * on_e;
-        if (on_gap != 0.0f && e != 0.0f) dz = e * (on_e + on_gap * (logf(e) + shift));
-        narrow(dz, value);
+  for (int64_t base = warp; base < args.tiles; base += 32 * kWarps) {
+    // A lane looks at a tile; most often none of them has to be touched.
+    const int64_t mine = base + lane * kWarps;
+    const bool there = mine < args.tiles;
+    const float its_power = there ? exp2_integer(references[mine] - record.ref) : 1.0f;
+    unsigned left =
+        __ballot_sync(kAllLanes, there && !(stays && its_power == 1.0f && scale != 0.0f));
+    for (; left != 0; left &= left - 1) {
+      const int which = __ffs(left) - 1;
+      const float power = __shfl_sync(kAllLanes, its_power, which);
+      const int64_t j = (base + which * kWarps) * kTileColumns + lane * kVector;
+      if (j >= args.out_stride) continue;
+      Vector v{};
+      if (scale != 0.0f) {
+        v = *reinterpret_cast<const Vector*>(in + j);
+        for (BFloat16& value : v.values) {
+          const float e = widen(value) * power;
+          float dz = e * on_e;
+          if (on_gap != 0.0f && e != 0.0f) dz = e * (on_e + on_gap * (logf(e) + shift));
+          narrow(dz, value);
+        }
       }
+      *reinterpret_cast<Vector*>(out + j) = v;
     }
-    *reinterpret_cast<Vector*>(out + j) = v;
   }
   __syncthreads();
   const int64_t target = args.places.targets[source];
   if (threadIdx.x != 0 || scale == 0.0f || target < 0 || target >= args.vocab) return;
   float slope = 1.0f;
-  if (args.softcap != 0.0f) {
-    const float unit = args.target_logits[source] / args.softcap;
-    slope -= unit * unit;
-  }
+  if (args.softcap) slope -= args.target_logits[source] * args.target_logits[source];
   float dz;
   if (args.scaled_by_row) {
     dz = -record.row.target_rest / record.gain;

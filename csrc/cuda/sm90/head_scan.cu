@@ -7,10 +7,11 @@
 //
 // Persistent: one block of three warpgroups an SM, in clusters of two that share weight tiles. The
 // first warpgroup loads by TMA; the others each multiply 64 x 256 of a 128 x 256 tile (CUTLASS's
-// collective mainloop) and reduce their accumulators in registers, while the loader and the other
-// warpgroup run on: that is what overlaps epilogue and products. A block walks the tiles of one
-// split and keeps the statistics of its rows between them, so that partial results are few. Neither
-// the walk nor a row's place reaches a row's numbers: they are the same bits in any batch.
+// collective mainloop) and reduce their accumulators in registers. Meanwhile the loader fills the
+// stages, and the other warpgroup multiplies on by up to kStages steps: so far epilogue and
+// products overlap. A block walks the tiles of one split and keeps the statistics of its rows
+// between them, so that partial results are few. Neither the walk nor a row's place reaches a row's
+// numbers: they are the same bits in any batch.
 //
 // Tests: python_tests/test_cuda_emulated.py runs tile_scan.cuh and all around it on the host; the
 // kernel itself needs a GPU. Bench: bench/bench_lm_head.py.
@@ -22,6 +23,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstring>
 #include <cute/tensor.hpp>
 #include <cutlass/cluster_launch.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
@@ -76,24 +78,29 @@ struct Shared {
 // run at the same time share few row blocks and few splits, so that both stay in L2.
 class Units {
  public:
-  __device__ Units(int rows, int splits)
-      : splits_(splits), blocks_((rows + kClusterRows - 1) / kClusterRows) {}
+  __device__ Units(int rows, int splits, int width)
+      : splits_(splits), blocks_((rows + kClusterRows - 1) / kClusterRows) {
+    // Hidden rows that are read again for every tile of the weight: a third of an H100's L2.
+    constexpr int kResident = 16 << 20;
+    const int most = max(2, min(16, kResident / (kClusterRows * 2) / width));
+    const int groups = (blocks_ + most - 1) / most;
+    together_ = groups == 0 ? 1 : (blocks_ + groups - 1) / groups;
+  }
 
   __device__ int count() const { return blocks_ * splits_; }
   __device__ void at(int unit, int& block, int& split) const {
-    const int first = unit / (kBlocksTogether * splits_) * kBlocksTogether;
-    const int size = min(kBlocksTogether, blocks_ - first);
+    const int first = unit / (together_ * splits_) * together_;
+    const int size = min(together_, blocks_ - first);
     const int rest = unit - first * splits_;
     split = rest / size;
     block = first + rest % size;
   }
 
  private:
-  static constexpr int kBlocksTogether = 16;  // 4096 rows
-  int splits_, blocks_;
+  int splits_, blocks_, together_;
 };
 
-template <bool kStore>
+template <bool kStore, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 1)
     head_scan_kernel(const __grid_constant__ Mainloop::Params mainloop_params,
                      const __grid_constant__ ScanArgs args) {
@@ -120,11 +127,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int stored = args.counts ? args.counts[1] : 0;
   const int rank = block_rank_in_cluster();
   const int splits = static_cast<int>((args.vocab + kSplitColumns - 1) / kSplitColumns);
-  const Units units(rows, splits);
+  const Units units(rows, splits, static_cast<int>(args.width));
   const int clusters = gridDim.x / kCluster;
   const int steps =
       (static_cast<int>(args.width) + size<2>(TileShape{}) - 1) / size<2>(TileShape{});
-  const int tiles = static_cast<int>(args.tiles);
   constexpr int kTilesOfSplit = kSplitColumns / kTileColumns;
   Mainloop mainloop;
 
@@ -140,7 +146,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         units.at(unit, block, split);
         const int row_tile = block * kCluster + rank;
         const int first = split * kTilesOfSplit;
-        for (int tile = first; tile < min(first + kTilesOfSplit, tiles); ++tile) {
+        for (int tile = first; tile < min(first + kTilesOfSplit, static_cast<int>(args.tiles));
+             ++tile) {
           mainloop.load(mainloop_params, pipeline, state, inputs, make_coord(row_tile, tile, _, 0),
                         make_coord_iterator(steps), steps, threadIdx.x % 32, rank, shared.tensors);
           state.advance(steps);
@@ -158,10 +165,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int row_tile = block * kCluster + rank;
       const int first = split * kTilesOfSplit;
       const bool store = kStore && row_tile * kTileRows < stored;
-      RowScan<kStore> upper, lower;
+      RowScan<kStore, kPlain> upper, lower;
       upper.begin(args, row_tile * kTileRows + row_in_tile(thread, 0), rows);
       lower.begin(args, row_tile * kTileRows + row_in_tile(thread, 1), rows);
-      for (int tile = first; tile < min(first + kTilesOfSplit, tiles); ++tile) {
+      for (int tile = first; tile < min(first + kTilesOfSplit, static_cast<int>(args.tiles));
+           ++tile) {
         auto sums = partition_fragment_C(TiledMma{}, take<0, 2>(TileShape{}));
         mainloop.mma(pipeline, state, sums, steps, thread, shared.tensors, mainloop_params);
         mainloop.mma_tail(pipeline, state, steps);
@@ -173,6 +181,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       lower.finish(args, thread, split);
     }
   }
+}
+
+bool is_zero(const TmaDescriptor& map) {
+  const TmaDescriptor zero{};
+  return std::memcmp(&map, &zero, sizeof zero) == 0;
 }
 
 cudaLaunchConfig_t config_of(int blocks, cudaLaunchAttribute& cluster, cudaStream_t stream) {
@@ -190,9 +203,9 @@ cudaLaunchConfig_t config_of(int blocks, cudaLaunchAttribute& cluster, cudaStrea
 
 // Clusters that the current device holds at a time. Asked, not computed: an SM whose neighbour is
 // missing from the chip holds none.
-template <bool kStore>
+template <bool kStore, bool kPlain>
 cudaError_t resident_clusters(int& clusters) {
-  const auto kernel = head_scan_kernel<kStore>;
+  const auto kernel = head_scan_kernel<kStore, kPlain>;
   static std::array<std::atomic<int>, 64> known{};
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -213,7 +226,7 @@ cudaError_t resident_clusters(int& clusters) {
   return error;
 }
 
-template <bool kStore>
+template <bool kStore, bool kPlain>
 cudaError_t launch(const ScanArgs& args, cudaStream_t stream) {
   using Strides = Stride<int64_t, _1, int64_t>;
   static_assert(is_same_v<Strides, Mainloop::StrideA> && is_same_v<Strides, Mainloop::StrideB>);
@@ -226,9 +239,13 @@ cudaError_t launch(const ScanArgs& args, cudaStream_t stream) {
                                          static_cast<const cutlass::bfloat16_t*>(args.weight),
                                          {args.weight_stride, _1{}, 0}},
                                         nullptr);
-  const auto kernel = head_scan_kernel<kStore>;
+  const auto kernel = head_scan_kernel<kStore, kPlain>;
+  // CUTLASS prints a refused tensor map and goes on with zeros, which would fault on the device.
+  if (is_zero(*params.tma_load_a.get_tma_descriptor()) ||
+      is_zero(*params.tma_load_b.get_tma_descriptor()))
+    return cudaErrorInvalidValue;
   int clusters = 0;
-  const cudaError_t error = resident_clusters<kStore>(clusters);
+  const cudaError_t error = resident_clusters<kStore, kPlain>(clusters);
   if (error != cudaSuccess) return error;
   const int64_t units = (args.capacity + kClusterRows - 1) / kClusterRows * splits_of(args.vocab);
   cudaLaunchAttribute cluster;
@@ -241,7 +258,10 @@ cudaError_t launch(const ScanArgs& args, cudaStream_t stream) {
 
 cudaError_t launch_head_scan(const ScanArgs& args, cudaStream_t stream) {
   if (args.capacity == 0) return cudaSuccess;
-  return args.kept.e ? launch<true>(args, stream) : launch<false>(args, stream);
+  const bool plain = args.bias == nullptr && args.softcap == 0.0f;
+  if (args.kept.e)
+    return plain ? launch<true, true>(args, stream) : launch<true, false>(args, stream);
+  return plain ? launch<false, true>(args, stream) : launch<false, false>(args, stream);
 }
 
 }  // namespace bupo::cuda::sm90

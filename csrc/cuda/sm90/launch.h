@@ -22,7 +22,7 @@ inline constexpr float kNoMass = -1e30f;  // bits, in place of -inf
 
 inline constexpr int kTileRows = 128, kTileColumns = 256;
 // Columns of one partial. Fixed, so that a row's result depends on nothing but the row and V.
-inline constexpr int kSplitColumns = 2048;
+inline constexpr int kSplitColumns = 1024;
 BUPO_HOST_DEVICE constexpr int64_t tiles_of(int64_t vocab) {
   return (vocab + kTileColumns - 1) / kTileColumns;
 }
@@ -46,7 +46,7 @@ struct PlacedRow {
 // E of a chunk and what goes with it, by place. Null pointers where nothing is stored.
 struct Kept {
   BFloat16* e;        // [capacity, stride]; with a softcap times its slope
-  int64_t stride;     // a multiple of 8
+  int64_t stride;     // a multiple of 64
   float* guess;       // [capacity]
   float* references;  // [capacity, tiles]
 };
@@ -94,11 +94,11 @@ struct ScanArgs {
   int64_t hidden_stride, weight_stride, width, vocab, capacity;
   const int32_t* counts;     // of Places; null: all rows, no E
   const int64_t* targets;    // by place
-  const float* bias;         // [vocab] or null
+  const float* bias;         // [tiles * kTileColumns], any values beyond V; or null
   const float* temperature;  // by place, or null
   float softcap;             // 0: none
   BitSums* partials;         // [splits, capacity], without the target
-  float* target_logits;      // by place, before the temperature
+  float* target_logits;      // by place: x of the target, tanh(x / softcap) with a softcap
   int64_t tiles;             // tiles_of(vocab)
   Kept kept;
 };
@@ -112,6 +112,7 @@ struct FinishArgs {
   Places places;       // counts and order null: every row at its own place
   RowChoice choice;    // by row
   int64_t vocab;
+  float softcap;
   PlacedRow* records;
   float *logprobs, *entropy, *logsumexp;  // by row; null where not wanted
 };
@@ -144,11 +145,11 @@ struct GradientRowsArgs {
   int64_t vocab, tiles;
   const PlacedRow* records;
   const float* target_logits;
-  float softcap;
-  const int32_t *count, *source;  // of LiveRowsArgs
+  bool softcap;
+  const int32_t* source;  // of LiveRowsArgs
   const int64_t* order;
   const float* scale;
-  int64_t rows;
+  int64_t rows;  // live ones
   bool scaled_by_row;
   BFloat16* out;  // [rows, out_stride], or kept.e
   int64_t out_stride;

@@ -38,7 +38,7 @@ struct Scanned {
                 head.temperature ? slab.take<float>(capacity) : nullptr, capacity};
     s.target_logits = slab.take<float>(capacity);
     if (!stores) return s;
-    const int64_t stride = round_up(head.vocab, 8);
+    const int64_t stride = round_up(head.vocab, 64);
     s.kept.stride = stride;
     s.kept.e = static_cast<BFloat16*>(slab.bytes(capacity * stride * 2));
     s.kept.guess = slab.take<float>(capacity);
@@ -62,7 +62,7 @@ class Head {
   Head(const Call& call, int64_t capacity, Slab& slab) : call_(call), head_(call.head) {
     partials_ = slab.take<BitSums>(splits_of(head_.vocab) * capacity);
     if (!head_.bias) return;
-    bias_ = slab.take<float>(head_.vocab);
+    bias_ = slab.take<float>(tiles_of(head_.vocab) * kTileColumns);
     check(launch_widen(call.number, head_.bias, bias_, head_.vocab, call.device.stream));
   }
 
@@ -144,9 +144,10 @@ class Head {
     const auto of = [first](void* array) {
       return array ? static_cast<float*>(array) + first : nullptr;
     };
-    check(launch_finish_rows({partials_, target_logits, guess, places, choice, head_.vocab, records,
-                              of(out.logprobs), of(out.entropy), of(out.logsumexp)},
-                             call_.device.stream));
+    check(
+        launch_finish_rows({partials_, target_logits, guess, places, choice, head_.vocab, softcap(),
+                            records, of(out.logprobs), of(out.entropy), of(out.logsumexp)},
+                           call_.device.stream));
   }
   void clear(void* array, int64_t first, int64_t count) const {
     if (array) set_zero(call_.device, static_cast<float*>(array) + first, 4 * count);
@@ -181,13 +182,12 @@ class LiveRows {
         launch_live_rows({coefficients, choice, s.places, first, rows, s.records, !device.capturing,
                           scaled_by_row_, count_, source_, scratch_, order_, scale_},
                          device.stream));
-    BFloat16* out = out_ ? out_ : s.kept.e;
-    check(
-        launch_gradient_rows({coefficients, s.places, s.kept, head.vocab, tiles_of(head.vocab),
-                              s.records, s.target_logits, static_cast<float>(head.softcap), count_,
-                              source_, order_, scale_, rows, scaled_by_row_, out, s.kept.stride},
-                             device.stream));
     const int64_t live = device.capturing ? rows : read_count(device, count_);
+    BFloat16* out = out_ ? out_ : s.kept.e;
+    check(launch_gradient_rows({coefficients, s.places, s.kept, head.vocab, tiles_of(head.vocab),
+                                s.records, s.target_logits, head.softcap != 0, source_, order_,
+                                scale_, live, scaled_by_row_, out, s.kept.stride},
+                               device.stream));
     products.add(row, live, {out, live, head.vocab, s.kept.stride, call_.number}, order_, scale_);
   }
 
@@ -248,7 +248,7 @@ int64_t kept_bytes(const Call& call) {
 void lm_head_logprobs(const Call& call, int64_t ignore_index, const TokenOutputs& out, void* kept) {
   const HeadArgs& head = call.head;
   const RowChoice choice{head.targets, ignore_index, nullptr};
-  if (kept == nullptr && !rows_aligned(head.hidden, head.hidden_stride)) {
+  if (kept == nullptr && !rows_readable(head.hidden, head.width, head.hidden_stride)) {
     Rows rows{choice};
     return run(call, rows, false, out, {}, [](int64_t, int64_t) { return Coefficients{}; });
   }
@@ -258,7 +258,7 @@ void lm_head_logprobs(const Call& call, int64_t ignore_index, const TokenOutputs
   const int64_t capacity = kept ? head.tokens : std::min(plan.chunk, head.tokens);
   Slab measure;
   measure.take<BitSums>(splits_of(head.vocab) * capacity);
-  measure.take<float>(head.vocab);
+  measure.take<float>(tiles_of(head.vocab) * kTileColumns);
   measure.take<float>(capacity);
   if (kept) measure.bytes(2 * capacity * head.width);
   Workspace workspace(call.like, measure.used());
@@ -281,7 +281,8 @@ void lm_head_logprobs_backward(const Call& call, int64_t ignore_index, const Coe
                                const GradArgs& grads, void* kept) {
   const HeadArgs& head = call.head;
   const RowChoice choice{head.targets, ignore_index, nullptr};
-  if (kept == nullptr) {
+  // Under capture every row keeps its place, and an eager forward has not left them so.
+  if (kept == nullptr || call.device.capturing) {
     Rows rows{choice, {upstream.on_logprob, upstream.on_entropy, upstream.on_logsumexp}};
     rows.only_stored = true;
     return run(call, rows, false, {}, grads,

@@ -10,9 +10,9 @@
 //   sum = sum_j 2^(x_j scale - ref)       dot = sum_j 2^(x_j scale - ref) (x_j scale - ref)
 //
 // over the entries j other than the target, kept by each thread over its columns. Sums are built
-// from eight short ones: beside one dominant entry a long sum would round the small ones away. What
-// is stored for the gradient, E = bf16(2^(x scale - tile reference)), is the same exponential times
-// a power of two. Hence a row's statistics do not depend on whether E is stored.
+// from short ones, of eight entries: beside one dominant entry a long sum would round the small
+// ones away. What is stored for the gradient, E = bf16(2^(x scale - tile reference)), is the same
+// exponential times a power of two. Hence a row's statistics do not depend on whether E is stored.
 //
 // No CUTLASS here: python_tests/emulator runs this file on the host. That wgmma's layout is the one
 // above is a static_assert of head_scan.cu.
@@ -40,10 +40,14 @@ BUPO_HOST_DEVICE constexpr int column_in_tile(int thread, int group, int pair) {
   return group * 8 + thread % 4 * 2 + pair;
 }
 
-// log2(e) / T
-__device__ inline float bits_per_logit(const float* temperature, int64_t row) {
+// Keeps the compiler from gathering the loads of a long unrolled loop: registers are scarce here.
+__device__ inline void keep_order() { asm volatile("" ::: "memory"); }
+
+// What the scan's x is multiplied by to be bits: log2(e) / T, times the softcap, whose x is a tanh.
+__device__ inline float bits_per_logit(const float* temperature, int64_t row, float softcap) {
   constexpr float kLog2E = 1.44269504f;
-  return temperature ? kLog2E / temperature[row] : kLog2E;
+  const float scale = softcap == 0.0f ? kLog2E : kLog2E * softcap;
+  return temperature ? scale / temperature[row] : scale;
 }
 
 // The exponent that E of a tile is relative to: the row's guess where the tile's largest entry is
@@ -61,14 +65,16 @@ __device__ inline uint32_t pack(float low, float high) {
 }
 
 // One of the two rows of a thread.
-template <bool kStore>
+// kPlain: neither bias nor softcap. A template, for a branch among the exponentials costs more than
+// they do.
+template <bool kStore, bool kPlain>
 class RowScan {
  public:
   // rows: how many there are, args.capacity at most.
   __device__ void begin(const ScanArgs& args, int row, int rows) {
     row_ = row;
     inside_ = row < rows;
-    scale_ = inside_ ? bits_per_logit(args.temperature, row) : 1.0f;
+    scale_ = inside_ ? bits_per_logit(args.temperature, row, args.softcap) : 1.0f;
     const int64_t target = inside_ ? args.targets[row] : -1;
     target_ = target < args.vocab ? static_cast<int>(target) : -1;
     sum_ = dot_ = 0.0f;
@@ -80,7 +86,7 @@ class RowScan {
   __device__ void add(const ScanArgs& args, float* x, int thread, int tile, bool store) {
     const int column = tile * kTileColumns;
     const int columns = static_cast<int>(args.vocab) - column;  // of the tile, or more
-    if (args.bias || args.softcap != 0.0f) to_logits<kHalf>(args, x, thread, column, columns);
+    if constexpr (!kPlain) to_logits<kHalf>(args, x, thread, column);
     if (columns < kTileColumns) mask_padding<kHalf>(x, thread, columns);
     take_target<kHalf>(args, x, thread, column);
     float largest = -INFINITY;
@@ -101,7 +107,10 @@ class RowScan {
       factor = ref_ - reference > 126.0f ? 0.0f : exp2_integer(ref_ - reference);
     }
     exponentials<kHalf>(args, x, factor);
-    if (kStore && store) store_row<kHalf>(args, x, thread, column);
+    if (kStore && store) {
+      __syncwarp();  // else the packing begins among the exponentials, and registers spill
+      store_row<kHalf>(args, x, thread, column);
+    }
   }
 
   // The quad's four parts in a fixed order, written by its first thread.
@@ -119,16 +128,25 @@ class RowScan {
 
  private:
   template <int kHalf>
-  __device__ static void to_logits(const ScanArgs& args, float* x, int thread, int column,
-                                   int columns) {
+  __device__ static void to_logits(const ScanArgs& args, float* x, int thread, int column) {
+    if (args.bias) {
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        keep_order();
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          x[accumulator(kHalf, g, pair)] += args.bias[column + column_in_tile(thread, g, pair)];
+        }
+      }
+    }
+    if (args.softcap == 0.0f) return;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
+      keep_order();
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
-        const int j = column_in_tile(thread, g, pair);
         float& value = x[accumulator(kHalf, g, pair)];
-        if (args.bias && j < columns) value += args.bias[column + j];
-        if (args.softcap != 0.0f) value = args.softcap * tanhf(value / args.softcap);
+        value = tanhf(value / args.softcap);
       }
     }
   }
@@ -173,34 +191,34 @@ class RowScan {
   // x -> E before rounding, and the sums.
   template <int kHalf>
   __device__ void exponentials(const ScanArgs& args, float* x, float factor) {
-    constexpr int kParts = 8;
-    const bool slope = args.softcap != 0.0f;
-    float sums[kParts], dots[kParts];
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) sums[part] = dots[part] = 0.0f;
+    constexpr int kTogether = 4;
+    const float bend = args.softcap == 0.0f ? 0.0f : 1.0f;
     const float ref = ref_ == -INFINITY ? 0.0f : ref_;  // no mass yet: every d is -inf, or nan
+    float sum = 0.0f, dot = 0.0f;
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
+    for (int first = 0; first < kGroups; first += kTogether) {
+      float short_sum = 0.0f, short_dot = 0.0f;
 #pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        float& value = x[accumulator(kHalf, g, pair)];
-        const int part = (g * 2 + pair) % kParts;
-        const float d = max_nan(fmaf(value, scale_, -ref), kNoMass);  // 0 (-inf) would be nan
-        const float e = exp2_fast(d);
-        sums[part] += e;
-        dots[part] = fmaf(e, d, dots[part]);
-        if (slope) {
-          const float unit = value / args.softcap;
-          value = e == 0.0f ? 0.0f : e * factor * (1.0f - unit * unit);
-        } else {
-          value = e * factor;
+      for (int g = first; g < first + kTogether; ++g) {
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          float& value = x[accumulator(kHalf, g, pair)];
+          const float d = max_nan(fmaf(value, scale_, -ref), kNoMass);  // 0 (-inf) would be nan
+          const float e = exp2_fast(d);
+          short_sum += e;
+          short_dot = fmaf(e, d, short_dot);
+          if constexpr (kPlain) {
+            value = e * factor;
+          } else {  // times the softcap's slope, which -inf, a padding column, has not
+            value = e == 0.0f ? 0.0f : e * factor * fmaf(-bend * value, value, 1.0f);
+          }
         }
       }
+      sum += short_sum;
+      dot += short_dot;
     }
-    sum_ +=
-        ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-    dot_ +=
-        ((dots[0] + dots[1]) + (dots[2] + dots[3])) + ((dots[4] + dots[5]) + (dots[6] + dots[7]));
+    sum_ += sum;
+    dot_ += dot;
   }
 
   // A quad has 8 columns of each group, two a thread. It trades them, so that thread q ends up with
