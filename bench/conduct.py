@@ -58,16 +58,19 @@ class Job:
             return 0, ""
         seconds = min(seconds, self.left())
         lines: list[str] = []
-        process = subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env={**self.environment, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # a group of its own, to kill it whole
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={**self.environment, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # a group of its own, to kill it whole
+            )
+        except OSError as error:
+            raise Failed(f"{command[0]}: {error.strerror}") from None
 
         def copy() -> None:
             assert process.stdout is not None
@@ -115,7 +118,7 @@ class Stage:
 class Verdict:
     stage: str
     verdict: str
-    """ok, FAILED, not run"""
+    """ok, FAILED, not run; planned in a dry run"""
     seconds: float
     why: str
     log: str
@@ -148,11 +151,16 @@ def conduct(
                 if cap < 1:
                     raise NotRun("no time was left")
                 verdict, why = "ok", stage.run(job) or ""
+                if dry_run:
+                    verdict, why = "planned", ""
             except NotRun as error:
                 verdict, why = "not run", f"because {error}"
             except Failed as error:
                 verdict, why = "FAILED", str(error)
-                broken = broken or (stage.name if stage.needed else "")
+            except Exception as error:  # a stage that breaks is a failed stage, not a lost summary
+                verdict, why = "FAILED", f"{type(error).__name__}: {error}"
+            if verdict == "FAILED" and stage.needed:
+                broken = stage.name
         seconds = time.monotonic() - began
         verdicts.append(Verdict(stage.name, verdict, seconds, why, str(path)))
         print(f"[{stage.name}] {verdict}, {seconds:.0f} s {why}", flush=True)
@@ -163,7 +171,7 @@ def failed(verdict: Verdict) -> bool:
     """Also a stage that came too late, or after one that it needs: it has not shown anything."""
     if verdict.verdict == "not run":
         return verdict.why.endswith((" failed", "no time was left"))
-    return verdict.verdict != "ok"
+    return verdict.verdict == "FAILED"
 
 
 def print_summary(verdicts: list[Verdict], file: TextIO = sys.stdout) -> None:

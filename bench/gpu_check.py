@@ -17,56 +17,20 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
-from conduct import Command, Failed, Job, NotRun, Stage, Verdict, conduct, failed, print_summary
+from conduct import Failed, Job, NotRun, Stage, Verdict, conduct, failed, print_summary
+from wheels import download_commands, install_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
-GPU_TESTS = ["python_tests/test_gpu.py", "python_tests/test_gpu_sizes.py"]
+OPERATOR_TESTS = ["test_ops_tensors.py", "test_policy_loss.py", "test_lm_head.py"]
+GPU_TESTS = ["test_gpu.py", "test_gpu_sizes.py"]
 
-# Wheels by what they are for; versions of the peers are those that peers.py was written for.
-WHEELS = {
-    "the build": ["pybind11", "setuptools>=77", "cmake>=3.25", "ninja"],
-    "the tests": [
-        *("pytest", "pytest-timeout", "pluggy", "iniconfig", "packaging", "pygments"),
-        *("hypothesis", "sortedcontainers"),
-    ],
-    "peers (all optional; the kernels alone, without what their trainers need)": [
-        *("liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "trl==1.16.0", "verl==0.9.1"),
-    ],
-    "liger's Hopper kernels (optional, 100 MB)": [
-        *("nvidia-cutlass-dsl>=4.6", "nvidia-cutlass-dsl-libs-base>=4.6"),
-        *("nvidia-cutlass-dsl-libs-cu13>=4.6", "apache-tvm-ffi"),
-    ],
-}
-PLATFORMS = ("2_28", "2_27", "2_24", "2_17")
-NEEDED = {"torch": "", "setuptools": "", "pybind11": ""}
 NEEDED_BY_TESTS = ("pytest", "pytest_timeout", "hypothesis")
-
-
-def wheel_commands() -> list[str]:
-    platforms = " ".join(f"--platform manylinux_{p}_x86_64" for p in PLATFORMS)
-    fixed = f"--no-deps --only-binary=:all: --python-version 3.12 --implementation cp {platforms}"
-    lines = []
-    for purpose, names in WHEELS.items():
-        quoted = " ".join(f"'{n}'" if set("<>=") & set(n) else n for n in names)
-        lines += [
-            f"# {purpose}",
-            f"python3 -m pip download {fixed} --platform manylinux2014_x86_64 -d wheels {quoted}",
-        ]
-    return lines
-
-
-def install_wheels(wheels: Path, site: Path) -> Command:
-    """Into a private folder: nothing that is installed changes."""
-    found = sorted(str(path) for path in wheels.glob("*.whl"))
-    if not found:
-        raise Failed(f"--wheels {wheels}: no wheel in it; --list-wheels says how to get them")
-    pip = [PYTHON, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
-    return [*pip, "--upgrade", "--target", str(site), *found]
 
 
 def absent(job: Job, modules: tuple[str, ...]) -> list[str]:
@@ -84,7 +48,7 @@ def absent(job: Job, modules: tuple[str, ...]) -> list[str]:
 def build(job: Job, wheels: Path | None, site: Path) -> None:
     if wheels:
         shutil.rmtree(site, ignore_errors=True)
-        job.check(install_wheels(wheels, site))
+        job.check(install_command(wheels, site))
     code = "import torch, sys; print(torch.__version__, torch.version.cuda); "
     code += "sys.exit(not torch.cuda.is_available())"
     status, output = job.run([PYTHON, "-c", code])
@@ -104,10 +68,22 @@ def test(job: Job) -> str:
     lacking = absent(job, NEEDED_BY_TESTS)
     if lacking:
         raise Failed(f"missing: {', '.join(lacking)} (--list-wheels, --wheels; or `make setup`)")
-    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--durations=10"]
-    output = job.check([PYTHON, "-m", "pytest", *options, *GPU_TESTS])
-    lines = output.strip().splitlines()
-    return lines[-1].strip("= ") if lines else ""
+    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
+    found = []
+    for what, files, options, at_least, environment in (
+        ("on the GPU", OPERATOR_TESTS, [], 300, {"BUPO_TEST_DEVICE": "cuda"}),
+        ("GPU only", GPU_TESTS, ["-m", "gpu"], 30, {}),
+    ):
+        files = [f"python_tests/{name}" for name in files]
+        status, output = job.run([*pytest, *options, *files], **environment)
+        passed = re.search(r"(\d+) passed", output)
+        last = ([x for x in output.splitlines() if x.strip()] or [""])[-1].strip("= ")
+        if not job.dry_run and not status and (not passed or int(passed[1]) < at_least):
+            status, last = 1, f"only {last}, expected at least {at_least} to pass"
+        found.append((status, f"{what}: {last}"))
+    if any(status for status, _ in found):
+        raise Failed("; ".join(text for _, text in found))
+    return "; ".join(text for _, text in found)
 
 
 TOOLS = {
@@ -203,7 +179,10 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
 
 def write_summary(verdicts: list[Verdict], out: Path, environment: dict[str, str]) -> None:
     """JSON lines like those of the benchmark: where and when, then one object per stage."""
-    code = "import json, measure; print(json.dumps(measure.environment('cuda', 1)))"
+    code = (
+        "import json, measure, torch; device = 'cuda' if torch.cuda.is_available() else 'cpu'; "
+        "print(json.dumps(measure.environment(device, 1)))"
+    )
     with (out / "environment.log").open("w") as log:
         job = Job("environment", log, float("inf"), environment, ROOT / "bench")
         status, output = job.run([PYTHON, "-c", code], seconds=60)
@@ -232,7 +211,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     if args.list_wheels:
-        print("\n".join(wheel_commands()))
+        print("\n".join(download_commands()))
         return 0
     environment = environment_of(args.out.resolve() / "site")
     verdicts = conduct(

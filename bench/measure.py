@@ -142,8 +142,7 @@ def errors_of(case: Case, batch: Batch, truth: Truth) -> dict[str, float]:
         if implementation.loss == "cross entropy":
             slope = torch.full_like(slope, -1 / len(slope))
         d_hidden, d_weight = truth.gradients(batch, slope)
-        rows = batch.hidden.grad[: len(d_hidden)]
-        found["error_d_hidden"] = relative_error(rows, d_hidden)
+        found["error_d_hidden"] = relative_error(batch.hidden.grad[truth.rows], d_hidden)
         found["error_d_weight"] = relative_error(batch.weight.grad[truth.entries], d_weight)
     batch.clear_gradients()
     return found

@@ -1,7 +1,7 @@
 """What a batch's results are, in float64, at sizes whose [tokens, vocab] fits nowhere.
 
-Log-probs and entropy of every token, but the gradients of a few only: dX of the first `rows`
-tokens, and dW, to which every token adds, of `entries` of the vocabulary spread over it. So a sum
+Log-probs and entropy of every token, but the gradients of a few only: dX of `rows` tokens spread
+over the batch, and dW, to which every token adds, of `entries` spread over the vocabulary. So a sum
 that drifts over many chunks of tokens shows, and the cost is one product in float64.
 """
 
@@ -23,10 +23,12 @@ class Truth:
     """[N]"""
     entropy: Tensor
     """[N]"""
+    rows: Tensor
+    """the tokens whose row of dX is known, [R]"""
     entries: Tensor
     """the entries of the vocabulary whose row of dW is known, [E]"""
     row_probabilities: Tensor
-    """[rows, V], of the first tokens"""
+    """[R, V]"""
     entry_probabilities: Tensor
     """[N, E]"""
 
@@ -34,8 +36,8 @@ class Truth:
     def of(batch: Batch, rows: int, entries: int) -> Truth:
         x, w, targets = (t.detach() for t in batch.head())
         tokens, _, vocab = batch.shape
-        entries = min(entries, vocab)
-        chosen = torch.arange(entries, device=x.device) * vocab // entries
+        some = spread(min(rows, tokens), tokens, x)
+        chosen = spread(min(entries, vocab), vocab, x)
         chosen = torch.cat([chosen, targets[: entries // 4]]).unique()  # rows with a large gradient
         found: list[tuple[Tensor, ...]] = []
         kept = []
@@ -47,19 +49,18 @@ class Truth:
             p = logp.exp()
             entropy = -torch.linalg.vecdot(p, torch.where(p > 0, logp, 0))
             found.append((picked, entropy, p[:, chosen]))
-            if first < rows:
-                kept.append(p[: rows - first])
+            kept.append(p[some[(some >= first) & (some < first + CHUNK)] - first])
         logprobs, entropy, at_entries = (torch.cat(x) for x in zip(*found, strict=True))
-        return Truth(logprobs, entropy, chosen, torch.cat(kept), at_entries)
+        return Truth(logprobs, entropy, some, chosen, torch.cat(kept), at_entries)
 
     def gradients(self, batch: Batch, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """dX of the first rows and dW at the entries, for slope = dLoss / dlogp [N]."""
+        """dX of the rows and dW of the entries, for slope = dLoss / dlogp [N]."""
         slope = slope.double()
-        rows = len(self.row_probabilities)
-        dz = -slope[:rows, None] * self.row_probabilities
-        dz.scatter_add_(1, batch.targets[:rows, None], slope[:rows, None])
+        of_rows = slope[self.rows, None]
+        dz = -of_rows * self.row_probabilities
+        dz.scatter_add_(1, batch.targets[self.rows, None], of_rows)
         w, x = batch.weight.detach(), batch.hidden.detach()
-        d_hidden = torch.zeros(rows, w.shape[1], dtype=torch.float64, device=x.device)
+        d_hidden = torch.zeros(len(dz), w.shape[1], dtype=torch.float64, device=x.device)
         for first in range(0, len(w), 16 * CHUNK):
             last = min(first + 16 * CHUNK, len(w))
             d_hidden += dz[:, first:last] @ w[first:last].double()
@@ -70,6 +71,13 @@ class Truth:
             part = slice(first, first + 16 * CHUNK)
             d_weight += dz[part].T @ x[part].double()
         return d_hidden, d_weight
+
+
+def spread(count: int, size: int, like: Tensor) -> Tensor:
+    """`count` indices below `size`, the first and the last among them."""
+    if count == 1:
+        return torch.zeros(1, dtype=torch.int64, device=like.device)
+    return torch.arange(count, device=like.device) * (size - 1) // (count - 1)
 
 
 def policy_slope(batch: Batch, logprobs: Tensor) -> Tensor:

@@ -1,0 +1,279 @@
+"""The benchmark's own arithmetic, its comparison of runs, and the conductor of gpu-check."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import conduct
+import gpu_check
+import peers
+import pytest
+import regression
+import report
+import torch
+import wheels
+from batch import Batch
+from truth import Truth, policy_slope, relative_error
+
+import bupo.ops as ops
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---- the program -------------------------------------------------------------------------------
+
+
+def test_a_small_run_on_the_cpu(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    command = [sys.executable, "bench/bench_lm_head.py", "--json", str(file), "--rounds", "2"]
+    size = ["--tokens", "96", "--width", "24", "--vocab", "301"]
+    done = subprocess.run([*command, *size], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {(r["name"], r["dtype"]): r for r in map(json.loads, file.read_text().splitlines())}
+    assert ("eager fwd+bwd", "float32") in rows and ("eager fwd+bwd", "bfloat16") not in rows
+    for (name, dtype), row in rows.items():
+        assert row["tokens"] == 96 and row["ms"] > 0 and row["x_three_gemms"] > 0, row
+        if "GEMM" not in name and "cross_entropy" not in name:
+            assert row["error_logprobs"] < 1e-4, row
+        if "bwd" in name:
+            limit = 5e-5 if dtype == "float32" else 1e-2
+            assert row["error_d_hidden"] < limit and row["error_d_weight"] < limit, row
+    assert regression.main([str(file), "--baseline", str(file)]) == 0
+
+
+def test_the_truth_is_that_of_the_reference() -> None:
+    """And a wrong gradient is seen: one bad row of dX, one of dW, a nan."""
+    batch = Batch.make(700, 12, 90, torch.float32)
+    truth = Truth.of(batch, 64, 30)
+    assert {0, 699} <= set(truth.rows.tolist()) and {0, 89} <= set(truth.entries.tolist())
+    x, w = (t.detach().double().requires_grad_() for t in (batch.hidden, batch.weight))
+    exact = ops.reference.lm_head_logprobs(x, w, batch.targets)
+    torch.testing.assert_close(truth.logprobs, exact.logprobs.detach())
+    torch.testing.assert_close(truth.entropy, exact.entropy.detach())
+    slope = policy_slope(batch, truth.logprobs)
+    expected = torch.autograd.grad((exact.logprobs * slope).sum(), (x, w))
+    got = truth.gradients(batch, slope)
+    for name, g, e in zip("xw", got, expected, strict=True):
+        e = e[truth.rows if name == "x" else truth.entries]
+        assert relative_error(g, e) < 1e-12
+        e = e.clone()
+        e[3] = -e[3]
+        assert relative_error(g, e) > 0.01
+        e[3, 0] = torch.nan
+        assert not relative_error(e, g) <= 1
+
+
+def test_a_peer_is_there_or_missing_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if "site-packages" not in x])
+    names = [peer.name for peer in peers.PEERS]
+    found, missing = peers.load(names, "cpu")
+    for name in names:
+        assert any(x.name.startswith(f"{name} fwd") for x in found) != (name in missing), name
+    assert "runs on a GPU only" in missing["cce"]
+    if "verl FusedLinearForPPO" in missing:
+        assert "verl" in missing["verl FusedLinearForPPO"]
+        assert "package verl==0.9.1" in missing["verl FusedLinearForPPO"]
+
+
+# ---- bars --------------------------------------------------------------------------------------
+
+
+def gpu_row(name: str, ms: float, products: int = 3, **more: Any) -> dict[str, Any]:
+    row = {"name": name, "dtype": "bfloat16", "ms": ms, "products": products, "peer": False}
+    return row | {"x_three_gemms": ms / 40, "x_one_gemm": ms / 13, "x_ours": ms / 42} | more
+
+
+def right(error: float = 2e-3) -> dict[str, float]:
+    return {"error_d_hidden": error, "error_d_weight": error}
+
+
+def test_a_peer_counts_only_with_a_right_gradient() -> None:
+    rows = [
+        gpu_row("policy_loss fwd+bwd", 42.0, **right()),
+        gpu_row("fast and wrong fwd+bwd", 20.0, peer=True, **right(0.3)),
+        gpu_row("fast and nan fwd+bwd", 21.0, peer=True, **right(float("nan"))),
+        gpu_row("fast without gradient fwd+bwd", 22.0, peer=True),
+        gpu_row("slow and right fwd+bwd", 84.0, peer=True, **right()),
+    ]
+    report.add_best_peer(rows)
+    assert rows[0]["best_peer"] == "slow and right fwd+bwd" and rows[0]["x_best_peer"] == 0.5
+    bars = "\n".join(report.cuda_bars(rows, 1024))
+    assert "met: policy_loss / fastest right peer (slow and right fwd+bwd) = 0.50" in bars
+    assert "NO FIGURE: lm_head_logprobs fwd / one bare GEMM" in bars
+    assert "met: policy_loss fwd+bwd / three bare GEMMs = 1.05, bar <= 1.1" in bars
+
+
+def test_bars_that_are_not_met_and_rows_without_a_time() -> None:
+    rows = [
+        gpu_row("policy_loss fwd+bwd", 50.0, extra_mib=2000.0, **right(4e-3)),
+        {"name": "policy_loss fwd+bwd, live 0.25", "dtype": "bfloat16", "failed": "out of memory"},
+    ]
+    report.add_best_peer(rows)
+    bars = report.cuda_bars(rows, 1024)
+    assert sum(line.startswith("NOT MET") for line in bars) == 4, bars
+    assert "NO FIGURE: policy_loss live 0.25 / live 1" in bars
+    assert not any(line.strip().startswith("met") for line in bars)
+
+
+# ---- regression.py -----------------------------------------------------------------------------
+
+
+def write(path: Path, *rows: dict[str, Any]) -> str:
+    where = {"date": "2026-01-01T00:00:00", "gpu": "H", "tokens": 8, "width": 4, "vocab": 9}
+    path.write_text("".join(json.dumps(where | row) + "\n" for row in rows))
+    return str(path)
+
+
+def compared(tmp_path: Path, fresh: list[dict], *options: str) -> int:
+    old = [gpu_row("policy_loss fwd+bwd", 40.0), gpu_row("lm_head_logprobs fwd", 13.0, 1)]
+    old.append(gpu_row("a peer fwd+bwd", 60.0, peer=True))
+    older = [gpu_row("policy_loss fwd+bwd", 1.0, date="2025-01-01T00:00:00")]
+    baseline = write(tmp_path / "old.jsonl", *older, *old)
+    return regression.main(
+        [write(tmp_path / "new.jsonl", *fresh), "--baseline", baseline, *options]
+    )
+
+
+def test_regression_is_by_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forward = gpu_row("lm_head_logprobs fwd", 13.0, 1)
+    good = [gpu_row("policy_loss fwd+bwd", 41.9), forward]
+    assert compared(tmp_path, good) == 0
+    assert compared(tmp_path, [good[0] | {"ms": 9e9}, forward]) == 0, "a slower card, same ratio"
+    assert compared(tmp_path, good, "--tolerance", "0.02") == 1
+    assert compared(tmp_path, [gpu_row("policy_loss fwd+bwd", 42.1), forward]) == 1
+    assert "WORSE" in capsys.readouterr().out
+    assert compared(tmp_path, [good[0], gpu_row("lm_head_logprobs fwd", 14.0, 1)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("fresh", "status"),
+    [
+        ([], 2),
+        ([gpu_row("a peer fwd+bwd", 1.0, peer=True)], 2),
+        ([gpu_row("policy_loss fwd+bwd", 40.0)], 1),
+        ([gpu_row("policy_loss fwd+bwd", 40.0), gpu_row("lm_head_logprobs fwd", 0.0, 1)], 1),
+        ([gpu_row("policy_loss fwd+bwd", float("nan")), gpu_row("lm_head_logprobs fwd", 1, 1)], 1),
+        ([{"name": "policy_loss fwd+bwd", "dtype": "bfloat16", "failed": "out of memory"}], 2),
+        ([gpu_row("policy_loss fwd+bwd", 40.0, gpu="another card")], 2),
+        ([gpu_row("policy_loss fwd+bwd", 40.0, tokens=16)], 2),
+        ([gpu_row("policy_loss fwd+bwd", 40.0, dtype="float16")], 2),
+    ],
+    ids=["empty", "peers", "one lost", "zero", "nan", "failed", "card", "shape", "dtype"],
+)
+def test_regression_does_not_pass_on_what_it_cannot_compare(
+    fresh: list[dict], status: int, tmp_path: Path
+) -> None:
+    assert compared(tmp_path, fresh) == status
+
+
+def test_regression_without_a_baseline_or_with_a_broken_file(tmp_path: Path) -> None:
+    fresh = write(tmp_path / "new.jsonl", gpu_row("policy_loss fwd+bwd", 40.0))
+    assert regression.main([fresh, "--baseline", str(tmp_path / "none.jsonl")]) == 2
+    (tmp_path / "broken.jsonl").write_text("{")
+    assert regression.main([fresh, "--baseline", str(tmp_path / "broken.jsonl")]) == 2
+    peers = write(tmp_path / "peers.jsonl", gpu_row("a peer fwd+bwd", 1.0, peer=True))
+    assert regression.main([fresh, "--baseline", peers]) == 2
+
+
+# ---- gpu-check ---------------------------------------------------------------------------------
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def conducted(tmp_path: Path, *stages: conduct.Stage, minutes: float = 1.0) -> dict[str, Any]:
+    verdicts = conduct.conduct(list(stages), tmp_path / "out", minutes, tmp_path, {})
+    assert [v.stage for v in verdicts] == [s.name for s in stages]
+    return {v.stage: v for v in verdicts}
+
+
+def test_a_failed_stage_stops_only_what_needs_it(tmp_path: Path) -> None:
+    def good(job: conduct.Job) -> str:
+        return job.check(python("print('fine')")).strip()
+
+    def bad(job: conduct.Job) -> None:
+        job.check(python("print('why it broke'); raise SystemExit(3)"))
+
+    def cannot(job: conduct.Job) -> None:
+        raise conduct.NotRun("the tool is not installed")
+
+    def broken(job: conduct.Job) -> None:
+        raise KeyError("oops")
+
+    def absent(job: conduct.Job) -> None:
+        job.check(["no-such-program-anywhere"])
+
+    stages = [conduct.Stage(f.__name__, 30, f) for f in (bad, good, cannot, broken, absent)]
+    found = conducted(tmp_path, *stages)
+    assert [v.verdict for v in found.values()] == ["FAILED", "ok", "not run", "FAILED", "FAILED"]
+    assert found["good"].why == "fine"
+    assert "exit status 3" in found["bad"].why and "KeyError" in found["broken"].why
+    assert "why it broke" in Path(found["bad"].log).read_text()
+    assert found["cannot"].why == "because the tool is not installed"
+    assert [conduct.failed(v) for v in found.values()] == [True, False, False, True, True]
+
+    found = conducted(tmp_path, conduct.Stage("build", 30, bad, needed=True), stages[1])
+    assert found["good"].why == "because build failed" and conduct.failed(found["good"])
+
+
+def test_a_stage_over_its_time_is_killed_with_its_children(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    late = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {late!r}])"
+
+    def slow(job: conduct.Job) -> None:
+        job.check(python(parent))
+
+    def unlucky(job: conduct.Job) -> str:
+        return "ran"
+
+    began = time.monotonic()
+    found = conducted(tmp_path, conduct.Stage("slow", 1.5, slow), conduct.Stage("next", 5, unlucky))
+    assert time.monotonic() - began < 3.5
+    assert found["slow"].verdict == "FAILED" and "over its" in found["slow"].why
+    assert found["next"].verdict == "ok"
+    time.sleep(max(0, began + 5 - time.monotonic()))
+    assert not mark.exists(), "the grandchild lived on"
+    found = conducted(tmp_path, conduct.Stage("next", 5, unlucky), minutes=0)
+    assert found["next"].why == "because no time was left" and conduct.failed(found["next"])
+
+
+def test_the_plan_can_be_read_without_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "bench/gpu_check.py", "--dry_run", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "--bench", "--rounds", "3"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in ("build_ext --inplace", "BUPO_TEST_DEVICE=cuda", "memcheck", "racecheck"):
+        assert part in done.stdout, part
+    assert "bench_lm_head.py --device cuda" in done.stdout and "--rounds 3" in done.stdout
+    assert "--clock-control none" in done.stdout
+    assert done.stdout.count("planned") == 2 * 5
+    assert not (tmp_path / "out" / "summary.jsonl").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: gpu-check can say more")
+def test_without_a_gpu_nothing_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--out", str(tmp_path), "--stages", "build", "bench"]) == 1
+    shown = capsys.readouterr().out
+    assert "no torch that sees a GPU" in shown and "because build failed" in shown
+    rows = [json.loads(x) for x in (tmp_path / "summary.jsonl").read_text().splitlines()]
+    assert [row["verdict"] for row in rows] == ["FAILED", "not run"]
+    assert all(row["date"] and row["commit"] and row["torch"] for row in rows)
+
+
+def test_wheels_are_named_and_installed_apart(tmp_path: Path) -> None:
+    text = "\n".join(wheels.download_commands())
+    assert "--python-version 3.12" in text and "manylinux_2_28_x86_64" in text
+    for name in ("pybind11", "hypothesis", "liger-kernel==0.8.5", "trl==1.16.0", "verl==0.9.1"):
+        assert name in text, name
+    with pytest.raises(conduct.Failed, match="no wheel in it"):
+        wheels.install_command(tmp_path, tmp_path / "site")
+    (tmp_path / "x-1-py3-none-any.whl").touch()
+    command = wheels.install_command(tmp_path, tmp_path / "site")
+    assert {"--no-index", "--no-deps", str(tmp_path / "site")} <= set(command)
+    assert command[-1] == str(tmp_path / "x-1-py3-none-any.whl")
