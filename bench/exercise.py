@@ -16,7 +16,9 @@ import bupo.ops as ops
 
 # N, D, V: rows, widths and vocabularies on both sides of the tiles of 128, 256 and 64.
 SMALL = [(1, 8, 7), (7, 100, 1), (130, 64, 513), (257, 72, 1031), (129, 264, 4099)]
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Under a sanitizer every call counts: the other dtypes at the middle shapes only.
+DTYPES = dict.fromkeys(SMALL, (torch.bfloat16,))
+DTYPES |= dict.fromkeys(SMALL[2:4], (torch.bfloat16, torch.float16, torch.float32))
 
 
 def inputs(
@@ -73,10 +75,12 @@ def calls(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Itera
 
 
 def small(device: str) -> None:
-    for workspace in (1 << 18, 1 << 30):
+    for workspace, shapes in ((1 << 18, SMALL), (1 << 30, SMALL[3:4])):
         ops.set_workspace_bytes(workspace)
-        for shape in SMALL:
-            for dtype in DTYPES if device == "cuda" else (torch.bfloat16, torch.float32):
+        for shape in shapes:
+            for dtype in DTYPES[shape]:
+                if device == "cpu" and dtype == torch.float16:
+                    continue
                 for value in calls(shape, dtype, device):
                     assert value.isfinite(), (workspace, shape, dtype, value)
     if device == "cuda":  # a target out of range gives nan, and reads nothing that is not there

@@ -169,8 +169,8 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     out, site = args.out, args.out.resolve() / "site"
     every = [
         Stage("build", 240, functools.partial(build, wheels=args.wheels, site=site), needed=True),
-        Stage("test", 200, test),
-        Stage("sanitize", 100, functools.partial(sanitize, out=out)),
+        Stage("test", 240, test, reserve=250),
+        Stage("sanitize", 120, functools.partial(sanitize, out=out), reserve=200),
         Stage("bench", 3600, functools.partial(bench, out=out, arguments=args.bench), reserve=45),
         Stage("profile", 90, profile),
     ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -32,16 +33,24 @@ def hollow(package: str) -> None:
     """Makes `import package.module` work without running the __init__ of the packages on the way:
     those of trl and verl import all of the trainer, and with it ray, datasets and more, which have
     nothing to do with the kernel."""
-    parts = package.split(".")
-    spec = importlib.util.find_spec(parts[0])
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"No module named '{parts[0]}'")
-    folder = spec.submodule_search_locations[0]
-    for depth in range(1, len(parts) + 1):
-        name = ".".join(parts[:depth])
-        module = types.ModuleType(name)
-        module.__path__ = ["/".join([folder, *parts[1:depth]])]
-        sys.modules.setdefault(name, module)
+    name, *inner = package.split(".")
+    if name not in sys.modules:
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named '{name}'")
+        _hollow(name, list(spec.submodule_search_locations or []))
+    for part in inner:
+        folders = [f"{folder}/{part}" for folder in sys.modules[name].__path__]
+        name = f"{name}.{part}"
+        if name not in sys.modules:
+            _hollow(name, folders)
+
+
+def _hollow(name: str, folders: list[str]) -> None:
+    module = types.ModuleType(name)
+    module.__path__ = folders
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    sys.modules[name] = module
 
 
 # ---- torch -------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The benchmark's own arithmetic, its comparison of runs, and the conductor of gpu-check."""
 
+import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from typing import Any
 
 import conduct
 import gpu_check
+import measure
 import peers
 import pytest
 import regression
@@ -16,6 +19,7 @@ import report
 import torch
 import wheels
 from batch import Batch
+from implementations import Implementation
 from truth import Truth, policy_slope, relative_error
 
 import bupo.ops as ops
@@ -76,6 +80,54 @@ def test_a_peer_is_there_or_missing_with_a_reason(monkeypatch: pytest.MonkeyPatc
     if "verl FusedLinearForPPO" in missing:
         assert "verl" in missing["verl FusedLinearForPPO"]
         assert "package verl==0.9.1" in missing["verl FusedLinearForPPO"]
+
+
+def test_a_kernel_is_imported_past_the_init_of_its_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "heavy_trainer" / "inner"
+    inner.mkdir(parents=True)
+    for folder in (inner, inner.parent):
+        (folder / "__init__.py").write_text("raise ImportError('ray is not installed')")
+    (inner / "kernel.py").write_text("answer = 42")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for _ in range(2):  # the second of two peers in one package finds it hollow
+        peers.hollow("heavy_trainer.inner")
+        assert importlib.import_module("heavy_trainer.inner.kernel").answer == 42
+        assert importlib.util.find_spec("heavy_trainer") is not None
+    with pytest.raises(ModuleNotFoundError, match="no_such_trainer"):
+        peers.hollow("no_such_trainer.inner")
+
+
+def test_a_slow_peer_is_timed_less_often() -> None:
+    batch = Batch.make(4, 8, 9, torch.float32)
+
+    def implementation(name: str, seconds: float, peer: bool) -> Implementation:
+        def run(_: Batch) -> dict:
+            time.sleep(seconds)
+            return {}
+
+        return Implementation(name, run, 3, peer=peer)
+
+    given = [("floor", 0.001, False), ("slow peer", 0.02, True), ("ours", 0.02, False)]
+    cases = [measure.Case(implementation(*x), torch.float32, [batch]) for x in given]
+    measure.time_rounds(cases, 6)
+    assert [len(case.milliseconds) for case in cases] == [6, measure.ENOUGH, 6]
+
+
+def test_a_case_that_breaks_does_not_stop_the_others() -> None:
+    batch = Batch.make(4, 8, 9, torch.float32)
+
+    def broken(_: Batch) -> dict:
+        raise RuntimeError("out of memory\nwith details")
+
+    cases = [
+        measure.Case(Implementation(name, run, 3), torch.float32, [batch])
+        for name, run in (("broken", broken), ("good", lambda _: {}))
+    ]
+    measure.time_rounds(cases, 2)
+    assert cases[0].failed == "RuntimeError: out of memory" and not cases[0].milliseconds
+    assert not cases[1].failed and len(cases[1].milliseconds) == 2
 
 
 # ---- bars --------------------------------------------------------------------------------------
