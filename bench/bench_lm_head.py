@@ -30,7 +30,8 @@ from implementations import (
     sweep,
 )
 from measure import MIB, Case, environment, errors_of, memory_of, reason, release, time_rounds
-from report import Row, add_best_peer, cuda_bars, print_cpu_bars, print_table, row_of
+from report import cuda_bars, print_cpu_bars, print_table, row_of
+from rows import Row, add_best_peer
 from truth import Truth
 
 import bupo.ops as ops

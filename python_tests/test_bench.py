@@ -16,6 +16,8 @@ import peers
 import pytest
 import regression
 import report
+import rows as rows_module
+import tables
 import torch
 import wheels
 from batch import Batch
@@ -150,7 +152,7 @@ def test_a_peer_counts_only_with_a_right_gradient() -> None:
         gpu_row("fast without gradient fwd+bwd", 22.0, peer=True),
         gpu_row("slow and right fwd+bwd", 84.0, peer=True, **right()),
     ]
-    report.add_best_peer(rows)
+    rows_module.add_best_peer(rows)
     assert rows[0]["best_peer"] == "slow and right fwd+bwd" and rows[0]["x_best_peer"] == 0.5
     bars = "\n".join(report.cuda_bars(rows, 1024))
     assert "met: policy_loss / fastest right peer (slow and right fwd+bwd) = 0.50" in bars
@@ -163,11 +165,29 @@ def test_bars_that_are_not_met_and_rows_without_a_time() -> None:
         gpu_row("policy_loss fwd+bwd", 50.0, extra_mib=2000.0, **right(4e-3)),
         {"name": "policy_loss fwd+bwd, live 0.25", "dtype": "bfloat16", "failed": "out of memory"},
     ]
-    report.add_best_peer(rows)
+    rows_module.add_best_peer(rows)
     bars = report.cuda_bars(rows, 1024)
     assert sum(line.startswith("NOT MET") for line in bars) == 4, bars
     assert "NO FIGURE: policy_loss live 0.25 / live 1" in bars
     assert not any(line.strip().startswith("met") for line in bars)
+
+
+def test_the_table_of_a_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    more = {"gpu": "H", "driver": "1", "torch": "2", "commit": "abc", "peak_mib": 5.0}
+    write(
+        tmp_path / "cuda.jsonl",
+        gpu_row("policy_loss fwd+bwd", 42.0, x_best_peer=0.5, **more, **right()),
+        gpu_row("wrong fwd+bwd", 20.0, **more | {"peer": True}, **right(0.3)),
+        {"name": "eager fwd+bwd", "peer": True, "failed": "out of memory"},
+        {"name": "cce", "peer": True, "missing": "No module named 'cut_cross_entropy'"},
+        gpu_row("policy_loss fwd+bwd", 168.0, tokens=32, **more),
+    )
+    lines = tables.cuda_table().splitlines()
+    assert lines[2] == "| policy_loss fwd+bwd | 42.0 | 3.23 | 1.05 | 0.50 | 5 | 2.0e-03 |"
+    assert lines[3] == "| wrong fwd+bwd | wrong gradient, error 3.0e-01 | | | | | |"
+    assert "out of memory" in lines[4] and "cut_cross_entropy" in lines[5]
+    assert lines[-1].startswith("N=8, D=4, V=9, H, driver 1") and len(lines) == 8
 
 
 # ---- regression.py -----------------------------------------------------------------------------
