@@ -78,6 +78,8 @@ def time_rounds(cases: list[Case], rounds: int, warm_up: int = 1) -> None:
                 continue
             try:
                 elapsed = milliseconds_of(case, turn)
+                if turn == 0 and case.device.type == "cuda":
+                    print(f"  {case.name}: first call {elapsed / 1e3:.1f} s", flush=True)
                 if turn >= warm_up:
                     case.milliseconds.append(elapsed)
             except Exception as error:  # out of memory, or a peer that cannot do this shape
