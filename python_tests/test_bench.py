@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_a_small_run_on_the_cpu(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    command = [sys.executable, "bench/bench_lm_head.py", "--json", str(file), "--rounds", "2"]
+    command = [sys.executable, "bench/bench_lm_head.py", "--json", str(file), "--rounds", "1"]
     size = ["--tokens", "96", "--width", "24", "--vocab", "301"]
     done = subprocess.run([*command, *size], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

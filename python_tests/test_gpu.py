@@ -39,10 +39,12 @@ def workspace(request: pytest.FixtureRequest) -> Iterator[int]:
     ops.set_workspace_bytes(before)
 
 
-def other_numbers(call: Sample) -> dict[str, Tensor]:
-    """Other values for every float tensor, of the same sizes."""
+def other_numbers(call: Sample, turn: int) -> dict[str, Tensor]:
+    """Other values for every tensor: tokens in another order, and the head's dimensions, so that
+    log-probs stay near the old ones and float16 holds the gradients."""
     named = {k: x for k, x in call.arguments.items() if isinstance(x, Tensor)}
-    return {k: x.flip(0) for k, x in named.items() if x.is_floating_point()}
+    moved = {k: x if k == "weight" else x.roll(7 + turn, 0) for k, x in named.items()}
+    return moved | {k: moved[k].roll(1, 1) for k in ("hidden", "weight")}
 
 
 # ---- CUDA graphs -------------------------------------------------------------------------------
@@ -77,8 +79,8 @@ def test_a_captured_call_can_be_replayed_on_other_numbers(
         return {k: x for k, x in named.items() if isinstance(x, Tensor)}
 
     graph, captured = capture(step)
-    for numbers in (other_numbers(call), other_numbers(call)):
-        for name, x in numbers.items():
+    for turn in range(2):
+        for name, x in other_numbers(call, turn).items():
             call.arguments[name].copy_(x)
         for x in captured.values():
             x.fill_(float("nan"))  # what the replay does not write shows
@@ -270,8 +272,11 @@ def test_a_target_out_of_range_gives_nan_and_spares_other_rows(
         torch.cuda.synchronize()  # an illegal access would be reported here
         others = torch.arange(SIZE[0], device="cuda") != 7
         assert bad["logprobs"][7].isnan(), op
-        for name in ("logprobs", "entropy", "d hidden"):
+        for name in ("logprobs", "entropy"):
             assert torch.equal(bad[name][others], good[name][others]), (op, name)
+        # A row more or less in the gradient products may choose another kernel of the library.
+        change = relative(bad["d hidden"][others], good["d hidden"][others])
+        assert change <= CLOSE[dtype], (op, change)
 
 
 @each_op
