@@ -111,7 +111,7 @@ def sanitize(job: Job) -> str:
         if status != 99 and not job.dry_run:
             raise NotRun(
                 f"compute-sanitizer --tool {tool} does not report a planted error here: exit "
-                f"status {status}, {' '.join(output.split())[-200:]}"
+                f"status {status}, {' '.join(output.split())[-200:]}; no error by: {done or '-'}"
             )
         # Without torch's pool each tensor is an allocation, and its end is an end.
         job.check([*command, *exercise], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
