@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rows import gradient_is_right
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md",)
 RESULTS = ROOT / "bench" / "results"
@@ -42,7 +44,40 @@ def cpu_table() -> str:
     return "\n".join([*lines, "", f"{where}."])
 
 
-TABLES = {"cpu": cpu_table}
+def cuda_table() -> str:
+    """The same on a GPU, at the first shape of the protocol; peers whose gradient is wrong, and
+    what could not be timed, with the reason in place of figures."""
+    rows = newest("cuda")
+    shape = tuple(rows[0][k] for k in ("tokens", "width", "vocab"))
+    rows = [r for r in rows if tuple(r[k] for k in ("tokens", "width", "vocab")) == shape]
+    run = rows[0]
+    lines = [
+        "| | ms | x one bare GEMM | x three | x best peer | peak MiB | rel. error dW |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+
+    def figure(row: dict[str, Any], key: str, form: str) -> str:
+        return "" if row.get(key) is None else f"{row[key]:{form}}"
+
+    for row in rows:
+        why = row.get("missing") or row.get("failed")
+        if not why and row.get("peer") and row["products"] == 3 and not gradient_is_right(row):
+            why = f"wrong gradient, error {figure(row, 'error_d_weight', '.1e')}"
+        if why:
+            lines.append(f"| {row['name']} | {why} | | | | | |")
+            continue
+        cells = [figure(row, "ms", ".1f")]
+        cells += [figure(row, k, ".2f") for k in ("x_one_gemm", "x_three_gemms", "x_best_peer")]
+        cells += [figure(row, "peak_mib", ".0f"), figure(row, "error_d_weight", ".1e")]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    where = (
+        f"N={shape[0]}, D={shape[1]}, V={shape[2]}, {run['gpu']}, driver {run['driver']}, torch "
+        f"{run['torch']}, commit {run['commit']}, {run['date'][:10]}; medians of one run"
+    )
+    return "\n".join([*lines, "", f"{where}."])
+
+
+TABLES = {"cpu": cpu_table, "cuda": cuda_table}
 
 
 def filled(text: str) -> str:

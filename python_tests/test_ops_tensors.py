@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from on_device import DEVICE
 from sample_inputs import (
     DTYPES,
     OPS,
@@ -147,7 +148,7 @@ def test_int32_targets(op: str, dtype: torch.dtype) -> None:
 def test_autocast_equals_explicit_casts(op: str, dtype: torch.dtype) -> None:
     call = small(op, dtype)
     leaves = call.leaves()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         result = call.call(**leaves)
     objective(result).backward()
     expected = evaluate(ops, call.to(torch.bfloat16)).results
@@ -160,7 +161,7 @@ def test_autocast_equals_explicit_casts(op: str, dtype: torch.dtype) -> None:
 @each_op
 def test_autocast_leaves_float64_alone(op: str) -> None:
     call = small(op, torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(call.call().logprobs, call.call().logprobs)
         inside = call.call()
     assert inside.logprobs.dtype == torch.float64
@@ -566,7 +567,11 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         {"hidden": torch.ones(2, 24).double()},
     ),
     "integer hidden": (TypeError, "hidden", {"hidden": torch.ones(2, 24).long()}),
-    "another device": (ValueError, "weight.*cpu.*meta", {"weight": torch.ones(150, 24).to("meta")}),
+    "another device": (
+        ValueError,
+        f"weight.*{DEVICE}.*meta",
+        {"weight": torch.ones(150, 24).to("meta")},
+    ),
 }
 WRONG_POLICY: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "one advantage": (ValueError, r"advantages.*\[2\].*\[1\]", {"advantages": torch.ones(1)}),
@@ -653,7 +658,10 @@ def test_operators_refuse_tensors_that_do_not_fit(op: str) -> None:
 @each_op
 def test_autocast_to_float16_is_refused(op: str) -> None:
     call = small(op)
-    with torch.autocast("cpu", torch.float16), pytest.raises(TypeError, match=r"bfloat16.*float16"):
+    with (
+        torch.autocast(DEVICE, torch.float16),
+        pytest.raises(TypeError, match=r"bfloat16.*float16"),
+    ):
         call.call()
 
 

@@ -29,7 +29,7 @@ def lm_head_logprobs(
     z = z if z.dtype == torch.float64 else z.float()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    scale = torch.as_tensor(temperature, dtype=z.dtype).expand(targets.shape)
+    scale = torch.as_tensor(temperature, dtype=z.dtype, device=z.device).expand(targets.shape)
     z = z / scale.where(keep, 1)[..., None]
     logsumexp = z.logsumexp(-1)
     logp = z - logsumexp[..., None]

@@ -1,0 +1,181 @@
+"""Runs stages one after another: a time cap and a log file for each, live output, a summary last.
+
+Knows nothing of what the stages do; gpu_check.py says that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TextIO
+
+Command = list[str]
+
+
+class NotRun(Exception):
+    """A stage cannot say anything on this machine; the message says why."""
+
+
+class Failed(Exception):
+    """A stage found something wrong; the message says what."""
+
+
+@dataclasses.dataclass
+class Job:
+    """What a stage gets: its log, its deadline, and a way to run commands."""
+
+    name: str
+    log: TextIO
+    deadline: float
+    """of time.monotonic()"""
+    environment: Mapping[str, str]
+    folder: Path
+    """where commands run"""
+    dry_run: bool = False
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(f"[{self.name}] {text}", flush=True)
+        self.log.write(text + "\n")
+
+    def run(
+        self, command: Command, *, seconds: float = float("inf"), **environment: str
+    ) -> tuple[int, str]:
+        """Exit status and output. A command over its time is killed with all its children, and
+        the stage fails: what it printed until then is in the log."""
+        self.say("$ " + shlex.join([*(f"{k}={v}" for k, v in environment.items()), *command]))
+        if self.dry_run:
+            return 0, ""
+        seconds = min(seconds, self.left())
+        lines: list[str] = []
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={**self.environment, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # a group of its own, to kill it whole
+            )
+        except OSError as error:
+            raise Failed(f"{command[0]}: {error.strerror}") from None
+
+        def copy() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line)
+                self.log.write(line)
+                self.log.flush()
+                print(f"[{self.name}] {line}", end="", flush=True)
+
+        reader = threading.Thread(target=copy, daemon=True)
+        reader.start()
+        try:
+            status = process.wait(max(seconds, 0))
+        except subprocess.TimeoutExpired:
+            raise Failed(f"over its {max(seconds, 0):.0f} s: {shlex.join(command)}") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            reader.join(5)
+        return status, "".join(lines)
+
+    def check(self, command: Command, **options: str) -> str:
+        """Fails the stage if the command fails."""
+        status, output = self.run(command, **options)
+        if status:
+            raise Failed(f"exit status {status}: {shlex.join(command)}")
+        return output
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    name: str
+    seconds: float
+    """its cap"""
+    run: Callable[[Job], str | None]
+    """returns a remark for the summary; raises Failed or NotRun"""
+    needed: bool = False
+    """whether later stages make no sense if it fails"""
+    reserve: float = 0.0
+    """seconds that it leaves for the stages after it"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    stage: str
+    verdict: str
+    """ok, FAILED, not run; planned in a dry run"""
+    seconds: float
+    why: str
+    log: str
+
+
+def conduct(
+    stages: list[Stage],
+    out: Path,
+    minutes: float,
+    folder: Path,
+    environment: Mapping[str, str],
+    dry_run: bool = False,
+) -> list[Verdict]:
+    """All stages within `minutes` together; one that fails does not stop the others, unless they
+    need it."""
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * minutes
+    verdicts: list[Verdict] = []
+    broken = ""
+    for stage in stages:
+        began = time.monotonic()
+        cap = min(stage.seconds, max(end - began - stage.reserve, 0))
+        path = out / f"{stage.name}.log"
+        with path.open("w") as log:
+            job = Job(stage.name, log, began + cap, environment, folder, dry_run)
+            job.say(f"at most {cap:.0f} s, log {path}")
+            try:
+                if broken:
+                    raise NotRun(f"{broken} failed")
+                if cap < 1:
+                    raise NotRun("no time was left")
+                verdict, why = "ok", stage.run(job) or ""
+                if dry_run:
+                    verdict, why = "planned", ""
+            except NotRun as error:
+                verdict, why = "not run", f"because {error}"
+            except Failed as error:
+                verdict, why = "FAILED", str(error)
+            except Exception as error:  # a stage that breaks is a failed stage, not a lost summary
+                verdict, why = "FAILED", f"{type(error).__name__}: {error}"
+            if verdict == "FAILED" and stage.needed:
+                broken = stage.name
+        seconds = time.monotonic() - began
+        verdicts.append(Verdict(stage.name, verdict, seconds, why, str(path)))
+        print(f"[{stage.name}] {verdict}, {seconds:.0f} s {why}", flush=True)
+    return verdicts
+
+
+def failed(verdict: Verdict) -> bool:
+    """Also a stage that came too late, or after one that it needs: it has not shown anything."""
+    if verdict.verdict == "not run":
+        return verdict.why.endswith((" failed", "no time was left"))
+    return verdict.verdict == "FAILED"
+
+
+def print_summary(verdicts: list[Verdict], file: TextIO = sys.stdout) -> None:
+    print("\n| stage    | verdict | seconds | log, remarks |", file=file)
+    print("| -------- | ------- | ------: | ------------ |", file=file)
+    for v in verdicts:
+        print(f"| {v.stage:8} | {v.verdict:7} | {v.seconds:7.0f} | {v.log} {v.why} |", file=file)

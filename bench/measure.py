@@ -1,0 +1,204 @@
+"""Times, peak memory and errors of implementations, on the CPU or a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import gc
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from batch import Batch
+from implementations import Implementation
+from truth import Truth, policy_slope, relative_error
+
+import bupo.ops as ops
+
+MIB = 2**20
+SLOW, ENOUGH = 4, 3
+"""A peer that takes SLOW times the floor, the first case, is timed ENOUGH times and no more."""
+
+
+@dataclasses.dataclass
+class Case:
+    """One implementation on the input sets of one shape, and what was measured."""
+
+    implementation: Implementation
+    dtype: torch.dtype
+    batches: list[Batch]
+    """used in turn: together they are larger than the GPU's L2 cache"""
+    milliseconds: list[float] = dataclasses.field(default_factory=list)
+    failed: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.implementation.name
+
+    @property
+    def device(self) -> torch.device:
+        return self.batches[0].hidden.device
+
+    def batch(self, turn: int) -> Batch:
+        return self.batches[turn % len(self.batches)]
+
+    def quantile(self, q: float) -> float:
+        return float(torch.tensor(self.milliseconds).quantile(q))
+
+
+def milliseconds_of(case: Case, turn: int) -> float:
+    """One call, by CUDA events or by the clock."""
+    batch = case.batch(turn)
+    batch.clear_gradients()
+    if case.device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        case.implementation.run(batch)
+        end.record()
+        end.synchronize()
+        elapsed = start.elapsed_time(end)
+    else:
+        began = time.perf_counter()
+        case.implementation.run(batch)
+        elapsed = 1e3 * (time.perf_counter() - began)
+    batch.clear_gradients()
+    return elapsed
+
+
+def time_rounds(cases: list[Case], rounds: int, warm_up: int = 1) -> None:
+    """All cases once a round, so that a slow moment of the machine falls on all of them."""
+    for turn in range(warm_up + rounds):
+        for case in cases:
+            if case.failed or _slow_peer(case, cases[0]):
+                continue
+            try:
+                elapsed = milliseconds_of(case, turn)
+                if turn == 0 and case.device.type == "cuda":
+                    print(f"  {case.name}: first call {elapsed / 1e3:.1f} s", flush=True)
+                if turn >= warm_up:
+                    case.milliseconds.append(elapsed)
+            except Exception as error:  # out of memory, or a peer that cannot do this shape
+                case.failed = reason(error)
+            if case.failed:
+                release(case)
+
+
+def _slow_peer(case: Case, floor: Case) -> bool:
+    known = len(case.milliseconds) >= ENOUGH and case.implementation.peer
+    return known and case.milliseconds[-1] > SLOW * floor.milliseconds[-1]
+
+
+def reason(error: Exception) -> str:
+    text = str(error).splitlines()
+    return f"{type(error).__name__}: {text[0][:160] if text else ''}"
+
+
+def release(case: Case) -> None:
+    """Gives back what a failed call left. Not within `except`: the error holds its tensors."""
+    for batch in case.batches:
+        batch.clear_gradients()
+    if case.device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # raises again where the GPU itself is lost, and that ends the run
+
+
+def memory_of(case: Case) -> dict[str, float]:
+    """peak_mib: the highest during one call less that before it, gradients included; extra_mib:
+    without the gradients it leaves (GPU only, where allocations can be counted)."""
+
+    def resident(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+    batch = case.batch(0)
+    batch.clear_gradients()
+    gc.collect()
+    if case.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        case.implementation.run(batch)
+        peak = (torch.cuda.max_memory_allocated() - before) / MIB
+        left = [g for g in (batch.hidden.grad, batch.weight.grad) if g is not None]
+        found = {"peak_mib": peak, "extra_mib": peak - sum(g.nbytes for g in left) / MIB}
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+        before = resident("VmRSS")
+        case.implementation.run(batch)
+        found = {"peak_mib": resident("VmHWM") - before}
+    batch.clear_gradients()
+    return found
+
+
+def errors_of(case: Case, batch: Batch, truth: Truth) -> dict[str, float]:
+    """Against float64: largest error of log p and entropy, relative errors of dX and dW."""
+    implementation = case.implementation
+    if implementation.live != 1:
+        batch = batch.live(implementation.live)
+    batch.clear_gradients()
+    got = implementation.run(batch)
+    found = {}
+    for name, exact in (("logprobs", truth.logprobs), ("entropy", truth.entropy)):
+        if name in got:
+            found[f"error_{name}"] = float((got[name].double() - exact).abs().max())
+    if batch.hidden.grad is not None and batch.weight.grad is not None:
+        slope = policy_slope(batch, truth.logprobs)
+        if implementation.loss == "cross entropy":
+            slope = torch.full_like(slope, -1 / len(slope))
+        d_hidden, d_weight = truth.gradients(batch, slope)
+        found["error_d_hidden"] = relative_error(batch.hidden.grad[truth.rows], d_hidden)
+        found["error_d_weight"] = relative_error(batch.weight.grad[truth.entries], d_weight)
+    batch.clear_gradients()
+    return found
+
+
+# ---- where a figure comes from -----------------------------------------------------------------
+
+
+def _output_of(*command: str) -> str:
+    here = Path(__file__).parent
+    try:
+        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def commit() -> str:
+    """$BUPO_COMMIT where the tree came without its history."""
+    found = _output_of("git", "rev-parse", "--short", "HEAD")
+    if not found:
+        return os.environ.get("BUPO_COMMIT", "unknown")
+    return found + ("+changes" if _output_of("git", "status", "--porcelain") else "")
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    run = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "torch": torch.__version__,
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        return run | {
+            "gpu": properties.name,
+            "gpu_mib": properties.total_memory // MIB,
+            "capability": f"{properties.major}.{properties.minor}",
+            "driver": driver.splitlines()[0] if driver else "unknown",
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+            "build": {k: v for k, v in ops.build_info().items() if k != "cpu_products"},
+        }
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return run | {
+        "cpu": models[0] if models else platform.processor(),
+        "products": ops.build_info()["cpu_products"],
+        "threads": threads,
+    }

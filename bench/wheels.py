@@ -1,0 +1,52 @@
+"""What a machine without a network lacks for gpu_check.py: how to get it, and how to use it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from conduct import Command, Failed
+
+# By what they are for; versions of the peers are those that peers.py was written for.
+WHEELS = {
+    "the build": ["pybind11", "setuptools>=77", "cmake>=3.25", "ninja", "nvidia-cutlass==4.2.0.0"],
+    "the tests": [
+        *("pytest", "pytest-timeout", "pluggy", "iniconfig", "packaging", "pygments"),
+        *("hypothesis", "sortedcontainers"),
+    ],
+    "peers (all optional; the kernels alone, without what their trainers need)": [
+        *("liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "trl==1.16.0", "verl==0.9.1"),
+    ],
+    "liger's Hopper kernels (optional, 100 MB)": [
+        *("nvidia-cutlass-dsl==4.8.1", "nvidia-cutlass-dsl-libs-base==4.8.1"),
+        *("nvidia-cutlass-dsl-libs-cu13==4.8.1", "apache-tvm-ffi"),
+    ],
+}
+# pip takes a wheel for exactly the platforms that are named.
+PLATFORMS = (
+    "manylinux_2_28",
+    "manylinux_2_27",
+    "manylinux_2_24",
+    "manylinux_2_17",
+    "manylinux2014",
+)
+
+
+def download_commands() -> list[str]:
+    """For Python 3.12 on x86-64; what the machine has already can be left out."""
+    platforms = " ".join(f"--platform {name}_x86_64" for name in PLATFORMS)
+    fixed = f"--no-deps --only-binary=:all: --python-version 3.12 --implementation cp {platforms}"
+    lines = []
+    for purpose, names in WHEELS.items():
+        quoted = " ".join(f"'{name}'" if ">" in name else name for name in names)
+        lines += [f"# {purpose}", f"python3 -m pip download {fixed} -d wheels {quoted}"]
+    return lines
+
+
+def install_command(wheels: Path, site: Path) -> Command:
+    """Into a private folder: nothing that is installed changes."""
+    found = sorted(str(path.resolve()) for path in wheels.glob("*.whl"))
+    if not found:
+        raise Failed(f"--wheels {wheels}: no wheel in it; --list-wheels says how to get them")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+    return [*pip, "--upgrade", "--target", str(site), *found]
