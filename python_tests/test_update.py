@@ -23,9 +23,10 @@ from bupo.config import (
     OptimizerConfig,
     RolloutConfig,
 )
+from bupo.rl.objective import importance_weights, token_weights
 from bupo.rl.schedule import Schedule
 from bupo.rl.types import Policy, Rollout
-from bupo.rl.update import Trainer, importance_weights, token_weights
+from bupo.rl.update import Trainer
 
 FINAL = Policy(None)
 POLICIES = [Policy(1), Policy(2), Policy(2, True), Policy(DEPTH), Policy(DEPTH, True), FINAL]

@@ -19,14 +19,16 @@ from torch import Tensor
 from bupo.config import Config
 from bupo.rl import checkpoint, evaluation
 from bupo.rl.advantages import estimate
+from bupo.rl.forward import TokenStats
 from bupo.rl.metrics import Progress, Recorder, Stopwatch, read_rows
+from bupo.rl.objective import importance_weights
 from bupo.rl.prompts import PromptOrder
 from bupo.rl.report import write_report
 from bupo.rl.rewards import Reward
 from bupo.rl.rollouts import RolloutEngine
 from bupo.rl.schedule import Schedule
 from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
-from bupo.rl.update import TokenStats, Trainer, importance_weights
+from bupo.rl.update import Trainer
 from bupo.rl.weight_sync import WeightSync, check
 
 PROBE_ROLLOUTS = 32
