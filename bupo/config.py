@@ -133,7 +133,7 @@ class RewardConfig:
 @dataclass
 class BupoConfig:
     layer: int = 6
-    """The internal policy pi^l that phase 1 trains, counted from 1 (algorithm=bupo)."""
+    """The internal policy pi^l, counted from 1 (algorithm=bupo: that of phase 1; internal)."""
     steps: int = 30
     """Steps of phase 1, s_inter of the paper; then the final policy is trained."""
     final_norm: bool = False
@@ -142,6 +142,39 @@ class BupoConfig:
     def __post_init__(self) -> None:
         _require(self.layer >= 1, f"bupo.layer counts from 1, got {self.layer}")
         _require(self.steps >= 0, f"bupo.steps must be at least 0, got {self.steps}")
+
+
+@dataclass
+class PhaseConfig:
+    layer: int | None = None
+    """The internal policy that the phase trains, counted from 1; null: the final policy."""
+    steps: int | None = None
+    """Steps of the phase; null, in the last phase: all that remain."""
+    boundary: int | None = None
+    """A layer that parts the model: 1..boundary and the embeddings are below, the others and the
+    final norm above; the head is neither (a tied head is the embedding)."""
+    lr_below: float = 1.0
+    """Factor of the learning rate below the boundary; 0 freezes."""
+    lr_above: float = 1.0
+    """Factor of the learning rate above the boundary; 0 freezes."""
+
+    def __post_init__(self) -> None:
+        for key in ("layer", "steps", "boundary"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"phases[].{key} must be at least 1, got {value}")
+        rates = (self.lr_below, self.lr_above)
+        _require(
+            all(0 <= rate < math.inf for rate in rates), "phases[].lr_* must be at least 0, finite"
+        )
+        _require(
+            self.boundary is not None or rates == (1, 1),
+            "phases[].lr_below and .lr_above need phases[].boundary",
+        )
+        _require(any(rates), "phases[].lr_below and .lr_above are both 0: nothing would be trained")
+        _require(
+            self.layer is None or self.lr_below > 0 or self.layer > (self.boundary or 0),
+            f"phases[]: lr_below=0 freezes all layers of the policy of layer {self.layer}",
+        )
 
 
 @dataclass
@@ -238,7 +271,11 @@ class Config:
     name: str = "run"
     """Used in the name of the run directory and the report."""
     algorithm: str = "bupo"
-    """bupo: the internal policy first, then the final policy. grpo: the final policy only."""
+    """bupo: the internal policy first, then the final policy. grpo: the final policy only.
+    internal: the internal policy only. custom: the given `phases`."""
+    phases: list[PhaseConfig] = field(default_factory=list)
+    """For algorithm=custom, e.g. from the bottom up: [{layer: 2, steps: 10}, {layer: 4, steps: 10},
+    {}]; only layers up to 6, under the final objective: [{boundary: 6, lr_above: 0}]."""
     advantage: str = "grpo"
     """grpo, dr_grpo, rloo, reinforce_pp or reinforce_pp_baseline (bupo/rl/advantages.py)."""
     steps: int = 300
@@ -264,7 +301,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        _one_of("algorithm", self.algorithm, ("bupo", "grpo"))
+        _one_of("algorithm", self.algorithm, ("bupo", "grpo", "internal", "custom"))
         _one_of("advantage", self.advantage, ADVANTAGES)
         _one_of("resume", self.resume, ("never", "auto"))
         _require(self.steps > 0, f"steps must be positive, got {self.steps}")
@@ -286,11 +323,19 @@ class Config:
             self.algorithm != "bupo" or self.bupo.steps < self.steps,
             f"bupo.steps ({self.bupo.steps}) must be less than steps ({self.steps})",
         )
-
-    @property
-    def internal_steps(self) -> int:
-        """Steps that train the internal policy."""
-        return self.bupo.steps if self.algorithm == "bupo" else 0
+        _require(
+            bool(self.phases) == (self.algorithm == "custom"),
+            "phases and algorithm=custom need one another",
+        )
+        lengths = [phase.steps for phase in self.phases]
+        _require(
+            all(lengths[:-1]), "phases: only the last may leave out steps, which is all that remain"
+        )
+        total, rest = sum(filter(None, lengths)), bool(lengths) and lengths[-1] is None
+        _require(
+            not lengths or (total < self.steps if rest else total == self.steps),
+            f"phases have {total} steps{' before the last' if rest else ''}, steps={self.steps}",
+        )
 
 
 def all_keys(node: type = Config, prefix: str = "") -> list[str]:
@@ -324,8 +369,10 @@ def load(file: Path | None, overrides: list[str]) -> Config:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]))
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        name = str(error.full_key)
-        near = difflib.get_close_matches(name, all_keys(), n=1, cutoff=0.5)
+        of_phase = error.object_type is PhaseConfig
+        name = "phases[]." * of_phase + str(error.full_key)
+        known = all_keys(PhaseConfig, "phases[].") if of_phase else all_keys()
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"unknown key {name}{hint}") from None
     except OmegaConfBaseException as error:
@@ -399,4 +446,6 @@ def describe(node: type = Config, prefix: str = "") -> list[tuple[str, str, str]
         else:
             shown = "null" if default is None else str(default)
             rows.append((prefix + f.name, shown, texts.get(f.name, "")))
+        if f.name == "phases":
+            rows += describe(PhaseConfig, "phases[].")
     return rows

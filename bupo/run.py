@@ -86,13 +86,10 @@ def make_plan(config: Config) -> Plan:
     sources = find_sources(config)
 
     from bupo.rl.prompts import PromptOrder, load_prompts  # slow, so after the cheap checks
+    from bupo.rl.schedule import Schedule
 
     tokenizer, layers = read_model(config, sources.model)
-    if config.algorithm == "bupo" and config.bupo.layer > layers:
-        raise ConfigError(
-            f"bupo.layer={config.bupo.layer} is out of range: {sources.model} has layers "
-            f"1..{layers}"
-        )
+    Schedule(config).check(layers, sources.model)
     prompts, dropped = load_prompts(sources.train, tokenizer, config.data, config.data.limit)
     PromptOrder(prompts, config.rollout.prompts, config.seed)
     eval_prompts, eval_dropped = (
@@ -139,17 +136,13 @@ def _resume_point(config: Config, out: Path) -> Path | None:
 
 def print_plan(plan: Plan) -> None:
     """What --dry_run shows, and every run begins with."""
+    from bupo.rl.schedule import Schedule
+
     config, size = plan.config, plan.config.rollout
     responses = size.prompts * size.samples
-    phases = (
-        f"steps 1-{config.internal_steps} train layer {config.bupo.layer} of {plan.layers}, "
-        f"then the final policy to step {config.steps}"
-        if config.internal_steps
-        else f"the final policy for {config.steps} steps"
-    )
     print(
         f"{config.name}: {config.algorithm} on {plan.sources.model}\n"
-        f"  phases   {phases}\n"
+        f"  phases   {Schedule(config).describe(plan.layers)}\n"
         f"  step     {size.prompts} prompts x {size.samples} responses = {responses}, "
         f"{config.optimizer.updates_per_step} updates of "
         f"{responses // config.optimizer.updates_per_step} responses\n"
@@ -168,6 +161,7 @@ def execute(plan: Plan) -> int | None:
     from bupo.rl import checkpoint
     from bupo.rl.loop import Run
     from bupo.rl.rewards import make_reward
+    from bupo.rl.schedule import Schedule
     from bupo.rl.update import Trainer
 
     config, tokenizer = plan.config, plan.tokenizer
@@ -180,7 +174,7 @@ def execute(plan: Plan) -> int | None:
             module.p = 0.0
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    check_internal_policy(model, config.bupo.layer if config.internal_steps else plan.layers)
+    check_internal_policy(model, Schedule(config).layers() or plan.layers)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = Trainer(model, config, pad)
     start = 0

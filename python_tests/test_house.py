@@ -18,7 +18,7 @@ STAGES = {
     "weight_sync",
 }
 
-TOOLS = {"forward", "math_worker", "objective"}
+TOOLS = {"forward", "math_worker", "objective", "optimizer"}
 """What stages are made with; they know no stage"""
 
 

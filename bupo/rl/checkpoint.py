@@ -62,17 +62,19 @@ def load_step(checkpoint: Path) -> int:
 
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores the moments of every parameter that had any. Layers above l have none in phase 1:
-    AdamW makes them at their first gradient, as it would have in the uninterrupted run."""
+    """Restores the moments of every parameter. Raises ValueError if some are missing or left over:
+    a checkpoint holds all of them in every phase."""
     flat = load_file(checkpoint / OPTIMIZER)
-    for name, parameter in model.named_parameters():
-        keys = [key for key in flat if key.rpartition("/")[0] == name]
-        for key in keys:
-            field, value = key.rpartition("/")[2], flat.pop(key)
-            value = value if field == "step" else value.to(parameter.device)
-            optimizer.state[parameter][field] = value
-    if flat:
-        raise ValueError(f"{checkpoint}: optimizer state of unknown parameters: {sorted(flat)}")
+    expected = {
+        f"{name}/{field}": (parameter, field)
+        for name, parameter in model.named_parameters()
+        for field in optimizer.state[parameter]
+    }
+    if wrong := sorted(expected.keys() ^ flat.keys()):
+        raise ValueError(f"{checkpoint}: optimizer state is missing or of no parameter: {wrong}")
+    for key, (parameter, field) in expected.items():
+        value = flat[key]
+        optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)
 
 
 def _flat_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

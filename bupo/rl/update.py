@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from bupo import ops
 from bupo.config import Config
+from bupo.policy import parameter_layers
 from bupo.rl.forward import Forward, MicroBatch, TokenStats
 from bupo.rl.objective import token_weights
+from bupo.rl.optimizer import AdamW, learning_rate
 from bupo.rl.types import Policy, Rollout
 
 
@@ -24,13 +26,8 @@ class Trainer:
         self.forward = Forward(model, config, pad)
         self.changed: set[str] = set()
         """Names of the parameters that the last update has moved"""
-        settings = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=settings.lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-        )
+        parameters, places = dict(model.named_parameters()), parameter_layers(model)
+        self.optimizer = AdamW(parameters, places, config.optimizer, config.optimizer.lr)
 
     def token_stats(
         self, rollouts: Sequence[Rollout], policy: Policy, temperature: float | None = None
@@ -53,9 +50,8 @@ class Trainer:
         of the final policy. An update whose loss or gradient is not finite
         is skipped and counted.
         """
-        lr = self._learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = learning_rate(self._config, step, self._config.optimizer.lr)
+        self.optimizer.set_rates(lr, policy.rates.factor)
         groups = sorted({r.group for r in rollouts})
         parts = min(self._config.optimizer.updates_per_step, len(groups))
         sums: dict[str, float] = {}
@@ -103,15 +99,6 @@ class Trainer:
             "policy/skipped_updates": parts - len(losses),
             "policy/lr": lr,
         }
-
-    def _learning_rate(self, step: int) -> float:
-        """Of step 1, 2, ...; a function of the step alone, so a resumed run has the same."""
-        settings, steps = self._config.optimizer, self._config.steps
-        if step <= settings.warmup_steps:
-            return settings.lr * step / settings.warmup_steps
-        if settings.schedule == "constant":
-            return settings.lr
-        return settings.lr * (steps - step + 1) / (steps - settings.warmup_steps)
 
     def _backward(
         self,
