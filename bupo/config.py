@@ -19,6 +19,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline")
+TOKENWISE = ("reinforce_pp",)
+"""Advantages that are made of token rewards, and need no group to compare with"""
 AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum", "seq_sum_longest")
 
 
@@ -180,7 +182,8 @@ class PhaseConfig:
 @dataclass
 class LossConfig:
     type: str = "ppo"
-    """ppo (clipped ratio) or cispo."""
+    """ppo (clipped ratio of each token), cispo, or gspo: one ratio a response, the geometric mean
+    of its tokens', with clips of about 3e-4."""
     clip_low: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     clip_high: float = 0.2
@@ -193,12 +196,19 @@ class LossConfig:
     Dr.GRPO)."""
     entropy_coef: float = 0.0
     """Bonus on the entropy of the policy being optimised."""
+    kl_coef: float = 0.0
+    """Weight of the KL divergence to the starting policy: the final one, or pi^l of phase 1."""
+    kl_estimator: str = "k3"
+    """k1, k2, k3: a term of the loss (only k2 has the gradient of KL(pi || reference)). k1_reward:
+    k1 is taken from the reward of each token (advantage=reinforce_pp)."""
     tis_cap: float | None = None
     """Truncated importance sampling: each token's loss times min(pi / pi_engine, cap), e.g. 2; null
     for none. For engines whose log-probs differ from the trainer's."""
 
     def __post_init__(self) -> None:
-        _one_of("loss.type", self.type, ("ppo", "cispo"))
+        _one_of("loss.type", self.type, ("ppo", "cispo", "gspo"))
+        _one_of("loss.kl_estimator", self.kl_estimator, ("k1", "k2", "k3", "k1_reward"))
+        _require(self.kl_coef >= 0, "loss.kl_coef must be at least 0")
         _one_of("loss.aggregation", self.aggregation, AGGREGATIONS)
         _require(self.tis_cap is None or self.tis_cap > 0, "loss.tis_cap must be > 0 or null")
         _require(self.clip_low >= 0 and self.clip_high >= 0, "loss.clip_* must be at least 0")
@@ -310,9 +320,13 @@ class Config:
             "resume=auto needs out=DIR, the run directory to continue",
         )
         _require(
-            self.rollout.samples >= 2 or self.advantage == "reinforce_pp",
+            self.rollout.samples >= 2 or self.advantage in TOKENWISE,
             f"rollout.samples must be at least 2 for {self.advantage}'s group advantages, got "
             f"{self.rollout.samples}",
+        )
+        _require(
+            self.loss.kl_estimator != "k1_reward" or self.advantage in TOKENWISE,
+            f"loss.kl_estimator=k1_reward needs advantage={' or '.join(TOKENWISE)}",
         )
         _require(
             self.rollout.prompts % self.optimizer.updates_per_step == 0,

@@ -153,10 +153,39 @@ def print_plan(plan: Plan) -> None:
     )
 
 
-def execute(plan: Plan) -> int | None:
-    """Loads the model and trains; returns the stopping signal, if any."""
+def _model_to_train(config: Config, source: str) -> Any:
+    """In training mode, without dropout: rollout and training must be the same policy."""
     import torch
 
+    model = load_model(config, source).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _reference(plan: Plan, pad: int) -> Any:
+    """A frozen copy of the policy that the run began with, read again where that came from: no
+    checkpoint holds it. Raises ConfigError if other weights lie there now."""
+    from bupo.rl import checkpoint
+    from bupo.rl.forward import Forward
+
+    model = load_model(plan.config, plan.sources.model).eval().requires_grad_(False)
+    found, file = checkpoint.fingerprint(model), plan.out / "reference.sha256"
+    if plan.resume_from is None:
+        file.write_text(found + "\n", encoding="utf-8")
+    elif not file.is_file() or file.read_text(encoding="utf-8").strip() != found:
+        raise ConfigError(
+            f"loss.kl_coef: {plan.sources.model} does not hold the weights that the run began with "
+            f"({file} says which)"
+        )
+    return Forward(model, plan.config, pad)
+
+
+def execute(plan: Plan) -> int | None:
+    """Loads the model and trains; returns the stopping signal, if any."""
     from bupo.policy import check_internal_policy
     from bupo.rl import checkpoint
     from bupo.rl.loop import Run
@@ -167,13 +196,7 @@ def execute(plan: Plan) -> int | None:
     config, tokenizer = plan.config, plan.tokenizer
     build_task(config, plan.sources)
     source = str(plan.resume_from or plan.sources.model)
-    model = load_model(config, source)
-    model.train()
-    for module in model.modules():  # rollout and training must be the same policy
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = _model_to_train(config, source)
     check_internal_policy(model, Schedule(config).layers() or plan.layers)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = Trainer(model, config, pad)
@@ -187,10 +210,11 @@ def execute(plan: Plan) -> int | None:
         plan.out.mkdir(parents=True, exist_ok=True)
         (plan.out / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
         prompts = [*plan.train_prompts, *plan.eval_prompts]
+        reference = _reference(plan, pad) if config.loss.kl_coef else None
         engine = make_engine(config, source, model, tokenizer, prompts)
         run = Run(
             config, plan.out, model, tokenizer, plan.train_prompts, plan.eval_prompts,
-            engine, reward, trainer, start,
+            engine, reward, trainer, reference, start,
         )  # fmt: skip
         return run.train()
     finally:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 from sample_inputs import EMULATED
 
 
@@ -15,6 +16,15 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         if EMULATED and "hidden of float64 is not supported on this device" in str(error):
             pytest.skip("float64")
         raise
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On tensors as small as most tests have, more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", autouse=True)

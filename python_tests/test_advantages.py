@@ -159,3 +159,34 @@ def test_whitening_is_over_tokens_not_responses():
         0, abs=1e-5
     )
     assert float(rollouts[1].advantages[0]) == pytest.approx(-3.0, rel=1e-5)
+
+
+def test_token_costs_are_taken_from_the_reward_to_go():
+    """REINFORCE++: sum over s >= t of (1[s last] r - beta k1_s), then whitened."""
+    rng = random.Random(3)
+    rollouts = [rewarded(n % 3, rng.gauss(0, 1), tokens=rng.randint(1, 5)) for n in range(6)]
+    costs = [torch.tensor([rng.gauss(0, 0.5) for _ in r.token_ids]) for r in rollouts]
+    estimate(rollouts, "reinforce_pp", costs)
+    to_go = []
+    for rollout, cost in zip(rollouts, costs):
+        last = len(rollout.token_ids) - 1
+        to_go.append([
+            sum((s == last) * rollout.reward - float(cost[s]) for s in range(t, last + 1))
+            for t in range(last + 1)
+        ])  # fmt: skip
+    tokens = [x for response in to_go for x in response]
+    mean = sum(tokens) / len(tokens)
+    std = math.sqrt(sum((x - mean) ** 2 for x in tokens) / len(tokens))
+    for rollout, expected in zip(rollouts, to_go):
+        came = rollout.advantages.tolist()
+        assert came == pytest.approx([(x - mean) / (std + 1e-8) for x in expected], rel=1e-5)
+
+
+def test_equal_rewards_with_costs_are_a_signal():
+    rollouts = [rewarded(0, 1.0, tokens=2) for _ in range(3)]
+    assert estimate(rollouts, "reinforce_pp", [torch.tensor([0.0, 0.1])] * 3) == 1.0
+    assert all(r.advantages.tolist() == pytest.approx([0, 0], abs=1e-4) for r in rollouts)
+    costs = [torch.tensor([0.0, 0.1 * n]) for n in range(3)]
+    estimate(rollouts, "reinforce_pp", costs)
+    values = [r.advantages.tolist() for r in rollouts]
+    assert values[0][0] > 0.5 > values[1][0] > values[2][0] and values[2][0] < -0.5

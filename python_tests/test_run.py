@@ -80,6 +80,9 @@ BAD = {
         ["algorithm=custom", "phases=[{layer: 1, boundary: 1, lr_below: 0}]"],
         "lr_below=0 freezes all layers of the policy of layer 1",
     ),
+    "kl in the reward": (
+        ["loss.kl_estimator=k1_reward"], "loss.kl_estimator=k1_reward needs advantage=reinforce_pp"
+    ),
     "missing file": (["data.chat_template=no.jinja"], "data file not found: no.jinja"),
     "prompt too long": (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5 (longest 6)"),
     "task": (["task=bupo.tasks.nothing"], "task=bupo.tasks.nothing cannot be imported"),

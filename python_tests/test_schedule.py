@@ -16,6 +16,8 @@ from bupo.rl import checkpoint
 from bupo.rl.schedule import Schedule
 from bupo.rl.types import Policy, Rates
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def custom(*phases, steps=10, **settings):
     return Schedule(Config(algorithm="custom", phases=list(phases), steps=steps, **settings))

@@ -28,6 +28,7 @@ from bupo.rl.schedule import Schedule
 from bupo.rl.types import Policy, Rollout
 from bupo.rl.update import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FINAL = Policy(None)
 POLICIES = [Policy(1), Policy(2), Policy(2, True), Policy(DEPTH), Policy(DEPTH, True), FINAL]
 NO_CHANGE = 1e-30

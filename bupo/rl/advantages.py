@@ -38,32 +38,33 @@ def _rloo(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean()) * n / (n - 1)  # r_i - mean of the others
 
 
-def _as_they_are(rewards: Tensor) -> Tensor:
-    return rewards
-
-
-ESTIMATORS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+ESTIMATORS: dict[str, tuple[Callable[[Tensor], Tensor] | None, bool]] = {
     "grpo": (_grpo, False),
     "dr_grpo": (_centred, False),
     "rloo": (_rloo, False),
-    "reinforce_pp": (_as_they_are, True),
+    "reinforce_pp": (None, True),
     "reinforce_pp_baseline": (_centred, True),
 }
-"""Name to what it makes of a group's rewards, and whether that is whitened over all tokens."""
+"""Name to what it makes of a group's rewards (None: token by token, without a group), and whether
+that is whitened over all tokens."""
 
 
-def estimate(rollouts: Sequence[Rollout], name: str) -> float:
-    """Sets rollout.advantages, one value for every token of a response::
+def estimate(
+    rollouts: Sequence[Rollout], name: str, costs: Sequence[Tensor] | None = None
+) -> float:
+    """Sets rollout.advantages, a value for every token of a response::
 
         grpo                   (r_i - mean_G) / (std_G + 1e-6), std unbiased        2402.03300
         dr_grpo                r_i - mean_G                                         2503.20783
         rloo                   r_i - mean of the other G - 1                        2402.14740
-        reinforce_pp           r_i, whitened over all tokens of the step            2501.03262
+        reinforce_pp           sum over s >= t of (1[s last] r_i - cost_s),         2501.03262
+                               whitened over all tokens of the step
         reinforce_pp_baseline  r_i - mean_G, whitened over all tokens of the step   2501.03262
 
-    Whitening subtracts the mean over tokens and divides by their standard deviation. A group whose
-    rewards differ by no more than TOLERANCE gets exactly 0 from the first three: the std of equal
-    floats is rounding noise. Returns the share of such groups.
+    costs: of each token, beta (log pi - log pi_ref) in REINFORCE++. Whitening subtracts the mean
+    over tokens and divides by their standard deviation. A group whose rewards differ by no more
+    than TOLERANCE gets exactly 0 from those that compare within it: the std of equal floats is
+    rounding noise. Returns the share of such groups.
     """
     of_group, whiten = ESTIMATORS[name]
     groups = by_group(rollouts)
@@ -71,13 +72,26 @@ def estimate(rollouts: Sequence[Rollout], name: str) -> float:
     for group in groups:
         rewards = torch.tensor([r.reward for r in group], dtype=torch.float64)
         flat += _flat(rewards)
-        baseline = of_group is not _as_they_are
-        values = torch.zeros_like(rewards) if baseline and _flat(rewards) else of_group(rewards)
-        for rollout, value in zip(group, values):
-            rollout.advantages = torch.full((len(rollout.token_ids),), float(value))
+        if of_group is not None:
+            values = torch.zeros_like(rewards) if _flat(rewards) else of_group(rewards)
+            for rollout, value in zip(group, values):
+                rollout.advantages = torch.full((len(rollout.token_ids),), float(value))
+    if of_group is None:
+        for rollout, rewards in zip(rollouts, _token_rewards(rollouts, costs)):
+            rollout.advantages = rewards.flip(0).cumsum(0).flip(0)  # what is still to come
     if whiten:
         _whiten(rollouts)
     return flat / max(len(groups), 1)
+
+
+def _token_rewards(rollouts: Sequence[Rollout], costs: Sequence[Tensor] | None) -> list[Tensor]:
+    """1[t last] r - cost_t of each token."""
+    result = []
+    for n, rollout in enumerate(rollouts):
+        rewards = torch.zeros(len(rollout.token_ids), dtype=torch.float64)
+        rewards[-1:] = rollout.reward
+        result.append(rewards if costs is None else rewards - costs[n].double())
+    return result
 
 
 def _whiten(rollouts: Sequence[Rollout]) -> None:

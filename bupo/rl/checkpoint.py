@@ -8,6 +8,7 @@ place and renamed, so one that exists is complete; no pickle is read or written.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -75,6 +76,16 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
     for key, (parameter, field) in expected.items():
         value = flat[key]
         optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of names and values of the parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        values = parameter.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _flat_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -19,9 +19,9 @@ from torch import Tensor
 from bupo.config import Config
 from bupo.rl import checkpoint, evaluation
 from bupo.rl.advantages import estimate
-from bupo.rl.forward import TokenStats
+from bupo.rl.forward import Forward, TokenStats
 from bupo.rl.metrics import Progress, Recorder, Stopwatch, read_rows
-from bupo.rl.objective import importance_weights
+from bupo.rl.objective import importance_weights, mean_kl
 from bupo.rl.prompts import PromptOrder
 from bupo.rl.report import write_report
 from bupo.rl.rewards import Reward
@@ -77,6 +77,8 @@ class Run:
     engine: RolloutEngine
     reward: Reward
     trainer: Trainer
+    reference: Forward | None = None
+    """The policy that the run began with, if a KL term needs it"""
     start: int = 0
     """Steps already done, by a run that this one continues"""
 
@@ -122,7 +124,6 @@ class Run:
             rollouts = self._generate(prompts, config.rollout.samples, f"{config.seed}/step/{step}")
         with watch.stage("reward"):
             report = self.reward(rollouts)
-        zero_spread = estimate(rollouts, config.advantage)
         self._check_stop()
         with watch.stage("old_logprobs"):
             old = self.trainer.token_stats(rollouts, policy)
@@ -130,6 +131,8 @@ class Run:
             mismatch = _logprob_gap(probe, final)
             if config.rollout.top_p == 1:  # else the engine's are of the nucleus
                 check(mismatch, config.rollout.max_logprob_gap, "log-probs of sampled tokens")
+            kl = self._compare_with_reference(rollouts, policy, old)
+        zero_spread = estimate(rollouts, config.advantage, self._token_costs(rollouts, old))
         self._check_stop()
         with watch.stage("update"):
             cap = config.loss.tis_cap
@@ -146,6 +149,7 @@ class Run:
             "groups/zero_spread": zero_spread,
             "policy/entropy": old.mean_entropy(),
             "final/entropy": final.mean_entropy(),
+            **kl,
             **update,
             "rollout/logprob_gap": mismatch,
             "sync/logprob_gap": mismatch if gap is None else gap,
@@ -195,6 +199,26 @@ class Run:
         every = 1 if self.config.loss.tis_cap else max(1, len(rollouts) // PROBE_ROLLOUTS)
         probe = rollouts[::every]
         return probe, self.trainer.token_stats(probe, Policy(None))
+
+    def _compare_with_reference(
+        self, rollouts: Sequence[Rollout], policy: Policy, old: TokenStats
+    ) -> dict[str, float]:
+        """Sets ref_logprobs, by the reference's policy of the same layer: so a KL term of phase 1
+        has no gradient above it."""
+        if self.reference is None:
+            return {}
+        stats = self.reference.token_stats(rollouts, policy)
+        for rollout, logprobs in zip(rollouts, stats.logprobs):
+            rollout.ref_logprobs = logprobs
+        return {"policy/kl": mean_kl(old.logprobs, rollouts)}
+
+    def _token_costs(self, rollouts: Sequence[Rollout], old: TokenStats) -> list[Tensor] | None:
+        """beta (log pi - log pi_ref), if that is part of the reward."""
+        settings = self.config.loss
+        if settings.kl_coef == 0 or settings.kl_estimator != "k1_reward":
+            return None
+        pairs = [(x, r.ref_logprobs) for x, r in zip(old.logprobs, rollouts)]
+        return [settings.kl_coef * (x - ref) for x, ref in pairs if ref is not None]
 
     def _final_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         return self.trainer.token_stats(rollouts, Policy(None), temperature=1.0).logprobs

@@ -1,4 +1,5 @@
-"""What an update minimises: the weight of each token, and the correction for the engine."""
+"""What an update minimises: the weight of each token, the correction for the engine, and the loss
+that needs whole responses."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bupo.ops import LogProbs
 from bupo.rl.types import Rollout
 
 
@@ -37,3 +39,74 @@ def importance_weights(
     never samples from another, and with pi^l the weight would be the whole distance of pi^l."""
     pairs = zip(final_logprobs, rollouts)
     return [(x - torch.tensor(r.logprobs)).exp().clamp(max=cap) for x, r in pairs]
+
+
+def mean_kl(logprobs: Sequence[Tensor], rollouts: Sequence[Rollout]) -> float:
+    """k3, the estimate of KL(policy || reference) that is never negative, over all tokens."""
+    pairs = [(x, r.ref_logprobs) for x, r in zip(logprobs, rollouts)]
+    gaps = torch.cat([ref.double() - x.double() for x, ref in pairs if ref is not None])
+    return float((torch.expm1(gaps) - gaps).mean())
+
+
+def gspo_loss(
+    out: LogProbs,
+    lengths: Sequence[int],
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    token_weights: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    ref_logprobs: Tensor | None,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    importance_weights: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Group Sequence Policy Optimization (arXiv 2507.18071, eq. 5 to 7), of whole responses::
+
+        s_i = exp(1/|o_i| sum_t (logp_t - old_t))
+        loss_t = -min(s_i A_t, clip(s_i, 1 - clip_low, 1 + clip_high) A_t)
+
+    The tokens of a response are coupled, so this is torch on the log-probs of the op, not a mode of
+    it. out, old_logprobs, advantages, ... [T], the tokens of responses of these lengths, one after
+    the other. Dual clip, KL, entropy, importance weights and metrics as in ops.policy_loss, with
+    s_i for the ratio of each token. With weights 1 / (N |o_i|), seq_mean, it is the paper's.
+    """
+    logprobs = out.logprobs
+    counts = torch.tensor(lengths, dtype=torch.long, device=logprobs.device)
+    response = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    log_ratio = logprobs - old_logprobs.to(logprobs)
+    sums = log_ratio.new_zeros(len(counts)).index_add(0, response, log_ratio)
+    mean = (sums / counts.clamp(min=1))[response]
+    moving = (advantages != 0) | mean.isnan()  # an advantage of 0 beats an infinite ratio
+    ratio = mean.where(moving, 0).exp()
+    free = -ratio * advantages
+    bounded = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss, clipped = torch.maximum(free, bounded), bounded > free
+    if dual_clip is not None:
+        limit = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
+        loss, clipped = torch.minimum(loss, limit), clipped | (loss >= limit)
+    if importance_weights is not None:
+        loss = loss * importance_weights
+    if kl_coef:
+        assert ref_logprobs is not None
+        gap = ref_logprobs.to(logprobs) - logprobs
+        loss = (
+            loss
+            + kl_coef * {"k1": -gap, "k2": gap**2 / 2, "k3": torch.expm1(gap) - gap}[kl_estimator]
+        )
+    total = (token_weights * (loss - entropy_coef * out.entropy)).sum()
+    live = (~clipped & moving) | bool(kl_coef) | bool(entropy_coef)
+    with torch.no_grad():
+        values = {
+            "clip_fraction": clipped.double(),
+            "ratio_mean": mean.exp(),
+            "approx_kl": torch.expm1(log_ratio) - log_ratio,
+            "entropy_mean": out.entropy,
+            "live_fraction": live.double(),
+        }
+        metrics = {name: x.sum() / max(len(x), 1) for name, x in values.items()}
+        metrics["ratio_max"] = mean.exp().amax() if len(mean) else mean.sum()
+    return total, metrics

@@ -39,6 +39,8 @@ class Rollout:
     """stop or length"""
     text: str
     reward: float = 0.0
+    ref_logprobs: Tensor | None = None
+    """Of the reference under the policy that the step trains, for the KL term"""
     advantages: Tensor | None = None
     """Per token"""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from bupo import ops
 from bupo.config import Config
 from bupo.policy import parameter_layers
 from bupo.rl.forward import Forward, MicroBatch, TokenStats
-from bupo.rl.objective import token_weights
+from bupo.rl.objective import gspo_loss, token_weights
 from bupo.rl.optimizer import AdamW, learning_rate
 from bupo.rl.types import Policy, Rollout
 
@@ -47,8 +48,8 @@ class Trainer:
 
         old_logprobs are those of the same policy: the ratio of J_IPA (arXiv 2512.19673) is
         pi^l / pi^l_old, and an update ratio only. importance: a factor of each token's ratio loss,
-        of the final policy. An update whose loss or gradient is not finite
-        is skipped and counted.
+        of the final policy. A KL term in the loss takes rollout.ref_logprobs. An update whose loss
+        or gradient is not finite is skipped and counted.
         """
         lr = learning_rate(self._config, step, self._config.optimizer.lr)
         self.optimizer.set_rates(lr, policy.rates.factor)
@@ -109,33 +110,41 @@ class Trainer:
         policy: Policy,
         importance: Sequence[Tensor] | None,
     ) -> tuple[float, dict[str, float]]:
-        def gather(tensors: list[Tensor]) -> Tensor:
-            return torch.cat(tensors).to(self.forward.device)
+        def gather(tensors: Sequence[Tensor | None]) -> Tensor:
+            present = [x for x in tensors if x is not None]
+            assert len(present) == len(batch.members)
+            return torch.cat(present).to(self.forward.device)
 
-        members = [rollouts[i] for i in batch.members]
-        assert all(r.advantages is not None for r in members)
-        settings = self._config.loss
-        hidden, head = self.forward.hidden(batch, policy)
-        result = ops.policy_loss(
-            hidden,
-            head.pop("weight"),
-            batch.targets,
-            gather([old_logprobs[i] for i in batch.members]),
-            gather([r.advantages for r in members if r.advantages is not None]),
-            gather(
-                [torch.full((len(rollouts[i].token_ids),), weight_of[i]) for i in batch.members]
-            ),
-            **head,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            dual_clip=settings.dual_clip,
-            loss_type=settings.type,
-            entropy_coef=settings.entropy_coef,
-            importance_weights=(
+        settings, members = self._config.loss, [rollouts[i] for i in batch.members]
+        lengths = [len(r.token_ids) for r in members]
+        in_loss = settings.kl_coef if settings.kl_estimator != "k1_reward" else 0.0
+        old = gather([old_logprobs[i] for i in batch.members])
+        advantages = gather([r.advantages for r in members])
+        weights = gather([torch.full((n,), weight_of[i]) for i, n in zip(batch.members, lengths)])
+        options: dict[str, Any] = {
+            "clip_low": settings.clip_low,
+            "clip_high": settings.clip_high,
+            "dual_clip": settings.dual_clip,
+            "ref_logprobs": gather([r.ref_logprobs for r in members]) if in_loss else None,
+            "kl_coef": in_loss,
+            "kl_estimator": settings.kl_estimator if in_loss else "k3",
+            "entropy_coef": settings.entropy_coef,
+            "importance_weights": (
                 None if importance is None else gather([importance[i] for i in batch.members])
             ),
-        )
-        loss = float(result.loss.detach())
-        if math.isfinite(loss):
-            result.loss.backward()
-        return loss, {name: float(value) for name, value in result.metrics.items()}
+        }
+        hidden, head = self.forward.hidden(batch, policy)
+        weight = head.pop("weight")
+        if settings.type == "gspo":
+            out = ops.lm_head_logprobs(hidden, weight, batch.targets, **head)
+            loss, metrics = gspo_loss(out, lengths, old, advantages, weights, **options)
+        else:
+            options |= head | {"loss_type": settings.type}
+            result = ops.policy_loss(
+                hidden, weight, batch.targets, old, advantages, weights, **options
+            )
+            loss, metrics = result.loss, result.metrics
+        value = float(loss.detach())
+        if math.isfinite(value):
+            loss.backward()
+        return value, {name: float(x) for name, x in metrics.items()}

@@ -1,0 +1,99 @@
+"""Every algorithm in the real program, in both phases: what it logs, what it moves, resuming it."""
+
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_samples import assert_same_run, rows, run
+from safetensors.torch import load_file, save_file
+
+from bupo.rl import checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHORT = ["steps=3", "bupo.steps=1", "eval.every=0", "eval.samples=1", "eval.pass_k=[1]"]
+SHORT += ["checkpoint.every=1", "checkpoint.keep_last=9", "optimizer.updates_per_step=2"]
+ALGORITHMS = {
+    "gspo": ["loss.type=gspo", "loss.aggregation=seq_mean", "loss.clip_high=4e-4"],
+    "gspo-k2": ["loss.type=gspo", "loss.kl_coef=0.1", "loss.kl_estimator=k2"],
+    "k1": ["loss.kl_coef=0.1", "loss.kl_estimator=k1", "loss.entropy_coef=0.01"],
+    "cispo-k3": ["loss.type=cispo", "loss.kl_coef=0.1"],
+    "reinforce_pp-k1": [
+        "advantage=reinforce_pp", "loss.kl_coef=0.1", "loss.kl_estimator=k1_reward",
+        "rollout.samples=1", "rollout.prompts=8",
+    ],
+}  # fmt: skip
+
+
+def models(out: Path) -> list[dict[str, torch.Tensor]]:
+    """Parameters after each step, from first to last."""
+    return [load_file(folder / "model.safetensors") for folder in checkpoint.complete(out)]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithm_in_both_phases(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(out, *SHORT, *ALGORITHMS[name]) == 0
+    metrics = rows(out / "metrics.jsonl")
+    assert [m["phase"] for m in metrics] == ["internal", "final", "final"]
+    for row in metrics:
+        numbers: dict[str, Any] = {k: v for k, v in row.items() if k not in ("phase", "layer")}
+        assert all(v is not None and math.isfinite(v) for v in numbers.values()), numbers
+        assert row["policy/skipped_updates"] == 0 and numbers["policy/grad_norm"] > 0
+    first, second, third = models(out)
+    start = load_file(start_of_runs())
+    for key in first:
+        above = ".layers.1." in key or key == "model.norm.weight"
+        assert torch.equal(first[key], start[key]) == above, f"phase 1: {key}"
+        assert not torch.equal(first[key], second[key]), f"phase 2: {key}"
+        assert not torch.equal(second[key], third[key]), f"phase 2: {key}"
+
+
+def start_of_runs() -> Path:
+    """The task's model."""
+    cache = Path(os.environ["BUPO_CACHE"])
+    (file,) = cache.glob("arithmetic-2-32-4-*-4-0/model/model.safetensors")
+    return file
+
+
+KL = ["loss.kl_coef=0.5", "loss.kl_estimator=k2", "checkpoint.every=0"]
+
+
+def test_a_kl_term_is_against_the_start_also_when_resumed(tmp_path: Path) -> None:
+    """Exactly 0 at the first step: reference and policy are the same pi^l."""
+    assert run(tmp_path / "whole", *SHORT, *KL) == 0
+    kl = [float(str(m["policy/kl"])) for m in rows(tmp_path / "whole/metrics.jsonl")]
+    assert kl[0] == 0 and kl[1] > 1e-7 and kl[2] > 1e-7
+    for stop in (3, 4):  # rewards: evaluation, step 1, evaluation at the switch, step 2, 3
+        out = tmp_path / str(stop)
+        assert run(out, *SHORT, *KL, stop=stop) == 128 + signal.SIGTERM
+        assert run(out, *SHORT, *KL, "resume=auto") == 0
+        assert_same_run(tmp_path / "whole", out)
+
+
+def test_no_reference_without_a_kl_term(tmp_path: Path) -> None:
+    assert run(tmp_path / "run", *SHORT, "steps=2") == 0
+    assert not (tmp_path / "run/reference.sha256").exists()
+    assert all("policy/kl" not in m for m in rows(tmp_path / "run/metrics.jsonl"))
+
+
+def test_another_model_where_the_reference_was_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(out, *SHORT, *KL, stop=4) == 128 + signal.SIGTERM
+    file = start_of_runs()
+    before = file.read_bytes()
+    other = load_file(file)
+    other["model.norm.weight"][0] += 1e-6
+    try:
+        save_file(other, file, {"format": "pt"})
+        assert run(out, *SHORT, *KL, "resume=auto") == 2
+    finally:
+        file.write_bytes(before)
+    assert "does not hold the weights that the run began with" in capsys.readouterr().err
+    assert run(out, *SHORT, *KL, "resume=auto") == 0
