@@ -82,6 +82,9 @@ class RolloutConfig:
     """Prompts per step."""
     samples: int = 8
     """Responses per prompt, G."""
+    refills: int = 0
+    """Dynamic sampling (DAPO): so often in a step, prompts whose responses all have one reward are
+    replaced by the next ones; 0: never."""
     max_new_tokens: int = 1024
     """Longest response; a response cut there counts as truncated."""
     temperature: float = 1.0
@@ -106,6 +109,7 @@ class RolloutConfig:
         counts = ("prompts", "samples", "max_new_tokens", "batch_size", "kv_cache_gib")
         for key in (*counts, "tensor_parallel"):
             _require(getattr(self, key) > 0, f"rollout.{key} must be positive")
+        _require(self.refills >= 0, "rollout.refills must be at least 0")
         _require(self.temperature > 0, f"rollout.temperature must be > 0, got {self.temperature}")
         _require(self.max_logprob_gap > 0, "rollout.max_logprob_gap must be > 0")
         _require(
@@ -123,12 +127,16 @@ class RewardConfig:
     """Seconds for one response before its worker is killed; it then counts as reward/timeouts."""
     workers: int = 2
     """Worker processes of the math reward."""
+    overlong_buffer: int = 0
+    """DAPO's soft penalty, in training only: over the last so many tokens before
+    rollout.max_new_tokens it grows linearly from 0 to 1; 0: none."""
 
     def __post_init__(self) -> None:
         _require(
             self.function == "math" or self.function.count(":") == 1,
             f"reward.function must be math or module:function, got {self.function!r}",
         )
+        _require(self.overlong_buffer >= 0, "reward.overlong_buffer must be at least 0")
         _require(self.timeout > 0 and self.workers > 0, "reward.timeout and .workers must be > 0")
 
 
@@ -201,6 +209,11 @@ class LossConfig:
     kl_estimator: str = "k3"
     """k1, k2, k3: a term of the loss (only k2 has the gradient of KL(pi || reference)). k1_reward:
     k1 is taken from the reward of each token (advantage=reinforce_pp)."""
+    drop_truncated: bool = False
+    """Responses cut at max_new_tokens have no part in the loss and its denominators."""
+    max_sequence_gap: float | None = None
+    """Responses whose log-probs by the final policy and by the engine differ by more than this
+    (nats, mean over tokens of the absolute value) have none either; null: no limit."""
     tis_cap: float | None = None
     """Truncated importance sampling: each token's loss times min(pi / pi_engine, cap), e.g. 2; null
     for none. For engines whose log-probs differ from the trainer's."""
@@ -210,6 +223,10 @@ class LossConfig:
         _one_of("loss.kl_estimator", self.kl_estimator, ("k1", "k2", "k3", "k1_reward"))
         _require(self.kl_coef >= 0, "loss.kl_coef must be at least 0")
         _one_of("loss.aggregation", self.aggregation, AGGREGATIONS)
+        _require(
+            self.max_sequence_gap is None or self.max_sequence_gap > 0,
+            "loss.max_sequence_gap must be > 0 or null",
+        )
         _require(self.tis_cap is None or self.tis_cap > 0, "loss.tis_cap must be > 0 or null")
         _require(self.clip_low >= 0 and self.clip_high >= 0, "loss.clip_* must be at least 0")
         _require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip must be > 1 or null")
@@ -323,6 +340,15 @@ class Config:
             self.rollout.samples >= 2 or self.advantage in TOKENWISE,
             f"rollout.samples must be at least 2 for {self.advantage}'s group advantages, got "
             f"{self.rollout.samples}",
+        )
+        _require(
+            self.rollout.refills == 0 or self.rollout.samples >= 2,
+            "rollout.refills needs rollout.samples of at least 2: one reward has no spread",
+        )
+        _require(
+            self.reward.overlong_buffer <= self.rollout.max_new_tokens,
+            f"reward.overlong_buffer ({self.reward.overlong_buffer}) exceeds "
+            f"rollout.max_new_tokens ({self.rollout.max_new_tokens})",
         )
         _require(
             self.loss.kl_estimator != "k1_reward" or self.advantage in TOKENWISE,

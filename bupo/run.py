@@ -170,9 +170,9 @@ def _reference(plan: Plan, pad: int) -> Any:
     """A frozen copy of the policy that the run began with, read again where that came from: no
     checkpoint holds it. Raises ConfigError if other weights lie there now."""
     from bupo.rl import checkpoint
-    from bupo.rl.forward import Forward
+    from bupo.rl.reference import Reference
 
-    model = load_model(plan.config, plan.sources.model).eval().requires_grad_(False)
+    model = load_model(plan.config, plan.sources.model)
     found, file = checkpoint.fingerprint(model), plan.out / "reference.sha256"
     if plan.resume_from is None:
         file.write_text(found + "\n", encoding="utf-8")
@@ -181,7 +181,7 @@ def _reference(plan: Plan, pad: int) -> Any:
             f"loss.kl_coef: {plan.sources.model} does not hold the weights that the run began with "
             f"({file} says which)"
         )
-    return Forward(model, plan.config, pad)
+    return Reference(model, plan.config, pad)
 
 
 def execute(plan: Plan) -> int | None:
@@ -200,9 +200,9 @@ def execute(plan: Plan) -> int | None:
     check_internal_policy(model, Schedule(config).layers() or plan.layers)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = Trainer(model, config, pad)
-    start = 0
+    state = {"step": 0, "drawn": 0}
     if plan.resume_from is not None:
-        start = checkpoint.load_step(plan.resume_from)
+        state = checkpoint.load_state(plan.resume_from)
         checkpoint.load_optimizer(plan.resume_from, model, trainer.optimizer)
     reward = make_reward(config.reward)
     engine = None
@@ -214,7 +214,7 @@ def execute(plan: Plan) -> int | None:
         engine = make_engine(config, source, model, tokenizer, prompts)
         run = Run(
             config, plan.out, model, tokenizer, plan.train_prompts, plan.eval_prompts,
-            engine, reward, trainer, reference, start,
+            engine, reward, trainer, reference, state["step"], state["drawn"],
         )  # fmt: skip
         return run.train()
     finally:

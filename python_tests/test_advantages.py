@@ -8,7 +8,7 @@ import torch
 from rl_samples import rewarded
 
 from bupo.config import ADVANTAGES
-from bupo.rl.advantages import ESTIMATORS, TOLERANCE, by_group, estimate
+from bupo.rl.advantages import ESTIMATORS, TOLERANCE, by_group, estimate, penalise_length
 
 
 def grpo(rollouts):
@@ -190,3 +190,28 @@ def test_equal_rewards_with_costs_are_a_signal():
     estimate(rollouts, "reinforce_pp", costs)
     values = [r.advantages.tolist() for r in rollouts]
     assert values[0][0] > 0.5 > values[1][0] > values[2][0] and values[2][0] < -0.5
+
+
+def test_soft_penalty_for_length():
+    """DAPO, eq. 13, with L_max = 10 and L_cache = 4."""
+    rollouts = [rewarded(0, 1.0, tokens=n) for n in (0, 5, 6, 7, 9, 10)]
+    penalise_length(rollouts, longest=10, buffer=4)
+    assert [r.penalty for r in rollouts] == [0, 0, 0, 0.25, 0.75, 1]
+    grpo(rollouts)
+    expected = literal([1 - r.penalty for r in rollouts])
+    for rollout, value in zip(rollouts[1:], expected[1:]):
+        assert float(rollout.advantages[0]) == pytest.approx(value, rel=1e-5)
+    assert [r.reward for r in rollouts] == [1.0] * 6, "what is logged stays the reward"
+    estimate(rollouts, "reinforce_pp")
+    assert rollouts[-1].advantages[0] < rollouts[1].advantages[0]
+    penalise_length(rollouts, longest=10, buffer=0)
+    assert [r.penalty for r in rollouts] == [0] * 6
+
+
+def test_whitening_is_over_the_tokens_that_are_kept():
+    rollouts = [rewarded(0, r, tokens=2) for r in (0.0, 1.0, 50.0)]
+    rollouts[2].dropped = True
+    estimate(rollouts, "reinforce_pp")
+    assert rollouts[0].advantages.tolist() == pytest.approx([-1, -1], rel=1e-5)
+    assert rollouts[1].advantages.tolist() == pytest.approx([1, 1], rel=1e-5)
+    assert all(map(math.isfinite, rollouts[2].advantages.tolist()))

@@ -22,6 +22,11 @@ ALGORITHMS = {
     "gspo-k2": ["loss.type=gspo", "loss.kl_coef=0.1", "loss.kl_estimator=k2"],
     "k1": ["loss.kl_coef=0.1", "loss.kl_estimator=k1", "loss.entropy_coef=0.01"],
     "cispo-k3": ["loss.type=cispo", "loss.kl_coef=0.1"],
+    "dapo": [
+        "rollout.refills=2", "reward.overlong_buffer=6", "loss.clip_high=0.28",
+        "reward.function=run_samples:often_flat",
+    ],
+    "filters": ["loss.drop_truncated=true", "loss.max_sequence_gap=1", "loss.tis_cap=2"],
     "reinforce_pp-k1": [
         "advantage=reinforce_pp", "loss.kl_coef=0.1", "loss.kl_estimator=k1_reward",
         "rollout.samples=1", "rollout.prompts=8",
@@ -97,3 +102,35 @@ def test_another_model_where_the_reference_was_is_refused(
         file.write_bytes(before)
     assert "does not hold the weights that the run began with" in capsys.readouterr().err
     assert run(out, *SHORT, *KL, "resume=auto") == 0
+
+
+REFILLS = ["rollout.refills=2", "reward.function=run_samples:often_flat", "steps=4"]
+
+
+def test_dynamic_sampling_resumes_at_the_next_prompts(tmp_path: Path) -> None:
+    """Which prompts a step takes depends on how many refills there were before."""
+    settings = [*SHORT, *REFILLS, "checkpoint.every=0"]
+    assert run(tmp_path / "whole", *settings) == 0
+    metrics = rows(tmp_path / "whole/metrics.jsonl")
+    assert all(m["groups/drawn"] >= 4 for m in metrics)  # type: ignore[operator]
+    assert sum(m["groups/discarded"] > 0 for m in metrics) > 1  # type: ignore[operator]
+    asked = [
+        {row["prompt"] for row in rows(file)}
+        for file in sorted((tmp_path / "whole/rollouts").iterdir())
+    ]
+    assert all(not asked[n] & asked[n + 1] for n in range(3))
+    for stop in (4, 7):  # in different rounds of different steps
+        out = tmp_path / str(stop)
+        assert run(out, *settings, stop=stop) == 128 + signal.SIGTERM
+        assert run(out, *settings, "resume=auto") == 0
+        assert_same_run(tmp_path / "whole", out)
+
+
+def test_the_filter_of_truncated_responses_is_at_work(tmp_path: Path) -> None:
+    shares = []
+    for name, settings in (("a", ["loss.drop_truncated=true"]), ("b", [])):
+        assert run(tmp_path / name, *SHORT, "steps=2", "rollout.max_new_tokens=9", *settings) == 0
+        row = rows(tmp_path / name / "metrics.jsonl")[0]
+        shares.append((row["response/dropped"], row["response/truncated"], row["policy/loss"]))
+    assert shares[0][0] == shares[0][1] == shares[1][1] and 0 < float(str(shares[0][1])) < 1
+    assert shares[1][0] == 0 and shares[0][2] != shares[1][2]

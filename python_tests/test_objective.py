@@ -22,7 +22,7 @@ from test_update import (
 )
 
 from bupo.ops import LogProbs
-from bupo.rl.objective import gspo_loss, mean_kl
+from bupo.rl.objective import drop, gspo_loss, mean_kl
 from bupo.rl.types import Policy
 
 POLICIES = [Policy(2), FINAL]
@@ -62,7 +62,7 @@ def pessimistic(ratio, advantage, low, high, dual):
 def slow_loss(model, rollouts, old, policy, importance=None, aggregation="seq_mean", **loss):
     low, high = 1 - loss.get("clip_low", 0.2), 1 + loss.get("clip_high", 0.2)
     kind, dual = loss.get("type", "ppo"), loss.get("dual_clip")
-    kept = [n for n, r in enumerate(rollouts) if not getattr(r, "dropped", False)]
+    kept = [n for n, r in enumerate(rollouts) if not r.dropped]
     tokens = sum(len(rollouts[n].token_ids) for n in kept)
     total = torch.zeros((), dtype=torch.float64)
     for n in kept:
@@ -248,3 +248,67 @@ def test_a_kl_term_pulls_towards_the_reference():
             trainer.update(rollouts, before, FINAL, step)
         after = trainer.token_stats(rollouts, FINAL).logprobs
         assert mean_kl(after, rollouts) < 0.9 * mean_kl(before, rollouts), estimator
+
+
+# Responses that have no part
+
+
+@pytest.mark.parametrize("kind", ["ppo", "gspo"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean", "seq_sum", "seq_sum_longest"])
+def test_dropped_responses_leave_the_denominators_too(aggregation, kind):
+    model, rollouts, old = sample(FINAL)
+    for n in (0, 4, 5):
+        rollouts[n].dropped = True
+        rollouts[n].advantages = torch.full_like(rollouts[n].advantages, math.nan)
+        old[n] = torch.full_like(old[n], math.nan)
+    options = {"type": kind, "aggregation": aggregation}
+    expected, loss = slow_gradients(model, rollouts, old, FINAL, **options)
+    for micro_batch_tokens in (10**6, 1):
+        trainer = make_trainer(
+            model, loss=options, lr=NO_CHANGE, micro_batch_tokens=micro_batch_tokens
+        )
+        (came,), metrics = gradients_of(trainer, rollouts, old, FINAL, 1)
+        check_gradients(came, expected, 1e-6)
+        assert metrics["policy/loss"] == pytest.approx(loss, abs=1e-7)
+        assert all(map(math.isfinite, metrics.values()))
+
+
+def test_a_mini_batch_of_dropped_responses_moves_nothing():
+    """Nor do momentum and weight decay, which a gradient of zero would wake."""
+    model, rollouts, old = sample(FINAL)
+    trainer = make_trainer(model, weight_decay=0.1, updates_per_step=2)
+    trainer.update(rollouts, old, FINAL, 1)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for rollout in rollouts:
+        rollout.dropped = True
+    metrics = trainer.update(rollouts, old, FINAL, 2)
+    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
+    assert trainer.changed == set() and metrics["policy/skipped_updates"] == 0
+    for rollout in rollouts:
+        rollout.dropped = rollout.group % 2 == 0  # one of the two mini-batches
+    steps, _ = gradients_of(trainer, rollouts, old, FINAL, 3)
+    assert [any(g is not None for g in named.values()) for named in steps] == [False, True]
+
+
+def test_which_responses_are_dropped():
+    rollouts = random_rollouts()
+    rollouts[1].finish_reason = rollouts[7].finish_reason = "length"
+    final = []
+    for n, rollout in enumerate(rollouts):
+        count = len(rollout.token_ids)
+        rollout.logprobs = [-1.0] * count
+        signs = torch.tensor([1.0, -1.0] * count)[:count]
+        final.append(-1.0 + 0.1 * n * signs)  # the mean of the absolute value is 0.1 n
+    final[2] = final[2] * math.nan
+
+    def dropped(gap, truncated):
+        share = drop(rollouts, final, gap, truncated)
+        found = [n for n, r in enumerate(rollouts) if r.dropped]
+        assert share == len(found) / len(rollouts)
+        return found
+
+    assert dropped(None, False) == []
+    assert dropped(None, True) == [1, 7]
+    assert dropped(0.85, False) == [2, 9, 10, 11], "nan too"
+    assert dropped(0.85, True) == [1, 2, 7, 9, 10, 11]
+    assert drop([], [], 0.1, True) == 0

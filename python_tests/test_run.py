@@ -83,6 +83,13 @@ BAD = {
     "kl in the reward": (
         ["loss.kl_estimator=k1_reward"], "loss.kl_estimator=k1_reward needs advantage=reinforce_pp"
     ),
+    "refills alone": (
+        ["rollout.refills=1", "rollout.samples=1", "advantage=reinforce_pp"],
+        "rollout.refills needs rollout.samples of at least 2",
+    ),
+    "overlong buffer": (
+        ["reward.overlong_buffer=13"], "reward.overlong_buffer (13) exceeds rollout.max_new_tokens"
+    ),
     "missing file": (["data.chat_template=no.jinja"], "data file not found: no.jinja"),
     "prompt too long": (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5 (longest 6)"),
     "task": (["task=bupo.tasks.nothing"], "task=bupo.tasks.nothing cannot be imported"),

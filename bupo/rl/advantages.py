@@ -49,6 +49,14 @@ ESTIMATORS: dict[str, tuple[Callable[[Tensor], Tensor] | None, bool]] = {
 that is whitened over all tokens."""
 
 
+def penalise_length(rollouts: Sequence[Rollout], longest: int, buffer: int) -> None:
+    """Sets rollout.penalty to that of DAPO (arXiv 2503.14476, eq. 13): 0 up to longest - buffer
+    tokens, then linearly to 1 at longest."""
+    for rollout in rollouts:
+        over = len(rollout.token_ids) - (longest - buffer)
+        rollout.penalty = max(0.0, over / buffer) if buffer else 0.0
+
+
 def estimate(
     rollouts: Sequence[Rollout], name: str, costs: Sequence[Tensor] | None = None
 ) -> float:
@@ -61,16 +69,16 @@ def estimate(
                                whitened over all tokens of the step
         reinforce_pp_baseline  r_i - mean_G, whitened over all tokens of the step   2501.03262
 
-    costs: of each token, beta (log pi - log pi_ref) in REINFORCE++. Whitening subtracts the mean
-    over tokens and divides by their standard deviation. A group whose rewards differ by no more
-    than TOLERANCE gets exactly 0 from those that compare within it: the std of equal floats is
-    rounding noise. Returns the share of such groups.
+    r_i is reward - penalty; costs, of each token, are beta (log pi - log pi_ref) in REINFORCE++.
+    Whitening subtracts the mean over tokens and divides by their standard deviation. A group whose
+    rewards differ by no more than TOLERANCE gets exactly 0 from those that compare within it: the
+    std of equal floats is rounding noise. Returns the share of such groups.
     """
     of_group, whiten = ESTIMATORS[name]
     groups = by_group(rollouts)
     flat = 0
     for group in groups:
-        rewards = torch.tensor([r.reward for r in group], dtype=torch.float64)
+        rewards = torch.tensor([r.reward - r.penalty for r in group], dtype=torch.float64)
         flat += _flat(rewards)
         if of_group is not None:
             values = torch.zeros_like(rewards) if _flat(rewards) else of_group(rewards)
@@ -89,14 +97,16 @@ def _token_rewards(rollouts: Sequence[Rollout], costs: Sequence[Tensor] | None) 
     result = []
     for n, rollout in enumerate(rollouts):
         rewards = torch.zeros(len(rollout.token_ids), dtype=torch.float64)
-        rewards[-1:] = rollout.reward
+        rewards[-1:] = rollout.reward - rollout.penalty
         result.append(rewards if costs is None else rewards - costs[n].double())
     return result
 
 
 def _whiten(rollouts: Sequence[Rollout]) -> None:
+    """Over the tokens that have a part in the loss."""
     values = [r.advantages.double() for r in rollouts if r.advantages is not None]
-    tokens = torch.cat(values) if values else torch.empty(0)
+    kept = [value for rollout, value in zip(rollouts, values) if not rollout.dropped]
+    tokens = torch.cat(kept) if kept else torch.empty(0)
     if not len(tokens):
         return
     mean, std = tokens.mean(), tokens.std(correction=0)

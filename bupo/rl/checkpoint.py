@@ -2,8 +2,9 @@
 
 checkpoints/step_000010/ holds the model as save_pretrained writes it (with the tokenizer, ready
 for other programs), optimizer/state.safetensors and trainer.json. Prompt order and sampling are
-functions of (seed, step), so there is no random state to keep. A checkpoint is written beside its
-place and renamed, so one that exists is complete; no pickle is read or written.
+functions of the seed and of the numbers in trainer.json, so there is no random state to keep. A
+checkpoint is written beside its place and renamed, so one that exists is complete; no pickle is
+read or written.
 """
 
 from __future__ import annotations
@@ -32,12 +33,18 @@ def complete(run: Path) -> list[Path]:
 
 
 def save(
-    run: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, keep: int
+    run: Path,
+    state: dict[str, int],
+    model: Any,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
 ) -> Path:
-    """Writes the state after `step` steps and removes all but the newest `keep`."""
+    """Writes the state after state["step"] steps and removes all but the newest `keep`. state: the
+    numbers that trainer.json holds."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"{_PREFIX}{step:06d}"
+    final = folder / f"{_PREFIX}{state['step']:06d}"
     if (final / "trainer.json").is_file():
         return final
     partial = folder / f".{final.name}.{os.getpid()}"
@@ -48,7 +55,7 @@ def save(
     tokenizer.save_pretrained(partial)
     (partial / OPTIMIZER).parent.mkdir()
     save_file(_flat_state(model, optimizer), partial / OPTIMIZER)
-    (partial / "trainer.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+    (partial / "trainer.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
     for file in partial.rglob("*"):
         _sync(file)
     os.replace(partial, final)
@@ -58,8 +65,14 @@ def save(
     return final
 
 
+def load_state(checkpoint: Path) -> dict[str, int]:
+    """step: how many are done; drawn: see PromptStream."""
+    state: dict[str, int] = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+    return state
+
+
 def load_step(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))["step"])
+    return load_state(checkpoint)["step"]
 
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

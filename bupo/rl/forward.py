@@ -75,6 +75,18 @@ def micro_batches(
     return result
 
 
+def mini_batches(rollouts: Sequence[Rollout], parts: int) -> list[list[int]]:
+    """The indices of whole prompt groups, dealt out to so many optimiser updates (at most one a
+    group), without dropped responses."""
+    groups = sorted({r.group for r in rollouts})
+    parts = min(parts, len(groups))
+    dealt = [set(groups[part::parts]) for part in range(parts)]
+    return [
+        [i for i, r in enumerate(rollouts) if r.group in chosen and not r.dropped]
+        for chosen in dealt
+    ]
+
+
 class Forward:
     """A model and how it is run over rollouts."""
 

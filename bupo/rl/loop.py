@@ -18,14 +18,16 @@ from torch import Tensor
 
 from bupo.config import Config
 from bupo.rl import checkpoint, evaluation
-from bupo.rl.advantages import estimate
-from bupo.rl.forward import Forward, TokenStats
+from bupo.rl.advantages import estimate, penalise_length
+from bupo.rl.forward import TokenStats
 from bupo.rl.metrics import Progress, Recorder, Stopwatch, read_rows
-from bupo.rl.objective import importance_weights, mean_kl
+from bupo.rl.objective import drop, importance_weights
 from bupo.rl.prompts import PromptOrder
+from bupo.rl.reference import Reference
 from bupo.rl.report import write_report
 from bupo.rl.rewards import Reward
 from bupo.rl.rollouts import RolloutEngine
+from bupo.rl.sampling import PromptStream, Sample, collect
 from bupo.rl.schedule import Schedule
 from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
 from bupo.rl.update import Trainer
@@ -77,17 +79,20 @@ class Run:
     engine: RolloutEngine
     reward: Reward
     trainer: Trainer
-    reference: Forward | None = None
+    reference: Reference | None = None
     """The policy that the run began with, if a KL term needs it"""
     start: int = 0
     """Steps already done, by a run that this one continues"""
+    drawn: int = 0
+    """Prompts drawn until then beyond rollout.prompts a step"""
 
     def train(self) -> int | None:
         """Trains to the end; returns None, or the number of the signal that stopped it. Either
         way the state is saved."""
         config = self.config
         self.schedule = Schedule(config)
-        self.order = PromptOrder(self.train_prompts, config.rollout.prompts, config.seed)
+        order = PromptOrder(self.train_prompts, config.rollout.prompts, config.seed)
+        self.stream = PromptStream(order.take, config.rollout.prompts, self.drawn)
         self.sync = WeightSync(self.engine, self.model, config.rollout.max_logprob_gap)
         self.recorder = Recorder(self.out, keep_until_step=self.start)
         self.progress = Progress(config.steps, self.start)
@@ -119,11 +124,8 @@ class Run:
         config, watch = self.config, Stopwatch()
         policy = self.schedule.policy(step)
 
-        prompts = self.order.take(step)
-        with watch.stage("rollout"):
-            rollouts = self._generate(prompts, config.rollout.samples, f"{config.seed}/step/{step}")
-        with watch.stage("reward"):
-            report = self.reward(rollouts)
+        sample = self._sample(step, watch)
+        rollouts = sample.rollouts
         self._check_stop()
         with watch.stage("old_logprobs"):
             old = self.trainer.token_stats(rollouts, policy)
@@ -131,8 +133,13 @@ class Run:
             mismatch = _logprob_gap(probe, final)
             if config.rollout.top_p == 1:  # else the engine's are of the nucleus
                 check(mismatch, config.rollout.max_logprob_gap, "log-probs of sampled tokens")
-            kl = self._compare_with_reference(rollouts, policy, old)
-        zero_spread = estimate(rollouts, config.advantage, self._token_costs(rollouts, old))
+            reference = self.reference
+            kl = reference.compare(rollouts, policy, old.logprobs) if reference else {}
+            costs = reference.costs(rollouts, old.logprobs) if reference else None
+        loss = config.loss
+        dropped = drop(rollouts, final.logprobs, loss.max_sequence_gap, loss.drop_truncated)
+        penalise_length(rollouts, config.rollout.max_new_tokens, config.reward.overlong_buffer)
+        zero_spread = estimate(rollouts, config.advantage, costs)
         self._check_stop()
         with watch.stage("update"):
             cap = config.loss.tis_cap
@@ -145,7 +152,9 @@ class Run:
             "step": step,
             "phase": policy.phase,
             "layer": policy.layer,
-            **self._rollout_metrics(rollouts, report),
+            **self._rollout_metrics(rollouts, sample.report),
+            **(sample.metrics() if config.rollout.refills else {}),
+            "response/dropped": dropped,
             "groups/zero_spread": zero_spread,
             "policy/entropy": old.mean_entropy(),
             "final/entropy": final.mean_entropy(),
@@ -155,12 +164,28 @@ class Run:
             "sync/logprob_gap": mismatch if gap is None else gap,
             **{f"time/{name}": seconds for name, seconds in watch.seconds.items()},
             "time/step": watch.total(),
-            "tokens_per_second": sum(len(r.token_ids) for r in rollouts) / watch.total(),
+            "tokens_per_second": sample.tokens / watch.total(),
             "memory/peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
+        self.stream.drawn += sample.drawn
         self.recorder.step(row)
         self.recorder.rollouts(step, [_rollout_row(r) for r in rollouts])
         self.progress.step(row)
+
+    def _sample(self, step: int, watch: Stopwatch) -> Sample:
+        """Rollouts with their rewards."""
+        size, seed = self.config.rollout, f"{self.config.seed}/step/{step}"
+
+        def generate(prompts: Sequence[Prompt], round_: int) -> list[Rollout]:
+            with watch.stage("rollout"):
+                at = f"{seed}/refill/{round_}" if round_ else seed
+                return self._generate(prompts, size.samples, at)
+
+        def grade(rollouts: list[Rollout]) -> RewardReport:
+            with watch.stage("reward"):
+                return self.reward(rollouts)
+
+        return collect(self.stream, step, size.prompts, generate, grade, size.refills)
 
     def _generate(self, prompts: Sequence[Prompt], samples: int, seed: str) -> list[Rollout]:
         rollouts = self.engine.generate(prompts, samples, seed, self.stop)
@@ -196,29 +221,10 @@ class Run:
         is a check of the weights it holds. Phase 1 looks at a sample of the rollouts only."""
         if policy.layer is None:
             return rollouts, old
-        every = 1 if self.config.loss.tis_cap else max(1, len(rollouts) // PROBE_ROLLOUTS)
+        corrected = self.config.loss.tis_cap or self.config.loss.max_sequence_gap
+        every = 1 if corrected else max(1, len(rollouts) // PROBE_ROLLOUTS)
         probe = rollouts[::every]
         return probe, self.trainer.token_stats(probe, Policy(None))
-
-    def _compare_with_reference(
-        self, rollouts: Sequence[Rollout], policy: Policy, old: TokenStats
-    ) -> dict[str, float]:
-        """Sets ref_logprobs, by the reference's policy of the same layer: so a KL term of phase 1
-        has no gradient above it."""
-        if self.reference is None:
-            return {}
-        stats = self.reference.token_stats(rollouts, policy)
-        for rollout, logprobs in zip(rollouts, stats.logprobs):
-            rollout.ref_logprobs = logprobs
-        return {"policy/kl": mean_kl(old.logprobs, rollouts)}
-
-    def _token_costs(self, rollouts: Sequence[Rollout], old: TokenStats) -> list[Tensor] | None:
-        """beta (log pi - log pi_ref), if that is part of the reward."""
-        settings = self.config.loss
-        if settings.kl_coef == 0 or settings.kl_estimator != "k1_reward":
-            return None
-        pairs = [(x, r.ref_logprobs) for x, r in zip(old.logprobs, rollouts)]
-        return [settings.kl_coef * (x - ref) for x, ref in pairs if ref is not None]
 
     def _final_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         return self.trainer.token_stats(rollouts, Policy(None), temperature=1.0).logprobs
@@ -270,7 +276,8 @@ class Run:
 
     def _save(self, step: int) -> None:
         keep = self.config.checkpoint.keep_last
-        checkpoint.save(self.out, step, self.model, self.tokenizer, self.trainer.optimizer, keep)
+        state = {"step": step, "drawn": self.stream.drawn}
+        checkpoint.save(self.out, state, self.model, self.tokenizer, self.trainer.optimizer, keep)
 
 
 def _logprob_gap(rollouts: Sequence[Rollout], stats: TokenStats) -> float:

@@ -41,6 +41,24 @@ def importance_weights(
     return [(x - torch.tensor(r.logprobs)).exp().clamp(max=cap) for x, r in pairs]
 
 
+def drop(
+    rollouts: Sequence[Rollout],
+    final_logprobs: Sequence[Tensor],
+    max_gap: float | None,
+    truncated: bool,
+) -> float:
+    """Marks as dropped the truncated responses if asked for, and those whose mean
+    |log pi - log pi_engine| over tokens is above max_gap, or nan. pi is the final policy, in both
+    phases, for the reason given in importance_weights; it is read with max_gap only. Returns the
+    share of dropped ones."""
+    for n, rollout in enumerate(rollouts):
+        rollout.dropped = truncated and rollout.finish_reason == "length"
+        if max_gap is not None and rollout.token_ids:
+            gap = (final_logprobs[n] - torch.tensor(rollout.logprobs)).abs().mean()
+            rollout.dropped |= not float(gap) <= max_gap
+    return sum(r.dropped for r in rollouts) / max(len(rollouts), 1)
+
+
 def mean_kl(logprobs: Sequence[Tensor], rollouts: Sequence[Rollout]) -> float:
     """k3, the estimate of KL(policy || reference) that is never negative, over all tokens."""
     pairs = [(x, r.ref_logprobs) for x, r in zip(logprobs, rollouts)]

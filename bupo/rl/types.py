@@ -39,6 +39,10 @@ class Rollout:
     """stop or length"""
     text: str
     reward: float = 0.0
+    penalty: float = 0.0
+    """Taken from the reward where advantages are made of it"""
+    dropped: bool = False
+    """Has no part in the loss and its denominators"""
     ref_logprobs: Tensor | None = None
     """Of the reference under the policy that the step trains, for the KL term"""
     advantages: Tensor | None = None

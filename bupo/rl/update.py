@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bupo import ops
 from bupo.config import Config
 from bupo.policy import parameter_layers
-from bupo.rl.forward import Forward, MicroBatch, TokenStats
+from bupo.rl.forward import Forward, MicroBatch, TokenStats, mini_batches
 from bupo.rl.objective import gspo_loss, token_weights
 from bupo.rl.optimizer import AdamW, learning_rate
 from bupo.rl.types import Policy, Rollout
@@ -53,17 +53,14 @@ class Trainer:
         """
         lr = learning_rate(self._config, step, self._config.optimizer.lr)
         self.optimizer.set_rates(lr, policy.rates.factor)
-        groups = sorted({r.group for r in rollouts})
-        parts = min(self._config.optimizer.updates_per_step, len(groups))
+        parts = mini_batches(rollouts, self._config.optimizer.updates_per_step)
         sums: dict[str, float] = {}
         tokens = 0
         largest_ratio = 0.0
         losses: list[float] = []
         norms: list[float] = []
         self.changed = set()
-        for part in range(parts):
-            chosen = set(groups[part::parts])
-            indices = [i for i, r in enumerate(rollouts) if r.group in chosen]
+        for indices in parts:
             weights = token_weights(
                 [len(rollouts[i].token_ids) for i in indices],
                 self._config.loss.aggregation,
@@ -97,7 +94,7 @@ class Trainer:
             "policy/loss": fmean(losses) if losses else math.nan,
             "policy/ratio_max": largest_ratio,
             "policy/grad_norm": fmean(norms) if norms else math.nan,
-            "policy/skipped_updates": parts - len(losses),
+            "policy/skipped_updates": len(parts) - len(losses),
             "policy/lr": lr,
         }
 
