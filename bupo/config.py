@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline")
-TOKENWISE = ("reinforce_pp",)
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "ppo")
+TOKENWISE = ("reinforce_pp", "ppo")
 """Advantages that are made of token rewards, and need no group to compare with"""
 AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum", "seq_sum_longest")
 
@@ -208,7 +208,7 @@ class LossConfig:
     """Weight of the KL divergence to the starting policy: the final one, or pi^l of phase 1."""
     kl_estimator: str = "k3"
     """k1, k2, k3: a term of the loss (only k2 has the gradient of KL(pi || reference)). k1_reward:
-    k1 is taken from the reward of each token (advantage=reinforce_pp)."""
+    k1 is taken from the reward of each token (reinforce_pp, ppo)."""
     drop_truncated: bool = False
     """Responses cut at max_new_tokens have no part in the loss and its denominators."""
     max_sequence_gap: float | None = None
@@ -230,6 +230,23 @@ class LossConfig:
         _require(self.tis_cap is None or self.tis_cap > 0, "loss.tis_cap must be > 0 or null")
         _require(self.clip_low >= 0 and self.clip_high >= 0, "loss.clip_* must be at least 0")
         _require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip must be > 1 or null")
+
+
+@dataclass
+class CriticConfig:
+    lr: float = 1e-5
+    """Learning rate of the critic, which has its own copy of the model (advantage=ppo)."""
+    gamma: float = 1.0
+    """Discount of a reward for each token that it lies ahead."""
+    gae_lambda: float = 1.0
+    """Of generalised advantage estimation: 1 is reward-to-go - V, 0 one step of it."""
+    clip: float = 0.5
+    """In an update a value gains nothing by leaving its old one by more than this."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0 and self.clip > 0, "critic.lr and .clip must be > 0")
+        for key in ("gamma", "gae_lambda"):
+            _require(0 <= getattr(self, key) <= 1, f"critic.{key} must be in [0, 1]")
 
 
 @dataclass
@@ -304,7 +321,8 @@ class Config:
     """For algorithm=custom, e.g. from the bottom up: [{layer: 2, steps: 10}, {layer: 4, steps: 10},
     {}]; only layers up to 6, under the final objective: [{boundary: 6, lr_above: 0}]."""
     advantage: str = "grpo"
-    """grpo, dr_grpo, rloo, reinforce_pp or reinforce_pp_baseline (bupo/rl/advantages.py)."""
+    """grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, or ppo, which trains a critic
+    (bupo/rl/advantages.py)."""
     steps: int = 300
     """Training steps in all."""
     seed: int = 0
@@ -323,6 +341,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     bupo: BupoConfig = field(default_factory=BupoConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

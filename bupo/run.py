@@ -134,6 +134,13 @@ def _resume_point(config: Config, out: Path) -> Path | None:
     return None
 
 
+def _more_models(config: Config) -> str:
+    """What takes memory beside the policy."""
+    more = ["a frozen reference"] if config.loss.kl_coef else []
+    more += ["a critic with its optimizer"] if config.advantage == "ppo" else []
+    return f"  models   the policy, {', '.join(more)}\n" if more else ""
+
+
 def print_plan(plan: Plan) -> None:
     """What --dry_run shows, and every run begins with."""
     from bupo.rl.schedule import Schedule
@@ -148,6 +155,7 @@ def print_plan(plan: Plan) -> None:
         f"{responses // config.optimizer.updates_per_step} responses\n"
         f"  data     {len(plan.train_prompts)} training prompts, {len(plan.eval_prompts)} for "
         f"evaluation x {config.eval.samples}, {plan.dropped} dropped for length\n"
+        f"{_more_models(config)}"
         f"  out      {plan.out}" + (f" (continues {plan.resume_from})" if plan.resume_from else ""),
         file=sys.stderr,
     )
@@ -184,6 +192,17 @@ def _reference(plan: Plan, pad: int) -> Any:
     return Reference(model, plan.config, pad)
 
 
+def _critic(plan: Plan, pad: int) -> Any:
+    """From the policy's first weights, or as it was in the checkpoint."""
+    from bupo.rl import checkpoint
+    from bupo.rl.critic import Critic
+
+    critic = Critic(_model_to_train(plan.config, plan.sources.model), plan.config, pad)
+    if plan.resume_from is not None:
+        critic.load(plan.resume_from / checkpoint.CRITIC)
+    return critic
+
+
 def execute(plan: Plan) -> int | None:
     """Loads the model and trains; returns the stopping signal, if any."""
     from bupo.policy import check_internal_policy
@@ -211,10 +230,11 @@ def execute(plan: Plan) -> int | None:
         (plan.out / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
         prompts = [*plan.train_prompts, *plan.eval_prompts]
         reference = _reference(plan, pad) if config.loss.kl_coef else None
+        critic = _critic(plan, pad) if config.advantage == "ppo" else None
         engine = make_engine(config, source, model, tokenizer, prompts)
         run = Run(
             config, plan.out, model, tokenizer, plan.train_prompts, plan.eval_prompts,
-            engine, reward, trainer, reference, state["step"], state["drawn"],
+            engine, reward, trainer, reference, critic, state["step"], state["drawn"],
         )  # fmt: skip
         return run.train()
     finally:

@@ -19,7 +19,10 @@ SHORT = ["steps=3", "bupo.steps=1", "eval.every=0", "eval.samples=1", "eval.pass
 SHORT += ["checkpoint.every=1", "checkpoint.keep_last=9", "optimizer.updates_per_step=2"]
 ALGORITHMS = {
     "gspo": ["loss.type=gspo", "loss.aggregation=seq_mean", "loss.clip_high=4e-4"],
-    "gspo-k2": ["loss.type=gspo", "loss.kl_coef=0.1", "loss.kl_estimator=k2"],
+    "gspo-k2": [
+        "loss.type=gspo", "loss.kl_coef=0.1", "loss.kl_estimator=k2",
+        "model.compute_dtype=bfloat16", "model.gradient_checkpointing=true",
+    ],
     "k1": ["loss.kl_coef=0.1", "loss.kl_estimator=k1", "loss.entropy_coef=0.01"],
     "cispo-k3": ["loss.type=cispo", "loss.kl_coef=0.1"],
     "dapo": [
@@ -27,6 +30,12 @@ ALGORITHMS = {
         "reward.function=run_samples:often_flat",
     ],
     "filters": ["loss.drop_truncated=true", "loss.max_sequence_gap=1", "loss.tis_cap=2"],
+    "ppo": ["advantage=ppo", "critic.lr=1e-3", "rollout.samples=1", "rollout.prompts=8"],
+    "ppo-gspo-k1": [
+        "model.compute_dtype=bfloat16", "model.gradient_checkpointing=true",
+        "advantage=ppo", "loss.type=gspo", "loss.kl_coef=0.1", "loss.kl_estimator=k1_reward",
+        "critic.gae_lambda=0.9", "critic.gamma=0.99",
+    ],
     "reinforce_pp-k1": [
         "advantage=reinforce_pp", "loss.kl_coef=0.1", "loss.kl_estimator=k1_reward",
         "rollout.samples=1", "rollout.prompts=8",
@@ -134,3 +143,34 @@ def test_the_filter_of_truncated_responses_is_at_work(tmp_path: Path) -> None:
         shares.append((row["response/dropped"], row["response/truncated"], row["policy/loss"]))
     assert shares[0][0] == shares[0][1] == shares[1][1] and 0 < float(str(shares[0][1])) < 1
     assert shares[1][0] == 0 and shares[0][2] != shares[1][2]
+
+
+PPO = ["advantage=ppo", "critic.lr=1e-3", "checkpoint.every=0"]
+
+
+def critic_files(out: Path) -> dict[str, bytes]:
+    folder = checkpoint.complete(out)[-1] / "critic"
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_ppo_resumes_with_its_critic(tmp_path: Path) -> None:
+    """Before its first update, in phase 1 and after the switch."""
+    assert run(tmp_path / "whole", *SHORT, *PPO) == 0
+    first, *_, last = rows(tmp_path / "whole/metrics.jsonl")
+    assert float(str(first["critic/loss"])) > 0 == first["critic/skipped_updates"]
+    assert first["critic/explained_variance"] == 0, "V = 0 explains nothing"
+    assert last["critic/explained_variance"] != 0
+    for stop in (2, 3, 4):  # rewards: evaluation, step 1, evaluation at the switch, step 2, 3
+        out = tmp_path / str(stop)
+        assert run(out, *SHORT, *PPO, stop=stop) == 128 + signal.SIGTERM
+        assert len(critic_files(out)) == 2
+        assert run(out, *SHORT, *PPO, "resume=auto") == 0
+        assert_same_run(tmp_path / "whole", out)
+        assert critic_files(out) == critic_files(tmp_path / "whole")
+
+
+def test_the_critic_does_not_know_the_phase(tmp_path: Path) -> None:
+    """After one step it is the same, whichever policy that step has trained."""
+    for name, algorithm in (("a", "internal"), ("b", "grpo")):
+        assert run(tmp_path / name, *SHORT, *PPO, "steps=1", f"algorithm={algorithm}") == 0
+    assert critic_files(tmp_path / "a") == critic_files(tmp_path / "b")

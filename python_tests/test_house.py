@@ -7,6 +7,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = {
     "advantages",
     "checkpoint",
+    "critic",
     "evaluation",
     "metrics",
     "prompts",

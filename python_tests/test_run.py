@@ -90,6 +90,7 @@ BAD = {
     "overlong buffer": (
         ["reward.overlong_buffer=13"], "reward.overlong_buffer (13) exceeds rollout.max_new_tokens"
     ),
+    "critic": (["critic.gae_lambda=2"], "critic.gae_lambda must be in [0, 1]"),
     "missing file": (["data.chat_template=no.jinja"], "data file not found: no.jinja"),
     "prompt too long": (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5 (longest 6)"),
     "task": (["task=bupo.tasks.nothing"], "task=bupo.tasks.nothing cannot be imported"),

@@ -44,6 +44,7 @@ ESTIMATORS: dict[str, tuple[Callable[[Tensor], Tensor] | None, bool]] = {
     "rloo": (_rloo, False),
     "reinforce_pp": (None, True),
     "reinforce_pp_baseline": (_centred, True),
+    "ppo": (None, True),
 }
 """Name to what it makes of a group's rewards (None: token by token, without a group), and whether
 that is whitened over all tokens."""
@@ -58,7 +59,11 @@ def penalise_length(rollouts: Sequence[Rollout], longest: int, buffer: int) -> N
 
 
 def estimate(
-    rollouts: Sequence[Rollout], name: str, costs: Sequence[Tensor] | None = None
+    rollouts: Sequence[Rollout],
+    name: str,
+    costs: Sequence[Tensor] | None = None,
+    gamma: float = 1.0,
+    gae_lambda: float = 1.0,
 ) -> float:
     """Sets rollout.advantages, a value for every token of a response::
 
@@ -68,8 +73,10 @@ def estimate(
         reinforce_pp           sum over s >= t of (1[s last] r_i - cost_s),         2501.03262
                                whitened over all tokens of the step
         reinforce_pp_baseline  r_i - mean_G, whitened over all tokens of the step   2501.03262
+        ppo                    gae(), whitened over all tokens of the step          1707.06347
 
     r_i is reward - penalty; costs, of each token, are beta (log pi - log pi_ref) in REINFORCE++.
+    ppo takes rollout.values and sets rollout.returns, which are not whitened.
     Whitening subtracts the mean over tokens and divides by their standard deviation. A group whose
     rewards differ by no more than TOLERANCE gets exactly 0 from those that compare within it: the
     std of equal floats is rounding noise. Returns the share of such groups.
@@ -85,11 +92,43 @@ def estimate(
             for rollout, value in zip(group, values):
                 rollout.advantages = torch.full((len(rollout.token_ids),), float(value))
     if of_group is None:
-        for rollout, rewards in zip(rollouts, _token_rewards(rollouts, costs)):
-            rollout.advantages = rewards.flip(0).cumsum(0).flip(0)  # what is still to come
+        rewards_of = _token_rewards(rollouts, costs)
+        if name == "ppo":
+            values_of = [r.values.double() for r in rollouts if r.values is not None]
+        else:  # the reward to go is GAE without a critic
+            values_of, gamma, gae_lambda = [torch.zeros_like(r) for r in rewards_of], 1.0, 1.0
+        pairs = zip(gae(rewards_of, values_of, gamma, gae_lambda), values_of, strict=True)
+        for rollout, (advantages, state_values) in zip(rollouts, pairs, strict=True):
+            rollout.advantages = advantages
+            rollout.returns = (advantages + state_values).float() if name == "ppo" else None
     if whiten:
         _whiten(rollouts)
     return flat / max(len(groups), 1)
+
+
+def gae(
+    rewards: Sequence[Tensor], values: Sequence[Tensor], gamma: float, gae_lambda: float
+) -> list[Tensor]:
+    """Generalised advantage estimation (1506.02438), of each response [T_i]::
+
+        d_t = r_t + gamma V_{t+1} - V_t        A_t = d_t + gamma lambda A_{t+1}
+
+    V_t is of the state before token t. After the last token V and A are 0, in a truncated response
+    too: its reward is all that there will be.
+    """
+    lengths = [len(r) for r in rewards]
+    padded, known = (
+        torch.nn.utils.rnn.pad_sequence([*x, torch.zeros(0, dtype=torch.float64)]).flip(0)
+        for x in (rewards, values)
+    )  # [longest, responses + 1], the last token first; padding has no reward and no value
+    ahead, next_value = torch.zeros_like(padded[:1].sum(0)), torch.zeros_like(padded[:1].sum(0))
+    found = []
+    for reward, value in zip(padded, known):
+        ahead = reward + gamma * next_value - value + gamma * gae_lambda * ahead
+        next_value = value
+        found.append(ahead)
+    result = torch.stack(found[::-1]) if found else padded
+    return [result[:n, i] for i, n in enumerate(lengths)]
 
 
 def _token_rewards(rollouts: Sequence[Rollout], costs: Sequence[Tensor] | None) -> list[Tensor]:

@@ -20,7 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bupo.rl.optimizer import AdamW
+
 _PREFIX = "step_"
+CRITIC = "critic"
+"""Folder of PPO's critic"""
 OPTIMIZER = "optimizer/state.safetensors"
 """In a folder of its own: loaders, vLLM's among them, take every *.safetensors beside the model
 for a part of it."""
@@ -37,11 +41,12 @@ def save(
     state: dict[str, int],
     model: Any,
     tokenizer: Any,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
+    critic: Any,
     keep: int,
 ) -> Path:
     """Writes the state after state["step"] steps and removes all but the newest `keep`. state: the
-    numbers that trainer.json holds."""
+    numbers that trainer.json holds. critic: one of bupo.rl.critic, or None."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{_PREFIX}{state['step']:06d}"
@@ -54,7 +59,9 @@ def save(
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / OPTIMIZER).parent.mkdir()
-    save_file(_flat_state(model, optimizer), partial / OPTIMIZER)
+    save_file(optimizer.flat_state(dict(model.named_parameters())), partial / OPTIMIZER)
+    if critic is not None:
+        critic.save(partial / CRITIC)
     (partial / "trainer.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
     for file in partial.rglob("*"):
         _sync(file)
@@ -75,20 +82,10 @@ def load_step(checkpoint: Path) -> int:
     return load_state(checkpoint)["step"]
 
 
-def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: AdamW) -> None:
     """Restores the moments of every parameter. Raises ValueError if some are missing or left over:
     a checkpoint holds all of them in every phase."""
-    flat = load_file(checkpoint / OPTIMIZER)
-    expected = {
-        f"{name}/{field}": (parameter, field)
-        for name, parameter in model.named_parameters()
-        for field in optimizer.state[parameter]
-    }
-    if wrong := sorted(expected.keys() ^ flat.keys()):
-        raise ValueError(f"{checkpoint}: optimizer state is missing or of no parameter: {wrong}")
-    for key, (parameter, field) in expected.items():
-        value = flat[key]
-        optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)
+    optimizer.load_flat_state(dict(model.named_parameters()), load_file(checkpoint / OPTIMIZER))
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -99,14 +96,6 @@ def fingerprint(model: nn.Module) -> str:
         values = parameter.detach().cpu().contiguous().reshape(-1)
         digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _flat_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{key}": value.contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
 
 
 def _sync(path: Path) -> None:

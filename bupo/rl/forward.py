@@ -93,6 +93,7 @@ class Forward:
     def __init__(self, model: nn.Module, config: Config, pad: int) -> None:
         self.model, self._config, self._pad = model, config, pad
         self.device = next(model.parameters()).device
+        self._half = config.model.compute_dtype == "bfloat16"
 
     def token_stats(
         self, rollouts: Sequence[Rollout], policy: Policy, temperature: float | None = None
@@ -102,8 +103,8 @@ class Forward:
         stats = TokenStats([torch.empty(0)] * len(rollouts), [torch.empty(0)] * len(rollouts))
         with torch.no_grad():
             for batch in self.batches(rollouts, range(len(rollouts))):
-                hidden, head = self.hidden(batch, policy, temperature)
-                out = ops.lm_head_logprobs(hidden, head.pop("weight"), batch.targets, **head)
+                hidden, head = self.hidden(batch, policy), self.head(temperature)
+                out = ops.lm_head_logprobs(hidden, targets=batch.targets, **head)
                 for name in ("logprobs", "entropy"):
                     parts = batch.split(getattr(out, name).cpu(), rollouts)
                     for i, part in zip(batch.members, parts):
@@ -114,21 +115,24 @@ class Forward:
         budget = self._config.optimizer.micro_batch_tokens
         return micro_batches(rollouts, indices, budget, self._pad, self.device)
 
-    def hidden(
-        self, batch: MicroBatch, policy: Policy, temperature: float | None = None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Hidden states of the policy where response tokens are predicted [T, D], and the head's
-        arguments. Prompt tokens go no further than this."""
-        half = self._config.model.compute_dtype == "bfloat16"
-        autocast = torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
+    def hidden(self, batch: MicroBatch, policy: Policy) -> Tensor:
+        """Hidden states of the policy where response tokens are predicted [T, D]. Prompt tokens go
+        no further than this."""
+        autocast = torch.autocast(self.device.type, torch.bfloat16) if self._half else nullcontext()
         with autocast, internal_policy(self.model, policy.layer, policy.final_norm):
             hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask)
+        hidden = hidden[batch.rows, batch.columns]
+        return hidden.to(torch.bfloat16) if self._half else hidden
+
+    def head(self, temperature: float | None = None) -> dict[str, Any]:
+        """The arguments of the LM-head ops beside hidden states and tokens, at the sampling
+        temperature unless another is given."""
         head = unembedding(self.model)
-        weight = head.weight.to(torch.bfloat16) if half else head.weight
-        return hidden[batch.rows, batch.columns].to(weight.dtype), {
-            "weight": weight,
+        if temperature is None:
+            temperature = self._config.rollout.temperature
+        return {
+            "weight": head.weight.to(torch.bfloat16) if self._half else head.weight,
             "bias": head.bias,
             "softcap": head.softcap,
-            "temperature": head.temperature
-            * (self._config.rollout.temperature if temperature is None else temperature),
+            "temperature": head.temperature * temperature,
         }

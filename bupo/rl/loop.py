@@ -19,6 +19,7 @@ from torch import Tensor
 from bupo.config import Config
 from bupo.rl import checkpoint, evaluation
 from bupo.rl.advantages import estimate, penalise_length
+from bupo.rl.critic import Critic
 from bupo.rl.forward import TokenStats
 from bupo.rl.metrics import Progress, Recorder, Stopwatch, read_rows
 from bupo.rl.objective import drop, importance_weights
@@ -81,6 +82,8 @@ class Run:
     trainer: Trainer
     reference: Reference | None = None
     """The policy that the run began with, if a KL term needs it"""
+    critic: Critic | None = None
+    """For advantage=ppo"""
     start: int = 0
     """Steps already done, by a run that this one continues"""
     drawn: int = 0
@@ -136,15 +139,21 @@ class Run:
             reference = self.reference
             kl = reference.compare(rollouts, policy, old.logprobs) if reference else {}
             costs = reference.costs(rollouts, old.logprobs) if reference else None
+            if self.critic:
+                self.critic.evaluate(rollouts)
         loss = config.loss
         dropped = drop(rollouts, final.logprobs, loss.max_sequence_gap, loss.drop_truncated)
         penalise_length(rollouts, config.rollout.max_new_tokens, config.reward.overlong_buffer)
-        zero_spread = estimate(rollouts, config.advantage, costs)
+        gae = (config.critic.gamma, config.critic.gae_lambda)
+        zero_spread = estimate(rollouts, config.advantage, costs, *gae)
         self._check_stop()
         with watch.stage("update"):
             cap = config.loss.tis_cap
             correction = None if cap is None else importance_weights(rollouts, final.logprobs, cap)
             update = self.trainer.update(rollouts, old.logprobs, policy, step, correction)
+        if self.critic:
+            with watch.stage("critic"):
+                update |= self.critic.update(rollouts, step)
         with watch.stage("sync"):
             gap = self.sync(self.trainer.changed, _short(rollouts), self._final_logprobs)
 
@@ -277,7 +286,8 @@ class Run:
     def _save(self, step: int) -> None:
         keep = self.config.checkpoint.keep_last
         state = {"step": step, "drawn": self.stream.drawn}
-        checkpoint.save(self.out, state, self.model, self.tokenizer, self.trainer.optimizer, keep)
+        parts = (self.model, self.tokenizer, self.trainer.optimizer, self.critic)
+        checkpoint.save(self.out, state, *parts, keep)
 
 
 def _logprob_gap(rollouts: Sequence[Rollout], stats: TokenStats) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bupo.config import Config, OptimizerConfig
 
@@ -30,7 +30,7 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         members: dict[Place, list[nn.Parameter]] = {}
         for name, parameter in parameters.items():
-            members.setdefault(places[name], []).append(parameter)
+            members.setdefault(places.get(name), []).append(parameter)
         super().__init__(
             [{"params": some, "place": place} for place, some in members.items()],
             lr=lr,
@@ -52,6 +52,25 @@ class AdamW(torch.optim.AdamW):
             group["lr"] = lr * rate
             for parameter in group["params"]:
                 parameter.requires_grad_(rate != 0)
+
+    def flat_state(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """name/field to value, of named parameters."""
+        return {
+            f"{name}/{field}": value.contiguous()
+            for name, parameter in parameters.items()
+            for field, value in self.state[parameter].items()
+        }
+
+    def load_flat_state(
+        self, parameters: Mapping[str, nn.Parameter], flat: Mapping[str, Tensor]
+    ) -> None:
+        """Raises ValueError if something is missing or left over."""
+        expected = self.flat_state(parameters)
+        if wrong := sorted(expected.keys() ^ flat.keys()):
+            raise ValueError(f"optimizer state is missing or of no parameter: {wrong}")
+        for key, old in expected.items():
+            name, _, field = key.rpartition("/")
+            self.state[parameters[name]][field] = flat[key].to(old.device)
 
 
 def learning_rate(config: Config, step: int, peak: float) -> float:

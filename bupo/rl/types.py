@@ -47,6 +47,10 @@ class Rollout:
     """Of the reference under the policy that the step trains, for the KL term"""
     advantages: Tensor | None = None
     """Per token"""
+    values: Tensor | None = None
+    """By the critic, of the state before each token"""
+    returns: Tensor | None = None
+    """Per token, what the critic learns"""
 
 
 @dataclass

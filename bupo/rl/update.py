@@ -130,15 +130,18 @@ class Trainer:
                 None if importance is None else gather([importance[i] for i in batch.members])
             ),
         }
-        hidden, head = self.forward.hidden(batch, policy)
-        weight = head.pop("weight")
+        hidden, head = self.forward.hidden(batch, policy), self.forward.head()
         if settings.type == "gspo":
-            out = ops.lm_head_logprobs(hidden, weight, batch.targets, **head)
+            out = ops.lm_head_logprobs(hidden, targets=batch.targets, **head)
             loss, metrics = gspo_loss(out, lengths, old, advantages, weights, **options)
         else:
-            options |= head | {"loss_type": settings.type}
+            options |= head | {"targets": batch.targets, "loss_type": settings.type}
             result = ops.policy_loss(
-                hidden, weight, batch.targets, old, advantages, weights, **options
+                hidden,
+                old_logprobs=old,
+                advantages=advantages,
+                token_weights=weights,
+                **options,
             )
             loss, metrics = result.loss, result.metrics
         value = float(loss.detach())
