@@ -29,7 +29,9 @@ ALGORITHMS = {
         "rollout.refills=2", "reward.overlong_buffer=6", "loss.clip_high=0.28",
         "reward.function=run_samples:often_flat",
     ],
-    "filters": ["loss.drop_truncated=true", "loss.max_sequence_gap=1", "loss.tis_cap=2"],
+    "filters": [  # with more responses than phase 1 evaluates the final policy on for metrics
+        "loss.drop_truncated=true", "loss.max_sequence_gap=1", "rollout.prompts=16",
+    ],
     "ppo": ["advantage=ppo", "critic.lr=1e-3", "rollout.samples=1", "rollout.prompts=8"],
     "ppo-gspo-k1": [
         "model.compute_dtype=bfloat16", "model.gradient_checkpointing=true",
@@ -174,3 +176,25 @@ def test_the_critic_does_not_know_the_phase(tmp_path: Path) -> None:
     for name, algorithm in (("a", "internal"), ("b", "grpo")):
         assert run(tmp_path / name, *SHORT, *PPO, "steps=1", f"algorithm={algorithm}") == 0
     assert critic_files(tmp_path / "a") == critic_files(tmp_path / "b")
+
+
+EFFECTIVE = {
+    "token costs": (
+        ["advantage=reinforce_pp", "loss.kl_estimator=k1_reward", "loss.kl_coef=0.01"],
+        "loss.kl_coef=9",
+    ),
+    "gamma": (["advantage=ppo"], "critic.gamma=0.5"),
+    "gae_lambda": (["advantage=ppo", "critic.lr=1e-2", "critic.clip=9"], "critic.gae_lambda=0.1"),
+    "length": ([], "reward.overlong_buffer=8"),
+}
+
+
+@pytest.mark.parametrize("name", EFFECTIVE)
+def test_settings_of_advantages_reach_them(name: str, tmp_path: Path) -> None:
+    """At the first step, or at the second if they need a policy or critic that has moved."""
+    base, setting = EFFECTIVE[name]
+    seen = []
+    for folder, settings in (("a", base), ("b", [*base, setting])):
+        assert run(tmp_path / folder, *SHORT, "steps=2", *settings) == 0
+        seen.append([row["policy/grad_norm"] for row in rows(tmp_path / folder / "metrics.jsonl")])
+    assert seen[0] != seen[1]
