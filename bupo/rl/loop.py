@@ -244,6 +244,7 @@ class Run:
         return {
             "reward/mean": fmean(rewards),
             "reward/std": pstdev(rewards),
+            "reward/penalty": fmean(r.penalty for r in rollouts),
             "reward/timeouts": report.timeouts,
             "reward/errors": report.errors,
             "response/length": fmean(len(r.token_ids) for r in rollouts),
