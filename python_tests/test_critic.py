@@ -138,18 +138,17 @@ def test_updates_move_the_critic_and_nothing_else():
 
 
 def test_it_learns_what_the_returns_are():
+    """Here: whether the token before, the last one that V may know, is odd."""
     rollouts = random_rollouts()
     critic = make_critic(lr=3e-3, updates=2, clip=10.0)
-    losses = []
-    for step in range(1, 25):
+    for rollout in rollouts:
+        before = [rollout.prompt.token_ids[-1], *rollout.token_ids[:-1]]
+        rollout.returns = torch.tensor([float(x % 2) for x in before], dtype=torch.float64)
+    for step in range(1, 40):
         critic.evaluate(rollouts)
-        for rollout in rollouts:
-            target = 1.0 + 0.1 * (rollout.group % 2)
-            rollout.returns = torch.full((len(rollout.token_ids),), target, dtype=torch.float64)
-        losses.append(critic.update(rollouts, step)["critic/loss"])
-    assert losses[-1] < 0.05 * losses[0], losses
+        critic.update(rollouts, step)
     critic.evaluate(rollouts)
-    assert explained_variance(rollouts) > -1
+    assert explained_variance(rollouts) > 0.9
 
 
 def test_explained_variance():
