@@ -15,6 +15,7 @@ from bupo.rl.schedule import Schedule
 from bupo.run import main, recipe
 
 REPOSITORY = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
