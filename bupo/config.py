@@ -18,7 +18,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline")
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "ppo")
+TOKENWISE = ("reinforce_pp", "ppo")
+"""Advantages that are made of token rewards, and need no group to compare with"""
 AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum", "seq_sum_longest")
 
 
@@ -80,6 +82,9 @@ class RolloutConfig:
     """Prompts per step."""
     samples: int = 8
     """Responses per prompt, G."""
+    refills: int = 0
+    """Dynamic sampling (DAPO): so often in a step, prompts whose responses all have one reward are
+    replaced by the next ones; 0: never."""
     max_new_tokens: int = 1024
     """Longest response; a response cut there counts as truncated."""
     temperature: float = 1.0
@@ -104,6 +109,7 @@ class RolloutConfig:
         counts = ("prompts", "samples", "max_new_tokens", "batch_size", "kv_cache_gib")
         for key in (*counts, "tensor_parallel"):
             _require(getattr(self, key) > 0, f"rollout.{key} must be positive")
+        _require(self.refills >= 0, "rollout.refills must be at least 0")
         _require(self.temperature > 0, f"rollout.temperature must be > 0, got {self.temperature}")
         _require(self.max_logprob_gap > 0, "rollout.max_logprob_gap must be > 0")
         _require(
@@ -121,19 +127,23 @@ class RewardConfig:
     """Seconds for one response before its worker is killed; it then counts as reward/timeouts."""
     workers: int = 2
     """Worker processes of the math reward."""
+    overlong_buffer: int = 0
+    """DAPO's soft penalty, in training only: over the last so many tokens before
+    rollout.max_new_tokens it grows linearly from 0 to 1; 0: none."""
 
     def __post_init__(self) -> None:
         _require(
             self.function == "math" or self.function.count(":") == 1,
             f"reward.function must be math or module:function, got {self.function!r}",
         )
+        _require(self.overlong_buffer >= 0, "reward.overlong_buffer must be at least 0")
         _require(self.timeout > 0 and self.workers > 0, "reward.timeout and .workers must be > 0")
 
 
 @dataclass
 class BupoConfig:
     layer: int = 6
-    """The internal policy pi^l that phase 1 trains, counted from 1 (algorithm=bupo)."""
+    """The internal policy pi^l, counted from 1 (algorithm=bupo: that of phase 1; internal)."""
     steps: int = 30
     """Steps of phase 1, s_inter of the paper; then the final policy is trained."""
     final_norm: bool = False
@@ -145,9 +155,43 @@ class BupoConfig:
 
 
 @dataclass
+class PhaseConfig:
+    layer: int | None = None
+    """The internal policy that the phase trains, counted from 1; null: the final policy."""
+    steps: int | None = None
+    """Steps of the phase; null, in the last phase: all that remain."""
+    boundary: int | None = None
+    """A layer that parts the model: 1..boundary and the embeddings are below, the others and the
+    final norm above; the head is neither (a tied head is the embedding)."""
+    lr_below: float = 1.0
+    """Factor of the learning rate below the boundary; 0 freezes."""
+    lr_above: float = 1.0
+    """Factor of the learning rate above the boundary; 0 freezes."""
+
+    def __post_init__(self) -> None:
+        for key in ("layer", "steps", "boundary"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"phases[].{key} must be at least 1, got {value}")
+        rates = (self.lr_below, self.lr_above)
+        _require(
+            all(0 <= rate < math.inf for rate in rates), "phases[].lr_* must be at least 0, finite"
+        )
+        _require(
+            self.boundary is not None or rates == (1, 1),
+            "phases[].lr_below and .lr_above need phases[].boundary",
+        )
+        _require(any(rates), "phases[].lr_below and .lr_above are both 0: nothing would be trained")
+        _require(
+            self.layer is None or self.lr_below > 0 or self.layer > (self.boundary or 0),
+            f"phases[]: lr_below=0 freezes all layers of the policy of layer {self.layer}",
+        )
+
+
+@dataclass
 class LossConfig:
     type: str = "ppo"
-    """ppo (clipped ratio) or cispo."""
+    """ppo (clipped ratio of each token), cispo, or gspo: one ratio a response, the geometric mean
+    of its tokens', with clips of about 3e-4."""
     clip_low: float = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     clip_high: float = 0.2
@@ -160,16 +204,49 @@ class LossConfig:
     Dr.GRPO)."""
     entropy_coef: float = 0.0
     """Bonus on the entropy of the policy being optimised."""
+    kl_coef: float = 0.0
+    """Weight of the KL divergence to the starting policy: the final one, or pi^l of phase 1."""
+    kl_estimator: str = "k3"
+    """k1, k2, k3: a term of the loss (only k2 has the gradient of KL(pi || reference)). k1_reward:
+    k1 is taken from the reward of each token (reinforce_pp, ppo)."""
+    drop_truncated: bool = False
+    """Responses cut at max_new_tokens have no part in the loss and its denominators."""
+    max_sequence_gap: float | None = None
+    """Responses whose log-probs by the final policy and by the engine differ by more than this
+    (nats, mean over tokens of the absolute value) have none either; null: no limit."""
     tis_cap: float | None = None
     """Truncated importance sampling: each token's loss times min(pi / pi_engine, cap), e.g. 2; null
     for none. For engines whose log-probs differ from the trainer's."""
 
     def __post_init__(self) -> None:
-        _one_of("loss.type", self.type, ("ppo", "cispo"))
+        _one_of("loss.type", self.type, ("ppo", "cispo", "gspo"))
+        _one_of("loss.kl_estimator", self.kl_estimator, ("k1", "k2", "k3", "k1_reward"))
+        _require(self.kl_coef >= 0, "loss.kl_coef must be at least 0")
         _one_of("loss.aggregation", self.aggregation, AGGREGATIONS)
+        _require(
+            self.max_sequence_gap is None or self.max_sequence_gap > 0,
+            "loss.max_sequence_gap must be > 0 or null",
+        )
         _require(self.tis_cap is None or self.tis_cap > 0, "loss.tis_cap must be > 0 or null")
         _require(self.clip_low >= 0 and self.clip_high >= 0, "loss.clip_* must be at least 0")
         _require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip must be > 1 or null")
+
+
+@dataclass
+class CriticConfig:
+    lr: float = 1e-5
+    """Learning rate of the critic, which has its own copy of the model (advantage=ppo)."""
+    gamma: float = 1.0
+    """Discount of a reward for each token that it lies ahead."""
+    gae_lambda: float = 1.0
+    """Of generalised advantage estimation: 1 is reward-to-go - V, 0 one step of it."""
+    clip: float = 0.5
+    """In an update a value gains nothing by leaving its old one by more than this."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0 and self.clip > 0, "critic.lr and .clip must be > 0")
+        for key in ("gamma", "gae_lambda"):
+            _require(0 <= getattr(self, key) <= 1, f"critic.{key} must be in [0, 1]")
 
 
 @dataclass
@@ -238,9 +315,14 @@ class Config:
     name: str = "run"
     """Used in the name of the run directory and the report."""
     algorithm: str = "bupo"
-    """bupo: the internal policy first, then the final policy. grpo: the final policy only."""
+    """bupo: the internal policy first, then the final policy. grpo: the final policy only.
+    internal: the internal policy only. custom: the given `phases`."""
+    phases: list[PhaseConfig] = field(default_factory=list)
+    """For algorithm=custom, e.g. from the bottom up: [{layer: 2, steps: 10}, {layer: 4, steps: 10},
+    {}]; only layers up to 6, under the final objective: [{boundary: 6, lr_above: 0}]."""
     advantage: str = "grpo"
-    """grpo, dr_grpo, rloo, reinforce_pp or reinforce_pp_baseline (bupo/rl/advantages.py)."""
+    """grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, or ppo, which trains a critic
+    (bupo/rl/advantages.py)."""
     steps: int = 300
     """Training steps in all."""
     seed: int = 0
@@ -259,12 +341,13 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     bupo: BupoConfig = field(default_factory=BupoConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        _one_of("algorithm", self.algorithm, ("bupo", "grpo"))
+        _one_of("algorithm", self.algorithm, ("bupo", "grpo", "internal", "custom"))
         _one_of("advantage", self.advantage, ADVANTAGES)
         _one_of("resume", self.resume, ("never", "auto"))
         _require(self.steps > 0, f"steps must be positive, got {self.steps}")
@@ -273,9 +356,22 @@ class Config:
             "resume=auto needs out=DIR, the run directory to continue",
         )
         _require(
-            self.rollout.samples >= 2 or self.advantage == "reinforce_pp",
+            self.rollout.samples >= 2 or self.advantage in TOKENWISE,
             f"rollout.samples must be at least 2 for {self.advantage}'s group advantages, got "
             f"{self.rollout.samples}",
+        )
+        _require(
+            self.rollout.refills == 0 or self.rollout.samples >= 2,
+            "rollout.refills needs rollout.samples of at least 2: one reward has no spread",
+        )
+        _require(
+            self.reward.overlong_buffer <= self.rollout.max_new_tokens,
+            f"reward.overlong_buffer ({self.reward.overlong_buffer}) exceeds "
+            f"rollout.max_new_tokens ({self.rollout.max_new_tokens})",
+        )
+        _require(
+            self.loss.kl_estimator != "k1_reward" or self.advantage in TOKENWISE,
+            f"loss.kl_estimator=k1_reward needs advantage={' or '.join(TOKENWISE)}",
         )
         _require(
             self.rollout.prompts % self.optimizer.updates_per_step == 0,
@@ -286,11 +382,19 @@ class Config:
             self.algorithm != "bupo" or self.bupo.steps < self.steps,
             f"bupo.steps ({self.bupo.steps}) must be less than steps ({self.steps})",
         )
-
-    @property
-    def internal_steps(self) -> int:
-        """Steps that train the internal policy."""
-        return self.bupo.steps if self.algorithm == "bupo" else 0
+        _require(
+            bool(self.phases) == (self.algorithm == "custom"),
+            "phases and algorithm=custom need one another",
+        )
+        lengths = [phase.steps for phase in self.phases]
+        _require(
+            all(lengths[:-1]), "phases: only the last may leave out steps, which is all that remain"
+        )
+        total, rest = sum(filter(None, lengths)), bool(lengths) and lengths[-1] is None
+        _require(
+            not lengths or (total < self.steps if rest else total == self.steps),
+            f"phases have {total} steps{' before the last' if rest else ''}, steps={self.steps}",
+        )
 
 
 def all_keys(node: type = Config, prefix: str = "") -> list[str]:
@@ -324,8 +428,10 @@ def load(file: Path | None, overrides: list[str]) -> Config:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]))
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        name = str(error.full_key)
-        near = difflib.get_close_matches(name, all_keys(), n=1, cutoff=0.5)
+        of_phase = error.object_type is PhaseConfig
+        name = "phases[]." * of_phase + str(error.full_key)
+        known = all_keys(PhaseConfig, "phases[].") if of_phase else all_keys()
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"unknown key {name}{hint}") from None
     except OmegaConfBaseException as error:
@@ -399,4 +505,6 @@ def describe(node: type = Config, prefix: str = "") -> list[tuple[str, str, str]
         else:
             shown = "null" if default is None else str(default)
             rows.append((prefix + f.name, shown, texts.get(f.name, "")))
+        if f.name == "phases":
+            rows += describe(PhaseConfig, "phases[].")
     return rows

@@ -64,6 +64,23 @@ def decoder_stack(model: nn.Module) -> Stack:
     return Stack(list(layers), norm)
 
 
+def parameter_layers(model: nn.Module) -> dict[str, int | None]:
+    """Where each parameter acts: 1..L in that decoder layer, L + 1 in the final norm, None in the
+    head, 0 in anything else (embeddings). A tied head is the embedding: 0.
+
+    Names as named_parameters() has them, a tied one once. Errors: as internal_policy.
+    """
+    layers, norm, depth = _find_stack("parameter_layers", model)
+    head: Any = _find_head("parameter_layers", model)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    place: dict[int, int | None] = {id(p): None for p in head.parameters()}
+    place |= {id(p): 0 for p in embedding.parameters()}
+    for number, part in enumerate([*layers, norm], start=1):
+        place |= {id(p): number for p in part.parameters()}
+    assert len(layers) == depth, "outside of internal_policy"
+    return {name: place.get(id(p), 0) for name, p in model.named_parameters()}
+
+
 _logit_maps: WeakKeyDictionary[nn.Module, tuple[float | None, float]] = WeakKeyDictionary()
 
 

@@ -86,13 +86,10 @@ def make_plan(config: Config) -> Plan:
     sources = find_sources(config)
 
     from bupo.rl.prompts import PromptOrder, load_prompts  # slow, so after the cheap checks
+    from bupo.rl.schedule import Schedule
 
     tokenizer, layers = read_model(config, sources.model)
-    if config.algorithm == "bupo" and config.bupo.layer > layers:
-        raise ConfigError(
-            f"bupo.layer={config.bupo.layer} is out of range: {sources.model} has layers "
-            f"1..{layers}"
-        )
+    Schedule(config).check(layers, sources.model)
     prompts, dropped = load_prompts(sources.train, tokenizer, config.data, config.data.limit)
     PromptOrder(prompts, config.rollout.prompts, config.seed)
     eval_prompts, eval_dropped = (
@@ -137,55 +134,94 @@ def _resume_point(config: Config, out: Path) -> Path | None:
     return None
 
 
+def _more_models(config: Config) -> str:
+    """What takes memory beside the policy."""
+    more = ["a frozen reference"] if config.loss.kl_coef else []
+    more += ["a critic with its optimizer"] if config.advantage == "ppo" else []
+    return f"  models   the policy, {', '.join(more)}\n" if more else ""
+
+
 def print_plan(plan: Plan) -> None:
     """What --dry_run shows, and every run begins with."""
+    from bupo.rl.schedule import Schedule
+
     config, size = plan.config, plan.config.rollout
     responses = size.prompts * size.samples
-    phases = (
-        f"steps 1-{config.internal_steps} train layer {config.bupo.layer} of {plan.layers}, "
-        f"then the final policy to step {config.steps}"
-        if config.internal_steps
-        else f"the final policy for {config.steps} steps"
-    )
     print(
         f"{config.name}: {config.algorithm} on {plan.sources.model}\n"
-        f"  phases   {phases}\n"
+        f"  phases   {Schedule(config).describe(plan.layers)}\n"
         f"  step     {size.prompts} prompts x {size.samples} responses = {responses}, "
         f"{config.optimizer.updates_per_step} updates of "
         f"{responses // config.optimizer.updates_per_step} responses\n"
         f"  data     {len(plan.train_prompts)} training prompts, {len(plan.eval_prompts)} for "
         f"evaluation x {config.eval.samples}, {plan.dropped} dropped for length\n"
+        f"{_more_models(config)}"
         f"  out      {plan.out}" + (f" (continues {plan.resume_from})" if plan.resume_from else ""),
         file=sys.stderr,
     )
 
 
-def execute(plan: Plan) -> int | None:
-    """Loads the model and trains; returns the stopping signal, if any."""
+def _model_to_train(config: Config, source: str) -> Any:
+    """In training mode, without dropout: rollout and training must be the same policy."""
     import torch
 
+    model = load_model(config, source).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _reference(plan: Plan, pad: int) -> Any:
+    """A frozen copy of the policy that the run began with, read again where that came from: no
+    checkpoint holds it. Raises ConfigError if other weights lie there now."""
+    from bupo.rl import checkpoint
+    from bupo.rl.reference import Reference
+
+    model = load_model(plan.config, plan.sources.model)
+    found, file = checkpoint.fingerprint(model), plan.out / "reference.sha256"
+    if plan.resume_from is None:
+        file.write_text(found + "\n", encoding="utf-8")
+    elif not file.is_file() or file.read_text(encoding="utf-8").strip() != found:
+        raise ConfigError(
+            f"loss.kl_coef: {plan.sources.model} does not hold the weights that the run began with "
+            f"({file} says which)"
+        )
+    return Reference(model, plan.config, pad)
+
+
+def _critic(plan: Plan, pad: int) -> Any:
+    """From the policy's first weights, or as it was in the checkpoint."""
+    from bupo.rl import checkpoint
+    from bupo.rl.critic import Critic
+
+    critic = Critic(_model_to_train(plan.config, plan.sources.model), plan.config, pad)
+    if plan.resume_from is not None:
+        critic.load(plan.resume_from / checkpoint.CRITIC)
+    return critic
+
+
+def execute(plan: Plan) -> int | None:
+    """Loads the model and trains; returns the stopping signal, if any."""
     from bupo.policy import check_internal_policy
     from bupo.rl import checkpoint
     from bupo.rl.loop import Run
     from bupo.rl.rewards import make_reward
+    from bupo.rl.schedule import Schedule
     from bupo.rl.update import Trainer
 
     config, tokenizer = plan.config, plan.tokenizer
     build_task(config, plan.sources)
     source = str(plan.resume_from or plan.sources.model)
-    model = load_model(config, source)
-    model.train()
-    for module in model.modules():  # rollout and training must be the same policy
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    check_internal_policy(model, config.bupo.layer if config.internal_steps else plan.layers)
+    model = _model_to_train(config, source)
+    check_internal_policy(model, Schedule(config).layers() or plan.layers)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = Trainer(model, config, pad)
-    start = 0
+    state = {"step": 0, "drawn": 0}
     if plan.resume_from is not None:
-        start = checkpoint.load_step(plan.resume_from)
+        state = checkpoint.load_state(plan.resume_from)
         checkpoint.load_optimizer(plan.resume_from, model, trainer.optimizer)
     reward = make_reward(config.reward)
     engine = None
@@ -193,10 +229,12 @@ def execute(plan: Plan) -> int | None:
         plan.out.mkdir(parents=True, exist_ok=True)
         (plan.out / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
         prompts = [*plan.train_prompts, *plan.eval_prompts]
+        reference = _reference(plan, pad) if config.loss.kl_coef else None
+        critic = _critic(plan, pad) if config.advantage == "ppo" else None
         engine = make_engine(config, source, model, tokenizer, prompts)
         run = Run(
             config, plan.out, model, tokenizer, plan.train_prompts, plan.eval_prompts,
-            engine, reward, trainer, start,
+            engine, reward, trainer, reference, critic, state["step"], state["drawn"],
         )  # fmt: skip
         return run.train()
     finally:

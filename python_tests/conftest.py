@@ -5,6 +5,7 @@ from pathlib import Path
 
 import emulation
 import pytest
+import torch
 from on_device import DEVICE, NOT_ON_CUDA
 from sample_inputs import EMULATED
 
@@ -31,6 +32,15 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         if cuda and any(text in str(error) for text in NO_FLOAT64):
             pytest.skip("float64")
         raise
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On tensors as small as most tests have, more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", autouse=True)

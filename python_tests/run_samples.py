@@ -24,6 +24,12 @@ def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
     ]
 
 
+def often_flat(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """Like reward, but the same for all responses to about half of the prompts."""
+    values = reward(responses, answers)
+    return [0.5 if int(answer) % 2 else value for value, answer in zip(values, answers)]
+
+
 def arguments(out: Path, *overrides: str) -> list[str]:
     """Six steps, the first three on layer 1 of 2."""
     return [

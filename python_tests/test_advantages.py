@@ -8,7 +8,7 @@ import torch
 from rl_samples import rewarded
 
 from bupo.config import ADVANTAGES
-from bupo.rl.advantages import ESTIMATORS, TOLERANCE, by_group, estimate
+from bupo.rl.advantages import ESTIMATORS, TOLERANCE, by_group, estimate, gae, penalise_length
 
 
 def grpo(rollouts):
@@ -105,7 +105,7 @@ def literal_value(name, rewards, i):
         return literal(rewards)[i]
     if name == "rloo":
         return rewards[i] - sum(others) / len(others)
-    return rewards[i] if name == "reinforce_pp" else rewards[i] - mean
+    return rewards[i] if name in ("reinforce_pp", "ppo") else rewards[i] - mean
 
 
 def literal_of(name, groups):
@@ -114,12 +114,18 @@ def literal_of(name, groups):
         [[literal_value(name, rewards, i)] * lengths[i] for i in range(len(rewards))]
         for rewards, lengths in groups
     ]
-    if name.startswith("reinforce"):
+    if name.startswith("reinforce") or name == "ppo":
         tokens = [x for row in values for response in row for x in response]
         mean = sum(tokens) / len(tokens)
         std = math.sqrt(sum((x - mean) ** 2 for x in tokens) / len(tokens))
         values = [[[(x - mean) / (std + 1e-8) for x in t] for t in row] for row in values]
     return values
+
+
+def without_values(rollouts):
+    """A critic that has learnt nothing: PPO, with gamma and lambda of 1, is then REINFORCE++."""
+    for rollout in rollouts:
+        rollout.values = torch.zeros(len(rollout.token_ids))
 
 
 def test_the_configuration_knows_every_estimator():
@@ -136,6 +142,7 @@ def test_estimators_against_literal_loops(name):
     rollouts = [
         [rewarded(n, r, tokens=t) for r, t in zip(*group)] for n, group in enumerate(groups)
     ]
+    without_values([r for group in rollouts for r in group])
     assert estimate([r for group in rollouts for r in group], name) == 0
     for group, expected in zip(rollouts, literal_of(name, groups)):
         for rollout, tokens in zip(group, expected):
@@ -146,6 +153,7 @@ def test_estimators_against_literal_loops(name):
 def test_no_signal_is_exactly_zero(name):
     """Equal rewards everywhere: also after whitening, whose std would be noise."""
     rollouts = [rewarded(n, 0.1, tokens=3) for n in range(3) for _ in range(7)]
+    without_values(rollouts)
     assert estimate(rollouts, name) == 1.0
     assert all(r.advantages.tolist() == [0.0] * 3 for r in rollouts)
     assert estimate([], name) == 0.0
@@ -159,3 +167,111 @@ def test_whitening_is_over_tokens_not_responses():
         0, abs=1e-5
     )
     assert float(rollouts[1].advantages[0]) == pytest.approx(-3.0, rel=1e-5)
+
+
+def test_token_costs_are_taken_from_the_reward_to_go():
+    """REINFORCE++: sum over s >= t of (1[s last] r - beta k1_s), then whitened."""
+    rng = random.Random(3)
+    rollouts = [rewarded(n % 3, rng.gauss(0, 1), tokens=rng.randint(1, 5)) for n in range(6)]
+    costs = [torch.tensor([rng.gauss(0, 0.5) for _ in r.token_ids]) for r in rollouts]
+    estimate(rollouts, "reinforce_pp", costs)
+    to_go = []
+    for rollout, cost in zip(rollouts, costs):
+        last = len(rollout.token_ids) - 1
+        to_go.append([
+            sum((s == last) * rollout.reward - float(cost[s]) for s in range(t, last + 1))
+            for t in range(last + 1)
+        ])  # fmt: skip
+    tokens = [x for response in to_go for x in response]
+    mean = sum(tokens) / len(tokens)
+    std = math.sqrt(sum((x - mean) ** 2 for x in tokens) / len(tokens))
+    for rollout, expected in zip(rollouts, to_go):
+        came = rollout.advantages.tolist()
+        assert came == pytest.approx([(x - mean) / (std + 1e-8) for x in expected], rel=1e-5)
+
+
+def test_equal_rewards_with_costs_are_a_signal():
+    rollouts = [rewarded(0, 1.0, tokens=2) for _ in range(3)]
+    assert estimate(rollouts, "reinforce_pp", [torch.tensor([0.0, 0.1])] * 3) == 1.0
+    assert all(r.advantages.tolist() == pytest.approx([0, 0], abs=1e-4) for r in rollouts)
+    costs = [torch.tensor([0.0, 0.1 * n]) for n in range(3)]
+    estimate(rollouts, "reinforce_pp", costs)
+    values = [r.advantages.tolist() for r in rollouts]
+    assert values[0][0] > 0.5 > values[1][0] > values[2][0] and values[2][0] < -0.5
+
+
+def test_soft_penalty_for_length():
+    """DAPO, eq. 13, with L_max = 10 and L_cache = 4."""
+    rollouts = [rewarded(0, 1.0, tokens=n) for n in (0, 5, 6, 7, 9, 10)]
+    penalise_length(rollouts, longest=10, buffer=4)
+    assert [r.penalty for r in rollouts] == [0, 0, 0, 0.25, 0.75, 1]
+    grpo(rollouts)
+    expected = literal([1 - r.penalty for r in rollouts])
+    for rollout, value in zip(rollouts[1:], expected[1:]):
+        assert float(rollout.advantages[0]) == pytest.approx(value, rel=1e-5)
+    assert [r.reward for r in rollouts] == [1.0] * 6, "what is logged stays the reward"
+    estimate(rollouts, "reinforce_pp")
+    assert rollouts[-1].advantages[0] < rollouts[1].advantages[0]
+    penalise_length(rollouts, longest=10, buffer=0)
+    assert [r.penalty for r in rollouts] == [0] * 6
+
+
+def test_whitening_is_over_the_tokens_that_are_kept():
+    rollouts = [rewarded(0, r, tokens=2) for r in (0.0, 1.0, 50.0)]
+    rollouts[2].dropped = True
+    estimate(rollouts, "reinforce_pp")
+    assert rollouts[0].advantages.tolist() == pytest.approx([-1, -1], rel=1e-5)
+    assert rollouts[1].advantages.tolist() == pytest.approx([1, 1], rel=1e-5)
+    assert all(map(math.isfinite, rollouts[2].advantages.tolist()))
+
+
+def literal_gae(rewards, values, gamma, gae_lambda):
+    """A_t = sum over k >= t of (gamma lambda)^(k - t) d_k, the sum written out."""
+    last = len(rewards) - 1
+    following = [*values[1:], 0.0]
+    steps = [rewards[t] + gamma * following[t] - values[t] for t in range(last + 1)]
+    return [
+        sum((gamma * gae_lambda) ** (k - t) * steps[k] for k in range(t, last + 1))
+        for t in range(last + 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gamma", "gae_lambda"), [(1.0, 1.0), (1.0, 0.0), (0.9, 0.95), (0.5, 1.0), (0.0, 0.5)]
+)
+def test_gae_against_the_sum(gamma, gae_lambda):
+    rng = random.Random(4)
+    sizes = (3, 1, 0, 7, 2)
+    rewards, values = ([[rng.gauss(0, 1) for _ in range(n)] for n in sizes] for _ in "rv")
+    double = [[torch.tensor(x, dtype=torch.float64) for x in each] for each in (rewards, values)]
+    came = gae(*double, gamma, gae_lambda)
+    for found, reward, value in zip(came, rewards, values, strict=True):
+        expected = literal_gae(reward, value, gamma, gae_lambda)
+        assert found.tolist() == pytest.approx(expected, abs=1e-12)
+    assert gae([], [], gamma, gae_lambda) == []
+    assert [len(x) for x in gae([double[0][2]], [double[1][2]], gamma, gae_lambda)] == [0]
+
+
+def test_ppo_whitens_advantages_and_not_returns():
+    rng = random.Random(5)
+    rollouts = [rewarded(n, rng.gauss(0, 1), tokens=1 + n) for n in range(4)]
+    costs = [torch.tensor([rng.gauss(0, 0.3) for _ in r.token_ids]) for r in rollouts]
+    for rollout in rollouts:
+        rollout.values = torch.tensor([rng.gauss(0, 1) for _ in rollout.token_ids])
+    rollouts[3].dropped = True
+    estimate(rollouts, "ppo", costs, 0.9, 0.8)
+    raw = []
+    for rollout, cost in zip(rollouts, costs):
+        rewards = [-float(c) for c in cost]
+        rewards[-1] += rollout.reward
+        raw.append(literal_gae(rewards, rollout.values.tolist(), 0.9, 0.8))
+        returns = [a + float(v) for a, v in zip(raw[-1], rollout.values)]
+        assert rollout.returns.tolist() == pytest.approx(returns, rel=1e-5, abs=1e-6)
+    kept = [a for response in raw[:3] for a in response]
+    mean = sum(kept) / len(kept)
+    std = math.sqrt(sum((a - mean) ** 2 for a in kept) / len(kept))
+    for rollout, advantages in zip(rollouts, raw):
+        white = [(a - mean) / (std + 1e-8) for a in advantages]
+        assert rollout.advantages.tolist() == pytest.approx(white, rel=1e-4, abs=1e-5)
+    estimate(rollouts, "reinforce_pp")
+    assert all(r.returns is None for r in rollouts)

@@ -7,16 +7,22 @@ ROOT = Path(__file__).parent.parent
 STAGES = {
     "advantages",
     "checkpoint",
+    "critic",
     "evaluation",
     "metrics",
     "prompts",
+    "reference",
     "report",
     "rewards",
     "rollouts",
+    "sampling",
     "schedule",
     "update",
     "weight_sync",
 }
+
+TOOLS = {"forward", "math_worker", "objective", "optimizer"}
+"""What stages are made with; they know no stage"""
 
 
 def imports(file: Path) -> set[str]:
@@ -44,7 +50,7 @@ def reaches(file: Path, *prefixes: str) -> set[str]:
 def test_there_are_sources_to_check() -> None:
     assert len(sources("")) > 20
     assert reaches(ROOT / "bupo/run.py", "bupo.rl")
-    assert reaches(ROOT / "bupo/rl/update.py", "bupo.policy")
+    assert reaches(ROOT / "bupo/rl/forward.py", "bupo.policy")
 
 
 def test_ops_and_policy_stand_on_the_ground() -> None:
@@ -68,8 +74,14 @@ def test_stages_do_not_import_one_another() -> None:
             assert not reaches(file, *others, "bupo.rl.loop"), file
 
 
+def test_tools_of_the_stages_import_no_stage() -> None:
+    for tool in TOOLS:
+        path = ROOT / "bupo/rl" / f"{tool}.py"
+        assert not reaches(path, *(f"bupo.rl.{s}" for s in STAGES), "bupo.rl.loop"), tool
+
+
 def test_every_file_of_rl_is_a_known_stage() -> None:
-    known = STAGES | {"__init__", "loop", "math_worker", "types"}
+    known = STAGES | TOOLS | {"__init__", "loop", "types"}
     found = {path.stem for path in (ROOT / "bupo/rl").iterdir() if path.name != "__pycache__"}
     assert found == known
 

@@ -19,6 +19,7 @@ from bupo.policy import (
     hidden_states,
     internal_policy,
     num_layers,
+    parameter_layers,
     unembedding,
 )
 
@@ -77,6 +78,22 @@ def above(model: nn.Module, layer: int) -> set[str]:
 def some_loss(logits: Tensor) -> Tensor:
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
     return (logits.log_softmax(-1) * weights).sum()
+
+
+@every_family
+def test_parameter_layers_are_where_the_parameters_act(family: str) -> None:
+    model = build(family)
+    places, (layers, norm) = parameter_layers(model), parts(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert places.keys() == set(names.values())
+    for number, part in enumerate([*layers, norm], start=1):
+        came = {places[names[id(p)]] for p in part.parameters()}
+        assert came <= {number}, "OLMo's norm has no weight"
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert places[names[id(model.get_input_embeddings().weight)]] == 0
+    assert places[names[id(model.get_output_embeddings().weight)]] == (0 if tied else None)
+    rest = {n for n, place in places.items() if place not in range(1, DEPTH + 2)}
+    assert rest == set(places) - above(model, 0), "all else is of the embeddings or the head"
 
 
 # --- the policies --------------------------------------------------------------------------------

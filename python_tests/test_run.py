@@ -11,9 +11,11 @@ from run_samples import arguments
 
 from bupo import config
 from bupo.rl.rollouts import HFEngine
+from bupo.rl.schedule import Schedule
 from bupo.run import main, recipe
 
 REPOSITORY = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ BAD = {
     "unknown group": (["optimiser.lr=1"], "unknown key optimiser; did you mean optimizer"),
     "wrong type": (["steps=many"], "steps: Value 'many'"),
     "no assignment": (["steps"], "expected key=value, got 'steps'"),
-    "algorithm": (["algorithm=bup"], "algorithm must be one of bupo, grpo, got 'bup'"),
+    "algorithm": (["algorithm=bup"], "must be one of bupo, grpo, internal, custom, got 'bup'"),
     "group size": (["rollout.samples=1"], "rollout.samples must be at least 2"),
     "batch split": (
         ["rollout.prompts=6", "optimizer.updates_per_step=4"],
@@ -43,6 +45,53 @@ BAD = {
     "layer zero": (["bupo.layer=0"], "bupo.layer counts from 1, got 0"),
     "layer over L": (["bupo.layer=3"], "bupo.layer=3 is out of range"),
     "phase 1 too long": (["bupo.steps=6"], "bupo.steps (6) must be less than steps (6)"),
+    "phases alone": (["phases=[{}]"], "phases and algorithm=custom need one another"),
+    "custom without phases": (["algorithm=custom"], "phases and algorithm=custom need one another"),
+    "phase key": (
+        ["algorithm=custom", "phases=[{layr: 1}]"],
+        "unknown key phases[].layr; did you mean phases[].layer?",
+    ),
+    "phase type": (["algorithm=custom", "phases=[{layer: x}]"], "layer: Value 'x'"),
+    "phase layer over L": (
+        ["algorithm=custom", "phases=[{layer: 1, steps: 1}, {layer: 3}]"],
+        "phases[1].layer=3 is out of range",
+    ),
+    "boundary over L": (
+        ["algorithm=custom", "phases=[{boundary: 3, lr_above: 0}]"],
+        "phases[0].boundary=3 is out of range",
+    ),
+    "open phase first": (
+        ["algorithm=custom", "phases=[{layer: 1}, {}]"], "only the last may leave out steps"
+    ),
+    "phases too short": (
+        ["algorithm=custom", "phases=[{steps: 2}, {steps: 3}]"], "phases have 5 steps, steps=6"
+    ),
+    "phases too long": (
+        ["algorithm=custom", "phases=[{steps: 6}, {}]"],
+        "phases have 6 steps before the last, steps=6",
+    ),
+    "factor without boundary": (
+        ["algorithm=custom", "phases=[{lr_above: 0}]"], "need phases[].boundary"
+    ),
+    "everything frozen": (
+        ["algorithm=custom", "phases=[{boundary: 1, lr_above: 0, lr_below: 0}]"],
+        "nothing would be trained",
+    ),
+    "policy frozen": (
+        ["algorithm=custom", "phases=[{layer: 1, boundary: 1, lr_below: 0}]"],
+        "lr_below=0 freezes all layers of the policy of layer 1",
+    ),
+    "kl in the reward": (
+        ["loss.kl_estimator=k1_reward"], "loss.kl_estimator=k1_reward needs advantage=reinforce_pp"
+    ),
+    "refills alone": (
+        ["rollout.refills=1", "rollout.samples=1", "advantage=reinforce_pp"],
+        "rollout.refills needs rollout.samples of at least 2",
+    ),
+    "overlong buffer": (
+        ["reward.overlong_buffer=13"], "reward.overlong_buffer (13) exceeds rollout.max_new_tokens"
+    ),
+    "critic": (["critic.gae_lambda=2"], "critic.gae_lambda must be in [0, 1]"),
     "missing file": (["data.chat_template=no.jinja"], "data file not found: no.jinja"),
     "prompt too long": (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5 (longest 6)"),
     "task": (["task=bupo.tasks.nothing"], "task=bupo.tasks.nothing cannot be imported"),
@@ -220,8 +269,8 @@ def test_help_teaches_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", sorted(p.name for p in (REPOSITORY / "recipes").glob("*.yaml")))
 def test_recipes_are_valid(name: str) -> None:
     loaded = config.load(recipe(name), [])
-    assert loaded.internal_steps > 0
-    assert config.load(recipe(name), ["algorithm=grpo"]).internal_steps == 0
+    assert Schedule(loaded).layers() == [loaded.bupo.layer]
+    assert Schedule(config.load(recipe(name), ["algorithm=grpo"])).layers() == []
 
 
 def test_configuration_survives_being_written(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 checkpoints/step_000010/ holds the model as save_pretrained writes it (with the tokenizer, ready
 for other programs), optimizer/state.safetensors and trainer.json. Prompt order and sampling are
-functions of (seed, step), so there is no random state to keep. A checkpoint is written beside its
-place and renamed, so one that exists is complete; no pickle is read or written.
+functions of the seed and of the numbers in trainer.json, so there is no random state to keep. A
+checkpoint is written beside its place and renamed, so one that exists is complete; no pickle is
+read or written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bupo.rl.optimizer import AdamW
+
 _PREFIX = "step_"
+CRITIC = "critic"
+"""Folder of PPO's critic"""
 OPTIMIZER = "optimizer/state.safetensors"
 """In a folder of its own: loaders, vLLM's among them, take every *.safetensors beside the model
 for a part of it."""
@@ -31,12 +37,19 @@ def complete(run: Path) -> list[Path]:
 
 
 def save(
-    run: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, keep: int
+    run: Path,
+    state: dict[str, int],
+    model: Any,
+    tokenizer: Any,
+    optimizer: AdamW,
+    critic: Any,
+    keep: int,
 ) -> Path:
-    """Writes the state after `step` steps and removes all but the newest `keep`."""
+    """Writes the state after state["step"] steps and removes all but the newest `keep`. state: the
+    numbers that trainer.json holds. critic: one of bupo.rl.critic, or None."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"{_PREFIX}{step:06d}"
+    final = folder / f"{_PREFIX}{state['step']:06d}"
     if (final / "trainer.json").is_file():
         return final
     partial = folder / f".{final.name}.{os.getpid()}"
@@ -46,8 +59,10 @@ def save(
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / OPTIMIZER).parent.mkdir()
-    save_file(_flat_state(model, optimizer), partial / OPTIMIZER)
-    (partial / "trainer.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+    save_file(optimizer.flat_state(dict(model.named_parameters())), partial / OPTIMIZER)
+    if critic is not None:
+        critic.save(partial / CRITIC)
+    (partial / "trainer.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
     for file in partial.rglob("*"):
         _sync(file)
     os.replace(partial, final)
@@ -57,30 +72,30 @@ def save(
     return final
 
 
+def load_state(checkpoint: Path) -> dict[str, int]:
+    """step: how many are done; drawn: see PromptStream."""
+    state: dict[str, int] = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+    return state
+
+
 def load_step(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))["step"])
+    return load_state(checkpoint)["step"]
 
 
-def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores the moments of every parameter that had any. Layers above l have none in phase 1:
-    AdamW makes them at their first gradient, as it would have in the uninterrupted run."""
-    flat = load_file(checkpoint / OPTIMIZER)
+def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: AdamW) -> None:
+    """Restores the moments of every parameter. Raises ValueError if some are missing or left over:
+    a checkpoint holds all of them in every phase."""
+    optimizer.load_flat_state(dict(model.named_parameters()), load_file(checkpoint / OPTIMIZER))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of names and values of the parameters."""
+    digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        keys = [key for key in flat if key.rpartition("/")[0] == name]
-        for key in keys:
-            field, value = key.rpartition("/")[2], flat.pop(key)
-            value = value if field == "step" else value.to(parameter.device)
-            optimizer.state[parameter][field] = value
-    if flat:
-        raise ValueError(f"{checkpoint}: optimizer state of unknown parameters: {sorted(flat)}")
-
-
-def _flat_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{key}": value.contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+        digest.update(name.encode())
+        values = parameter.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -18,15 +18,20 @@ from torch import Tensor
 
 from bupo.config import Config
 from bupo.rl import checkpoint, evaluation
-from bupo.rl.advantages import estimate
+from bupo.rl.advantages import estimate, penalise_length
+from bupo.rl.critic import Critic
+from bupo.rl.forward import TokenStats
 from bupo.rl.metrics import Progress, Recorder, Stopwatch, read_rows
+from bupo.rl.objective import drop, importance_weights
 from bupo.rl.prompts import PromptOrder
+from bupo.rl.reference import Reference
 from bupo.rl.report import write_report
 from bupo.rl.rewards import Reward
 from bupo.rl.rollouts import RolloutEngine
+from bupo.rl.sampling import PromptStream, Sample, collect
 from bupo.rl.schedule import Schedule
 from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
-from bupo.rl.update import TokenStats, Trainer, importance_weights
+from bupo.rl.update import Trainer
 from bupo.rl.weight_sync import WeightSync, check
 
 PROBE_ROLLOUTS = 32
@@ -75,15 +80,22 @@ class Run:
     engine: RolloutEngine
     reward: Reward
     trainer: Trainer
+    reference: Reference | None = None
+    """The policy that the run began with, if a KL term needs it"""
+    critic: Critic | None = None
+    """For advantage=ppo"""
     start: int = 0
     """Steps already done, by a run that this one continues"""
+    drawn: int = 0
+    """Prompts drawn until then beyond rollout.prompts a step"""
 
     def train(self) -> int | None:
         """Trains to the end; returns None, or the number of the signal that stopped it. Either
         way the state is saved."""
         config = self.config
         self.schedule = Schedule(config)
-        self.order = PromptOrder(self.train_prompts, config.rollout.prompts, config.seed)
+        order = PromptOrder(self.train_prompts, config.rollout.prompts, config.seed)
+        self.stream = PromptStream(order.take, config.rollout.prompts, self.drawn)
         self.sync = WeightSync(self.engine, self.model, config.rollout.max_logprob_gap)
         self.recorder = Recorder(self.out, keep_until_step=self.start)
         self.progress = Progress(config.steps, self.start)
@@ -115,12 +127,8 @@ class Run:
         config, watch = self.config, Stopwatch()
         policy = self.schedule.policy(step)
 
-        prompts = self.order.take(step)
-        with watch.stage("rollout"):
-            rollouts = self._generate(prompts, config.rollout.samples, f"{config.seed}/step/{step}")
-        with watch.stage("reward"):
-            report = self.reward(rollouts)
-        zero_spread = estimate(rollouts, config.advantage)
+        sample = self._sample(step, watch)
+        rollouts = sample.rollouts
         self._check_stop()
         with watch.stage("old_logprobs"):
             old = self.trainer.token_stats(rollouts, policy)
@@ -128,11 +136,24 @@ class Run:
             mismatch = _logprob_gap(probe, final)
             if config.rollout.top_p == 1:  # else the engine's are of the nucleus
                 check(mismatch, config.rollout.max_logprob_gap, "log-probs of sampled tokens")
+            reference = self.reference
+            kl = reference.compare(rollouts, policy, old.logprobs) if reference else {}
+            costs = reference.costs(rollouts, old.logprobs) if reference else None
+            if self.critic:
+                self.critic.evaluate(rollouts)
+        loss = config.loss
+        dropped = drop(rollouts, final.logprobs, loss.max_sequence_gap, loss.drop_truncated)
+        penalise_length(rollouts, config.rollout.max_new_tokens, config.reward.overlong_buffer)
+        gae = (config.critic.gamma, config.critic.gae_lambda)
+        zero_spread = estimate(rollouts, config.advantage, costs, *gae)
         self._check_stop()
         with watch.stage("update"):
             cap = config.loss.tis_cap
             correction = None if cap is None else importance_weights(rollouts, final.logprobs, cap)
             update = self.trainer.update(rollouts, old.logprobs, policy, step, correction)
+        if self.critic:
+            with watch.stage("critic"):
+                update |= self.critic.update(rollouts, step)
         with watch.stage("sync"):
             gap = self.sync(self.trainer.changed, _short(rollouts), self._final_logprobs)
 
@@ -140,21 +161,40 @@ class Run:
             "step": step,
             "phase": policy.phase,
             "layer": policy.layer,
-            **self._rollout_metrics(rollouts, report),
+            **self._rollout_metrics(rollouts, sample.report),
+            **(sample.metrics() if config.rollout.refills else {}),
+            "response/dropped": dropped,
             "groups/zero_spread": zero_spread,
             "policy/entropy": old.mean_entropy(),
             "final/entropy": final.mean_entropy(),
+            **kl,
             **update,
             "rollout/logprob_gap": mismatch,
             "sync/logprob_gap": mismatch if gap is None else gap,
             **{f"time/{name}": seconds for name, seconds in watch.seconds.items()},
             "time/step": watch.total(),
-            "tokens_per_second": sum(len(r.token_ids) for r in rollouts) / watch.total(),
+            "tokens_per_second": sample.tokens / watch.total(),
             "memory/peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
+        self.stream.drawn += sample.drawn
         self.recorder.step(row)
         self.recorder.rollouts(step, [_rollout_row(r) for r in rollouts])
         self.progress.step(row)
+
+    def _sample(self, step: int, watch: Stopwatch) -> Sample:
+        """Rollouts with their rewards."""
+        size, seed = self.config.rollout, f"{self.config.seed}/step/{step}"
+
+        def generate(prompts: Sequence[Prompt], round_: int) -> list[Rollout]:
+            with watch.stage("rollout"):
+                at = f"{seed}/refill/{round_}" if round_ else seed
+                return self._generate(prompts, size.samples, at)
+
+        def grade(rollouts: list[Rollout]) -> RewardReport:
+            with watch.stage("reward"):
+                return self.reward(rollouts)
+
+        return collect(self.stream, step, size.prompts, generate, grade, size.refills)
 
     def _generate(self, prompts: Sequence[Prompt], samples: int, seed: str) -> list[Rollout]:
         rollouts = self.engine.generate(prompts, samples, seed, self.stop)
@@ -190,7 +230,8 @@ class Run:
         is a check of the weights it holds. Phase 1 looks at a sample of the rollouts only."""
         if policy.layer is None:
             return rollouts, old
-        every = 1 if self.config.loss.tis_cap else max(1, len(rollouts) // PROBE_ROLLOUTS)
+        corrected = self.config.loss.tis_cap or self.config.loss.max_sequence_gap
+        every = 1 if corrected else max(1, len(rollouts) // PROBE_ROLLOUTS)
         probe = rollouts[::every]
         return probe, self.trainer.token_stats(probe, Policy(None))
 
@@ -203,6 +244,7 @@ class Run:
         return {
             "reward/mean": fmean(rewards),
             "reward/std": pstdev(rewards),
+            "reward/penalty": fmean(r.penalty for r in rollouts),
             "reward/timeouts": report.timeouts,
             "reward/errors": report.errors,
             "response/length": fmean(len(r.token_ids) for r in rollouts),
@@ -244,7 +286,9 @@ class Run:
 
     def _save(self, step: int) -> None:
         keep = self.config.checkpoint.keep_last
-        checkpoint.save(self.out, step, self.model, self.tokenizer, self.trainer.optimizer, keep)
+        state = {"step": step, "drawn": self.stream.drawn}
+        parts = (self.model, self.tokenizer, self.trainer.optimizer, self.critic)
+        checkpoint.save(self.out, state, *parts, keep)
 
 
 def _logprob_gap(rollouts: Sequence[Rollout], stats: TokenStats) -> float:

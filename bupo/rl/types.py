@@ -39,8 +39,18 @@ class Rollout:
     """stop or length"""
     text: str
     reward: float = 0.0
+    penalty: float = 0.0
+    """Taken from the reward where advantages are made of it"""
+    dropped: bool = False
+    """Has no part in the loss and its denominators"""
+    ref_logprobs: Tensor | None = None
+    """Of the reference under the policy that the step trains, for the KL term"""
     advantages: Tensor | None = None
     """Per token"""
+    values: Tensor | None = None
+    """By the critic, of the state before each token"""
+    returns: Tensor | None = None
+    """Per token, what the critic learns"""
 
 
 @dataclass
@@ -51,13 +61,32 @@ class RewardReport:
     errors: int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
+class Rates:
+    """How fast the parameters below and above a layer are trained, as factors of the learning
+    rate; 0 freezes. The head is neither below nor above, unless it is the embedding."""
+
+    boundary: int | None = None
+    """Layers 1..boundary and the embeddings are below, the others and the final norm above; None:
+    the factors are not used"""
+    below: float = 1.0
+    above: float = 1.0
+
+    def factor(self, place: int | None) -> float:
+        """Of the parameters at a place, as bupo.policy.parameter_layers has them."""
+        if self.boundary is None or place is None:
+            return 1.0
+        return self.below if place <= self.boundary else self.above
+
+
+@dataclass(frozen=True)
 class Policy:
-    """Which policy a step trains."""
+    """Which policy a step trains, and at which rates."""
 
     layer: int | None
     """1..L, or None for the final policy"""
     final_norm: bool = False
+    rates: Rates = Rates()
 
     @property
     def phase(self) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -14,129 +12,29 @@ from torch import Tensor, nn
 
 from bupo import ops
 from bupo.config import Config
-from bupo.policy import hidden_states, internal_policy, unembedding
+from bupo.policy import parameter_layers
+from bupo.rl.forward import Forward, MicroBatch, TokenStats, mini_batches
+from bupo.rl.objective import gspo_loss, token_weights
+from bupo.rl.optimizer import AdamW, learning_rate
 from bupo.rl.types import Policy, Rollout
-
-
-@dataclass
-class TokenStats:
-    """Per-token log-probs and entropies, one tensor a rollout."""
-
-    logprobs: list[Tensor]
-    entropy: list[Tensor]
-
-    def mean_entropy(self) -> float:
-        return float(torch.cat(self.entropy).mean())
-
-
-@dataclass
-class _MicroBatch:
-    """Some rollouts, padded on the right, with the place of every response token."""
-
-    members: list[int]
-    input_ids: Tensor  # [B, L]
-    attention_mask: Tensor  # [B, L]
-    rows: Tensor  # [T]: the sequence ...
-    columns: Tensor  # [T]: ... and the position that predicts each response token
-    targets: Tensor  # [T]
-
-    def split(self, tokens: Tensor, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        return list(tokens.split([len(rollouts[i].token_ids) for i in self.members]))
-
-
-def _micro_batches(
-    rollouts: Sequence[Rollout], indices: Sequence[int], budget: int, pad: int, device: Any
-) -> list[_MicroBatch]:
-    """The indexed rollouts, those of similar length together, at most `budget` padded tokens (or
-    one rollout) each."""
-    length = {i: len(rollouts[i].prompt.token_ids) + len(rollouts[i].token_ids) for i in indices}
-    batches: list[list[int]] = []
-    for i in sorted(indices, key=lambda i: (length[i], i)):  # so the newest is the longest
-        if batches and (len(batches[-1]) + 1) * length[i] <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    result = []
-    for members in batches:
-        width = max(length[i] for i in members)
-        ids = torch.full((len(members), width), pad)
-        mask = torch.zeros_like(ids)
-        rows: list[int] = []
-        columns: list[int] = []
-        targets: list[int] = []
-        for row, i in enumerate(members):
-            prompt, response = rollouts[i].prompt.token_ids, rollouts[i].token_ids
-            ids[row, : length[i]] = torch.tensor([*prompt, *response])
-            mask[row, : length[i]] = 1
-            rows += [row] * len(response)
-            columns += range(len(prompt) - 1, length[i] - 1)
-            targets += response
-        places = (torch.tensor(x, dtype=torch.long) for x in (rows, columns, targets))
-        tensors = (ids, mask, *places)
-        result.append(_MicroBatch(members, *(t.to(device) for t in tensors)))
-    return result
-
-
-def token_weights(
-    lengths: Sequence[int], aggregation: str, longest: int | None = None
-) -> list[float]:
-    """The weight of each token of each response, from the counts of the whole optimiser step, so
-    that no split into micro-batches changes the loss.
-
-    token_mean 1 / sum of lengths; seq_mean 1 / (N length_i), the paper's; seq_sum 1 / N;
-    seq_sum_longest 1 / (N longest), Dr.GRPO's.
-    """
-    n, total = len(lengths), max(sum(lengths), 1)
-    if aggregation == "token_mean":
-        return [1 / total] * n
-    if aggregation == "seq_mean":
-        return [1 / (n * max(length, 1)) for length in lengths]
-    if aggregation == "seq_sum_longest":
-        assert longest is not None
-        return [1 / (n * longest)] * n
-    return [1 / n] * n
-
-
-def importance_weights(
-    rollouts: Sequence[Rollout], final_logprobs: Sequence[Tensor], cap: float
-) -> list[Tensor]:
-    """min(pi / pi_engine, cap) of each token. pi is the final policy in both phases: the engine
-    never samples from another, and with pi^l the weight would be the whole distance of pi^l."""
-    pairs = zip(final_logprobs, rollouts)
-    return [(x - torch.tensor(r.logprobs)).exp().clamp(max=cap) for x, r in pairs]
 
 
 class Trainer:
     """The model, its optimizer, and the two passes of a step."""
 
     def __init__(self, model: nn.Module, config: Config, pad: int) -> None:
-        self.model, self._config, self._pad = model, config, pad
-        self._device = next(model.parameters()).device
+        self.model, self._config = model, config
+        self.forward = Forward(model, config, pad)
         self.changed: set[str] = set()
         """Names of the parameters that the last update has moved"""
-        settings = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=settings.lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-        )
+        parameters, places = dict(model.named_parameters()), parameter_layers(model)
+        self.optimizer = AdamW(parameters, places, config.optimizer, config.optimizer.lr)
 
     def token_stats(
         self, rollouts: Sequence[Rollout], policy: Policy, temperature: float | None = None
     ) -> TokenStats:
-        """Log-probs and entropies of the response tokens under a policy, without gradient, at the
-        sampling temperature unless another is given."""
-        stats = TokenStats([torch.empty(0)] * len(rollouts), [torch.empty(0)] * len(rollouts))
-        with torch.no_grad():
-            for batch in self._batches(rollouts, range(len(rollouts))):
-                hidden, head = self._hidden(batch, policy, temperature)
-                out = ops.lm_head_logprobs(hidden, head.pop("weight"), batch.targets, **head)
-                for name in ("logprobs", "entropy"):
-                    parts = batch.split(getattr(out, name).cpu(), rollouts)
-                    for i, part in zip(batch.members, parts):
-                        getattr(stats, name)[i] = part
-        return stats
+        """See Forward.token_stats."""
+        return self.forward.token_stats(rollouts, policy, temperature)
 
     def update(
         self,
@@ -150,23 +48,19 @@ class Trainer:
 
         old_logprobs are those of the same policy: the ratio of J_IPA (arXiv 2512.19673) is
         pi^l / pi^l_old, and an update ratio only. importance: a factor of each token's ratio loss,
-        of the final policy. An update whose loss or gradient is not finite
-        is skipped and counted.
+        of the final policy. A KL term in the loss takes rollout.ref_logprobs. An update whose loss
+        or gradient is not finite is skipped and counted.
         """
-        lr = self._learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        groups = sorted({r.group for r in rollouts})
-        parts = min(self._config.optimizer.updates_per_step, len(groups))
+        lr = learning_rate(self._config, step, self._config.optimizer.lr)
+        self.optimizer.set_rates(lr, policy.rates.factor)
+        parts = mini_batches(rollouts, self._config.optimizer.updates_per_step)
         sums: dict[str, float] = {}
         tokens = 0
         largest_ratio = 0.0
         losses: list[float] = []
         norms: list[float] = []
         self.changed = set()
-        for part in range(parts):
-            chosen = set(groups[part::parts])
-            indices = [i for i, r in enumerate(rollouts) if r.group in chosen]
+        for indices in parts:
             weights = token_weights(
                 [len(rollouts[i].token_ids) for i in indices],
                 self._config.loss.aggregation,
@@ -174,7 +68,7 @@ class Trainer:
             )
             weight_of = dict(zip(indices, weights))
             loss = 0.0
-            for batch in self._batches(rollouts, indices):
+            for batch in self.forward.batches(rollouts, indices):
                 part_loss, values = self._backward(
                     batch, rollouts, old_logprobs, weight_of, policy, importance
                 )
@@ -200,78 +94,57 @@ class Trainer:
             "policy/loss": fmean(losses) if losses else math.nan,
             "policy/ratio_max": largest_ratio,
             "policy/grad_norm": fmean(norms) if norms else math.nan,
-            "policy/skipped_updates": parts - len(losses),
+            "policy/skipped_updates": len(parts) - len(losses),
             "policy/lr": lr,
-        }
-
-    def _learning_rate(self, step: int) -> float:
-        """Of step 1, 2, ...; a function of the step alone, so a resumed run has the same."""
-        settings, steps = self._config.optimizer, self._config.steps
-        if step <= settings.warmup_steps:
-            return settings.lr * step / settings.warmup_steps
-        if settings.schedule == "constant":
-            return settings.lr
-        return settings.lr * (steps - step + 1) / (steps - settings.warmup_steps)
-
-    def _batches(self, rollouts: Sequence[Rollout], indices: Sequence[int]) -> list[_MicroBatch]:
-        budget = self._config.optimizer.micro_batch_tokens
-        return _micro_batches(rollouts, indices, budget, self._pad, self._device)
-
-    def _hidden(
-        self, batch: _MicroBatch, policy: Policy, temperature: float | None = None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Hidden states of the policy where response tokens are predicted [T, D], and the head's
-        arguments. Prompt tokens go no further than this."""
-        half = self._config.model.compute_dtype == "bfloat16"
-        autocast = torch.autocast(self._device.type, torch.bfloat16) if half else nullcontext()
-        with autocast, internal_policy(self.model, policy.layer, policy.final_norm):
-            hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask)
-        head = unembedding(self.model)
-        weight = head.weight.to(torch.bfloat16) if half else head.weight
-        return hidden[batch.rows, batch.columns].to(weight.dtype), {
-            "weight": weight,
-            "bias": head.bias,
-            "softcap": head.softcap,
-            "temperature": head.temperature
-            * (self._config.rollout.temperature if temperature is None else temperature),
         }
 
     def _backward(
         self,
-        batch: _MicroBatch,
+        batch: MicroBatch,
         rollouts: Sequence[Rollout],
         old_logprobs: Sequence[Tensor],
         weight_of: dict[int, float],
         policy: Policy,
         importance: Sequence[Tensor] | None,
     ) -> tuple[float, dict[str, float]]:
-        def gather(tensors: list[Tensor]) -> Tensor:
-            return torch.cat(tensors).to(self._device)
+        def gather(tensors: Sequence[Tensor | None]) -> Tensor:
+            present = [x for x in tensors if x is not None]
+            assert len(present) == len(batch.members)
+            return torch.cat(present).to(self.forward.device)
 
-        members = [rollouts[i] for i in batch.members]
-        assert all(r.advantages is not None for r in members)
-        settings = self._config.loss
-        hidden, head = self._hidden(batch, policy)
-        result = ops.policy_loss(
-            hidden,
-            head.pop("weight"),
-            batch.targets,
-            gather([old_logprobs[i] for i in batch.members]),
-            gather([r.advantages for r in members if r.advantages is not None]),
-            gather(
-                [torch.full((len(rollouts[i].token_ids),), weight_of[i]) for i in batch.members]
-            ),
-            **head,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            dual_clip=settings.dual_clip,
-            loss_type=settings.type,
-            entropy_coef=settings.entropy_coef,
-            importance_weights=(
+        settings, members = self._config.loss, [rollouts[i] for i in batch.members]
+        lengths = [len(r.token_ids) for r in members]
+        in_loss = settings.kl_coef if settings.kl_estimator != "k1_reward" else 0.0
+        old = gather([old_logprobs[i] for i in batch.members])
+        advantages = gather([r.advantages for r in members])
+        weights = gather([torch.full((n,), weight_of[i]) for i, n in zip(batch.members, lengths)])
+        options: dict[str, Any] = {
+            "clip_low": settings.clip_low,
+            "clip_high": settings.clip_high,
+            "dual_clip": settings.dual_clip,
+            "ref_logprobs": gather([r.ref_logprobs for r in members]) if in_loss else None,
+            "kl_coef": in_loss,
+            "kl_estimator": settings.kl_estimator if in_loss else "k3",
+            "entropy_coef": settings.entropy_coef,
+            "importance_weights": (
                 None if importance is None else gather([importance[i] for i in batch.members])
             ),
-        )
-        loss = float(result.loss.detach())
-        if math.isfinite(loss):
-            result.loss.backward()
-        return loss, {name: float(value) for name, value in result.metrics.items()}
+        }
+        hidden, head = self.forward.hidden(batch, policy), self.forward.head()
+        if settings.type == "gspo":
+            out = ops.lm_head_logprobs(hidden, targets=batch.targets, **head)
+            loss, metrics = gspo_loss(out, lengths, old, advantages, weights, **options)
+        else:
+            options |= head | {"targets": batch.targets, "loss_type": settings.type}
+            result = ops.policy_loss(
+                hidden,
+                old_logprobs=old,
+                advantages=advantages,
+                token_weights=weights,
+                **options,
+            )
+            loss, metrics = result.loss, result.metrics
+        value = float(loss.detach())
+        if math.isfinite(value):
+            loss.backward()
+        return value, {name: float(x) for name, x in metrics.items()}

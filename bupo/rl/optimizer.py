@@ -1,0 +1,83 @@
+"""AdamW with one learning rate per place in the model, and with state from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bupo.config import Config, OptimizerConfig
+
+Place = int | None
+"""As bupo.policy.parameter_layers has them"""
+
+
+class AdamW(torch.optim.AdamW):
+    """Parameters in a group for each place.
+
+    Every parameter has state from the start, zeros, as AdamW would make it at the first gradient:
+    so a checkpoint holds all parameters in every phase, and a missing one is an error, not a
+    parameter that never moved.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        places: Mapping[str, Place],
+        settings: OptimizerConfig,
+        lr: float,
+    ) -> None:
+        members: dict[Place, list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            members.setdefault(places.get(name), []).append(parameter)
+        super().__init__(
+            [{"params": some, "place": place} for place, some in members.items()],
+            lr=lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+        for parameter in parameters.values():
+            self.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def set_rates(self, lr: float, factor: Callable[[Place], float]) -> None:
+        """The learning rate of each place is lr times its factor. Factor 0 freezes: such parameters
+        ask for no gradient, so neither momentum nor weight decay moves them."""
+        for group in self.param_groups:
+            rate = factor(group["place"])
+            group["lr"] = lr * rate
+            for parameter in group["params"]:
+                parameter.requires_grad_(rate != 0)
+
+    def flat_state(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """name/field to value, of named parameters."""
+        return {
+            f"{name}/{field}": value.contiguous()
+            for name, parameter in parameters.items()
+            for field, value in self.state[parameter].items()
+        }
+
+    def load_flat_state(
+        self, parameters: Mapping[str, nn.Parameter], flat: Mapping[str, Tensor]
+    ) -> None:
+        """Raises ValueError if something is missing or left over."""
+        expected = self.flat_state(parameters)
+        if wrong := sorted(expected.keys() ^ flat.keys()):
+            raise ValueError(f"optimizer state is missing or of no parameter: {wrong}")
+        for key, old in expected.items():
+            name, _, field = key.rpartition("/")
+            self.state[parameters[name]][field] = flat[key].to(old.device)
+
+
+def learning_rate(config: Config, step: int, peak: float) -> float:
+    """Of step 1, 2, ...; a function of the step alone, so a resumed run has the same."""
+    settings, steps = config.optimizer, config.steps
+    if step <= settings.warmup_steps:
+        return peak * step / settings.warmup_steps
+    if settings.schedule == "constant":
+        return peak
+    return peak * (steps - step + 1) / (steps - settings.warmup_steps)
