@@ -115,19 +115,31 @@ class RolloutConfig:
 @dataclass
 class RewardConfig:
     function: str = "math"
-    """math: 1 if the last \\boxed{} equals the answer by Math-Verify, else 0; or module:function
-    taking (responses: list[str], answers: list[str]) and returning list[float]."""
+    """math: 1 if the last \\boxed{} equals the answer by Math-Verify, else 0; strict: by string
+    comparison alone, as in the paper; or module:function taking (responses: list[str], answers:
+    list[str]) and returning list[float]. A function extract(response) in that module gives
+    majority votes."""
+    by_source: dict[str, str] = field(default_factory=dict)
+    """A function for each data_source, e.g. {math_dapo: strict, code: my.module:run}, in place of
+    reward.function; data of a source that is not named is then an error."""
     timeout: float = 10.0
     """Seconds for one response before its worker is killed; it then counts as reward/timeouts."""
     workers: int = 2
     """Worker processes of the math reward."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.function == "math" or self.function.count(":") == 1,
-            f"reward.function must be math or module:function, got {self.function!r}",
-        )
+        named = {f"by_source.{source}": name for source, name in self.by_source.items()}
+        for key, name in {"function": self.function, **named}.items():
+            _require(
+                name in ("math", "strict") or name.count(":") == 1,
+                f"reward.{key} must be math, strict or module:function, got {name!r}",
+            )
         _require(self.timeout > 0 and self.workers > 0, "reward.timeout and .workers must be > 0")
+
+    @property
+    def functions(self) -> list[str]:
+        """Each function in use, once."""
+        return list(dict.fromkeys(self.by_source.values() or [self.function]))
 
 
 @dataclass

@@ -118,10 +118,11 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     from bupo.rl.evaluation import by_dataset, by_problem, summarise
     from bupo.rl.metrics import Progress
     from bupo.rl.prompts import load_prompts
-    from bupo.rl.rewards import make_reward
+    from bupo.rl.rewards import check_sources, make_reward
 
     tokenizer, _ = read_model(config, sources.model)
     prompts, dropped = load_prompts(sources.held_out, tokenizer, config.data, config.eval.limit)
+    check_sources(config.reward, prompts)
     sets = by_dataset(prompts)
     shown = ", ".join(f"{name} {len(problems)}" for name, problems in sets.items())
     print(

@@ -61,13 +61,14 @@ def find_sources(config: Config, training: bool = True) -> Sources:
 
 def read_model(config: Config, model: str) -> tuple[Any, int]:
     """Tokenizer and number of layers; also checks what needs a model's configuration, and the
-    reward function."""
+    reward functions."""
     from transformers import AutoConfig, AutoTokenizer
 
     from bupo.rl.rewards import FunctionReward
 
-    if config.reward.function != "math":
-        FunctionReward(config.reward.function)
+    for name in config.reward.functions:
+        if name != "math":
+            FunctionReward(name)
     try:
         model_config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)

@@ -86,6 +86,7 @@ def make_plan(config: Config) -> Plan:
     sources = find_sources(config)
 
     from bupo.rl.prompts import PromptOrder, load_prompts  # slow, so after the cheap checks
+    from bupo.rl.rewards import check_sources
 
     tokenizer, layers = read_model(config, sources.model)
     if config.algorithm == "bupo" and config.bupo.layer > layers:
@@ -100,6 +101,7 @@ def make_plan(config: Config) -> Plan:
         if sources.held_out
         else ([], 0)
     )
+    check_sources(config.reward, [*prompts, *eval_prompts])
     return Plan(
         config=config,
         out=out,

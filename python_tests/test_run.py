@@ -65,6 +65,14 @@ BAD = {
     "eval.limit": (["eval.limit=0"], "eval.limit must be positive"),
     "reward module": (["reward.function=nope:x"], "reward.function=nope:x cannot be loaded"),
     "reward signature": (["reward.function=math:sqrt"], "reward.function=math:sqrt must take"),
+    "reward name": (["reward.function=maths"], "reward.function must be math, strict or module:"),
+    "reward of a source": (
+        ["reward.by_source={x: 'a'}"], "reward.by_source.x must be math, strict or module:function"
+    ),
+    "source without reward": (
+        ["reward.by_source={other: strict}"],
+        "no reward for data source addition (",
+    ),
     "resume without out": (["resume=auto", "out=null"], "resume=auto needs out=DIR"),
     "temperature": (["rollout.temperature=0"], "rollout.temperature must be > 0"),
 }  # fmt: skip

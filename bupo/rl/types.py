@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -49,6 +49,19 @@ class RewardReport:
 
     timeouts: int = 0
     errors: int = 0
+    """Responses that could not be graded, and rewards that are not finite"""
+    first: str = field(default="", compare=False)
+    """What the first of them was"""
+
+    def count(self, kind: str, what: str) -> None:
+        """One more; kind: timeouts or errors."""
+        setattr(self, kind, getattr(self, kind) + 1)
+        self.first = self.first or what
+
+    def add(self, other: RewardReport) -> None:
+        self.timeouts += other.timeouts
+        self.errors += other.errors
+        self.first = self.first or other.first
 
 
 @dataclass
