@@ -53,14 +53,24 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     train: list[str] = field(default_factory=list)
-    """Parquet or JSONL files in verl's format (prompt, reward_model.ground_truth, data_source).
-    A prompt is a list of chat messages, or a plain string that is used as it is."""
+    """Parquet or JSONL files in verl's format (prompt, reward_model.ground_truth, data_source);
+    folders of such files or saved by Hugging Face datasets; names on the hub. NAME:SPLIT takes
+    another split than train. A prompt is a list of chat messages, or a plain string that is used
+    as it is."""
+    weights: list[float] = field(default_factory=list)
+    """One for each of data.train: its share of the prompts, e.g. [3, 1]. Empty: every prompt once
+    an epoch."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Other names of the columns prompt, answer and data_source, e.g. {prompt: question}."""
+    system_prompt: str | None = None
+    """Makes a chat of a plain string: this system message (none if empty), then the string."""
     max_prompt_tokens: int = 1024
     """Longest prompt after the chat template."""
     overlong: str = "error"
     """What a longer prompt does: error, or drop (counted and printed)."""
     chat_template: str | None = None
-    """File with a Jinja chat template that replaces the tokenizer's own."""
+    """File with a Jinja chat template that replaces the tokenizer's own; octothinker.jinja
+    (User: ... Assistant: ...) comes with bupo."""
     chat_template_options: dict[str, Any] = field(default_factory=dict)
     """Passed to the chat template, e.g. {enable_thinking: false} for Qwen3."""
     limit: int | None = None
@@ -70,6 +80,13 @@ class DataConfig:
         _one_of("data.overlong", self.overlong, ("error", "drop"))
         _require(self.max_prompt_tokens > 0, "data.max_prompt_tokens must be positive")
         _require(self.limit is None or self.limit > 0, "data.limit must be positive or null")
+        _require(all(w > 0 for w in self.weights), "data.weights must be positive")
+        _require(
+            len(self.weights) in (0, len(self.train)),
+            f"data.weights has {len(self.weights)} values for {len(self.train)} data.train",
+        )
+        for name in self.columns:
+            _one_of("data.columns' names", name, ("prompt", "answer", "data_source"))
 
 
 @dataclass
@@ -303,6 +320,13 @@ class Config:
     def internal_steps(self) -> int:
         """Steps that train the internal policy."""
         return self.bupo.steps if self.algorithm == "bupo" else 0
+
+
+def shipped(name: str) -> Path:
+    """The file of that name, or the one that comes with bupo among its recipes."""
+    package = Path(__file__).parent
+    beside = (package / "recipes" / name, package.parent / "recipes" / name)
+    return next((path for path in (Path(name), *beside) if path.is_file()), Path(name))
 
 
 def all_keys(node: type = Config, prefix: str = "") -> list[str]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bupo.config import Config, ConfigError
+from bupo.config import Config, ConfigError, shipped
+from bupo.rl import data_files
 from bupo.tasks import TaskFiles
 
 
@@ -51,9 +52,11 @@ def find_sources(config: Config, training: bool = True) -> Sources:
     train = [str(f) for f in files.train] if files and files.train else config.data.train
     held_out = [str(f) for f in files.eval] if files and files.eval else config.eval.files
     train = train if training else []
-    for name in [*train, *held_out, *filter(None, [config.data.chat_template])]:
-        if not Path(name).is_file():
-            raise ConfigError(f"data file not found: {name}")
+    for name in [*train, *held_out]:
+        data_files.check(name)
+    template = config.data.chat_template
+    if template and not shipped(template).is_file():
+        raise ConfigError(f"data.chat_template={template}: file not found")
     if model.startswith(("/", ".")) and not Path(model).is_dir():
         raise ConfigError(f"model.path={model}: folder not found")
     return Sources(model, train, held_out, files)

@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from bupo import config as configuration
-from bupo.config import Config, ConfigError
+from bupo.config import Config, ConfigError, shipped
 from bupo.inputs import (
     Sources,
     build_task,
@@ -34,12 +34,6 @@ from bupo.inputs import (
     make_engine,
     read_model,
 )
-
-
-def recipe(name: str) -> Path:
-    """A recipe that comes with bupo."""
-    beside = Path(__file__).parent / "recipes" / name
-    return beside if beside.is_file() else Path(__file__).parent.parent / "recipes" / name
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -95,7 +89,7 @@ def make_plan(config: Config) -> Plan:
             f"1..{layers}"
         )
     prompts, dropped = load_prompts(sources.train, tokenizer, config.data, config.data.limit)
-    PromptOrder(prompts, config.rollout.prompts, config.seed)
+    PromptOrder(prompts, config.rollout.prompts, config.seed, config.data.weights)
     eval_prompts, eval_dropped = (
         load_prompts(sources.held_out, tokenizer, config.data, config.eval.limit)
         if sources.held_out
@@ -219,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     overrides = arguments.overrides + ([f"out={arguments.out}"] if arguments.out else [])
     try:
-        file = arguments.config or recipe("arithmetic.yaml")
+        file = arguments.config or shipped("arithmetic.yaml")
         plan = make_plan(configuration.load(file, overrides))
         print_plan(plan)
         if arguments.dry_run:

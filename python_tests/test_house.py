@@ -71,7 +71,7 @@ def test_stages_do_not_import_one_another() -> None:
 
 
 def test_every_file_of_rl_is_a_known_stage() -> None:
-    known = STAGES | {"__init__", "boxed", "loop", "math_worker", "types"}
+    known = STAGES | {"__init__", "boxed", "data_files", "loop", "math_worker", "types"}
     found = {path.stem for path in (ROOT / "bupo/rl").iterdir() if path.name != "__pycache__"}
     assert found == known
 

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from run_samples import rows
 
+from bupo.config import shipped
 from bupo.rl.math_worker import grade
-from bupo.run import main, recipe
+from bupo.run import main
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -52,7 +53,7 @@ def test_two_steps_on_real_data(
     monkeypatch.setenv("BUPO_DATA", str(data))
     out = tmp_path / "run"
     command = [
-        "--config", str(recipe(f"tiny_{family}_deepmath.yaml")), "--out", str(out),
+        "--config", str(shipped(f"tiny_{family}_deepmath.yaml")), "--out", str(out),
         "steps=2", "bupo.steps=1", "rollout.max_new_tokens=8", "data.limit=12", "eval.limit=4",
     ]  # fmt: skip
     assert main(command) == 0
@@ -73,7 +74,7 @@ def test_it_trains_on_real_prompts(
     monkeypatch.setenv("BUPO_DATA", str(data))
     out = tmp_path / "run"
     command = [
-        "--config", str(recipe("tiny_qwen3_deepmath.yaml")), "--out", str(out),
+        "--config", str(shipped("tiny_qwen3_deepmath.yaml")), "--out", str(out),
         "steps=2", "bupo.steps=1", "rollout.max_new_tokens=8", "data.limit=12", "eval.files=[]",
         "reward.function=test_real_data:rewarded_by_length",
     ]  # fmt: skip

@@ -10,8 +10,9 @@ import run_samples
 from run_samples import arguments
 
 from bupo import config
+from bupo.config import shipped
 from bupo.rl.rollouts import HFEngine
-from bupo.run import main, recipe
+from bupo.run import main
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -43,7 +44,13 @@ BAD = {
     "layer zero": (["bupo.layer=0"], "bupo.layer counts from 1, got 0"),
     "layer over L": (["bupo.layer=3"], "bupo.layer=3 is out of range"),
     "phase 1 too long": (["bupo.steps=6"], "bupo.steps (6) must be less than steps (6)"),
-    "missing file": (["data.chat_template=no.jinja"], "data file not found: no.jinja"),
+    "missing template": (["data.chat_template=no.jinja"], "chat_template=no.jinja: file not found"),
+    "weights": (["data.weights=[1,2]"], "data.weights has 2 values for 0 data.train"),
+    "weight": (["data.weights=[0]"], "data.weights must be positive"),
+    "column": (["data.columns={question: x}"], "data.columns' names must be one of prompt, answer"),
+    "hub": (
+        ["task=null", "model.path=a/b", "data.train=[owner/no-such]"], "data file not found: owner/"
+    ),
     "prompt too long": (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5 (longest 6)"),
     "task": (["task=bupo.tasks.nothing"], "task=bupo.tasks.nothing cannot be imported"),
     "task option": (["task_options={wide: 3}"], "unknown task_options: ['wide']"),
@@ -181,7 +188,7 @@ def test_missing_training_data(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_model: None
 ) -> None:
     monkeypatch.setenv("BUPO_DATA", "nowhere")
-    assert main(["--config", str(recipe("tiny_qwen3_deepmath.yaml"))]) == 2
+    assert main(["--config", str(shipped("tiny_qwen3_deepmath.yaml"))]) == 2
     assert "data file not found: nowhere/deepmath-5k.parquet" in capsys.readouterr().err
 
 
@@ -227,14 +234,14 @@ def test_help_teaches_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (REPOSITORY / "recipes").glob("*.yaml")))
 def test_recipes_are_valid(name: str) -> None:
-    loaded = config.load(recipe(name), [])
+    loaded = config.load(shipped(name), [])
     assert loaded.internal_steps > 0
-    assert config.load(recipe(name), ["algorithm=grpo"]).internal_steps == 0
+    assert config.load(shipped(name), ["algorithm=grpo"]).internal_steps == 0
 
 
 def test_configuration_survives_being_written(tmp_path: Path) -> None:
     loaded = config.load(
-        recipe("arithmetic.yaml"), ["optimizer.betas=[0.9,0.95]", "loss.dual_clip=3"]
+        shipped("arithmetic.yaml"), ["optimizer.betas=[0.9,0.95]", "loss.dual_clip=3"]
     )
     (tmp_path / "config.yaml").write_text(config.dump(loaded))
     assert config.load(tmp_path / "config.yaml", []) == loaded

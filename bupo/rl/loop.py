@@ -83,7 +83,9 @@ class Run:
         way the state is saved."""
         config = self.config
         self.schedule = Schedule(config)
-        self.order = PromptOrder(self.train_prompts, config.rollout.prompts, config.seed)
+        self.order = PromptOrder(
+            self.train_prompts, config.rollout.prompts, config.seed, config.data.weights
+        )
         self.sync = WeightSync(self.engine, self.model, config.rollout.max_logprob_gap)
         self.recorder = Recorder(self.out, keep_until_step=self.start)
         self.progress = Progress(config.steps, self.start)

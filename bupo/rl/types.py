@@ -21,6 +21,8 @@ class Prompt:
     token_ids: list[int]
     answer: str
     """Ground truth handed to the reward"""
+    file: int = 0
+    """Place of its file in data.train"""
 
 
 @dataclass
