@@ -238,6 +238,8 @@ class EvalConfig:
     """Responses per problem, n of Avg@n and of the Pass@K estimator."""
     pass_k: list[int] = field(default_factory=lambda: [1, 4, 8])
     """K of Pass@K; undefined (null) where K > samples."""
+    temperature: float | None = None
+    """Of evaluation; 0 takes the likeliest token (then samples=1), null is rollout.temperature."""
     every: int = 0
     """Steps between evaluations; before, at the phase switch and after always run if files are
     given."""
@@ -247,6 +249,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _require(self.samples > 0, "eval.samples must be positive")
         _require(all(k > 0 for k in self.pass_k), "eval.pass_k must be positive")
+        _require(self.temperature is None or self.temperature >= 0, "eval.temperature must be >= 0")
+        _require(
+            self.temperature != 0 or self.samples == 1,
+            f"eval.temperature=0 makes equal samples: set eval.samples=1, got {self.samples}",
+        )
         _require(self.every >= 0, "eval.every must be at least 0")
         _require(self.limit is None or self.limit > 0, "eval.limit must be positive or null")
 

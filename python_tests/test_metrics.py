@@ -73,7 +73,7 @@ def test_what_is_not_finite_becomes_null(tmp_path):
     recorder = Recorder(tmp_path, keep_until_step=0)
     recorder.step(row_of(1, **{"policy/loss": math.nan, "a/b": math.inf, "c/d": -math.inf}))
     passes = {1: (0.5, math.nan), 4: None}
-    result = EvalResult("set", 1, 2, 0.5, math.nan, passes, 7.0, 0.25)
+    result = EvalResult("set", 1, 2, 0.5, math.nan, passes, None, 7.0, 0.25, 0.5)
     shown = recorder.evaluation(1, "before", result)
     recorder.close()
     (row,) = strict_lines(tmp_path / "metrics.jsonl")
@@ -89,6 +89,9 @@ def test_what_is_not_finite_becomes_null(tmp_path):
         "avg_se": None,
         "length": 7.0,
         "truncated": 0.25,
+        "ungraded": 0.5,
+        "maj": None,
+        "maj_se": None,
         "pass@1": 0.5,
         "pass@1_se": None,
         "pass@4": None,
@@ -122,7 +125,7 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     recorder = Recorder(tmp_path, keep_until_step=0)
     recorder.step(row_of(1, **{"policy/loss": math.nan, "time/step": 2.0}))
     recorder.step(row_of(2, **{"policy/loss": 0.75}))
-    recorder.evaluation(2, "after", EvalResult("set", 1, 8, 0.25, 0.1, {}, 7.0, 0.0))
+    recorder.evaluation(2, "after", EvalResult("set", 1, 8, 0.25, 0.1, {}, None, 7.0, 0.0, 0.0))
     recorder.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
 

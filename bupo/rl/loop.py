@@ -163,24 +163,6 @@ class Run:
         self._check_stop()
         return rollouts
 
-    def _generate_for_evaluation(self, problems: Sequence[Prompt]) -> list[Rollout]:
-        """With progress: the engine asks whether to stop before every batch."""
-        samples = self.config.eval.samples
-        batches = -(-len(problems) * samples // self.config.rollout.batch_size)
-        asked = 0
-        with self.progress.waiting(f"evaluation on {problems[0].source}") as done:
-
-            def stop() -> bool:
-                nonlocal asked
-                done(asked / batches)
-                asked += 1
-                return self.stop()
-
-            seed = f"{self.config.seed}/eval"
-            rollouts = self.engine.generate(problems, samples, seed, stop)
-        self._check_stop()
-        return rollouts
-
     def _check_stop(self) -> None:
         if self.stop():
             raise _Stopped
@@ -224,25 +206,33 @@ class Run:
 
     def _evaluate_if_due(self, step: int) -> None:
         when = self._evaluation_due(step)
-        recorded = any(row["step"] == step for row in read_rows(self.out / "eval.jsonl"))
-        if when is None or recorded:
+        if when is None:
             return
+        rows = read_rows(self.out / "eval.jsonl")
+        recorded = {row["dataset"] for row in rows if row["step"] == step}
+        for dataset, problems in evaluation.by_dataset(self.eval_prompts).items():
+            if dataset in recorded:
+                continue
+            with self.progress.waiting(f"evaluation on {dataset}") as share:
+                result = evaluation.evaluate(
+                    dataset,
+                    problems,
+                    self.config,
+                    self._generate_for_evaluation,
+                    self.reward,
+                    self.recorder.problems(step, evaluation.file_name(dataset)),
+                    share=share,
+                )
+            self.recorder.evaluation(step, when, result)
+            self.progress.say(f"evaluation {when.replace('_', ' ')} (step {step}): {result}")
+
+    def _generate_for_evaluation(self, problems: Sequence[Prompt], seed: str) -> list[Rollout]:
         settings = self.config.eval
-        results = evaluation.evaluate(
-            self._generate_for_evaluation,
-            self.reward,
-            self.eval_prompts,
-            settings.pass_k,
+        rollouts = self.engine.generate(
+            problems, settings.samples, seed, self.stop, settings.temperature
         )
-        for result in results:
-            row = self.recorder.evaluation(step, when, result)
-            passes = ", ".join(
-                f"Pass@{k} {row[f'pass@{k}']:.3f}" for k in result.pass_k if k <= result.samples
-            )
-            self.progress.say(
-                f"evaluation {when.replace('_', ' ')} (step {step}): {result.dataset} "
-                f"Avg@{result.samples} {result.avg:.3f} ± {result.avg_se:.3f}, {passes}"
-            )
+        self._check_stop()
+        return rollouts
 
     def _save(self, step: int) -> None:
         keep = self.config.checkpoint.keep_last

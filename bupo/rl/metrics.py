@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,6 +27,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Lines at the end of a JSON lines file, handed to the system at once."""
+    with file.open("a", encoding="utf-8") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _plain(value: Any) -> Any:
@@ -68,6 +74,13 @@ class Recorder:
         self._mirror(step, {f"eval/{result.dataset}/avg@{result.samples}": result.avg})
         return row
 
+    def problems(self, step: int, file_name: str) -> Callable[[list[dict[str, Any]]], None]:
+        """Starts the file of one data set's problems and responses; returns what appends to it."""
+        folder = self._run / "evaluations" / f"step_{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file_name).write_text("", encoding="utf-8")
+        return lambda rows: append_rows(folder / file_name, rows)
+
     def rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
         folder = self._run / "rollouts"
         folder.mkdir(exist_ok=True)
@@ -75,8 +88,7 @@ class Recorder:
         (folder / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        with (self._run / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n")
+        append_rows(self._run / name, [{k: _plain(v) for k, v in row.items()}])
 
     def _mirror(self, step: int, values: dict[str, Any]) -> None:
         if self._board is None:

@@ -16,6 +16,7 @@ from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from bupo.config import ConfigError, RewardConfig
+from bupo.rl import boxed
 from bupo.rl.types import Prompt, RewardReport, Rollout
 
 GOLDEN = [
@@ -35,10 +36,22 @@ class Reward(Protocol):
     """What the loop needs of a reward."""
 
     def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
-        """Sets rollout.reward of each."""
+        """Sets rollout.reward of each, and rollout.ungraded where that is none."""
+        ...
+
+    def answers(self, rollouts: Sequence[Rollout]) -> list[str | None] | None:
+        """The final answers that a majority vote counts, None for a response without one; None
+        instead of the list if this reward knows no final answers."""
         ...
 
     def close(self) -> None: ...
+
+
+def _give(rollouts: Sequence[Rollout], rewards: Sequence[float], report: RewardReport) -> None:
+    for rollout, reward in zip(rollouts, rewards):
+        rollout.reward = reward
+    for item in report.items:
+        rollouts[item].ungraded = True
 
 
 class _Worker:
@@ -105,9 +118,11 @@ class MathReward:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
         rewards, report = self.grade([(r.text, r.prompt.answer) for r in rollouts])
-        for rollout, reward in zip(rollouts, rewards):
-            rollout.reward = reward
+        _give(rollouts, rewards, report)
         return report
+
+    def answers(self, rollouts: Sequence[Rollout]) -> list[str | None]:
+        return [boxed.extract(r.text) for r in rollouts]
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[float], RewardReport]:
         """Rewards of (response, answer) pairs; a timeout or an error counts, and gives 0."""
@@ -134,14 +149,15 @@ class MathReward:
                     answer = pairs[worker.item][1]
                     if reply is None or "error" in reply:
                         why = reply["error"] if reply else "its worker died"
-                        report.count("errors", f"answer {answer!r}: {why}")
+                        report.count("errors", worker.item, f"answer {answer!r}: {why}")
                     else:
                         rewards[worker.item] = float(reply["reward"])
                     worker.item = None
                     if reply is None:
                         self._replace(n)
                 elif time.monotonic() >= worker.deadline:
-                    report.count("timeouts", f"answer {pairs[worker.item][1]!r}: timeout")
+                    answer = pairs[worker.item][1]
+                    report.count("timeouts", worker.item, f"answer {answer!r}: timeout")
                     self._replace(n)
         return rewards, report
 
@@ -167,6 +183,9 @@ class FunctionReward:
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"reward.function={name} cannot be loaded: {error}") from None
         self._name = name
+        self._extract: Callable[[str], str | None] | None = getattr(
+            importlib.import_module(module), "extract", None
+        )
         try:
             inspect.signature(self._function).bind([], [])
         except TypeError as error:
@@ -178,11 +197,14 @@ class FunctionReward:
     def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
         rewards = self._rewards([r.text for r in rollouts], [r.prompt.answer for r in rollouts])
         report = RewardReport()
-        for rollout, reward in zip(rollouts, rewards):
-            rollout.reward = reward
+        for n, reward in enumerate(rewards):
             if not math.isfinite(reward):
-                report.count("errors", f"reward.function={self._name} returned {reward}")
+                report.count("errors", n, f"reward.function={self._name} returned {reward}")
+        _give(rollouts, rewards, report)
         return report
+
+    def answers(self, rollouts: Sequence[Rollout]) -> list[str | None] | None:
+        return None if self._extract is None else [self._extract(r.text) for r in rollouts]
 
     def _rewards(self, responses: list[str], answers: list[str]) -> list[float]:
         rewards = [float(r) for r in self._function(responses, answers)]
@@ -210,6 +232,15 @@ class SourceReward:
             if members:
                 report.add(reward(members))
         return report
+
+    def answers(self, rollouts: Sequence[Rollout]) -> list[str | None] | None:
+        answers: list[str | None] = []
+        for rollout in rollouts:
+            one = self._rewards[rollout.prompt.source].answers([rollout])
+            if one is None:
+                return None
+            answers += one
+        return answers
 
     def _each(self) -> list[Reward]:
         return list({id(reward): reward for reward in self._rewards.values()}.values())
