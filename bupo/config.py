@@ -26,6 +26,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one line for the user."""
 
 
+class RunError(RuntimeError):
+    """Ends a run with one line; what could be saved is saved."""
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -270,6 +274,18 @@ class CheckpointConfig:
 
 
 @dataclass
+class WatchdogConfig:
+    seconds: float = 1800.0
+    """A stage (rollout, reward, old_logprobs, update, sync, evaluation, save) that gets no further
+    for so long is named, and the stacks of all threads go to stalls.txt; 0: never."""
+    kill: bool = False
+    """Then end the process, for a supervisor that starts it again with resume=auto."""
+
+    def __post_init__(self) -> None:
+        _require(self.seconds >= 0, "watchdog.seconds must be at least 0")
+
+
+@dataclass
 class Config:
     name: str = "run"
     """Used in the name of the run directory and the report."""
@@ -285,6 +301,10 @@ class Config:
     """Run directory; default runs/NAME-ALGORITHM-TIME."""
     resume: str = "never"
     """auto continues from the newest complete checkpoint in `out`, or starts if there is none."""
+    max_bad_steps: int = 3
+    """An update with nan or infinity is skipped; so many steps in a row with one end the run."""
+    wandb: str | None = None
+    """Project of Weights & Biases to show the metrics in, if that package is installed."""
     task: str | None = None
     """Python module that makes model and data (bupo.tasks.arithmetic, bupo.tasks.tiny)."""
     task_options: dict[str, Any] = field(default_factory=dict)
@@ -298,12 +318,14 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
         _one_of("algorithm", self.algorithm, ("bupo", "grpo"))
         _one_of("advantage", self.advantage, ADVANTAGES)
         _one_of("resume", self.resume, ("never", "auto"))
         _require(self.steps > 0, f"steps must be positive, got {self.steps}")
+        _require(self.max_bad_steps > 0, "max_bad_steps must be positive")
         _require(
             self.resume == "never" or self.out is not None,
             "resume=auto needs out=DIR, the run directory to continue",
@@ -403,7 +425,7 @@ def values(config: Any, prefix: str = "") -> dict[str, Any]:
 _MAY_CHANGE = (
     *("steps", "name", "out", "resume", "eval.", "checkpoint.", "reward.workers"),
     *("rollout.max_logprob_gap", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
-    "rollout.sleep",
+    *("rollout.sleep", "max_bad_steps", "wandb", "watchdog."),
 )
 """Settings that a resumed run may have otherwise than the run it continues."""
 

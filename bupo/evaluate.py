@@ -48,17 +48,14 @@ def _rows_done(file: Path, problems: Sequence[Any], config: Config) -> list[dict
     """The rows of a file that can be kept; the file, which a kill may have cut, then holds these
     alone. They must be of these problems."""
     from bupo.rl.evaluation import whole_batches
-    from bupo.rl.metrics import append_rows, read_rows
+    from bupo.rl.metrics import read_rows, replace_text
 
     rows = read_rows(file)
     for n, (row, problem) in enumerate(zip(rows, problems)):
         if (row["prompt"], row["answer"]) != (problem.text, problem.answer):
             raise ConfigError(f"{file}: problem {n} is another one now; choose another out")
     rows = rows[: whole_batches(len(rows), len(problems), config)]
-    copy = file.with_name(f".{file.name}")
-    copy.write_text("", encoding="utf-8")
-    append_rows(copy, rows)
-    copy.replace(file)
+    replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
@@ -78,7 +75,7 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
         raise ConfigError("eval.files is empty: nothing to evaluate on")
 
     from bupo.rl import evaluation
-    from bupo.rl.metrics import Progress, append_rows
+    from bupo.rl.metrics import Progress, append_rows, replace_text
     from bupo.rl.prompts import load_prompts
     from bupo.rl.rewards import check_sources, make_reward
 
@@ -102,7 +99,7 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     engine = make_engine(config, sources.model, None, tokenizer, prompts)
     progress = Progress(1, 0)
     (out / "responses").mkdir(parents=True, exist_ok=True)
-    earlier.write_text(configuration.dump(config), encoding="utf-8")
+    replace_text(earlier, configuration.dump(config))
     results = []
     try:
         for name, problems in sets.items():
@@ -126,7 +123,7 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
         engine.close()
         reward.close()
     rows = "".join(json.dumps(_plain(result.row())) + "\n" for result in results)
-    (out / "eval.jsonl").write_text(rows, encoding="utf-8")
+    replace_text(out / "eval.jsonl", rows)
     _draw(results, out / "pass_at_k.png")
     return results
 

@@ -6,6 +6,7 @@ told within a second.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 from collections.abc import Sequence
@@ -147,3 +148,16 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"out={out}: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK) or str(there).startswith(("/proc", "/sys")):
         raise ConfigError(f"out={out}: {there} cannot be written to")
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def disk_trouble(error: OSError, out: Path) -> str:
+    """One line for a disk that is full or broken; anything else is raised again, as it is."""
+    if error.errno not in DISK:
+        raise error
+    return (
+        f"{error}; all that was recorded up to the newest checkpoint in {out} is kept, and the "
+        "same command with resume=auto goes on from there"
+    )

@@ -12,6 +12,7 @@ tensorboard/, report.html and its plots. Ctrl-C or SIGTERM saves a checkpoint an
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -24,11 +25,12 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from bupo import config as configuration
-from bupo.config import Config, ConfigError, shipped
+from bupo.config import Config, ConfigError, RunError, shipped
 from bupo.inputs import (
     Sources,
     build_task,
     check_out,
+    disk_trouble,
     find_sources,
     load_model,
     make_engine,
@@ -78,6 +80,8 @@ def make_plan(config: Config) -> Plan:
     check_out(out)
     resume_from = _resume_point(config, out)
     sources = find_sources(config)
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"wandb={config.wandb} needs the package wandb, which is not installed")
 
     from bupo.rl.prompts import PromptOrder, load_prompts  # slow, so after the cheap checks
     from bupo.rl.rewards import check_sources
@@ -163,6 +167,7 @@ def execute(plan: Plan) -> int | None:
     from bupo.policy import check_internal_policy
     from bupo.rl import checkpoint
     from bupo.rl.loop import Run
+    from bupo.rl.metrics import replace_text
     from bupo.rl.rewards import make_reward
     from bupo.rl.update import Trainer
 
@@ -187,7 +192,7 @@ def execute(plan: Plan) -> int | None:
     engine = None
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
-        (plan.out / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+        replace_text(plan.out / "config.yaml", configuration.dump(config))
         prompts = [*plan.train_prompts, *plan.eval_prompts]
         engine = make_engine(config, source, model, tokenizer, prompts)
         run = Run(
@@ -201,29 +206,31 @@ def execute(plan: Plan) -> int | None:
         reward.close()
 
 
-def _sync_error() -> type[Exception]:
-    from bupo.rl.weight_sync import SyncError  # imports torch, so not at the top
-
-    return SyncError
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a rollout engine with other weights than the trainer, 2 a
-    configuration that cannot be run, 128 + n stopped by signal n."""
+    """Exit status: 0 done, 1 a run that could not go on (nan, a full disk, a rollout engine with
+    other weights than the trainer), 2 a configuration that cannot be run, 128 + n stopped by
+    signal n."""
     arguments = _arguments(argv)
     overrides = arguments.overrides + ([f"out={arguments.out}"] if arguments.out else [])
     try:
         file = arguments.config or shipped("arithmetic.yaml")
         plan = make_plan(configuration.load(file, overrides))
-        print_plan(plan)
-        if arguments.dry_run:
-            return 0
+    except ConfigError as error:
+        print(f"bupo.run: {error}", file=sys.stderr)
+        return 2
+    print_plan(plan)
+    if arguments.dry_run:
+        return 0
+    try:
         signal = execute(plan)
     except ConfigError as error:
         print(f"bupo.run: {error}", file=sys.stderr)
         return 2
-    except _sync_error() as error:
+    except RunError as error:
         print(f"bupo.run: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"bupo.run: {disk_trouble(error, plan.out)}", file=sys.stderr)
         return 1
     if signal is not None:
         print(f"stopped; continue with: --out {plan.out} resume=auto", file=sys.stderr)

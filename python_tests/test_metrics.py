@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import sys
 import types
 
 import pytest
@@ -162,6 +163,59 @@ def test_tensorboard_that_breaks_does_not_stop_training(tmp_path, monkeypatch, c
     assert calls == [breaks], "tried once, then left alone"
     assert "TensorBoard is off: No space left on device" in capsys.readouterr().err
     assert [r["step"] for r in strict_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+class FakeWandB(types.ModuleType):
+    """The three calls that are made of W&B; `breaks` is the one that fails."""
+
+    def __init__(self, breaks=None):
+        super().__init__("wandb")
+        self.started, self.logged, self.breaks = [], [], breaks
+
+    def _call(self, name):
+        if name == self.breaks:
+            raise RuntimeError(f"no network in {name}")
+
+    def init(self, **settings):
+        self._call("init")
+        self.started.append(settings)
+        return self
+
+    def log(self, values, step):
+        self._call("log")
+        self.logged.append((step, values))
+
+    def finish(self):
+        self._call("finish")
+        self.logged.append("finished")
+
+
+def test_wandb_gets_the_numbers_and_the_same_run_again(tmp_path, monkeypatch):
+    wandb = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for _ in range(2):
+        recorder = Recorder(tmp_path, 0, "project", "name")
+        recorder.step(row_of(1, **{"policy/loss": math.nan, "time/step": 2.0}))
+        recorder.close()
+    first, second = wandb.started
+    assert first == second, "a run that is continued is the same run there"
+    assert (first["project"], first["name"], first["resume"]) == ("project", "name", "allow")
+    values = {"reward/mean": 0.5, "policy/entropy": 1.25, "time/step": 2.0}
+    assert wandb.logged[:2] == [(1, values), "finished"]
+    Recorder(tmp_path / "..", 0).close()
+    assert len(wandb.started) == 2, "only where it is asked for"
+
+
+@pytest.mark.parametrize("breaks", ["init", "log", "finish"])
+def test_wandb_that_breaks_does_not_stop_training(tmp_path, monkeypatch, capsys, breaks):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandB(breaks))
+    recorder = Recorder(tmp_path, 0, "project", "name")
+    for step in (1, 2):
+        recorder.step(row_of(step))
+    recorder.close()
+    assert capsys.readouterr().err.count(f"W&B is off: no network in {breaks}") == 1
+    assert [r["step"] for r in strict_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert list((tmp_path / "tensorboard").iterdir()), "the other one goes on"
 
 
 class Clock(types.SimpleNamespace):

@@ -1,5 +1,6 @@
 """The command: its help, its errors (one line, before any model is loaded), its dry run."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -80,11 +81,24 @@ BAD = {
         ["reward.by_source={other: strict}"],
         "no reward for data source addition (",
     ),
+    "wandb": (["wandb=project"], "wandb=project needs the package wandb, which is not installed"),
+    "watchdog": (["watchdog.seconds=-1"], "watchdog.seconds must be at least 0"),
+    "bad steps": (["max_bad_steps=0"], "max_bad_steps must be positive"),
     "resume without out": (["resume=auto", "out=null"], "resume=auto needs out=DIR"),
     "temperature": (["rollout.temperature=0"], "rollout.temperature must be > 0"),
 }  # fmt: skip
 
 
+@pytest.fixture
+def no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without it."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else find(name)
+    )
+
+
+@pytest.mark.usefixtures("no_wandb")
 @pytest.mark.parametrize("case", BAD, ids=lambda name: name.replace(" ", "-"))
 def test_mistakes_give_one_line_before_a_model_is_loaded(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_model: None

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from bupo.config import RunError
 
 _PREFIX = "step_"
 OPTIMIZER = "optimizer/state.safetensors"
@@ -43,15 +46,25 @@ def save(
     for leftover in folder.glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / OPTIMIZER).parent.mkdir()
-    save_file(_flat_state(model, optimizer), partial / OPTIMIZER)
-    (partial / "trainer.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-    for file in partial.rglob("*"):
-        _sync(file)
-    os.replace(partial, final)
-    _sync(folder)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / OPTIMIZER).parent.mkdir()
+        save_file(_flat_state(model, optimizer), partial / OPTIMIZER)
+        (partial / "trainer.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+        for file in partial.rglob("*"):
+            _sync(file)
+        os.replace(partial, final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:  # a full disk, most of the time
+        shutil.rmtree(partial, ignore_errors=True)
+        earlier = ", ".join(p.name for p in complete(run)) or "none"
+        first = str(error).strip().splitlines()[0]
+        raise RunError(
+            f"the checkpoint of step {step} cannot be written to {folder}: {first} "
+            f"({shutil.disk_usage(folder).free >> 20} MiB free); whole ones there: {earlier}; "
+            "resume=auto goes on from the newest"
+        ) from error
     for old in complete(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final

@@ -3,10 +3,12 @@ log-probs, update, sync, metrics, evaluation, checkpoint."""
 
 from __future__ import annotations
 
+import math
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -16,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bupo.config import Config
+from bupo.config import Config, RunError
 from bupo.rl import checkpoint, evaluation
 from bupo.rl.advantages import estimate
+from bupo.rl.finite import first_bad
 from bupo.rl.metrics import Progress, Recorder, Stopwatch, read_rows
 from bupo.rl.prompts import PromptOrder
 from bupo.rl.report import write_report
@@ -27,6 +30,7 @@ from bupo.rl.rollouts import RolloutEngine
 from bupo.rl.schedule import Schedule
 from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
 from bupo.rl.update import TokenStats, Trainer, importance_weights
+from bupo.rl.watchdog import Watchdog
 from bupo.rl.weight_sync import WeightSync, check
 
 PROBE_ROLLOUTS = 32
@@ -87,55 +91,80 @@ class Run:
             self.train_prompts, config.rollout.prompts, config.seed, config.data.weights
         )
         self.sync = WeightSync(self.engine, self.model, config.rollout.max_logprob_gap)
-        self.recorder = Recorder(self.out, keep_until_step=self.start)
+        self.watchdog = Watchdog(self.out, config.watchdog.seconds, config.watchdog.kill)
+        self.recorder = Recorder(self.out, self.start, config.wandb, self.out.name)
         self.progress = Progress(config.steps, self.start)
         self.stop = StopRequest()
-        done = saved = self.start
+        self.bad_steps = _bad_steps_at_end(read_rows(self.out / "metrics.jsonl"))
+        self.saved, self.failure, self.updating = self.start, "", False
         try:
-            self._evaluate_if_due(done)
-            for step in range(self.start + 1, config.steps + 1):
-                self._step(step)
-                done = step
-                self._evaluate_if_due(step)
-                if config.checkpoint.every and step % config.checkpoint.every == 0:
-                    self._save(step)
-                    saved = step
-                if self.stop():
-                    break
-        except _Stopped:
-            pass
+            done = self._steps()
+            if done > self.saved or not checkpoint.complete(self.out):
+                self._save(done)
         finally:
             self.stop.release()
             self.progress.end()
             self.recorder.close()
-        if done > saved or not checkpoint.complete(self.out):
-            self._save(done)
+            self.watchdog.close()
         write_report(self.out)
+        if self.failure:
+            raise RunError(self.failure)
         return self.stop.signal
+
+    def _steps(self) -> int:
+        """All steps, or as many as there are until a stop; returns how many are done."""
+        done, every = self.start, self.config.checkpoint.every
+        try:
+            self._evaluate_if_due(done)
+            for step in range(self.start + 1, self.config.steps + 1):
+                self.updating = False
+                self._step(step)
+                done, self.updating = step, False
+                if self.failure:
+                    break
+                self._evaluate_if_due(step)
+                if every and step % every == 0:
+                    self._save(step)
+                if self.stop():
+                    break
+        except _Stopped:
+            pass
+        except Exception:
+            if not self.updating and done > self.saved:  # the state is still that of a whole step
+                self._save(done)
+            raise
+        return done
 
     def _step(self, step: int) -> None:
         config, watch = self.config, Stopwatch()
         policy = self.schedule.policy(step)
 
         prompts = self.order.take(step)
-        with watch.stage("rollout"):
+        with self._stage("rollout", step, watch):
             rollouts = self._generate(prompts, config.rollout.samples, f"{config.seed}/step/{step}")
-        with watch.stage("reward"):
+        with self._stage("reward", step, watch):
             report = self.reward(rollouts)
+        if report.first:
+            self.progress.say(
+                f"step {step}: {report.timeouts} timeouts and {report.errors} errors of the "
+                f"reward, the first: {report.first}"
+            )
         zero_spread = estimate(rollouts, config.advantage)
         self._check_stop()
-        with watch.stage("old_logprobs"):
+        with self._stage("old_logprobs", step, watch):
             old = self.trainer.token_stats(rollouts, policy)
             probe, final = self._final_policy(rollouts, policy, old)
             mismatch = _logprob_gap(probe, final)
             if config.rollout.top_p == 1:  # else the engine's are of the nucleus
                 check(mismatch, config.rollout.max_logprob_gap, "log-probs of sampled tokens")
         self._check_stop()
-        with watch.stage("update"):
+        self.updating = True
+        with self._stage("update", step, watch):
             cap = config.loss.tis_cap
             correction = None if cap is None else importance_weights(rollouts, final.logprobs, cap)
             update = self.trainer.update(rollouts, old.logprobs, policy, step, correction)
-        with watch.stage("sync"):
+        self._count_bad_steps(step)
+        with self._stage("sync", step, watch):
             gap = self.sync(self.trainer.changed, _short(rollouts), self._final_logprobs)
 
         row = {
@@ -154,12 +183,58 @@ class Run:
             "tokens_per_second": sum(len(r.token_ids) for r in rollouts) / watch.total(),
             "memory/peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-        self.recorder.step(row)
         self.recorder.rollouts(step, [_rollout_row(r) for r in rollouts])
+        self.recorder.step(row)
         self.progress.step(row)
 
-    def _generate(self, prompts: Sequence[Prompt], samples: int, seed: str) -> list[Rollout]:
-        rollouts = self.engine.generate(prompts, samples, seed, self.stop)
+    @contextmanager
+    def _stage(self, name: str, step: int, watch: Stopwatch | None = None) -> Iterator[None]:
+        """Timed, watched, and with its progress shown where it takes long."""
+        timed = watch.stage(name) if watch else nullcontext()
+        with (
+            timed,
+            self.watchdog.stage(f"step {step}, stage {name}"),
+            self.progress.waiting(f"step {step}/{self.config.steps}, {name}") as share,
+        ):
+            self.trainer.share = self._alive(share)
+            yield
+
+    def _alive(self, share: Callable[[float], object]) -> Callable[[float], None]:
+        def alive(done: float) -> None:
+            self.watchdog.alive()
+            share(done)
+
+        return alive
+
+    def _count_bad_steps(self, step: int) -> None:
+        if not self.trainer.skipped:
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        self.progress.say(f"step {step}: skipped {'; '.join(self.trainer.skipped)}")
+        if self.bad_steps >= self.config.max_bad_steps:
+            self.failure = (
+                f"{self.bad_steps} steps in a row with nan or infinity (max_bad_steps), the last: "
+                f"step {step}, {self.trainer.skipped[0]}; its state is saved in {self.out}"
+            )
+
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        seed: str,
+        temperature: float | None = None,
+    ) -> list[Rollout]:
+        batches = -(-len(prompts) * samples // self.config.rollout.batch_size)
+        asked = 0
+
+        def stop() -> bool:  # asked before every batch
+            nonlocal asked
+            self.trainer.share(asked / batches)
+            asked += 1
+            return self.stop()
+
+        rollouts = self.engine.generate(prompts, samples, seed, stop, temperature)
         self._check_stop()
         return rollouts
 
@@ -183,10 +258,10 @@ class Run:
 
     @staticmethod
     def _rollout_metrics(rollouts: Sequence[Rollout], report: RewardReport) -> dict[str, float]:
-        rewards = [r.reward for r in rollouts]
+        rewards = [r.reward for r in rollouts if math.isfinite(r.reward)] or [math.nan]
         return {
             "reward/mean": fmean(rewards),
-            "reward/std": pstdev(rewards),
+            "reward/std": pstdev(rewards) if len(rewards) > 1 else math.nan,
             "reward/timeouts": report.timeouts,
             "reward/errors": report.errors,
             "response/length": fmean(len(r.token_ids) for r in rollouts),
@@ -213,7 +288,11 @@ class Run:
         for dataset, problems in evaluation.by_dataset(self.eval_prompts).items():
             if dataset in recorded:
                 continue
-            with self.progress.waiting(f"evaluation on {dataset}") as share:
+            with (
+                self.watchdog.stage(f"step {step}, stage evaluation on {dataset}"),
+                self.progress.waiting(f"evaluation on {dataset}") as share,
+            ):
+                self.trainer.share = lambda _: self.watchdog.alive()
                 result = evaluation.evaluate(
                     dataset,
                     problems,
@@ -221,22 +300,33 @@ class Run:
                     self._generate_for_evaluation,
                     self.reward,
                     self.recorder.problems(step, evaluation.file_name(dataset)),
-                    share=share,
+                    share=self._alive(share),
                 )
             self.recorder.evaluation(step, when, result)
             self.progress.say(f"evaluation {when.replace('_', ' ')} (step {step}): {result}")
 
     def _generate_for_evaluation(self, problems: Sequence[Prompt], seed: str) -> list[Rollout]:
         settings = self.config.eval
-        rollouts = self.engine.generate(
-            problems, settings.samples, seed, self.stop, settings.temperature
-        )
-        self._check_stop()
-        return rollouts
+        return self._generate(problems, settings.samples, seed, settings.temperature)
 
     def _save(self, step: int) -> None:
-        keep = self.config.checkpoint.keep_last
-        checkpoint.save(self.out, step, self.model, self.tokenizer, self.trainer.optimizer, keep)
+        bad = first_bad(self.model.named_parameters())
+        if bad:
+            raise RunError(
+                f"step {step} has left the model with {bad}; no checkpoint is made of that, the "
+                f"one of step {self.saved} is kept"
+            )
+        with self._stage("save", step):
+            keep = self.config.checkpoint.keep_last
+            optimizer = self.trainer.optimizer
+            checkpoint.save(self.out, step, self.model, self.tokenizer, optimizer, keep)
+        self.saved = step
+
+
+def _bad_steps_at_end(rows: Sequence[dict[str, Any]]) -> int:
+    """How many steps in a row, the last one among them, have skipped an update."""
+    good = (n for n, row in enumerate(reversed(rows)) if not row.get("policy/skipped_updates"))
+    return next(good, len(rows))
 
 
 def _logprob_gap(rollouts: Sequence[Rollout], stats: TokenStats) -> float:

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, and one live line on the terminal."""
+"""Where numbers go: metrics.jsonl, what mirrors it, and one live line on the terminal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from bupo.rl.mirrors import Mirrors
 from bupo.rl.types import EvalResult
 
 
@@ -35,6 +36,13 @@ def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
         out.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def replace_text(file: Path, text: str) -> None:
+    """A new content in one piece: a kill or a full disk leaves the old one."""
+    partial = file.with_name(f".{file.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
 def _plain(value: Any) -> Any:
     """JSON has no nan and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -43,35 +51,24 @@ def _plain(value: Any) -> Any:
 class Recorder:
     """Appends rows to the run directory's files, each line flushed, and mirrors them."""
 
-    def __init__(self, run: Path, keep_until_step: int) -> None:
+    def __init__(
+        self, run: Path, keep_until_step: int, wandb: str | None = None, name: str = ""
+    ) -> None:
         """keep_until_step: rows of later steps are removed (they will be made again)."""
         self._run = run
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            rows = [r for r in read_rows(run / name) if r["step"] <= keep_until_step]
-            text = "".join(json.dumps(r) + "\n" for r in rows)
-            partial = run / f".{name}"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(run / name)  # a kill here loses nothing
-        self._board = self._tensorboard(run, keep_until_step)
-
-    @staticmethod
-    def _tensorboard(run: Path, keep_until_step: int) -> Any:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            return SummaryWriter(str(run / "tensorboard"), purge_step=keep_until_step + 1)
-        except Exception as error:  # a broken logging backend must not stop training
-            print(f"TensorBoard is off: {error}", file=sys.stderr)
-            return None
+        for file in ("metrics.jsonl", "eval.jsonl"):
+            rows = [r for r in read_rows(run / file) if r["step"] <= keep_until_step]
+            replace_text(run / file, "".join(json.dumps(r) + "\n" for r in rows))
+        self._mirrors = Mirrors(run, keep_until_step, wandb, name)
 
     def step(self, row: dict[str, Any]) -> None:
         self._append("metrics.jsonl", row)
-        self._mirror(row["step"], {k: v for k, v in row.items() if "/" in k or "_" in k})
+        self._mirrors.scalars(row["step"], {k: v for k, v in row.items() if "/" in k or "_" in k})
 
     def evaluation(self, step: int, when: str, result: EvalResult) -> dict[str, Any]:
         row = {"step": step, "when": when, **result.row()}
         self._append("eval.jsonl", row)
-        self._mirror(step, {f"eval/{result.dataset}/avg@{result.samples}": result.avg})
+        self._mirrors.scalars(step, {f"eval/{result.dataset}/avg@{result.samples}": result.avg})
         return row
 
     def problems(self, step: int, file_name: str) -> Callable[[list[dict[str, Any]]], None]:
@@ -90,23 +87,8 @@ class Recorder:
     def _append(self, name: str, row: dict[str, Any]) -> None:
         append_rows(self._run / name, [{k: _plain(v) for k, v in row.items()}])
 
-    def _mirror(self, step: int, values: dict[str, Any]) -> None:
-        if self._board is None:
-            return
-        try:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and math.isfinite(value):
-                    self._board.add_scalar(name, value, step)
-        except Exception as error:  # as above
-            print(f"TensorBoard is off: {error}", file=sys.stderr)
-            self._board = None
-
     def close(self) -> None:
-        if self._board is not None:
-            try:
-                self._board.close()
-            except Exception as error:  # as above
-                print(f"TensorBoard is off: {error}", file=sys.stderr)
+        self._mirrors.close()
 
 
 class Stopwatch:
@@ -179,8 +161,8 @@ class Progress:
 
         def done(share: float) -> None:
             now = time.monotonic()
-            if now - self._shown < (0.2 if self._live else 5) or share <= 0:
-                return
+            if now - self._shown < (0.2 if self._live else 5) or share <= 0 or now - begin < 2:
+                return  # what is over at once is not worth a line
             self._shown = now
             left = int((now - begin) * (1 - share) / share)
             line = f"{what}: {share:.0%} | ETA {left // 60}:{left % 60:02d}"

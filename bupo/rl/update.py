@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import fmean
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bupo import ops
 from bupo.config import Config
 from bupo.policy import hidden_states, internal_policy, unembedding
+from bupo.rl.finite import first_bad
 from bupo.rl.types import Policy, Rollout
 
 
@@ -114,6 +115,10 @@ class Trainer:
         self._device = next(model.parameters()).device
         self.changed: set[str] = set()
         """Names of the parameters that the last update has moved"""
+        self.skipped: list[str] = []
+        """Why: of each optimiser update of the last step that was skipped"""
+        self.share: Callable[[float], object] = lambda share: None
+        """Called with the share of a pass that is done"""
         settings = config.optimizer
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -163,7 +168,7 @@ class Trainer:
         largest_ratio = 0.0
         losses: list[float] = []
         norms: list[float] = []
-        self.changed = set()
+        self.changed, self.skipped = set(), []
         for part in range(parts):
             chosen = set(groups[part::parts])
             indices = [i for i, r in enumerate(rollouts) if r.group in chosen]
@@ -173,19 +178,18 @@ class Trainer:
                 self._config.rollout.max_new_tokens,
             )
             weight_of = dict(zip(indices, weights))
-            loss = 0.0
-            for batch in self._batches(rollouts, indices):
+            loss, bad = 0.0, None
+            for batch in self._batches(rollouts, indices, part, parts):
                 part_loss, values = self._backward(
                     batch, rollouts, old_logprobs, weight_of, policy, importance
                 )
                 loss += part_loss
+                bad = bad or values.pop("bad", None)
                 tokens += len(batch.targets)
                 largest_ratio = max(largest_ratio, values["ratio_max"])
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + value * len(batch.targets)
-            norm = float(
-                nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimizer.grad_clip)
-            )
+            norm = self._gradient_norm()
             if math.isfinite(loss) and math.isfinite(norm):
                 self.optimizer.step()
                 self.changed |= {
@@ -193,6 +197,9 @@ class Trainer:
                 }
                 losses.append(loss)
                 norms.append(norm)
+            else:
+                bad = bad or self._bad_gradient() or f"loss {loss:g}, gradient norm {norm:g}"
+                self.skipped.append(f"update {part + 1} of {parts}: {bad}")
             self.optimizer.zero_grad(set_to_none=True)  # None, so weight decay leaves it alone
         names = ("clip_fraction", "ratio_mean", "approx_kl", "live_fraction")
         metrics = {f"policy/{name}": sums.get(name, 0.0) / max(tokens, 1) for name in names}
@@ -204,6 +211,25 @@ class Trainer:
             "policy/lr": lr,
         }
 
+    def _gradient_norm(self) -> float:
+        """Before clipping, which a norm that is not finite would spread to every gradient."""
+        parameters = list(self.model.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if math.isfinite(float(norm)):
+            limit = self._config.optimizer.grad_clip
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return float(norm)
+
+    def _bad_gradient(self) -> str | None:
+        parameters = self.model.named_parameters()
+        return first_bad((f"gradient of {name}", p.grad) for name, p in parameters)
+
+    def _bad_input(self, members: Sequence[Rollout], *tensors: tuple[str, Tensor | None]) -> str:
+        """Where a loss that is not finite comes from: what goes into it, in order."""
+        rewards = torch.tensor([r.reward for r in members])
+        parameters = ((f"parameter {n}", p) for n, p in self.model.named_parameters())
+        return first_bad((("reward", rewards), *parameters, *tensors)) or "loss"
+
     def _learning_rate(self, step: int) -> float:
         """Of step 1, 2, ...; a function of the step alone, so a resumed run has the same."""
         settings, steps = self._config.optimizer, self._config.steps
@@ -213,9 +239,14 @@ class Trainer:
             return settings.lr
         return settings.lr * (steps - step + 1) / (steps - settings.warmup_steps)
 
-    def _batches(self, rollouts: Sequence[Rollout], indices: Sequence[int]) -> list[_MicroBatch]:
+    def _batches(
+        self, rollouts: Sequence[Rollout], indices: Sequence[int], part: int = 0, parts: int = 1
+    ) -> Iterator[_MicroBatch]:
         budget = self._config.optimizer.micro_batch_tokens
-        return _micro_batches(rollouts, indices, budget, self._pad, self._device)
+        batches = _micro_batches(rollouts, indices, budget, self._pad, self._device)
+        for n, batch in enumerate(batches, start=1):
+            yield batch
+            self.share((part + n / len(batches)) / parts)
 
     def _hidden(
         self, batch: _MicroBatch, policy: Policy, temperature: float | None = None
@@ -244,7 +275,7 @@ class Trainer:
         weight_of: dict[int, float],
         policy: Policy,
         importance: Sequence[Tensor] | None,
-    ) -> tuple[float, dict[str, float]]:
+    ) -> tuple[float, dict[str, Any]]:
         def gather(tensors: list[Tensor]) -> Tensor:
             return torch.cat(tensors).to(self._device)
 
@@ -272,6 +303,15 @@ class Trainer:
             ),
         )
         loss = float(result.loss.detach())
+        values: dict[str, Any] = {name: float(value) for name, value in result.metrics.items()}
         if math.isfinite(loss):
             result.loss.backward()
-        return loss, {name: float(value) for name, value in result.metrics.items()}
+        else:
+            values["bad"] = self._bad_input(
+                members,
+                ("hidden states", hidden),
+                ("old log-probs", gather([old_logprobs[i] for i in batch.members])),
+                ("advantages", gather([r.advantages for r in members if r.advantages is not None])),
+                ("log-probs", result.logprobs),
+            )
+        return loss, values
