@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in bupo.run
 from bupo import config as configuration
 from bupo.config import Config, ConfigError
 from bupo.inputs import build_task, check_out, find_sources, make_engine, read_model
+from bupo.sizes import measure
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -80,12 +81,17 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     from bupo.rl.rewards import check_sources, make_reward
 
     tokenizer, _ = read_model(config, sources.model)
-    prompts, dropped = load_prompts(sources.held_out, tokenizer, config.data, config.eval.limit)
+    with Progress(1, 0).waiting("reading prompts") as share:
+        prompts, dropped = load_prompts(
+            sources.held_out, tokenizer, config.data, config.eval.limit, share
+        )
     check_sources(config.reward, prompts)
     sets = evaluation.by_dataset(prompts)
     shown = ", ".join(f"{name} {len(problems)}" for name, problems in sets.items())
+    sizes = measure(config, sources.model, max(len(p.token_ids) for p in prompts))
     print(
         f"{config.name}: {sources.model}\n"
+        f"  model    {sizes.model_line()}\n"
         f"  problems {shown}; {dropped} dropped for length\n"
         f"  samples  {config.eval.samples} each, {_sampling(config)}, "
         f"at most {config.rollout.max_new_tokens} tokens\n"
@@ -96,8 +102,9 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
         return []
     build_task(config, sources)
     reward = make_reward(config.reward)
-    engine = make_engine(config, sources.model, None, tokenizer, prompts)
     progress = Progress(1, 0)
+    with progress.working(f"loading {sources.model} into {config.rollout.engine}"):
+        engine = make_engine(config, sources.model, None, tokenizer, prompts)
     (out / "responses").mkdir(parents=True, exist_ok=True)
     replace_text(earlier, configuration.dump(config))
     results = []

@@ -36,6 +36,7 @@ from bupo.inputs import (
     make_engine,
     read_model,
 )
+from bupo.sizes import Sizes, measure
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -65,6 +66,7 @@ class Plan:
     sources: Sources
     tokenizer: Any
     layers: int
+    sizes: Sizes
     train_prompts: list[Any]
     eval_prompts: list[Any]
     dropped: int
@@ -83,6 +85,7 @@ def make_plan(config: Config) -> Plan:
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"wandb={config.wandb} needs the package wandb, which is not installed")
 
+    from bupo.rl.metrics import Progress
     from bupo.rl.prompts import PromptOrder, load_prompts  # slow, so after the cheap checks
     from bupo.rl.rewards import check_sources
 
@@ -92,7 +95,10 @@ def make_plan(config: Config) -> Plan:
             f"bupo.layer={config.bupo.layer} is out of range: {sources.model} has layers "
             f"1..{layers}"
         )
-    prompts, dropped = load_prompts(sources.train, tokenizer, config.data, config.data.limit)
+    with Progress(1, 0).waiting("reading prompts") as share:
+        prompts, dropped = load_prompts(
+            sources.train, tokenizer, config.data, config.data.limit, share
+        )
     PromptOrder(prompts, config.rollout.prompts, config.seed, config.data.weights)
     eval_prompts, eval_dropped = (
         load_prompts(sources.held_out, tokenizer, config.data, config.eval.limit)
@@ -107,6 +113,7 @@ def make_plan(config: Config) -> Plan:
         sources=sources,
         tokenizer=tokenizer,
         layers=layers,
+        sizes=measure(config, sources.model, max(len(p.token_ids) for p in prompts)),
         train_prompts=prompts,
         eval_prompts=eval_prompts,
         dropped=dropped + eval_dropped,
@@ -147,14 +154,22 @@ def print_plan(plan: Plan) -> None:
         if config.internal_steps
         else f"the final policy for {config.steps} steps"
     )
+    sizes, responses_each = plan.sizes, responses // config.optimizer.updates_per_step
+    trained = f" ({sizes.internal / sizes.parameters:.0%} of the parameters)"
     print(
-        f"{config.name}: {config.algorithm} on {plan.sources.model}\n"
-        f"  phases   {phases}\n"
+        f"{config.name}: {config.algorithm}, {config.advantage} advantages, on "
+        f"{plan.sources.model}\n"
+        f"  model    {sizes.model_line()}\n"
+        f"  phases   {phases}{trained if sizes.internal else ''}\n"
         f"  step     {size.prompts} prompts x {size.samples} responses = {responses}, "
         f"{config.optimizer.updates_per_step} updates of "
-        f"{responses // config.optimizer.updates_per_step} responses\n"
+        f"{responses_each} responses ({size.prompts // config.optimizer.updates_per_step} "
+        f"prompts), at most {size.max_new_tokens} new tokens each\n"
         f"  data     {len(plan.train_prompts)} training prompts, {len(plan.eval_prompts)} for "
         f"evaluation x {config.eval.samples}, {plan.dropped} dropped for length\n"
+        f"  memory   {sizes.memory_line()}\n"
+        f"  rollouts {sizes.engine_line(config)}\n"
+        f"  disk     {sizes.disk_line(config)}\n"
         f"  out      {plan.out}" + (f" (continues {plan.resume_from})" if plan.resume_from else ""),
         file=sys.stderr,
     )
@@ -167,14 +182,15 @@ def execute(plan: Plan) -> int | None:
     from bupo.policy import check_internal_policy
     from bupo.rl import checkpoint
     from bupo.rl.loop import Run
-    from bupo.rl.metrics import replace_text
+    from bupo.rl.metrics import Progress, replace_text
     from bupo.rl.rewards import make_reward
     from bupo.rl.update import Trainer
 
     config, tokenizer = plan.config, plan.tokenizer
     build_task(config, plan.sources)
     source = str(plan.resume_from or plan.sources.model)
-    model = load_model(config, source)
+    with Progress(1, 0).working(f"loading {source}"):
+        model = load_model(config, source)
     model.train()
     for module in model.modules():  # rollout and training must be the same policy
         if isinstance(module, torch.nn.Dropout):
@@ -194,7 +210,8 @@ def execute(plan: Plan) -> int | None:
         plan.out.mkdir(parents=True, exist_ok=True)
         replace_text(plan.out / "config.yaml", configuration.dump(config))
         prompts = [*plan.train_prompts, *plan.eval_prompts]
-        engine = make_engine(config, source, model, tokenizer, prompts)
+        with Progress(1, 0).working(f"starting {config.rollout.engine} for rollouts"):
+            engine = make_engine(config, source, model, tokenizer, prompts)
         run = Run(
             config, plan.out, model, tokenizer, plan.train_prompts, plan.eval_prompts,
             engine, reward, trainer, start,

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+import threading
 import types
 
 import pytest
@@ -321,6 +322,50 @@ def test_waiting_says_how_long(clock, kind):
         assert [line.strip() for line in shown] == [""], "the line makes room for what follows"
     else:
         assert shown == ["evaluation: 25% | ETA 1:30", "evaluation: 75% | ETA 0:20", ""]
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_working_says_how_long_it_has_taken(monkeypatch, kind):
+    """What takes longer than five seconds is told, what does not leaves no trace."""
+
+    class Event:
+        """Five, ten and twenty seconds pass in none."""
+
+        def __init__(self):
+            self.pauses = []
+
+        def wait(self, pause):
+            self.pauses.append(pause)
+            return len(self.pauses) > 3 or quick
+
+        def set(self):
+            events.append(self)
+
+    events, quick = [], False
+    fake = types.SimpleNamespace(Event=Event, Thread=threading.Thread)
+    monkeypatch.setattr(metrics, "threading", fake)
+    stream = kind()
+    with Progress(steps=3, first=0, stream=stream).working("loading MODEL"):
+        while stream.getvalue().count("loading MODEL | 0:00") < 3:
+            pass
+    if kind is Terminal:
+        assert events[0].pauses == [5, 1, 1, 1]
+        assert [line.strip() for line in screen(stream.getvalue())] == [""]
+    else:
+        assert events[0].pauses == [5, 10, 20, 40]
+        assert stream.getvalue() == "loading MODEL | 0:00\n" * 3
+    quick, stream = True, kind()
+    with Progress(steps=3, first=0, stream=stream).working("loading MODEL"):
+        pass
+    assert stream.getvalue() == ""
+
+
+def test_what_is_over_in_two_seconds_has_no_line(clock):
+    stream = Terminal()
+    with Progress(steps=3, first=0, stream=stream).waiting("update") as done:
+        clock.now += 1.9
+        done(0.9)
+    assert stream.getvalue() == ""
 
 
 def test_stopwatch_adds_up(clock):

@@ -205,6 +205,14 @@ def test_overlong_prompts_can_be_dropped(tmp_path, tokenizer):
         load_prompts([overlong_file(tmp_path)], tokenizer, config)
 
 
+def test_reading_tells_how_far_it_is(tmp_path, tokenizer):
+    rows = [{"prompt": f"{n}", "answer": "1"} for n in range(4)]
+    files = [write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", rows[:2])]
+    shares = []
+    load_prompts(files, tokenizer, DataConfig(), None, shares.append)
+    assert shares == [0, 0.125, 0.25, 0.375, 0.5, 0.75]
+
+
 def prompts_of(count):
     return [prompt([1], index=n) for n in range(count)]
 

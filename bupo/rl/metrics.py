@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -174,3 +175,30 @@ class Progress:
         if self._live and self._width:
             self._stream.write("\r" + " " * self._width + "\r")
             self._width = 0
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Announces something of which no share is known; after 5 seconds says how long it has
+        taken, on a terminal every second, otherwise twice as late each time."""
+        begin, done = time.monotonic(), threading.Event()
+
+        def tell() -> None:
+            pause = 5.0
+            while not done.wait(pause):
+                seconds = int(time.monotonic() - begin)
+                line = f"{what} | {seconds // 60}:{seconds % 60:02d}"
+                self._stream.write(("\r" + line.ljust(self._width)) if self._live else line + "\n")
+                self._width = max(self._width, len(line))
+                self._stream.flush()
+                pause = 1.0 if self._live else 2 * pause
+
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            if self._live and self._width:
+                self._stream.write("\r" + " " * self._width + "\r")
+                self._width = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -84,9 +84,14 @@ def _text(prompt: Any, tokenizer: Any, config: DataConfig, where: str) -> str:
 
 
 def load_prompts(
-    files: Sequence[str], tokenizer: Any, config: DataConfig, limit: int | None = None
+    files: Sequence[str],
+    tokenizer: Any,
+    config: DataConfig,
+    limit: int | None = None,
+    share: Callable[[float], object] = lambda share: None,
 ) -> tuple[list[Prompt], int]:
-    """All prompts of the files, and how many were dropped for their length.
+    """All prompts of the files, and how many were dropped for their length. share is called with
+    the share done.
 
     Raises ConfigError for a missing or malformed file, an empty set, or a prompt over
     data.max_prompt_tokens unless data.overlong=drop.
@@ -94,7 +99,9 @@ def load_prompts(
     prompts: list[Prompt] = []
     longest, overlong = 0, 0
     for place, file in enumerate(files):
-        for n, row in enumerate(data_files.read(file)[:limit]):
+        rows = data_files.read(file)[:limit]
+        for n, row in enumerate(rows):
+            share((place + n / len(rows)) / len(files))
             where = f"row {n} of {file}"
             if not isinstance(row, dict):
                 raise ConfigError(f"{where} is not a JSON object")
