@@ -26,7 +26,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in bupo.run
 
 from bupo import config as configuration
 from bupo.config import Config, ConfigError
-from bupo.inputs import build_task, check_out, find_sources, make_engine, read_model
+from bupo.inputs import (
+    build_task,
+    check_out,
+    disk_trouble,
+    find_sources,
+    make_engine,
+    read_model,
+)
 from bupo.sizes import measure
 
 
@@ -190,7 +197,7 @@ def print_table(results: Sequence[Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a configuration that cannot be run."""
+    """Exit status: 0 done, 1 a disk that is full, 2 a configuration that cannot be run."""
     arguments = _arguments(argv)
     out = Path(arguments.out or f"evals/{time.strftime('%Y%m%d-%H%M%S')}")
     try:
@@ -199,6 +206,10 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"bupo.evaluate: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        kept = f"what was written to {out} before is"
+        print(f"bupo.evaluate: {disk_trouble(error, kept)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\nstopped; the same command with --out {out} continues", file=sys.stderr)
         return 130

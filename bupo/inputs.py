@@ -153,11 +153,8 @@ def check_out(out: Path) -> None:
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
-def disk_trouble(error: OSError, out: Path) -> str:
+def disk_trouble(error: OSError, kept: str) -> str:
     """One line for a disk that is full or broken; anything else is raised again, as it is."""
     if error.errno not in DISK:
         raise error
-    return (
-        f"{error}; all that was recorded up to the newest checkpoint in {out} is kept, and the "
-        "same command with resume=auto goes on from there"
-    )
+    return f"{error}; {kept} kept, go on with the same command"

@@ -247,7 +247,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bupo.run: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"bupo.run: {disk_trouble(error, plan.out)}", file=sys.stderr)
+        kept = f"all up to the newest checkpoint in {plan.out} is"
+        print(f"bupo.run: {disk_trouble(error, kept)} with resume=auto", file=sys.stderr)
         return 1
     if signal is not None:
         print(f"stopped; continue with: --out {plan.out} resume=auto", file=sys.stderr)

@@ -23,6 +23,8 @@ BAD_CALLS: dict[int, float] = {}
 """Number of the call of `reward` to the value that its first reward then has"""
 RAISES_AT = 0
 calls = 0
+reported: list[Path] = []
+"""Run directories that a report was written to"""
 
 
 def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -39,6 +41,7 @@ def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bupo.rl.loop.write_report", lambda out: reported.append(out))  # slow
     monkeypatch.setattr("test_bad_steps.calls", 0)
     monkeypatch.setattr("test_bad_steps.BAD_CALLS", {})
     monkeypatch.setattr("test_bad_steps.RAISES_AT", 0)
@@ -126,6 +129,10 @@ def test_a_bad_reward_skips_its_update_and_the_run_goes_on(
         *(False, True, True, False, True, False),
     ]  # fmt: skip
     assert [row["reward/errors"] for row in found] == [0, 1, 1, 0, 1, 0]
+    reason = "update 1 of 4: reward: 1 of 4 values are not finite"
+    assert [row.get("policy/skipped_why", "") for row in found] == [
+        *("", reason, reason, "", reason, ""),
+    ]  # fmt: skip
     errors = capsys.readouterr().err
     assert "step 2: 0 timeouts and 1 errors of the reward, the first: reward.function=" in errors
     assert "step 2: skipped update 1 of 4: reward: 1 of 4 values are not finite" in errors
@@ -146,7 +153,7 @@ def test_too_many_bad_steps_end_the_run_with_everything_saved(
     )
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3]
     assert checkpoint.load_step(checkpoint.complete(out)[-1]) == 3
-    assert (out / "report.html").exists()
+    assert out in reported
     assert run(out, "resume=auto", "max_bad_steps=3") == 1, "one more is the third"
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3, 4]
     BAD_CALLS.clear()
@@ -264,7 +271,10 @@ def test_a_disk_that_is_full_when_a_row_is_written(
     monkeypatch.setattr(metrics, "append_rows", full)
     assert run(out, "checkpoint.every=2") == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "No space left on device" in last and "resume=auto goes on from there" in last
+    assert "No space left on device" in last and last.endswith(
+        f"all up to the newest checkpoint in {out} is kept, go on with the same command with "
+        "resume=auto"
+    )
     monkeypatch.setattr(metrics, "append_rows", original)
     assert run(out, "checkpoint.every=2", "resume=auto") == 0
     assert_same_run(tmp_path / "whole", out)

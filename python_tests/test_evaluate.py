@@ -1,5 +1,6 @@
 """python -m bupo.evaluate: the real program on the built-in task."""
 
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bupo.evaluate import main
+from bupo.rl import metrics
 
 SIZES = "task_options={layers: 2, width: 32, warm_steps: 4, eval_problems: 40}"
 SETTINGS = [
@@ -135,6 +137,29 @@ def test_mistakes_give_one_line_and_leave_results_alone(
     errors = capsys.readouterr().err
     assert message in errors and len(errors.strip().splitlines()) == 1, errors
     assert files(whole) == before
+
+
+def test_a_full_disk_is_one_line_and_costs_no_problem(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, writes = metrics.append_rows, 0
+
+    def full(file: Path, rows: list[dict[str, object]]) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == 3:
+            original(file, rows[:1])
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        original(file, rows)
+
+    monkeypatch.setattr(metrics, "append_rows", full)
+    out = tmp_path / "parts"
+    assert main(arguments(out)) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("bupo.evaluate: [Errno 28] No space left") and "is kept" in last
+    monkeypatch.undo()
+    assert main(arguments(out)) == 0
+    assert files(out) == files(whole)
 
 
 def test_nothing_to_evaluate_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -360,6 +360,34 @@ def test_working_says_how_long_it_has_taken(monkeypatch, kind):
     assert stream.getvalue() == ""
 
 
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_stages_leave_the_line_of_the_step_alone(clock, kind):
+    """A quick stage neither wipes it from the terminal nor puts off the next one in a log."""
+    stream = kind()
+    progress = Progress(steps=9, first=0, stream=stream)
+    for step in range(1, 9):
+        for _ in range(3):
+            with progress.waiting("rollout") as done:
+                clock.now += 1.0
+                done(0.5)
+                done(1.0)
+        progress.step(progress_row(step))
+        with progress.waiting("rollout"):
+            clock.now += 1.0
+    shown = [line.split(" |")[0] for line in screen(stream.getvalue()) if line]
+    assert shown == (["step 8/9"] if kind is Terminal else [f"step {n}/9" for n in (1, 3, 5, 7)])
+
+
+def test_lines_of_a_long_stage_in_a_log_become_rare(clock):
+    stream = io.StringIO()
+    with Progress(steps=3, first=0, stream=stream).waiting("rollout") as done:
+        for n in range(1, 200):
+            clock.now += 1
+            done(n / 200)
+    shares = [int(line.split(":")[1].split("%")[0]) for line in stream.getvalue().splitlines()]
+    assert shares == [2, 8, 18, 38, 78]  # after 5, 15, 35, 75 and 155 seconds
+
+
 def test_what_is_over_in_two_seconds_has_no_line(clock):
     stream = Terminal()
     with Progress(steps=3, first=0, stream=stream).waiting("update") as done:

@@ -176,6 +176,7 @@ class Run:
             "policy/entropy": old.mean_entropy(),
             "final/entropy": final.mean_entropy(),
             **update,
+            **({"policy/skipped_why": self.trainer.skipped[0]} if self.trainer.skipped else {}),
             "rollout/logprob_gap": mismatch,
             "sync/logprob_gap": mismatch if gap is None else gap,
             **{f"time/{name}": seconds for name, seconds in watch.seconds.items()},

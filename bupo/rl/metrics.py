@@ -142,9 +142,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self._live and self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._width = 0
+        self._clear()
         self._stream.write(text + "\n")
         self._stream.flush()
 
@@ -157,14 +155,18 @@ class Progress:
     @contextmanager
     def waiting(self, what: str) -> Iterator[Callable[[float], None]]:
         """Announces something that takes more than a moment; call the yielded function with the
-        share done."""
-        begin = self._shown = time.monotonic()
+        share done. On a terminal its line is kept up to date, otherwise lines come twice as late
+        each time."""
+        begin = shown = time.monotonic()
+        pause, written = (0.2 if self._live else 5.0), False
 
         def done(share: float) -> None:
+            nonlocal shown, pause, written
             now = time.monotonic()
-            if now - self._shown < (0.2 if self._live else 5) or share <= 0 or now - begin < 2:
+            if now - shown < pause or share <= 0 or now - begin < 2:
                 return  # what is over at once is not worth a line
-            self._shown = now
+            shown, written = now, True
+            pause *= 1 if self._live else 2
             left = int((now - begin) * (1 - share) / share)
             line = f"{what}: {share:.0%} | ETA {left // 60}:{left % 60:02d}"
             self._stream.write(("\r" + line.ljust(self._width)) if self._live else line + "\n")
@@ -172,9 +174,8 @@ class Progress:
             self._stream.flush()
 
         yield done
-        if self._live and self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._width = 0
+        if written:
+            self._clear()
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
@@ -199,6 +200,10 @@ class Progress:
         finally:
             done.set()
             thread.join()
-            if self._live and self._width:
-                self._stream.write("\r" + " " * self._width + "\r")
-                self._width = 0
+            self._clear()
+
+    def _clear(self) -> None:
+        """Makes room where the live line stands."""
+        if self._live and self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._width = 0
