@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,28 +48,37 @@ def save(
     for leftover in folder.glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / OPTIMIZER).parent.mkdir()
+    save_file(_flat_state(model, optimizer), partial / OPTIMIZER)
+    (partial / "trainer.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+    for file in partial.rglob("*"):
+        _sync(file)
+    os.replace(partial, final)
+    _sync(folder)
+    for old in complete(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+@contextmanager
+def writing(run: Path, step: int) -> Iterator[None]:
+    """Around save(): what a full disk does to it is told in one line, and what it has left half
+    written is removed. Raises RunError."""
     try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / OPTIMIZER).parent.mkdir()
-        save_file(_flat_state(model, optimizer), partial / OPTIMIZER)
-        (partial / "trainer.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-        for file in partial.rglob("*"):
-            _sync(file)
-        os.replace(partial, final)
-        _sync(folder)
-    except (OSError, SafetensorError) as error:  # a full disk, most of the time
-        shutil.rmtree(partial, ignore_errors=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        folder = run / "checkpoints"
+        for leftover in folder.glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         earlier = ", ".join(p.name for p in complete(run)) or "none"
         first = str(error).strip().splitlines()[0]
         raise RunError(
             f"the checkpoint of step {step} cannot be written to {folder}: {first} "
-            f"({shutil.disk_usage(folder).free >> 20} MiB free); whole ones there: {earlier}; "
-            "resume=auto goes on from the newest"
+            f"({shutil.disk_usage(run).free >> 20} MiB free without it); whole ones there: "
+            f"{earlier}; resume=auto goes on from the newest"
         ) from error
-    for old in complete(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def load_step(checkpoint: Path) -> int:

@@ -317,7 +317,7 @@ class Run:
                 f"step {step} has left the model with {bad}; no checkpoint is made of that, the "
                 f"one of step {self.saved} is kept"
             )
-        with self._stage("save", step):
+        with self._stage("save", step), checkpoint.writing(self.out, step):
             keep = self.config.checkpoint.keep_last
             optimizer = self.trainer.optimizer
             checkpoint.save(self.out, step, self.model, self.tokenizer, optimizer, keep)
