@@ -83,7 +83,8 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
         raise ConfigError("eval.files is empty: nothing to evaluate on")
 
     from bupo.rl import evaluation
-    from bupo.rl.metrics import Progress, append_rows, replace_text
+    from bupo.rl.metrics import append_rows, replace_text
+    from bupo.rl.progress import Progress
     from bupo.rl.prompts import load_prompts
     from bupo.rl.rewards import check_sources, make_reward
 

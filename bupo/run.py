@@ -85,7 +85,7 @@ def make_plan(config: Config) -> Plan:
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"wandb={config.wandb} needs the package wandb, which is not installed")
 
-    from bupo.rl.metrics import Progress
+    from bupo.rl.progress import Progress
     from bupo.rl.prompts import PromptOrder, load_prompts  # slow, so after the cheap checks
     from bupo.rl.rewards import check_sources
 
@@ -182,7 +182,8 @@ def execute(plan: Plan) -> int | None:
     from bupo.policy import check_internal_policy
     from bupo.rl import checkpoint
     from bupo.rl.loop import Run
-    from bupo.rl.metrics import Progress, replace_text
+    from bupo.rl.metrics import replace_text
+    from bupo.rl.progress import Progress
     from bupo.rl.rewards import make_reward
     from bupo.rl.update import Trainer
 

@@ -71,8 +71,8 @@ def test_stages_do_not_import_one_another() -> None:
 
 
 def test_every_file_of_rl_is_a_known_stage() -> None:
-    leaves = {"boxed", "data_files", "finite", "math_worker", "mirrors", "types", "watchdog"}
-    known = STAGES | leaves | {"__init__", "loop"}
+    helpers = {"boxed", "data_files", "finite", "math_worker", "mirrors", "progress", "stop"}
+    known = STAGES | helpers | {"__init__", "loop", "types", "watchdog"}
     found = {path.stem for path in (ROOT / "bupo/rl").iterdir() if path.name != "__pycache__"}
     assert found == known
 

@@ -10,8 +10,9 @@ import types
 import pytest
 import torch.utils.tensorboard
 
-from bupo.rl import metrics
-from bupo.rl.metrics import Progress, Recorder, Stopwatch, read_rows
+from bupo.rl import metrics, progress
+from bupo.rl.metrics import Recorder, Stopwatch, read_rows
+from bupo.rl.progress import Progress
 from bupo.rl.types import EvalResult
 
 
@@ -231,7 +232,8 @@ class Clock(types.SimpleNamespace):
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(metrics, "time", clock)
+    for module in (metrics, progress):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -246,10 +248,10 @@ def progress_row(step, layer=None, **more):
 
 def test_progress_in_a_file_is_whole_lines(clock):
     stream = io.StringIO()
-    progress = Progress(steps=20, first=0, stream=stream)
+    shown_by = Progress(steps=20, first=0, stream=stream)
     for step in range(1, 21):
         clock.now += 2
-        progress.step(progress_row(step, layer=3 if step <= 5 else None))
+        shown_by.step(progress_row(step, layer=3 if step <= 5 else None))
     text = stream.getvalue()
     assert "\r" not in text and text.endswith("\n")
     lines = text.splitlines()
@@ -263,9 +265,9 @@ def test_progress_in_a_file_is_whole_lines(clock):
 
 def test_progress_of_a_resumed_run_counts_its_own_steps(clock):
     stream = io.StringIO()
-    progress = Progress(steps=20, first=10, stream=stream)
+    shown_by = Progress(steps=20, first=10, stream=stream)
     clock.now += 30
-    progress.step(progress_row(11))
+    shown_by.step(progress_row(11))
     assert stream.getvalue().rstrip().endswith("ETA 4:30")  # 9 steps of 30 s
 
 
@@ -282,10 +284,10 @@ def screen(text):
 
 def test_progress_on_a_terminal_is_one_line_rewritten(clock):
     stream = Terminal()
-    progress = Progress(steps=3, first=0, stream=stream)
+    shown_by = Progress(steps=3, first=0, stream=stream)
     for step in (1, 2):
         clock.now += 4000 - 1995 * (step - 1)  # the second line is shorter
-        progress.step(progress_row(step))
+        shown_by.step(progress_row(step))
         assert "\n" not in stream.getvalue() and stream.getvalue().startswith("\r")
     assert stream.getvalue().count("\r") == 2
     (line,) = screen(stream.getvalue())
@@ -294,11 +296,11 @@ def test_progress_on_a_terminal_is_one_line_rewritten(clock):
 
 def test_what_is_said_stays(clock):
     stream = Terminal()
-    progress = Progress(steps=3, first=0, stream=stream)
-    progress.say("first")
-    progress.step(progress_row(1))
-    progress.say("said")
-    progress.step(progress_row(2))
+    shown_by = Progress(steps=3, first=0, stream=stream)
+    shown_by.say("first")
+    shown_by.step(progress_row(1))
+    shown_by.say("said")
+    shown_by.step(progress_row(2))
     shown = screen(stream.getvalue())
     assert shown[:2] == ["first", "said"], "the live line made room"
     assert len(shown) == 3 and shown[2].startswith("step 2/3 |")
@@ -307,8 +309,8 @@ def test_what_is_said_stays(clock):
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
 def test_waiting_says_how_long(clock, kind):
     stream = kind()
-    progress = Progress(steps=3, first=0, stream=stream)
-    with progress.waiting("evaluation") as done:
+    shown_by = Progress(steps=3, first=0, stream=stream)
+    with shown_by.waiting("evaluation") as done:
         done(0.0)
         clock.now += 30
         done(0.25)
@@ -343,7 +345,7 @@ def test_working_says_how_long_it_has_taken(monkeypatch, kind):
 
     events, quick = [], False
     fake = types.SimpleNamespace(Event=Event, Thread=threading.Thread)
-    monkeypatch.setattr(metrics, "threading", fake)
+    monkeypatch.setattr(progress, "threading", fake)
     stream = kind()
     with Progress(steps=3, first=0, stream=stream).working("loading MODEL"):
         while stream.getvalue().count("loading MODEL | 0:00") < 3:
@@ -364,15 +366,15 @@ def test_working_says_how_long_it_has_taken(monkeypatch, kind):
 def test_stages_leave_the_line_of_the_step_alone(clock, kind):
     """A quick stage neither wipes it from the terminal nor puts off the next one in a log."""
     stream = kind()
-    progress = Progress(steps=9, first=0, stream=stream)
+    shown_by = Progress(steps=9, first=0, stream=stream)
     for step in range(1, 9):
         for _ in range(3):
-            with progress.waiting("rollout") as done:
+            with shown_by.waiting("rollout") as done:
                 clock.now += 1.0
                 done(0.5)
                 done(1.0)
-        progress.step(progress_row(step))
-        with progress.waiting("rollout"):
+        shown_by.step(progress_row(step))
+        with shown_by.waiting("rollout"):
             clock.now += 1.0
     shown = [line.split(" |")[0] for line in screen(stream.getvalue()) if line]
     assert shown == (["step 8/9"] if kind is Terminal else [f"step {n}/9" for n in (1, 3, 5, 7)])

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import math
 import resource
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, pstdev
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,12 +19,14 @@ from bupo.config import Config, RunError
 from bupo.rl import checkpoint, evaluation
 from bupo.rl.advantages import estimate
 from bupo.rl.finite import first_bad
-from bupo.rl.metrics import Progress, Recorder, Stopwatch, read_rows
+from bupo.rl.metrics import Recorder, Stopwatch, read_rows
+from bupo.rl.progress import Progress
 from bupo.rl.prompts import PromptOrder
 from bupo.rl.report import write_report
 from bupo.rl.rewards import Reward
 from bupo.rl.rollouts import RolloutEngine
 from bupo.rl.schedule import Schedule
+from bupo.rl.stop import StopRequest
 from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
 from bupo.rl.update import TokenStats, Trainer, importance_weights
 from bupo.rl.watchdog import Watchdog
@@ -39,27 +38,6 @@ PROBE_ROLLOUTS = 32
 
 SYNC_ROLLOUTS, SYNC_TOKENS = 4, 32
 """After each update engine and trainer are compared on this many responses, this far"""
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM ask; the loop answers between stages. A second Ctrl-C interrupts."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-        print("\nstopping: saving a checkpoint first", file=sys.stderr, flush=True)
-
-    def __call__(self) -> bool:
-        return self.signal is not None
-
-    def release(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 class _Stopped(Exception):
