@@ -58,9 +58,9 @@ class ModelConfig:
 class DataConfig:
     train: list[str] = field(default_factory=list)
     """Parquet or JSONL files in verl's format (prompt, reward_model.ground_truth, data_source);
-    folders of such files or saved by Hugging Face datasets; names on the hub. NAME:SPLIT takes
-    another split than train. A prompt is a list of chat messages, or a plain string that is used
-    as it is."""
+    folders of such files or saved by Hugging Face datasets; names on the hub. NAME:SPLIT (on the
+    hub also NAME:CONFIGURATION/SPLIT) takes another split than train. A prompt is a list of chat
+    messages, or a plain string that is used as it is."""
     weights: list[float] = field(default_factory=list)
     """One for each of data.train: its share of the prompts, e.g. [3, 1]. Empty: every prompt once
     an epoch."""

@@ -106,9 +106,9 @@ def test_a_torn_saved_dataset_is_named(tmp_path, name, content):
 def hub(monkeypatch):
     """Stands for the package datasets and the hub behind it."""
 
-    def load_dataset(name, split):
-        if (name, split) in (("some/set", "train"), ("some/set", "dev")):
-            return [{"prompt": split, "answer": "1"}]
+    def load_dataset(name, configuration, split):
+        if name == "some/set" and split in ("train", "dev"):
+            return [{"prompt": split, "answer": configuration or "1"}]
         raise ConnectionError("no such set\nand a long story")
 
     module = types.ModuleType("datasets")
@@ -121,7 +121,8 @@ def test_a_set_of_the_hub(hub):
     data_files.check("some/set")
     assert data_files.read("some/set") == [{"prompt": "train", "answer": "1"}]
     assert data_files.read("some/set:dev") == [{"prompt": "dev", "answer": "1"}]
-    assert data_files.stem("some/set:dev") == "set"
+    assert data_files.read("some/set:main/dev") == [{"prompt": "dev", "answer": "main"}]
+    assert data_files.stem("some/set:main/dev") == "set"
     with pytest.raises(
         ConfigError, match=r"some/set:test cannot be read from the hub: no such set$"
     ):

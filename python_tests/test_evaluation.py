@@ -175,6 +175,8 @@ def test_majority_is_over_problems_and_needs_answers():
 
 def test_what_cannot_be_graded_is_said():
     rollouts = results("x.", "..")
-    rollouts[1].ungraded = True
+    rollouts[1].ungraded, rollouts[1].reward = True, math.nan
+    assert problem_rows(rollouts, None)[0]["rewards"] == [1.0, None], "JSON knows no nan"
+    assert summary(rollouts, []).avg == 0.25
     assert summary(rollouts, []).ungraded == 0.25
     assert str(summary(rollouts, [])).endswith(", 25.0% not graded")

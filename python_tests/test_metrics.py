@@ -105,8 +105,9 @@ def test_what_is_not_finite_becomes_null(tmp_path):
 
 def test_rollouts_of_a_step(tmp_path):
     recorder = Recorder(tmp_path, keep_until_step=0)
-    rows = [{"response": "é\u2028✓\n", "reward": 1.0}, {"response": "", "reward": 0.0}]
+    rows = [{"response": "é\u2028✓\n", "reward": 1.0}, {"response": "", "reward": math.nan}]
     recorder.rollouts(7, rows)
+    rows[1]["reward"] = None
     recorder.rollouts(7, rows)  # a step made again replaces its file
     recorder.close()
     text = (tmp_path / "rollouts" / "step_000007.jsonl").read_text(encoding="utf-8")

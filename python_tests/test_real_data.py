@@ -12,6 +12,7 @@ import pytest
 from run_samples import rows
 
 from bupo.config import shipped
+from bupo.rl.boxed import strict
 from bupo.rl.math_worker import grade
 from bupo.run import main
 
@@ -44,6 +45,15 @@ def data(tmp_path: Path) -> Path:
 def rewarded_by_length(responses: list[str], answers: list[str]) -> list[float]:
     """A random model never boxes the answer; this gives its group a spread to learn from."""
     return [len(r) + grade(r, a) for r, a in zip(responses, answers)]
+
+
+def test_strict_accepts_every_answer_of_the_data_as_it_is(data: Path) -> None:
+    for file in data.glob("*.parquet"):
+        rewards = pq.read_table(file)["reward_model"].to_pylist()
+        answers = [str(row["ground_truth"]) for row in rewards]
+        responses = [f"\\boxed{{no}}, so it is $\\boxed{{{answer}}}$." for answer in answers]
+        assert set(strict(responses, answers)) == {1.0}
+        assert set(strict(responses, [f"{a} + 1" for a in answers])) == {0.0}
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])

@@ -1,8 +1,8 @@
 """Rows of data: parquet and JSON lines files, folders, and sets of the Hugging Face hub.
 
-A name may end in `:SPLIT`. A folder is one that `datasets` saved (save_to_disk; read without that
-package), or one of parquet or JSON lines files, of which a split is those whose name or folder
-begins with it.
+A name may end in `:SPLIT`, on the hub also in `:CONFIGURATION/SPLIT`. A folder is one that
+`datasets` saved (save_to_disk; read without that package), or one of parquet or JSON lines files,
+of which a split is those whose name or folder begins with it.
 """
 
 from __future__ import annotations
@@ -140,8 +140,9 @@ def _object(file: Path) -> dict[str, Any]:
 def _from_hub(name: str, split: str) -> Rows:
     import datasets
 
+    configuration, _, part = split.rpartition("/")
     try:
-        return [dict(row) for row in datasets.load_dataset(name, split=split)]
+        return [dict(row) for row in datasets.load_dataset(name, configuration or None, split=part)]
     except Exception as error:  # of many kinds: no network, no such set, no such split
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{name}:{split} cannot be read from the hub: {first}") from None

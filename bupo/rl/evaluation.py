@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from bupo.config import Config
-from bupo.rl.types import EvalResult, Prompt, Rollout
+from bupo.rl.types import EvalResult, Prompt, Rollout, finite_or_none
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -41,9 +41,9 @@ def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
 
 
 Row = dict[str, Any]
-"""One problem, as JSON lines hold it: prompt, answer, and of each response reward, tokens,
-finish_reason, text, final answer (null: none; the list is null if the reward knows no answers) and
-whether it could not be graded."""
+"""One problem, as JSON lines hold it: prompt, answer, and of each response reward (null: not
+finite), tokens, finish_reason, text, final answer (null: none; the list is null if the reward knows
+no answers) and whether it could not be graded."""
 
 
 def problem_rows(rollouts: Sequence[Rollout], answers: Sequence[str | None] | None) -> list[Row]:
@@ -55,7 +55,7 @@ def problem_rows(rollouts: Sequence[Rollout], answers: Sequence[str | None] | No
         {
             "prompt": rollouts[members[0]].prompt.text,
             "answer": rollouts[members[0]].prompt.answer,
-            "rewards": [rollouts[n].reward for n in members],
+            "rewards": [finite_or_none(rollouts[n].reward) for n in members],
             "ungraded": [rollouts[n].ungraded for n in members],
             "answers": None if answers is None else [answers[n] for n in members],
             "tokens": [len(rollouts[n].token_ids) for n in members],
@@ -69,7 +69,7 @@ def problem_rows(rollouts: Sequence[Rollout], answers: Sequence[str | None] | No
 def summarise(dataset: str, rows: Sequence[Row], ks: Sequence[int]) -> EvalResult:
     """Avg@n, Pass@K and maj@n over problems with the same number of samples each. A response is
     right if its reward is > 0.5."""
-    rights = [[reward > 0.5 for reward in row["rewards"]] for row in rows]
+    rights = [[x is not None and x > 0.5 for x in row["rewards"]] for row in rows]
     samples = len(rights[0])
     assert all(len(right) == samples for right in rights)
     avg, avg_se = _mean_and_error([sum(right) / samples for right in rights])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.rl.mirrors import Mirrors
-from bupo.rl.types import EvalResult
+from bupo.rl.types import EvalResult, finite_or_none
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -43,8 +42,7 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no nan and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite_or_none(value) if isinstance(value, float) else value
 
 
 class Recorder:
@@ -80,7 +78,8 @@ class Recorder:
     def rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
         folder = self._run / "rollouts"
         folder.mkdir(exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = [{k: _plain(v) for k, v in row.items()} for row in rows]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines)
         (folder / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
