@@ -62,7 +62,7 @@ class Progress:
         def done(share: float) -> None:
             nonlocal shown, pause, written
             now = time.monotonic()
-            if now - shown < pause or share <= 0 or now - begin < 2:
+            if now - shown < pause or share <= 0 or now - begin < 5:
                 return  # what is over at once is not worth a line
             shown, written = now, True
             pause *= 1 if self._live else 2
