@@ -113,7 +113,12 @@ def make_plan(config: Config) -> Plan:
         sources=sources,
         tokenizer=tokenizer,
         layers=layers,
-        sizes=measure(config, sources.model, max(len(p.token_ids) for p in prompts)),
+        sizes=measure(
+            config,
+            sources.model,
+            max(len(p.token_ids) for p in prompts),
+            config.bupo.layer if config.internal_steps else None,
+        ),
         train_prompts=prompts,
         eval_prompts=eval_prompts,
         dropped=dropped + eval_dropped,

@@ -66,8 +66,11 @@ def _size(n: int) -> str:
     return f"{n / GIB:.1f} GiB" if n >= GIB // 10 else f"{n / (1 << 20):.1f} MiB"
 
 
-def measure(config: Config, source: str, longest_prompt: int) -> Sizes:
-    """source: folder or hub name of the model; longest_prompt in tokens."""
+def measure(
+    config: Config, source: str, longest_prompt: int, internal_layer: int | None = None
+) -> Sizes:
+    """source: folder or hub name of the model; longest_prompt in tokens; internal_layer: the one
+    that phase 1 trains, counted from 1, if there is such a phase."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -77,8 +80,8 @@ def measure(config: Config, source: str, longest_prompt: int) -> Sizes:
     text = shape.get_text_config(decoder=True)
     counts = {name: p.numel() for name, p in model.named_parameters()}
     total = sum(counts.values())
-    layer = config.bupo.layer if config.internal_steps else None
-    internal = sum(n for name, n in counts.items() if layer is None or _layer(name) < layer)
+    layer = internal_layer or 0
+    internal = sum(n for name, n in counts.items() if _layer(name) < layer)
     head = model.get_output_embeddings().weight
     gpu = torch.cuda.is_available()
     return Sizes(
@@ -88,7 +91,7 @@ def measure(config: Config, source: str, longest_prompt: int) -> Sizes:
         vocabulary=head.shape[0],
         tied=model.get_input_embeddings().weight is head,
         parameters=total,
-        internal=internal if layer is not None else 0,
+        internal=internal if layer else 0,
         memory=_memory(config, text, total, head.shape, longest_prompt, gpu),
         engine=_engine(config, text, total, longest_prompt, gpu),
         checkpoint=12 * total,

@@ -106,28 +106,30 @@ def test_what_the_recipes_share_is_the_papers_setting() -> None:
         assert (loaded.reward.function, loaded.advantage) == ("strict", "grpo")
 
 
-def measured(tmp_path: Path, *settings: str, **changes: Any) -> sizes.Sizes:
+def measured(
+    tmp_path: Path, *settings: str, layer: int | None = None, **changes: Any
+) -> sizes.Sizes:
     shape = dict(
         vocab_size=1000, hidden_size=64, intermediate_size=192, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
     )  # fmt: skip
     Qwen3Config(**shape | changes).save_pretrained(tmp_path / "model")
-    return sizes.measure(config.load(None, list(settings)), str(tmp_path / "model"), 100)
+    return sizes.measure(config.load(None, list(settings)), str(tmp_path / "model"), 100, layer)
 
 
 def test_phase_1_trains_embedding_layers_and_head(tmp_path: Path) -> None:
-    tied = measured(tmp_path, "bupo.layer=1")
-    two = measured(tmp_path, "bupo.layer=2")
-    all_of_them = measured(tmp_path, "bupo.layer=4")
+    tied = measured(tmp_path, layer=1)
+    two = measured(tmp_path, layer=2)
+    all_of_them = measured(tmp_path, layer=4)
     layer = two.internal - tied.internal
     assert tied.internal - layer == 1000 * 64 + 64, (
         "the embedding; the final norm is not told apart"
     )
     assert all_of_them.internal == all_of_them.parameters
-    untied = measured(tmp_path, "bupo.layer=1", tie_word_embeddings=False)
+    untied = measured(tmp_path, layer=1, tie_word_embeddings=False)
     assert untied.internal - tied.internal == untied.parameters - tied.parameters == 1000 * 64
     assert tied.tied and not untied.tied
-    assert measured(tmp_path, "algorithm=grpo").internal == 0
+    assert measured(tmp_path).internal == 0
 
 
 def test_memory_follows_the_settings(tmp_path: Path) -> None:
