@@ -20,35 +20,35 @@ def a_stage_that_sleeps(seconds: float) -> None:
 def test_a_slow_stage_is_named_with_its_stack_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dog = Watchdog(tmp_path, 0.3)
+    dog = Watchdog(tmp_path, 0.5)
     with dog.stage("step 3, stage rollout"):
         pass
     with dog.stage("step 3, stage reward"):
-        a_stage_that_sleeps(0.8)
+        a_stage_that_sleeps(1.2)
     with dog.stage("step 3, stage update"):
         pass
     dog.close()
     text = (tmp_path / FILE).read_text()
-    assert "step 3, stage reward has begun or got ahead; 0.3 s later it has got no further" in text
+    assert "step 3, stage reward has begun or got ahead; 0.5 s later it has got no further" in text
     assert "Thread 0x" in text and "in a_stage_that_sleeps" in text
     assert "rollout" not in text and "update" not in text, "what went well leaves nothing"
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines == [
-        "step 3, stage reward has got no further for 0.3 s; the stacks of all threads are in "
+        "step 3, stage reward has got no further for 0.5 s; the stacks of all threads are in "
         f"{tmp_path / FILE}"
     ]
 
 
 def test_what_goes_well_leaves_no_file(tmp_path: Path) -> None:
-    dog = Watchdog(tmp_path, 0.5)
+    dog = Watchdog(tmp_path, 1.0)
     for _ in range(20):
         with dog.stage("quick"):
             pass
     with dog.stage("long, with signs of life"):
-        for _ in range(16):
-            time.sleep(0.05)
+        for _ in range(14):
+            time.sleep(0.1)
             dog.alive()
-    time.sleep(0.7)  # between stages nothing is watched
+    time.sleep(1.2)  # between stages nothing is watched
     dog.close()
     assert not (tmp_path / FILE).exists()
 
