@@ -95,19 +95,19 @@ def test_code_that_never_lets_go_of_the_interpreter(tmp_path: Path) -> None:
 
 
 def sleeps_once(responses: list[str], answers: list[str]) -> list[float]:
-    time.sleep(1.5)
+    time.sleep(0.9)
     return [float(len(r)) for r in responses]
 
 
 def test_a_run_names_its_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = [
         "reward.function=test_watchdog:sleeps_once", "eval.every=0", "eval.limit=1",
-        "steps=1", "bupo.steps=0", "watchdog.seconds=0.7", "eval.samples=1", "eval.pass_k=[1]",
+        "steps=1", "bupo.steps=0", "watchdog.seconds=0.5", "eval.samples=1", "eval.pass_k=[1]",
     ]  # fmt: skip
     assert main(arguments(tmp_path / "run", *settings)) == 0
     errors = capsys.readouterr().err
     text = (tmp_path / "run" / FILE).read_text()
     for stage in ("step 1, stage reward", "step 0, stage evaluation on addition"):
-        assert f"{stage} has got no further for 0.7 s" in errors
+        assert f"{stage} has got no further for 0.5 s" in errors
         assert f"{stage} has begun" in text
     assert "in sleeps_once" in text
