@@ -50,7 +50,7 @@ def cmake(*arguments: object) -> None:
         sys.exit(f"`cmake {' '.join(map(str, arguments))}` failed; its reason is above")
 
 
-not_python = ["CMakeLists.txt", *glob("csrc/**/*.*", recursive=True), *glob("recipes/*.yaml")]
+not_python = ["CMakeLists.txt", *glob("csrc/**/*.*", recursive=True), *glob("recipes/*.*")]
 setup(
     ext_modules=[Extension("bupo._C", sources=[], depends=not_python)],  # depends: into the sdist
     cmdclass={"build_ext": CMakeBuild},

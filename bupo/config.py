@@ -28,6 +28,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one line for the user."""
 
 
+class RunError(RuntimeError):
+    """Ends a run with one line; what could be saved is saved."""
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -55,14 +59,24 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     train: list[str] = field(default_factory=list)
-    """Parquet or JSONL files in verl's format (prompt, reward_model.ground_truth, data_source).
-    A prompt is a list of chat messages, or a plain string that is used as it is."""
+    """Parquet or JSONL files in verl's format (prompt, reward_model.ground_truth, data_source);
+    folders of such files or saved by Hugging Face datasets; names on the hub. NAME:SPLIT (on the
+    hub also NAME:CONFIGURATION/SPLIT) takes another split than train. A prompt is a list of chat
+    messages, or a plain string that is used as it is."""
+    weights: list[float] = field(default_factory=list)
+    """One for each of data.train: its share of the prompts, e.g. [3, 1]. Empty: every prompt once
+    an epoch."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Other names of the columns prompt, answer and data_source, e.g. {prompt: question}."""
+    system_prompt: str | None = None
+    """Makes a chat of a plain string: this system message (none if empty), then the string."""
     max_prompt_tokens: int = 1024
     """Longest prompt after the chat template."""
     overlong: str = "error"
     """What a longer prompt does: error, or drop (counted and printed)."""
     chat_template: str | None = None
-    """File with a Jinja chat template that replaces the tokenizer's own."""
+    """File with a Jinja chat template that replaces the tokenizer's own; octothinker.jinja
+    (User: ... Assistant: ...) comes with bupo."""
     chat_template_options: dict[str, Any] = field(default_factory=dict)
     """Passed to the chat template, e.g. {enable_thinking: false} for Qwen3."""
     limit: int | None = None
@@ -72,6 +86,13 @@ class DataConfig:
         _one_of("data.overlong", self.overlong, ("error", "drop"))
         _require(self.max_prompt_tokens > 0, "data.max_prompt_tokens must be positive")
         _require(self.limit is None or self.limit > 0, "data.limit must be positive or null")
+        _require(all(w > 0 for w in self.weights), "data.weights must be positive")
+        _require(
+            len(self.weights) in (0, len(self.train)),
+            f"data.weights has {len(self.weights)} values for {len(self.train)} data.train",
+        )
+        for name in self.columns:
+            _one_of("data.columns' names", name, ("prompt", "answer", "data_source"))
 
 
 @dataclass
@@ -121,8 +142,13 @@ class RolloutConfig:
 @dataclass
 class RewardConfig:
     function: str = "math"
-    """math: 1 if the last \\boxed{} equals the answer by Math-Verify, else 0; or module:function
-    taking (responses: list[str], answers: list[str]) and returning list[float]."""
+    """math: 1 if the last \\boxed{} equals the answer by Math-Verify, else 0; strict: by string
+    comparison alone, as in the paper; or module:function taking (responses: list[str], answers:
+    list[str]) and returning list[float]. A function extract(response) in that module gives
+    majority votes."""
+    by_source: dict[str, str] = field(default_factory=dict)
+    """A function for each data_source, e.g. {math_dapo: strict, code: my.module:run}, in place of
+    reward.function; data of a source that is not named is then an error."""
     timeout: float = 10.0
     """Seconds for one response before its worker is killed; it then counts as reward/timeouts."""
     workers: int = 2
@@ -132,12 +158,19 @@ class RewardConfig:
     rollout.max_new_tokens it grows linearly from 0 to 1; 0: none."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.function == "math" or self.function.count(":") == 1,
-            f"reward.function must be math or module:function, got {self.function!r}",
-        )
+        named = {f"by_source.{source}": name for source, name in self.by_source.items()}
+        for key, name in {"function": self.function, **named}.items():
+            _require(
+                name in ("math", "strict") or name.count(":") == 1,
+                f"reward.{key} must be math, strict or module:function, got {name!r}",
+            )
         _require(self.overlong_buffer >= 0, "reward.overlong_buffer must be at least 0")
         _require(self.timeout > 0 and self.workers > 0, "reward.timeout and .workers must be > 0")
+
+    @property
+    def functions(self) -> list[str]:
+        """Each function in use, once."""
+        return list(dict.fromkeys(self.by_source.values() or [self.function]))
 
 
 @dataclass
@@ -286,6 +319,8 @@ class EvalConfig:
     """Responses per problem, n of Avg@n and of the Pass@K estimator."""
     pass_k: list[int] = field(default_factory=lambda: [1, 4, 8])
     """K of Pass@K; undefined (null) where K > samples."""
+    temperature: float | None = None
+    """Of evaluation; 0 takes the likeliest token (then samples=1), null is rollout.temperature."""
     every: int = 0
     """Steps between evaluations; before, at the phase switch and after always run if files are
     given."""
@@ -295,6 +330,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _require(self.samples > 0, "eval.samples must be positive")
         _require(all(k > 0 for k in self.pass_k), "eval.pass_k must be positive")
+        _require(self.temperature is None or self.temperature >= 0, "eval.temperature must be >= 0")
+        _require(
+            self.temperature != 0 or self.samples == 1,
+            f"eval.temperature=0 makes equal samples: set eval.samples=1, got {self.samples}",
+        )
         _require(self.every >= 0, "eval.every must be at least 0")
         _require(self.limit is None or self.limit > 0, "eval.limit must be positive or null")
 
@@ -308,6 +348,18 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _require(self.every >= 0 and self.keep_last >= 1, "checkpoint.every >= 0, .keep_last >= 1")
+
+
+@dataclass
+class WatchdogConfig:
+    seconds: float = 1800.0
+    """A stage (rollout, reward, old_logprobs, update, sync, evaluation, save) that gets no further
+    for so long is named, and the stacks of all threads go to stalls.txt; 0: never."""
+    kill: bool = False
+    """Then end the process, for a supervisor that starts it again with resume=auto."""
+
+    def __post_init__(self) -> None:
+        _require(self.seconds >= 0, "watchdog.seconds must be at least 0")
 
 
 @dataclass
@@ -331,6 +383,10 @@ class Config:
     """Run directory; default runs/NAME-ALGORITHM-TIME."""
     resume: str = "never"
     """auto continues from the newest complete checkpoint in `out`, or starts if there is none."""
+    max_bad_steps: int = 3
+    """An update with nan or infinity is skipped; so many steps in a row with one end the run."""
+    wandb: str | None = None
+    """Project of Weights & Biases to show the metrics in, if that package is installed."""
     task: str | None = None
     """Python module that makes model and data (bupo.tasks.arithmetic, bupo.tasks.tiny)."""
     task_options: dict[str, Any] = field(default_factory=dict)
@@ -345,12 +401,14 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
         _one_of("algorithm", self.algorithm, ("bupo", "grpo", "internal", "custom"))
         _one_of("advantage", self.advantage, ADVANTAGES)
         _one_of("resume", self.resume, ("never", "auto"))
         _require(self.steps > 0, f"steps must be positive, got {self.steps}")
+        _require(self.max_bad_steps > 0, "max_bad_steps must be positive")
         _require(
             self.resume == "never" or self.out is not None,
             "resume=auto needs out=DIR, the run directory to continue",
@@ -395,6 +453,13 @@ class Config:
             not lengths or (total < self.steps if rest else total == self.steps),
             f"phases have {total} steps{' before the last' if rest else ''}, steps={self.steps}",
         )
+
+
+def shipped(name: str) -> Path:
+    """The file of that name, or the one that comes with bupo among its recipes."""
+    package = Path(__file__).parent
+    beside = (package / "recipes" / name, package.parent / "recipes" / name)
+    return next((path for path in (Path(name), *beside) if path.is_file()), Path(name))
 
 
 def all_keys(node: type = Config, prefix: str = "") -> list[str]:
@@ -466,7 +531,7 @@ def values(config: Any, prefix: str = "") -> dict[str, Any]:
 _MAY_CHANGE = (
     *("steps", "name", "out", "resume", "eval.", "checkpoint.", "reward.workers"),
     *("rollout.max_logprob_gap", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
-    "rollout.sleep",
+    *("rollout.sleep", "max_bad_steps", "wandb", "watchdog."),
 )
 """Settings that a resumed run may have otherwise than the run it continues."""
 

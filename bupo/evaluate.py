@@ -1,11 +1,12 @@
-"""Avg@n and Pass@K of a model, by the engine and the reward that training uses.
+"""Avg@n, Pass@K and maj@n of a model, by the engine and the reward that training uses.
 
     python -m bupo.evaluate model.path=MODEL eval.files=[test.parquet] eval.samples=32
     python -m bupo.evaluate --config RUN/config.yaml model.path=RUN/checkpoints/step_000300
+    python -m bupo.evaluate ... eval.temperature=0 eval.samples=1           greedy
 
-Writes a directory: config.yaml, responses/DATASET.jsonl (a line a problem: its responses and their
-rewards), eval.jsonl (Avg@n and Pass@K with standard errors, the problem as the unit) and
-pass_at_k.png. The same command again continues where it was stopped. Settings are those of
+Writes a directory: config.yaml, responses/DATASET.jsonl (a line a problem: its responses, their
+rewards and final answers), eval.jsonl (the figures with standard errors, the problem as the unit)
+and pass_at_k.png. The same command again continues where it was stopped. Settings are those of
 bupo.run; what only training needs is ignored.
 """
 
@@ -17,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in bupo.run
 
 from bupo import config as configuration
 from bupo.config import Config, ConfigError
-from bupo.inputs import build_task, check_out, find_sources, make_engine, read_model
+from bupo.inputs import (
+    build_task,
+    check_out,
+    disk_trouble,
+    find_sources,
+    make_engine,
+    read_model,
+)
+from bupo.sizes import measure
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -42,62 +52,19 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-class Responses:
-    """responses/DATASET.jsonl: finished problems, in order; survives a kill at any moment."""
+def _rows_done(file: Path, problems: Sequence[Any], config: Config) -> list[dict[str, Any]]:
+    """The rows of a file that can be kept; the file, which a kill may have cut, then holds these
+    alone. They must be of these problems."""
+    from bupo.rl.evaluation import whole_batches
+    from bupo.rl.metrics import read_rows, replace_text
 
-    def __init__(self, file: Path) -> None:
-        from bupo.rl.metrics import read_rows
-
-        self._file = file
-        self.rows: list[dict[str, Any]] = read_rows(file)
-
-    def keep(self, count: int) -> None:
-        """Forgets what comes after the first `count` problems: a batch that was cut."""
-        del self.rows[count:]
-        partial = self._file.with_name(f".{self._file.name}")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        partial.replace(self._file)
-
-    def add(self, groups: Sequence[Sequence[Any]]) -> None:
-        rows = [
-            {
-                "prompt": group[0].prompt.text,
-                "answer": group[0].prompt.answer,
-                "rewards": [r.reward for r in group],
-                "tokens": [len(r.token_ids) for r in group],
-                "finish_reasons": [r.finish_reason for r in group],
-                "responses": [r.text for r in group],
-            }
-            for group in groups
-        ]
-        with self._file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        self.rows += rows
-
-    def graded(self) -> list[Any]:
-        from bupo.rl.evaluation import Graded
-
-        return [
-            Graded(
-                sum(reward > 0.5 for reward in row["rewards"]),
-                len(row["rewards"]),
-                sum(row["tokens"]),
-                row["finish_reasons"].count("length"),
-            )
-            for row in self.rows
-        ]
-
-
-def _check_same(out: Path, name: str, rows: Sequence[Any], problems: Sequence[Any]) -> None:
+    rows = read_rows(file)
     for n, (row, problem) in enumerate(zip(rows, problems)):
         if (row["prompt"], row["answer"]) != (problem.text, problem.answer):
-            raise ConfigError(
-                f"out={out}: problem {n} of {name} is another one now; choose another"
-            )
-
-
-def _file_name(dataset: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in dataset) + ".jsonl"
+            raise ConfigError(f"{file}: problem {n} is another one now; choose another out")
+    rows = rows[: whole_batches(len(rows), len(problems), config)]
+    replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
@@ -115,20 +82,27 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     if not sources.held_out:
         raise ConfigError("eval.files is empty: nothing to evaluate on")
 
-    from bupo.rl.evaluation import by_dataset, by_problem, summarise
-    from bupo.rl.metrics import Progress
+    from bupo.rl import evaluation
+    from bupo.rl.metrics import append_rows, replace_text
+    from bupo.rl.progress import Progress
     from bupo.rl.prompts import load_prompts
-    from bupo.rl.rewards import make_reward
+    from bupo.rl.rewards import check_sources, make_reward
 
     tokenizer, _ = read_model(config, sources.model)
-    prompts, dropped = load_prompts(sources.held_out, tokenizer, config.data, config.eval.limit)
-    sets = by_dataset(prompts)
+    with Progress(1, 0).waiting("reading prompts") as share:
+        prompts, dropped = load_prompts(
+            sources.held_out, tokenizer, config.data, config.eval.limit, share
+        )
+    check_sources(config.reward, prompts)
+    sets = evaluation.by_dataset(prompts)
     shown = ", ".join(f"{name} {len(problems)}" for name, problems in sets.items())
+    sizes = measure(config, sources.model, max(len(p.token_ids) for p in prompts))
     print(
         f"{config.name}: {sources.model}\n"
+        f"  model    {sizes.model_line()}\n"
         f"  problems {shown}; {dropped} dropped for length\n"
-        f"  samples  {config.eval.samples} each at temperature {config.rollout.temperature}, "
-        f"top_p {config.rollout.top_p}, at most {config.rollout.max_new_tokens} tokens\n"
+        f"  samples  {config.eval.samples} each, {_sampling(config)}, "
+        f"at most {config.rollout.max_new_tokens} tokens\n"
         f"  out      {out}",
         file=sys.stderr,
     )
@@ -136,36 +110,43 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
         return []
     build_task(config, sources)
     reward = make_reward(config.reward)
-    engine = make_engine(config, sources.model, None, tokenizer, prompts)
     progress = Progress(1, 0)
+    with progress.working(f"loading {sources.model} into {config.rollout.engine}"):
+        engine = make_engine(config, sources.model, None, tokenizer, prompts)
     (out / "responses").mkdir(parents=True, exist_ok=True)
-    earlier.write_text(configuration.dump(config), encoding="utf-8")
+    replace_text(earlier, configuration.dump(config))
     results = []
     try:
         for name, problems in sets.items():
-            done = Responses(out / "responses" / _file_name(name))
-            # Batches are the same in every call, and with them the seeds and the responses.
-            size = max(1, config.rollout.batch_size // config.eval.samples)
-            _check_same(out, name, done.rows, problems)
-            done.keep(
-                len(done.rows) if len(done.rows) >= len(problems) else len(done.rows) // size * size
-            )
+            file = out / "responses" / evaluation.file_name(name)
+            done = _rows_done(file, problems, config)
             with progress.waiting(f"evaluation on {name}") as share:
-                for start in range(len(done.rows), len(problems), size):
-                    batch = problems[start : start + size]
-                    seed = f"{config.seed}/eval/{name}/{start}"
-                    rollouts = engine.generate(batch, config.eval.samples, seed, lambda: False)
-                    reward(rollouts)
-                    done.add(by_problem(rollouts))
-                    share(len(done.rows) / len(problems))
-            results.append(summarise(name, done.graded(), config.eval.pass_k))
+                result = evaluation.evaluate(
+                    name,
+                    problems,
+                    config,
+                    lambda batch, seed: engine.generate(
+                        batch, config.eval.samples, seed, lambda: False, config.eval.temperature
+                    ),
+                    reward,
+                    partial(append_rows, file),
+                    done,
+                    share,
+                )
+            results.append(result)
     finally:
         engine.close()
         reward.close()
     rows = "".join(json.dumps(_plain(result.row())) + "\n" for result in results)
-    (out / "eval.jsonl").write_text(rows, encoding="utf-8")
+    replace_text(out / "eval.jsonl", rows)
     _draw(results, out / "pass_at_k.png")
     return results
+
+
+def _sampling(config: Config) -> str:
+    temperature = config.eval.temperature
+    temperature = config.rollout.temperature if temperature is None else temperature
+    return f"temperature {temperature}, top_p {config.rollout.top_p}" if temperature else "greedy"
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
@@ -200,24 +181,24 @@ def _draw(results: Sequence[Any], file: Path) -> None:
 
 
 def print_table(results: Sequence[Any]) -> None:
-    """Avg@n and Pass@K of each data set."""
+    """Avg@n, Pass@K and maj@n of each data set."""
     from rich.console import Console
     from rich.table import Table
 
     ks = list(results[0].pass_k)
     table = Table("data set", "problems", f"Avg@{results[0].samples}", *(f"Pass@{k}" for k in ks))
-    table.add_column("tokens")
-    table.add_column("truncated")
+    for name in (f"maj@{results[0].samples}", "tokens", "truncated", "not graded"):
+        table.add_column(name)
     for r in results:
-        passes = ["-" if p is None else f"{p[0]:.3f} ± {p[1]:.3f}" for p in r.pass_k.values()]
-        average = f"{r.avg:.3f} ± {r.avg_se:.3f}"
-        shares = (f"{r.length:.0f}", f"{r.truncated:.1%}")
-        table.add_row(r.dataset, str(r.problems), average, *passes, *shares)
-    Console(width=max(80, 26 + 18 * (len(ks) + 2))).print(table)
+        figures = [(r.avg, r.avg_se), *r.pass_k.values(), r.maj]
+        cells = ["-" if p is None else f"{p[0]:.3f} ± {p[1]:.3f}" for p in figures]
+        shares = (f"{r.length:.0f}", f"{r.truncated:.1%}", f"{r.ungraded:.1%}")
+        table.add_row(r.dataset, str(r.problems), *cells, *shares)
+    Console(width=max(80, 40 + 18 * (len(ks) + 3))).print(table)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a configuration that cannot be run."""
+    """Exit status: 0 done, 1 a disk that is full, 2 a configuration that cannot be run."""
     arguments = _arguments(argv)
     out = Path(arguments.out or f"evals/{time.strftime('%Y%m%d-%H%M%S')}")
     try:
@@ -226,6 +207,10 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"bupo.evaluate: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        kept = f"what was written to {out} before is"
+        print(f"bupo.evaluate: {disk_trouble(error, kept)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\nstopped; the same command with --out {out} continues", file=sys.stderr)
         return 130

@@ -6,6 +6,7 @@ told within a second.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bupo.config import Config, ConfigError
+from bupo.config import Config, ConfigError, shipped
+from bupo.rl import data_files
 from bupo.tasks import TaskFiles
 
 
@@ -51,9 +53,11 @@ def find_sources(config: Config, training: bool = True) -> Sources:
     train = [str(f) for f in files.train] if files and files.train else config.data.train
     held_out = [str(f) for f in files.eval] if files and files.eval else config.eval.files
     train = train if training else []
-    for name in [*train, *held_out, *filter(None, [config.data.chat_template])]:
-        if not Path(name).is_file():
-            raise ConfigError(f"data file not found: {name}")
+    for name in [*train, *held_out]:
+        data_files.check(name)
+    template = config.data.chat_template
+    if template and not shipped(template).is_file():
+        raise ConfigError(f"data.chat_template={template}: file not found")
     if model.startswith(("/", ".")) and not Path(model).is_dir():
         raise ConfigError(f"model.path={model}: folder not found")
     return Sources(model, train, held_out, files)
@@ -61,13 +65,14 @@ def find_sources(config: Config, training: bool = True) -> Sources:
 
 def read_model(config: Config, model: str) -> tuple[Any, int]:
     """Tokenizer and number of layers; also checks what needs a model's configuration, and the
-    reward function."""
+    reward functions."""
     from transformers import AutoConfig, AutoTokenizer
 
     from bupo.rl.rewards import FunctionReward
 
-    if config.reward.function != "math":
-        FunctionReward(config.reward.function)
+    for name in config.reward.functions:
+        if name != "math":
+            FunctionReward(name)
     try:
         model_config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -143,3 +148,13 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"out={out}: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK) or str(there).startswith(("/proc", "/sys")):
         raise ConfigError(f"out={out}: {there} cannot be written to")
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def disk_trouble(error: OSError, kept: str) -> str:
+    """One line for a disk that is full or broken; anything else is raised again, as it is."""
+    if error.errno not in DISK:
+        raise error
+    return f"{error}; {kept} kept, go on with the same command"

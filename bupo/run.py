@@ -12,6 +12,7 @@ tensorboard/, report.html and its plots. Ctrl-C or SIGTERM saves a checkpoint an
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -24,22 +25,18 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from bupo import config as configuration
-from bupo.config import Config, ConfigError
+from bupo.config import Config, ConfigError, RunError, shipped
 from bupo.inputs import (
     Sources,
     build_task,
     check_out,
+    disk_trouble,
     find_sources,
     load_model,
     make_engine,
     read_model,
 )
-
-
-def recipe(name: str) -> Path:
-    """A recipe that comes with bupo."""
-    beside = Path(__file__).parent / "recipes" / name
-    return beside if beside.is_file() else Path(__file__).parent.parent / "recipes" / name
+from bupo.sizes import Sizes, measure
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -69,6 +66,7 @@ class Plan:
     sources: Sources
     tokenizer: Any
     layers: int
+    sizes: Sizes
     train_prompts: list[Any]
     eval_prompts: list[Any]
     dropped: int
@@ -84,19 +82,28 @@ def make_plan(config: Config) -> Plan:
     check_out(out)
     resume_from = _resume_point(config, out)
     sources = find_sources(config)
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"wandb={config.wandb} needs the package wandb, which is not installed")
 
+    from bupo.rl.progress import Progress
     from bupo.rl.prompts import PromptOrder, load_prompts  # slow, so after the cheap checks
+    from bupo.rl.rewards import check_sources
     from bupo.rl.schedule import Schedule
 
     tokenizer, layers = read_model(config, sources.model)
-    Schedule(config).check(layers, sources.model)
-    prompts, dropped = load_prompts(sources.train, tokenizer, config.data, config.data.limit)
-    PromptOrder(prompts, config.rollout.prompts, config.seed)
+    schedule = Schedule(config)
+    schedule.check(layers, sources.model)
+    with Progress(1, 0).waiting("reading prompts") as share:
+        prompts, dropped = load_prompts(
+            sources.train, tokenizer, config.data, config.data.limit, share
+        )
+    PromptOrder(prompts, config.rollout.prompts, config.seed, config.data.weights)
     eval_prompts, eval_dropped = (
         load_prompts(sources.held_out, tokenizer, config.data, config.eval.limit)
         if sources.held_out
         else ([], 0)
     )
+    check_sources(config.reward, [*prompts, *eval_prompts])
     return Plan(
         config=config,
         out=out,
@@ -104,6 +111,12 @@ def make_plan(config: Config) -> Plan:
         sources=sources,
         tokenizer=tokenizer,
         layers=layers,
+        sizes=measure(
+            config,
+            sources.model,
+            max(len(p.token_ids) for p in prompts),
+            max(schedule.layers(), default=None),
+        ),
         train_prompts=prompts,
         eval_prompts=eval_prompts,
         dropped=dropped + eval_dropped,
@@ -134,28 +147,28 @@ def _resume_point(config: Config, out: Path) -> Path | None:
     return None
 
 
-def _more_models(config: Config) -> str:
-    """What takes memory beside the policy."""
-    more = ["a frozen reference"] if config.loss.kl_coef else []
-    more += ["a critic with its optimizer"] if config.advantage == "ppo" else []
-    return f"  models   the policy, {', '.join(more)}\n" if more else ""
-
-
 def print_plan(plan: Plan) -> None:
     """What --dry_run shows, and every run begins with."""
     from bupo.rl.schedule import Schedule
 
     config, size = plan.config, plan.config.rollout
     responses = size.prompts * size.samples
+    sizes, responses_each = plan.sizes, responses // config.optimizer.updates_per_step
+    trained = f" ({sizes.internal / sizes.parameters:.0%} of the parameters)"
     print(
-        f"{config.name}: {config.algorithm} on {plan.sources.model}\n"
-        f"  phases   {Schedule(config).describe(plan.layers)}\n"
+        f"{config.name}: {config.algorithm}, {config.advantage} advantages, on "
+        f"{plan.sources.model}\n"
+        f"  model    {sizes.model_line()}\n"
+        f"  phases   {Schedule(config).describe(plan.layers)}{trained if sizes.internal else ''}\n"
         f"  step     {size.prompts} prompts x {size.samples} responses = {responses}, "
         f"{config.optimizer.updates_per_step} updates of "
-        f"{responses // config.optimizer.updates_per_step} responses\n"
+        f"{responses_each} responses ({size.prompts // config.optimizer.updates_per_step} "
+        f"prompts), at most {size.max_new_tokens} new tokens each\n"
         f"  data     {len(plan.train_prompts)} training prompts, {len(plan.eval_prompts)} for "
         f"evaluation x {config.eval.samples}, {plan.dropped} dropped for length\n"
-        f"{_more_models(config)}"
+        f"  memory   {sizes.memory_line()}\n"
+        f"  rollouts {sizes.engine_line(config)}\n"
+        f"  disk     {sizes.disk_line(config)}\n"
         f"  out      {plan.out}" + (f" (continues {plan.resume_from})" if plan.resume_from else ""),
         file=sys.stderr,
     )
@@ -208,6 +221,8 @@ def execute(plan: Plan) -> int | None:
     from bupo.policy import check_internal_policy
     from bupo.rl import checkpoint
     from bupo.rl.loop import Run
+    from bupo.rl.metrics import replace_text
+    from bupo.rl.progress import Progress
     from bupo.rl.rewards import make_reward
     from bupo.rl.schedule import Schedule
     from bupo.rl.update import Trainer
@@ -215,7 +230,8 @@ def execute(plan: Plan) -> int | None:
     config, tokenizer = plan.config, plan.tokenizer
     build_task(config, plan.sources)
     source = str(plan.resume_from or plan.sources.model)
-    model = _model_to_train(config, source)
+    with Progress(1, 0).working(f"loading {source}"):
+        model = _model_to_train(config, source)
     check_internal_policy(model, Schedule(config).layers() or plan.layers)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = Trainer(model, config, pad)
@@ -227,11 +243,12 @@ def execute(plan: Plan) -> int | None:
     engine = None
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
-        (plan.out / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+        replace_text(plan.out / "config.yaml", configuration.dump(config))
         prompts = [*plan.train_prompts, *plan.eval_prompts]
         reference = _reference(plan, pad) if config.loss.kl_coef else None
         critic = _critic(plan, pad) if config.advantage == "ppo" else None
-        engine = make_engine(config, source, model, tokenizer, prompts)
+        with Progress(1, 0).working(f"starting {config.rollout.engine} for rollouts"):
+            engine = make_engine(config, source, model, tokenizer, prompts)
         run = Run(
             config, plan.out, model, tokenizer, plan.train_prompts, plan.eval_prompts,
             engine, reward, trainer, reference, critic, state["step"], state["drawn"],
@@ -243,29 +260,32 @@ def execute(plan: Plan) -> int | None:
         reward.close()
 
 
-def _sync_error() -> type[Exception]:
-    from bupo.rl.weight_sync import SyncError  # imports torch, so not at the top
-
-    return SyncError
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a rollout engine with other weights than the trainer, 2 a
-    configuration that cannot be run, 128 + n stopped by signal n."""
+    """Exit status: 0 done, 1 a run that could not go on (nan, a full disk, a rollout engine with
+    other weights than the trainer), 2 a configuration that cannot be run, 128 + n stopped by
+    signal n."""
     arguments = _arguments(argv)
     overrides = arguments.overrides + ([f"out={arguments.out}"] if arguments.out else [])
     try:
-        file = arguments.config or recipe("arithmetic.yaml")
+        file = arguments.config or shipped("arithmetic.yaml")
         plan = make_plan(configuration.load(file, overrides))
-        print_plan(plan)
-        if arguments.dry_run:
-            return 0
+    except ConfigError as error:
+        print(f"bupo.run: {error}", file=sys.stderr)
+        return 2
+    print_plan(plan)
+    if arguments.dry_run:
+        return 0
+    try:
         signal = execute(plan)
     except ConfigError as error:
         print(f"bupo.run: {error}", file=sys.stderr)
         return 2
-    except _sync_error() as error:
+    except RunError as error:
         print(f"bupo.run: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        kept = f"all up to the newest checkpoint in {plan.out} is"
+        print(f"bupo.run: {disk_trouble(error, kept)} with resume=auto", file=sys.stderr)
         return 1
     if signal is not None:
         print(f"stopped; continue with: --out {plan.out} resume=auto", file=sys.stderr)

@@ -81,8 +81,8 @@ def _sharpened(model: Any) -> Any:
     return model
 
 
-def prompt(token_ids: list[int], answer: str = "", index: int = 0) -> Prompt:
-    return Prompt(index, "test", str(token_ids), token_ids, answer)
+def prompt(token_ids: list[int], answer: str = "", index: int = 0, source: str = "test") -> Prompt:
+    return Prompt(index, source, str(token_ids), token_ids, answer)
 
 
 def rewarded(group: int, reward: float, tokens: int = 1) -> Rollout:

@@ -40,6 +40,7 @@ def arguments(out: Path, *overrides: str) -> list[str]:
         "bupo.steps=3",
         "bupo.layer=1",
         "rollout.prompts=4",
+        "data.limit=6",  # so that epochs end within steps 2 and 5 and after steps 3 and 6
         "rollout.samples=4",
         "rollout.max_new_tokens=12",
         "optimizer.lr=1e-3",

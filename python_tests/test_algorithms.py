@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHORT = ["steps=3", "bupo.steps=1", "eval.every=0", "eval.samples=1", "eval.pass_k=[1]"]
 SHORT += ["checkpoint.every=1", "checkpoint.keep_last=9", "optimizer.updates_per_step=2"]
+SHORT += ["data.limit=null"]
 ALGORITHMS = {
     "gspo-k2": [
         "loss.type=gspo", "loss.aggregation=seq_mean", "loss.kl_coef=0.1", "loss.kl_estimator=k2",

@@ -1,11 +1,15 @@
 """What the documents say is what the tree holds."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import run_samples
+
+from bupo import config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,3 +38,38 @@ def test_every_folder_of_the_readme_tree_exists() -> None:
     assert len(paths) > 20
     for path in paths:
         assert (ROOT / path).exists(), path
+
+
+def explained(table: str) -> set[str]:
+    """Names in the first column of a table of docs/training.md that have an explanation."""
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    part = text.split(f"<!-- {table} -->")[1].split("<!-- end -->")[0]
+    return set(re.findall(r"^\| `([^`]+)` \| \S.{5,} \|$", part, flags=re.MULTILINE))
+
+
+def test_every_metric_is_explained(tmp_path: Path) -> None:
+    """Those that a run of both phases with evaluations writes, and none that bupo never does."""
+    out = tmp_path / "run"
+    assert run_samples.run(out, "steps=2", "bupo.steps=1") == 0
+    options = ("advantage=ppo", "loss.kl_coef=0.1", "rollout.refills=1", "data.limit=null")
+    assert run_samples.run(tmp_path / "ppo", "steps=2", "bupo.steps=1", *options) == 0
+    files = (out / "metrics.jsonl", tmp_path / "ppo/metrics.jsonl")
+    lines = [json.loads(line) for file in files for line in file.open()]
+    written = {key for line in lines for key in line}
+    assert written <= explained("metrics"), f"not explained: {written - explained('metrics')}"
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "bupo/rl").rglob("*.py"))
+    gone = {key for key in explained("metrics") - written if key.rpartition("/")[2] not in code}
+    assert not gone and len(explained("metrics")) > 20
+    evals = {key for line in (out / "eval.jsonl").open() for key in json.loads(line)}
+    assert explained("evaluation") == {re.sub(r"@\d+", "@K", key) for key in evals}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_settings_in_commands_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    places = re.findall(r"```\n.*?```|`[^`\n]+`", text, flags=re.DOTALL)
+    groups = "|".join({key.split(".")[0] for key in config.all_keys() if "." in key})
+    pattern = rf"(?<![\w.])((?:{groups})\.[a-z_]+|resume|algorithm|advantage|wandb|seed)="
+    used = {key for place in places for key in re.findall(pattern, place)}
+    assert used <= set(config.all_keys()), used - set(config.all_keys())
+    assert used or document.name in ("ops.md", "CONTRIBUTING.md")

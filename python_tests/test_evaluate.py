@@ -1,6 +1,8 @@
 """python -m bupo.evaluate: the real program on the built-in task."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bupo.evaluate import main
+from bupo.rl import metrics
 
 SIZES = "task_options={layers: 2, width: 32, warm_steps: 4, eval_problems: 40}"
 SETTINGS = [
@@ -51,6 +54,46 @@ def test_figures_are_those_of_the_responses(whole: Path) -> None:
     assert (whole / "pass_at_k.png").stat().st_size > 5000
 
 
+def test_majority_and_answers(whole: Path) -> None:
+    rows = [json.loads(x) for x in files(whole)["responses/addition.jsonl"].splitlines()]
+    (result,) = [json.loads(x) for x in files(whole)["eval.jsonl"].splitlines()]
+    for row in rows:
+        cut = [r.rpartition("#")[2] if "#" in r else None for r in row["responses"]]
+        assert row["answers"] == cut
+    assert 0 <= result["maj"] <= result["pass@4"] and result["maj_se"] >= 0
+
+
+def test_greedy_and_several_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The likeliest tokens: another seed gives the same, sampling does not."""
+    (made,) = Path(os.environ["BUPO_CACHE"]).glob("arithmetic-2-32-4-*-40-0")
+    lines = (made / "eval.jsonl").read_text().splitlines()
+    sets = []
+    for name, part in (("first", lines[:6]), ("second", lines[6:10])):
+        rows = [json.loads(line) | {"data_source": name} for line in part]
+        sets.append(str(tmp_path / f"{name}.jsonl"))
+        Path(sets[-1]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        f"model.path={made / 'model'}", f"eval.files=[{','.join(sets)}]",
+        "reward.function=bupo.tasks.arithmetic:reward", "rollout.max_new_tokens=12",
+        "eval.samples=1",
+    ]  # fmt: skip
+
+    def responses(out: str, *more: str) -> list[str]:
+        assert main(["--out", str(tmp_path / out), *command, *more]) == 0
+        found = [(tmp_path / out / f"responses/{s}.jsonl").read_text() for s in ("first", "second")]
+        return [json.loads(line)["responses"][0] for text in found for line in text.splitlines()]
+
+    greedy = responses("a", "eval.temperature=0")
+    assert len(greedy) == 10
+    assert greedy == responses("b", "eval.temperature=0", "seed=7")
+    assert responses("c") != responses("d", "seed=7")
+    shown = capsys.readouterr()
+    assert "1 each, greedy, at most 12" in shown.err and "first 6, second 4" in shown.err
+    assert "first" in shown.out and "second" in shown.out and "maj@1" in shown.out
+    datasets = [json.loads(x)["dataset"] for x in (tmp_path / "a/eval.jsonl").open()]
+    assert datasets == ["first", "second"]
+
+
 def test_a_killed_evaluation_is_continued_exactly(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "parts"
     command = [sys.executable, "-m", "bupo.evaluate", *arguments(out)]
@@ -81,6 +124,7 @@ def test_done_work_is_not_done_again(whole: Path, capsys: pytest.CaptureFixture[
     [
         ("eval.samples=8", "holds an evaluation with other settings (eval.samples: 4 -> 8)"),
         ("model.path=/nowhere", "model.path=/nowhere: folder not found"),
+        ("eval.temperature=0", "eval.temperature=0 makes equal samples: set eval.samples=1, got 4"),
         ("eval.sample=8", "unknown key eval.sample; did you mean eval.samples?"),
     ],
 )
@@ -93,6 +137,29 @@ def test_mistakes_give_one_line_and_leave_results_alone(
     errors = capsys.readouterr().err
     assert message in errors and len(errors.strip().splitlines()) == 1, errors
     assert files(whole) == before
+
+
+def test_a_full_disk_is_one_line_and_costs_no_problem(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, writes = metrics.append_rows, 0
+
+    def full(file: Path, rows: list[dict[str, object]]) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == 3:
+            original(file, rows[:1])
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        original(file, rows)
+
+    monkeypatch.setattr(metrics, "append_rows", full)
+    out = tmp_path / "parts"
+    assert main(arguments(out)) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("bupo.evaluate: [Errno 28] No space left") and "is kept" in last
+    monkeypatch.undo()
+    assert main(arguments(out)) == 0
+    assert files(out) == files(whole)
 
 
 def test_nothing_to_evaluate_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

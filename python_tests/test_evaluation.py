@@ -7,7 +7,15 @@ from itertools import combinations
 import pytest
 from rl_samples import rewarded
 
-from bupo.rl.evaluation import Graded, by_dataset, by_problem, evaluate, pass_at_k, summarise
+from bupo.config import Config
+from bupo.rl.evaluation import (
+    by_dataset,
+    evaluate,
+    majority,
+    pass_at_k,
+    problem_rows,
+    summarise,
+)
 from bupo.rl.types import Prompt, Rollout
 
 
@@ -40,7 +48,7 @@ def results(*problems):
 
 
 def summary(rollouts, ks):
-    return summarise("set", [Graded.of(g) for g in by_problem(rollouts)], ks)
+    return summarise("set", problem_rows(rollouts, None), ks)
 
 
 def test_average_and_its_error_by_problem():
@@ -90,23 +98,85 @@ def test_every_data_source_is_evaluated_apart():
         Prompt(n, source, "", [n], str(n)) for n, source in enumerate(["b", "a", "b", "a", "a"])
     ]
     assert [[p.index for p in each] for each in by_dataset(prompts).values()] == [[0, 2], [1, 3, 4]]
-    asked = []
 
-    def generate(problems):
-        asked.append([p.index for p in problems])
+
+class OddIsRight:
+    """A reward: right where the text is an odd number, its last digit the final answer."""
+
+    def __call__(self, rollouts):
+        for rollout in rollouts:
+            rollout.reward = float(rollout.text) % 2
+            rollout.ungraded = rollout.text == "8"
+
+    def answers(self, rollouts):
+        return [r.text[-1] for r in rollouts]
+
+
+def test_batches_depend_on_nothing_but_their_place():
+    """So the rest of a cut evaluation, and the same evaluation by the other command, are equal."""
+    config = Config()
+    config.seed, config.eval.samples, config.rollout.batch_size = 5, 3, 7  # two problems a batch
+    config.eval.pass_k = [1, 4]
+    problems = [Prompt(n, "a/b", "", [n], str(n)) for n in range(5)]
+    asked, kept, shares = [], [], []
+
+    def generate(batch, seed):
+        asked.append(([p.index for p in batch], seed))
         return [
-            Rollout(p, group, [1], [0.0], "stop", str(p.index))
-            for group, p in enumerate(problems)
-            for _ in range(2)
+            Rollout(p, group, [1], [0.0], "stop", str(2 * p.index + k))
+            for group, p in enumerate(batch)
+            for k in range(3)
         ]
 
-    def grade(rollouts):
-        for n, rollout in enumerate(rollouts):
-            rollout.reward = float(rollout.prompt.source == "a" and n % 2)
+    whole = evaluate(
+        "a/b", problems, config, generate, OddIsRight(), kept.extend, (), shares.append
+    )
+    batches = [([0, 1], "5/eval/a/b/0"), ([2, 3], "5/eval/a/b/2"), ([4], "5/eval/a/b/4")]
+    assert asked == batches
+    assert shares == [0.4, 0.8, 1.0]
+    assert [row["answer"] for row in kept] == list("01234")
+    assert whole.avg == pytest.approx(1 / 3) and whole.pass_k[4] is None
+    assert whole.ungraded == pytest.approx(2 / 15)
+    for done, again in ((0, batches), (1, batches), (2, batches[1:]), (3, batches[1:]), (5, [])):
+        asked, more = [], []
+        result = evaluate("a/b", problems, config, generate, OddIsRight(), more.extend, kept[:done])
+        assert asked == again and str(result) == str(whole)
+        assert kept[: done - done % 2 if done < 5 else 5] + more == kept
 
-    b, a = evaluate(generate, grade, prompts, [1, 2])
-    assert asked == [[0, 2], [1, 3, 4]]
-    assert (b.dataset, b.problems, b.avg, b.pass_k[2]) == ("b", 2, 0.0, (0.0, 0.0))
-    assert (a.dataset, a.problems, a.avg, a.pass_k[2][0]) == ("a", 3, 0.5, 1.0)
-    row = a.row()
-    assert (row["n"], row["k_samples"], row["avg"], row["pass@2"]) == (3, 2, 0.5, 1.0)
+
+@pytest.mark.parametrize(
+    ("answers", "right", "expected"),
+    [
+        ("aab", "xx.", 1),
+        ("abb", "x..", 0),
+        ("ab", "x.", 0.5),  # a tie
+        ("aabbc", "xx..x", 0.5),
+        ("abc", "x..", 1 / 3),
+        ("-a-", ".x.", 1),  # no answer, no vote
+        ("---", "...", 0),
+        ("aaa", "xx.", 2 / 3),  # graded unequally, though equal as votes
+    ],
+)
+def test_majority_vote(answers, right, expected):
+    votes = [None if a == "-" else a for a in answers]
+    assert majority(votes, [c == "x" for c in right]) == pytest.approx(expected)
+
+
+def test_majority_is_over_problems_and_needs_answers():
+    rollouts = results("xx.", "x..", "...")
+    rows = problem_rows(rollouts, list("aababbabc"))
+    result = summarise("set", rows, [1])
+    assert result.maj == pytest.approx((1 / 3, statistics.stdev([1, 0, 0]) / math.sqrt(3)))
+    row = result.row()
+    assert (row["maj"], row["maj_se"]) == result.maj
+    assert summary(rollouts, [1]).maj is None and summary(rollouts, [1]).row()["maj"] is None
+    assert "maj@3 0.333" in str(result) and "maj" not in str(summary(rollouts, [1]))
+
+
+def test_what_cannot_be_graded_is_said():
+    rollouts = results("x.", "..")
+    rollouts[1].ungraded, rollouts[1].reward = True, math.nan
+    assert problem_rows(rollouts, None)[0]["rewards"] == [1.0, None], "JSON knows no nan"
+    assert summary(rollouts, []).avg == 0.25
+    assert summary(rollouts, []).ungraded == 0.25
+    assert str(summary(rollouts, [])).endswith(", 25.0% not graded")

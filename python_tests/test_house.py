@@ -60,8 +60,10 @@ def test_ops_and_policy_stand_on_the_ground() -> None:
 
 
 def test_leaves_import_nothing_of_the_project() -> None:
-    for name in ("config.py", "rl/types.py", "rl/math_worker.py"):
+    for name in ("config.py", "rl/types.py", "rl/boxed.py"):
         assert imports(ROOT / "bupo" / name) == set(), name
+    worker = imports(ROOT / "bupo/rl/math_worker.py")
+    assert worker == {"bupo.rl.boxed", "bupo.rl.boxed.last_boxed"}, "it starts fast"
     for file in sources("rl/report"):
         assert not {name for name in imports(file) if not name.startswith("bupo.rl.report")}, file
 
@@ -81,7 +83,8 @@ def test_tools_of_the_stages_import_no_stage() -> None:
 
 
 def test_every_file_of_rl_is_a_known_stage() -> None:
-    known = STAGES | TOOLS | {"__init__", "loop", "types"}
+    helpers = {"boxed", "data_files", "finite", "math_worker", "mirrors", "progress", "stop"}
+    known = STAGES | TOOLS | helpers | {"__init__", "loop", "types", "watchdog"}
     found = {path.stem for path in (ROOT / "bupo/rl").iterdir() if path.name != "__pycache__"}
     assert found == known
 
@@ -101,6 +104,46 @@ def test_vllm_is_imported_in_one_file() -> None:
             for name in [getattr(node, "module", None) or "", *(a.name for a in node.names)]
         )
         assert found == (file == ROOT / "bupo/rl/rollouts/vllm.py"), file
+
+
+PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def unpickles(file: Path) -> list[str]:
+    """Places that could run code from a file: pickle modules, torch.load without weights_only,
+    numpy's allow_pickle, remote code of a model."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = {getattr(node, "module", None) or "", *(a.name for a in node.names)}
+            if {name.split(".")[0] for name in names} & PICKLES:
+                found.append(f"{file}:{node.lineno} imports a pickle module")
+        if isinstance(node, ast.Call):
+            options = {k.arg: k.value for k in node.keywords}
+            safe = ast.dump(options.get("weights_only", ast.Constant(False)))
+            if ast.unparse(node.func) == "torch.load" and safe != ast.dump(ast.Constant(True)):
+                found.append(f"{file}:{node.lineno} torch.load without weights_only=True")
+            if {"allow_pickle", "trust_remote_code", "pickle_module"} & options.keys():
+                found.append(f"{file}:{node.lineno} {ast.unparse(node)}")
+    return found
+
+
+def test_nothing_is_unpickled_from_disk(tmp_path: Path) -> None:
+    for file in [*sources(""), *(ROOT / "bench").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]:
+        assert not unpickles(file), file
+    bad = tmp_path / "bad.py"  # the check itself
+    for line in (
+        "import pickle",
+        "from pickle import load",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "np.load(f, allow_pickle=True)",
+        "M.from_pretrained(x, trust_remote_code=True)",
+    ):
+        bad.write_text(line)
+        assert unpickles(bad), line
+    bad.write_text("torch.load(f, weights_only=True)")
+    assert not unpickles(bad)
 
 
 def test_only_commands_import_run() -> None:

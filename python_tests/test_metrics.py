@@ -3,13 +3,16 @@
 import io
 import json
 import math
+import sys
+import threading
 import types
 
 import pytest
 import torch.utils.tensorboard
 
-from bupo.rl import metrics
-from bupo.rl.metrics import Progress, Recorder, Stopwatch, read_rows
+from bupo.rl import metrics, progress
+from bupo.rl.metrics import Recorder, Stopwatch, read_rows
+from bupo.rl.progress import Progress
 from bupo.rl.types import EvalResult
 
 
@@ -73,7 +76,7 @@ def test_what_is_not_finite_becomes_null(tmp_path):
     recorder = Recorder(tmp_path, keep_until_step=0)
     recorder.step(row_of(1, **{"policy/loss": math.nan, "a/b": math.inf, "c/d": -math.inf}))
     passes = {1: (0.5, math.nan), 4: None}
-    result = EvalResult("set", 1, 2, 0.5, math.nan, passes, 7.0, 0.25)
+    result = EvalResult("set", 1, 2, 0.5, math.nan, passes, None, 7.0, 0.25, 0.5)
     shown = recorder.evaluation(1, "before", result)
     recorder.close()
     (row,) = strict_lines(tmp_path / "metrics.jsonl")
@@ -89,6 +92,9 @@ def test_what_is_not_finite_becomes_null(tmp_path):
         "avg_se": None,
         "length": 7.0,
         "truncated": 0.25,
+        "ungraded": 0.5,
+        "maj": None,
+        "maj_se": None,
         "pass@1": 0.5,
         "pass@1_se": None,
         "pass@4": None,
@@ -99,8 +105,9 @@ def test_what_is_not_finite_becomes_null(tmp_path):
 
 def test_rollouts_of_a_step(tmp_path):
     recorder = Recorder(tmp_path, keep_until_step=0)
-    rows = [{"response": "é\u2028✓\n", "reward": 1.0}, {"response": "", "reward": 0.0}]
+    rows = [{"response": "é\u2028✓\n", "reward": 1.0}, {"response": "", "reward": math.nan}]
     recorder.rollouts(7, rows)
+    rows[1]["reward"] = None
     recorder.rollouts(7, rows)  # a step made again replaces its file
     recorder.close()
     text = (tmp_path / "rollouts" / "step_000007.jsonl").read_text(encoding="utf-8")
@@ -122,7 +129,7 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     recorder = Recorder(tmp_path, keep_until_step=0)
     recorder.step(row_of(1, **{"policy/loss": math.nan, "time/step": 2.0}))
     recorder.step(row_of(2, **{"policy/loss": 0.75}))
-    recorder.evaluation(2, "after", EvalResult("set", 1, 8, 0.25, 0.1, {}, 7.0, 0.0))
+    recorder.evaluation(2, "after", EvalResult("set", 1, 8, 0.25, 0.1, {}, None, 7.0, 0.0, 0.0))
     recorder.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
 
@@ -161,6 +168,59 @@ def test_tensorboard_that_breaks_does_not_stop_training(tmp_path, monkeypatch, c
     assert [r["step"] for r in strict_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
+class FakeWandB(types.ModuleType):
+    """The three calls that are made of W&B; `breaks` is the one that fails."""
+
+    def __init__(self, breaks=None):
+        super().__init__("wandb")
+        self.started, self.logged, self.breaks = [], [], breaks
+
+    def _call(self, name):
+        if name == self.breaks:
+            raise RuntimeError(f"no network in {name}")
+
+    def init(self, **settings):
+        self._call("init")
+        self.started.append(settings)
+        return self
+
+    def log(self, values, step):
+        self._call("log")
+        self.logged.append((step, values))
+
+    def finish(self):
+        self._call("finish")
+        self.logged.append("finished")
+
+
+def test_wandb_gets_the_numbers_and_the_same_run_again(tmp_path, monkeypatch):
+    wandb = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for _ in range(2):
+        recorder = Recorder(tmp_path, 0, "project", "name")
+        recorder.step(row_of(1, **{"policy/loss": math.nan, "time/step": 2.0}))
+        recorder.close()
+    first, second = wandb.started
+    assert first == second, "a run that is continued is the same run there"
+    assert (first["project"], first["name"], first["resume"]) == ("project", "name", "allow")
+    values = {"reward/mean": 0.5, "policy/entropy": 1.25, "time/step": 2.0}
+    assert wandb.logged[:2] == [(1, values), "finished"]
+    Recorder(tmp_path / "..", 0).close()
+    assert len(wandb.started) == 2, "only where it is asked for"
+
+
+@pytest.mark.parametrize("breaks", ["init", "log", "finish"])
+def test_wandb_that_breaks_does_not_stop_training(tmp_path, monkeypatch, capsys, breaks):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandB(breaks))
+    recorder = Recorder(tmp_path, 0, "project", "name")
+    for step in (1, 2):
+        recorder.step(row_of(step))
+    recorder.close()
+    assert capsys.readouterr().err.count(f"W&B is off: no network in {breaks}") == 1
+    assert [r["step"] for r in strict_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert list((tmp_path / "tensorboard").iterdir()), "the other one goes on"
+
+
 class Clock(types.SimpleNamespace):
     """Stands for the time module: its time passes when a test says so."""
 
@@ -173,7 +233,8 @@ class Clock(types.SimpleNamespace):
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(metrics, "time", clock)
+    for module in (metrics, progress):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -188,10 +249,10 @@ def progress_row(step, layer=None, **more):
 
 def test_progress_in_a_file_is_whole_lines(clock):
     stream = io.StringIO()
-    progress = Progress(steps=20, first=0, stream=stream)
+    shown_by = Progress(steps=20, first=0, stream=stream)
     for step in range(1, 21):
         clock.now += 2
-        progress.step(progress_row(step, layer=3 if step <= 5 else None))
+        shown_by.step(progress_row(step, layer=3 if step <= 5 else None))
     text = stream.getvalue()
     assert "\r" not in text and text.endswith("\n")
     lines = text.splitlines()
@@ -205,9 +266,9 @@ def test_progress_in_a_file_is_whole_lines(clock):
 
 def test_progress_of_a_resumed_run_counts_its_own_steps(clock):
     stream = io.StringIO()
-    progress = Progress(steps=20, first=10, stream=stream)
+    shown_by = Progress(steps=20, first=10, stream=stream)
     clock.now += 30
-    progress.step(progress_row(11))
+    shown_by.step(progress_row(11))
     assert stream.getvalue().rstrip().endswith("ETA 4:30")  # 9 steps of 30 s
 
 
@@ -224,10 +285,10 @@ def screen(text):
 
 def test_progress_on_a_terminal_is_one_line_rewritten(clock):
     stream = Terminal()
-    progress = Progress(steps=3, first=0, stream=stream)
+    shown_by = Progress(steps=3, first=0, stream=stream)
     for step in (1, 2):
         clock.now += 4000 - 1995 * (step - 1)  # the second line is shorter
-        progress.step(progress_row(step))
+        shown_by.step(progress_row(step))
         assert "\n" not in stream.getvalue() and stream.getvalue().startswith("\r")
     assert stream.getvalue().count("\r") == 2
     (line,) = screen(stream.getvalue())
@@ -236,11 +297,11 @@ def test_progress_on_a_terminal_is_one_line_rewritten(clock):
 
 def test_what_is_said_stays(clock):
     stream = Terminal()
-    progress = Progress(steps=3, first=0, stream=stream)
-    progress.say("first")
-    progress.step(progress_row(1))
-    progress.say("said")
-    progress.step(progress_row(2))
+    shown_by = Progress(steps=3, first=0, stream=stream)
+    shown_by.say("first")
+    shown_by.step(progress_row(1))
+    shown_by.say("said")
+    shown_by.step(progress_row(2))
     shown = screen(stream.getvalue())
     assert shown[:2] == ["first", "said"], "the live line made room"
     assert len(shown) == 3 and shown[2].startswith("step 2/3 |")
@@ -249,8 +310,8 @@ def test_what_is_said_stays(clock):
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
 def test_waiting_says_how_long(clock, kind):
     stream = kind()
-    progress = Progress(steps=3, first=0, stream=stream)
-    with progress.waiting("evaluation") as done:
+    shown_by = Progress(steps=3, first=0, stream=stream)
+    with shown_by.waiting("evaluation") as done:
         done(0.0)
         clock.now += 30
         done(0.25)
@@ -264,6 +325,78 @@ def test_waiting_says_how_long(clock, kind):
         assert [line.strip() for line in shown] == [""], "the line makes room for what follows"
     else:
         assert shown == ["evaluation: 25% | ETA 1:30", "evaluation: 75% | ETA 0:20", ""]
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_working_says_how_long_it_has_taken(monkeypatch, kind):
+    """What takes longer than five seconds is told, what does not leaves no trace."""
+
+    class Event:
+        """Five, ten and twenty seconds pass in none."""
+
+        def __init__(self):
+            self.pauses = []
+
+        def wait(self, pause):
+            self.pauses.append(pause)
+            return len(self.pauses) > 3 or quick
+
+        def set(self):
+            events.append(self)
+
+    events, quick = [], False
+    fake = types.SimpleNamespace(Event=Event, Thread=threading.Thread)
+    monkeypatch.setattr(progress, "threading", fake)
+    stream = kind()
+    with Progress(steps=3, first=0, stream=stream).working("loading MODEL"):
+        while stream.getvalue().count("loading MODEL | 0:00") < 3:
+            pass
+    if kind is Terminal:
+        assert events[0].pauses == [5, 1, 1, 1]
+        assert [line.strip() for line in screen(stream.getvalue())] == [""]
+    else:
+        assert events[0].pauses == [5, 10, 20, 40]
+        assert stream.getvalue() == "loading MODEL | 0:00\n" * 3
+    quick, stream = True, kind()
+    with Progress(steps=3, first=0, stream=stream).working("loading MODEL"):
+        pass
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_stages_leave_the_line_of_the_step_alone(clock, kind):
+    """A quick stage neither wipes it from the terminal nor puts off the next one in a log."""
+    stream = kind()
+    shown_by = Progress(steps=9, first=0, stream=stream)
+    for step in range(1, 9):
+        for _ in range(3):
+            with shown_by.waiting("rollout") as done:
+                clock.now += 1.0
+                done(0.5)
+                done(1.0)
+        shown_by.step(progress_row(step))
+        with shown_by.waiting("rollout"):
+            clock.now += 1.0
+    shown = [line.split(" |")[0] for line in screen(stream.getvalue()) if line]
+    assert shown == (["step 8/9"] if kind is Terminal else [f"step {n}/9" for n in (1, 3, 5, 7)])
+
+
+def test_lines_of_a_long_stage_in_a_log_become_rare(clock):
+    stream = io.StringIO()
+    with Progress(steps=3, first=0, stream=stream).waiting("rollout") as done:
+        for n in range(1, 200):
+            clock.now += 1
+            done(n / 200)
+    shares = [int(line.split(":")[1].split("%")[0]) for line in stream.getvalue().splitlines()]
+    assert shares == [2, 8, 18, 38, 78]  # after 5, 15, 35, 75 and 155 seconds
+
+
+def test_what_is_over_in_five_seconds_has_no_line(clock):
+    stream = Terminal()
+    with Progress(steps=3, first=0, stream=stream).waiting("update") as done:
+        clock.now += 4.9
+        done(0.9)
+    assert stream.getvalue() == ""
 
 
 def test_stopwatch_adds_up(clock):

@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from run_samples import rows
 
+from bupo.config import shipped
+from bupo.rl.boxed import strict
 from bupo.rl.math_worker import grade
-from bupo.run import main, recipe
+from bupo.run import main
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -45,6 +47,15 @@ def rewarded_by_length(responses: list[str], answers: list[str]) -> list[float]:
     return [len(r) + grade(r, a) for r, a in zip(responses, answers)]
 
 
+def test_strict_accepts_every_answer_of_the_data_as_it_is(data: Path) -> None:
+    for file in data.glob("*.parquet"):
+        rewards = pq.read_table(file)["reward_model"].to_pylist()
+        answers = [str(row["ground_truth"]) for row in rewards]
+        responses = [f"\\boxed{{no}}, so it is $\\boxed{{{answer}}}$." for answer in answers]
+        assert set(strict(responses, answers)) == {1.0}
+        assert set(strict(responses, [f"{a} + 1" for a in answers])) == {0.0}
+
+
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_two_steps_on_real_data(
     family: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -52,7 +63,7 @@ def test_two_steps_on_real_data(
     monkeypatch.setenv("BUPO_DATA", str(data))
     out = tmp_path / "run"
     command = [
-        "--config", str(recipe(f"tiny_{family}_deepmath.yaml")), "--out", str(out),
+        "--config", str(shipped(f"tiny_{family}_deepmath.yaml")), "--out", str(out),
         "steps=2", "bupo.steps=1", "rollout.max_new_tokens=8", "data.limit=12", "eval.limit=4",
     ]  # fmt: skip
     assert main(command) == 0
@@ -73,7 +84,7 @@ def test_it_trains_on_real_prompts(
     monkeypatch.setenv("BUPO_DATA", str(data))
     out = tmp_path / "run"
     command = [
-        "--config", str(recipe("tiny_qwen3_deepmath.yaml")), "--out", str(out),
+        "--config", str(shipped("tiny_qwen3_deepmath.yaml")), "--out", str(out),
         "steps=2", "bupo.steps=1", "rollout.max_new_tokens=8", "data.limit=12", "eval.files=[]",
         "reward.function=test_real_data:rewarded_by_length",
     ]  # fmt: skip

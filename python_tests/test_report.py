@@ -316,6 +316,15 @@ def test_empty_run_says_so(tmp_path):
         assert pictures(page) == {}
 
 
+def test_majority_votes_are_shown_where_there_are_any(tmp_path):
+    rows = list(evaluations(40, 8))
+    assert "maj@K" not in text_of(report.write_report(write_run(tmp_path / "a", evals=rows)))
+    rows[0] |= {"maj": 0.8125, "maj_se": 0.03125}
+    rows[1] |= {"maj": None, "maj_se": None}
+    text = text_of(report.write_report(write_run(tmp_path / "b", evals=rows)))
+    assert "maj@K" in text and "0.812 ± 0.031" in text
+
+
 def test_evaluation_before_the_first_step_is_shown(tmp_path):
     run = write_run(tmp_path / "run", metrics=[], evals=[next(evaluations(40, 8))])
     page = report.write_report(run)

@@ -13,6 +13,7 @@ import run_samples
 from run_samples import assert_same_run, rows, run, state
 from safetensors import safe_open
 
+from bupo import evaluate
 from bupo.rl import checkpoint
 
 
@@ -60,8 +61,44 @@ def test_stopped_and_continued(whole: Path, tmp_path: Path, stop: int, done: int
     assert_same_run(whole, out)
 
 
-def test_killed_twice_then_terminated_then_continued(whole: Path, tmp_path: Path) -> None:
-    """Real processes: SIGKILL in different places, SIGTERM, then the rest."""
+def test_bupo_evaluate_gives_the_figures_of_training(whole: Path, tmp_path: Path) -> None:
+    """The same code, seeds and batches: figure for figure, response for response."""
+    newest = checkpoint.complete(whole)[-1]
+    out = tmp_path / "evaluation"
+    command = ["--config", str(whole / "config.yaml"), "--out", str(out), f"model.path={newest}"]
+    assert evaluate.main(command) == 0
+    trained = rows(whole / "eval.jsonl")[-1]
+    assert rows(out / "eval.jsonl") == [
+        {k: v for k, v in trained.items() if k not in ("step", "when")}
+    ]
+    mine, other = (out / "responses", whole / "evaluations/step_000006")
+    assert (mine / "addition.jsonl").read_text() == (other / "addition.jsonl").read_text()
+
+
+def test_stopped_between_two_data_sets(tmp_path: Path) -> None:
+    """The second one of an evaluation is not forgotten because the first one is recorded."""
+    assert run(tmp_path / "first", "steps=1", "bupo.steps=0") == 0
+    (made,) = Path(os.environ["BUPO_CACHE"]).glob("arithmetic-2-32-4-*-4-0")
+    held_out = (made / "eval.jsonl").read_text()
+    (tmp_path / "a.jsonl").write_text(held_out.replace("addition", "one"))
+    (tmp_path / "b.jsonl").write_text(held_out.replace("addition", "two"))
+    settings = [
+        "task=null", f"model.path={made / 'model'}", f"data.train=[{made / 'train.jsonl'}]",
+        f"eval.files=[{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}]", "task_options={}",
+        "steps=2", "bupo.steps=1",
+    ]  # fmt: skip
+    assert run(tmp_path / "whole", *settings) == 0
+    assert run(tmp_path / "parts", *settings, stop=1) == 128 + signal.SIGTERM  # in "one"
+    assert len(rows(tmp_path / "parts/eval.jsonl")) == 1
+    assert run(tmp_path / "parts", *settings, "resume=auto") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    evals = [(e["step"], e["dataset"]) for e in rows(tmp_path / "parts/eval.jsonl")]
+    assert evals == [(s, d) for s in (0, 1, 2) for d in ("one", "two")]
+
+
+def test_killed_then_terminated_then_continued(whole: Path, tmp_path: Path) -> None:
+    """Real processes, as a user starts them: SIGKILL, SIGTERM, then the rest. test_kill.py has
+    many more kills."""
     out = tmp_path / "run"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
 
@@ -76,11 +113,10 @@ def test_killed_twice_then_terminated_then_continued(whole: Path, tmp_path: Path
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
             time.sleep(0.02)
 
-    for step in (1, 3):
-        process = start()
-        wait_for_step(process, step)
-        process.kill()
-        process.communicate()
+    process = start()
+    wait_for_step(process, 3)
+    process.kill()
+    process.communicate()
     process = start()
     wait_for_step(process, 4)
     process.terminate()

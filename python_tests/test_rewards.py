@@ -13,8 +13,9 @@ from rl_samples import prompt
 
 from bupo.config import ConfigError, RewardConfig
 from bupo.rl import rewards
-from bupo.rl.math_worker import grade, last_boxed
-from bupo.rl.rewards import FunctionReward, MathReward, make_reward
+from bupo.rl.boxed import last_boxed, normal_form, strict
+from bupo.rl.math_worker import grade
+from bupo.rl.rewards import FunctionReward, MathReward, check_sources, make_reward
 from bupo.rl.types import RewardReport, Rollout
 
 HANGS = ("\\boxed{9^{9^{9^9}}}", "9^{9^{9^8}}")
@@ -144,6 +145,7 @@ def test_a_hanging_answer_is_killed_at_the_deadline():
         values, report = reward.grade([HANGS, good, wrong, HANGS, good, wrong, good])
         assert values == [0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
         assert report == RewardReport(timeouts=2, errors=0)
+        assert report.first == f"answer {HANGS[1]!r}: timeout"
         assert any(p.poll() is not None for p in before), "a worker that hangs is ended"
         assert all(w._process.poll() is None for w in reward._workers), "and replaced"
         assert reward.grade([wrong, good]) == ([0.0, 1.0], RewardReport())
@@ -169,6 +171,7 @@ def test_a_worker_that_dies_at_work_is_replaced():
         values, report = reward.grade([good, HANGS, good, good, ("\\boxed{1}", "2"), good])
         assert values == [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
         assert report == RewardReport(timeouts=0, errors=1)
+        assert report.first == f"answer {HANGS[1]!r}: its worker died"
         assert reward.grade([good, good]) == ([1.0, 1.0], RewardReport())
     finally:
         thread.join()
@@ -261,14 +264,23 @@ def test_custom_function_sees_texts_and_answers(custom):
     [
         ("return [1.0, 1.0]", "returned 2 rewards for 3 responses"),
         ("return [1.0] * 4", "returned 4 rewards for 3 responses"),
-        ("return [0.0, float('nan'), 1.0]", "returned nan"),
-        ("return [0.0, 1.0, float('-inf')]", "returned -inf"),
     ],
 )
 def test_custom_function_that_answers_wrongly(custom, body, message):
     name = custom(body)
     with pytest.raises(ValueError, match=f"reward.function={name}.* {message}"):
         FunctionReward(name)(three())
+
+
+@pytest.mark.parametrize("value", ["nan", "-inf"])
+def test_a_reward_that_is_not_finite_is_named_and_counted(custom, value):
+    """It stays what it is: the loop makes no update from it."""
+    name = custom(f"return [0.0, float('{value}'), 1.0]")
+    rollouts = three()
+    report = FunctionReward(name)(rollouts)
+    assert report == RewardReport(errors=1)
+    assert report.first == f"reward.function={name} returned {value}"
+    assert str([r.reward for r in rollouts]) == f"[0.0, {value}, 1.0]"
 
 
 def test_custom_function_that_raises_is_not_reward_zero(custom):
@@ -299,3 +311,130 @@ def test_a_killed_trainer_leaves_no_worker_behind():
     while worker.exists() and (worker / "stat").read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, "the worker outlived the trainer"
         time.sleep(0.05)
+
+
+STRICTLY_EQUAL = [
+    ("5", "5"),
+    (" 5 ", "5"),
+    ("\\dfrac{3}{4}", "\\tfrac{3}{4}"),
+    ("\\frac12", "\\frac{1}{2}"),
+    ("\\frac1{72}", "\\frac{1}{72}"),
+    ("1/2", "\\frac{1}{2}"),
+    ("-3/4", "\\frac{-3}{4}"),
+    ("0.5", "\\frac{1}{2}"),
+    (".5", "1/2"),
+    ("\\sqrt3", "\\sqrt{3}"),
+    ("\\left(3, \\frac{\\pi}{2}\\right)", "(3,\\frac{\\pi}{2})"),
+    ("90^\\circ", "90"),
+    ("90^{\\circ}", "90"),
+    ("50\\%", "50"),
+    ("\\$12", "12"),
+    ("10\\text{ cm}", "10"),
+    ("x = 7", "7"),
+    ("k=7", "7"),
+    ("1\\!000", "1000"),
+    ("Yes", "Yes"),
+    ("\\leftarrow", "\\leftarrow"),
+]
+STRICTLY_DIFFERENT = [
+    ("5", "6"),
+    ("2/4", "1/2"),
+    ("0.50", "0.5"),
+    ("1,000", "1000"),
+    ("x^2+2x+1", "(x+1)^2"),
+    ("2\\sqrt{2}", "\\sqrt{8}"),
+    ("\\text{Yes}", "Yes"),
+    ("yes", "Yes"),
+    ("(2,1)", "(1,2)"),
+    ("\\{2,1\\}", "\\{1,2\\}"),
+    ("abc=7", "7"),
+    ("x=y=7", "7"),
+    ("+\\infty", "\\infty"),
+    ("", "5"),
+]
+
+
+@pytest.mark.parametrize(("given", "answer"), STRICTLY_EQUAL)
+def test_strict_accepts_spellings(given, answer):
+    assert strict([f"so \\boxed{{{given}}}."], [answer]) == [1.0], normal_form(given)
+    assert normal_form(normal_form(given)) == normal_form(given)
+
+
+@pytest.mark.parametrize(("given", "answer"), STRICTLY_DIFFERENT)
+def test_strict_computes_nothing(given, answer):
+    """Among them pairs that Math-Verify accepts: that is what the paper's reward misses."""
+    assert strict([f"so \\boxed{{{given}}}."], [answer]) == [0.0], normal_form(given)
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        ("\\boxed{3} no, \\boxed{4}", 1.0),
+        ("\\boxed{4} no, \\boxed{3}", 0.0),
+        ("\\boxed{4}, or \\boxed{\\frac{1}{2", 0.0),  # the last one never closes
+        ("the answer is 4", 0.0),
+        ("\\fbox{4}", 1.0),
+        ("\\boxed{3}, see \\fbox{4}", 0.0),  # a frame is looked at where there is no box
+        ("$\\boxed 4$ it is", 1.0),
+        ("\\boxed {4}", 1.0),
+        ("\\boxed{}", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_strict_reads_the_last_box(response, reward):
+    assert make_reward(RewardConfig(function="strict"))._rewards([response], ["4"]) == [reward]
+
+
+def test_strict_of_long_texts_is_fast():
+    texts = [
+        "\\boxed{" * 20_000,
+        "{" * 200_000 + "\\boxed{5}",
+        "\\frac" * 50_000,
+        "\\sqrt" * 50_000,
+    ]
+    begin = time.monotonic()
+    strict(texts, texts)
+    assert time.monotonic() - begin < 2
+
+
+def of_sources(*names):
+    return [
+        Rollout(prompt([1], "1/2", source=name), n, [2], [0.0], "stop", "\\boxed{2/4}", -1.0)
+        for n, name in enumerate(names)
+    ]
+
+
+def test_every_source_has_its_reward(custom):
+    sources = {"a": "strict", "b": "math", "c": custom("return [7] * len(answers)"), "d": "strict"}
+    reward = make_reward(RewardConfig(by_source=sources, timeout=60, workers=1))
+    rollouts = of_sources("a", "b", "c", "b", "d")
+    assert reward(rollouts) == RewardReport()
+    assert [r.reward for r in rollouts] == [0.0, 1.0, 7.0, 1.0, 0.0]
+    assert reward(rollouts[:1]) == RewardReport(), "a batch need not hold every source"
+    workers = [w._process for w in reward._rewards["b"]._workers]
+    reward.close()
+    assert all(p.poll() is not None for p in workers)
+
+
+def test_reports_of_sources_add_up(custom):
+    bad, worse = custom("return [float('nan')] * 2"), custom("return [float('inf')]")
+    reward = make_reward(RewardConfig(by_source={"a": bad, "b": worse}))
+    report = reward(of_sources("a", "b", "a"))
+    assert report == RewardReport(errors=3) and report.first.endswith("returned nan")
+
+
+def test_a_source_without_a_reward_is_an_error():
+    prompts = [r.prompt for r in of_sources("a", "x", "x", "b")]
+    check_sources(RewardConfig(), prompts)
+    message = r"no reward for data source x \(2 prompts\): reward.by_source has a, b$"
+    with pytest.raises(ConfigError, match=message):
+        check_sources(RewardConfig(by_source={"a": "strict", "b": "math"}), prompts)
+
+
+def test_by_source_closes_what_it_made(monkeypatch):
+    closed = []
+    monkeypatch.setattr(MathReward, "close", lambda self: closed.append(1))
+    sources = {"a": "math", "b": "no_such_module:f"}
+    with pytest.raises(ConfigError, match="no_such_module:f cannot be loaded"):
+        make_reward(RewardConfig(by_source=sources, timeout=60, workers=1))
+    assert closed == [1]

@@ -193,6 +193,22 @@ def test_max_new_tokens(model, tokenizer, limit):
     assert [(len(r.token_ids), r.finish_reason) for r in rollouts] == [(1, "stop")] * 9
 
 
+def test_temperature_zero_takes_the_likeliest_token(model, tokenizer):
+    """With the padded rows made likely, which still must not be taken; whatever seed and top_p."""
+    engine = HFEngine(model, tokenizer, RolloutConfig(max_new_tokens=8, temperature=2, top_p=0.5))
+    prompts = prompts_of(tokenizer, *TEXTS)
+    with shifted(model, dict.fromkeys(range(len(tokenizer), model.config.vocab_size), 50.0)):
+        greedy = engine.generate(prompts, 1, "0", never, 0.0)
+        assert tokens(greedy) == tokens(engine.generate(prompts, 1, "1", never, 0.0))
+        for rollout in greedy:
+            logprobs = forward_logprobs(model, rollout, 1.0)
+            assert rollout.token_ids == logprobs[:, : len(tokenizer)].argmax(-1).tolist()
+            chosen = logprobs.gather(-1, torch.tensor(rollout.token_ids)[:, None]).squeeze(-1)
+            torch.testing.assert_close(torch.tensor(rollout.logprobs), chosen, atol=1e-4, rtol=0)
+    other = engine.generate(prompts, 1, "0", never, 1.5)
+    assert tokens(other) != tokens(engine.generate(prompts, 1, "0", never)), "its own is 2"
+
+
 def test_top_p_samples_from_the_nucleus(model, tokenizer):
     def mass_before(rollouts):
         """Probability of all that is likelier than each sampled token."""

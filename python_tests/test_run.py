@@ -1,5 +1,6 @@
 """The command: its help, its errors (one line, before any model is loaded), its dry run."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -7,12 +8,14 @@ from typing import Any
 
 import pytest
 import run_samples
+import torch
 from run_samples import arguments
 
 from bupo import config
+from bupo.config import shipped
 from bupo.rl.rollouts import HFEngine
 from bupo.rl.schedule import Schedule
-from bupo.run import main, recipe
+from bupo.run import main
 
 REPOSITORY = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,10 +23,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading weights fails the test."""
+    """Loading or making weights fails the test; a model on the meta device has none."""
     import transformers
 
-    def refuse(*_: object, **__: object) -> None:
+    original = transformers.AutoModelForCausalLM.from_config
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        if torch.get_default_device().type == "meta" and not options:
+            return original(*arguments)
         pytest.fail("a model was loaded")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
@@ -92,7 +99,13 @@ BAD = {
         ["reward.overlong_buffer=13"], "reward.overlong_buffer (13) exceeds rollout.max_new_tokens"
     ),
     "critic": (["critic.gae_lambda=2"], "critic.gae_lambda must be in [0, 1]"),
-    "missing file": (["data.chat_template=no.jinja"], "data file not found: no.jinja"),
+    "missing template": (["data.chat_template=no.jinja"], "chat_template=no.jinja: file not found"),
+    "weights": (["data.weights=[1,2]"], "data.weights has 2 values for 0 data.train"),
+    "weight": (["data.weights=[0]"], "data.weights must be positive"),
+    "column": (["data.columns={question: x}"], "data.columns' names must be one of prompt, answer"),
+    "hub": (
+        ["task=null", "model.path=a/b", "data.train=[owner/no-such]"], "data file not found: owner/"
+    ),
     "prompt too long": (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5 (longest 6)"),
     "task": (["task=bupo.tasks.nothing"], "task=bupo.tasks.nothing cannot be imported"),
     "task option": (["task_options={wide: 3}"], "unknown task_options: ['wide']"),
@@ -114,11 +127,32 @@ BAD = {
     "eval.limit": (["eval.limit=0"], "eval.limit must be positive"),
     "reward module": (["reward.function=nope:x"], "reward.function=nope:x cannot be loaded"),
     "reward signature": (["reward.function=math:sqrt"], "reward.function=math:sqrt must take"),
+    "reward name": (["reward.function=maths"], "reward.function must be math, strict or module:"),
+    "reward of a source": (
+        ["reward.by_source={x: 'a'}"], "reward.by_source.x must be math, strict or module:function"
+    ),
+    "source without reward": (
+        ["reward.by_source={other: strict}"],
+        "no reward for data source addition (",
+    ),
+    "wandb": (["wandb=project"], "wandb=project needs the package wandb, which is not installed"),
+    "watchdog": (["watchdog.seconds=-1"], "watchdog.seconds must be at least 0"),
+    "bad steps": (["max_bad_steps=0"], "max_bad_steps must be positive"),
     "resume without out": (["resume=auto", "out=null"], "resume=auto needs out=DIR"),
     "temperature": (["rollout.temperature=0"], "rollout.temperature must be > 0"),
 }  # fmt: skip
 
 
+@pytest.fixture
+def no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without it."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else find(name)
+    )
+
+
+@pytest.mark.usefixtures("no_wandb")
 @pytest.mark.parametrize("case", BAD, ids=lambda name: name.replace(" ", "-"))
 def test_mistakes_give_one_line_before_a_model_is_loaded(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_model: None
@@ -222,7 +256,7 @@ def test_missing_training_data(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_model: None
 ) -> None:
     monkeypatch.setenv("BUPO_DATA", "nowhere")
-    assert main(["--config", str(recipe("tiny_qwen3_deepmath.yaml"))]) == 2
+    assert main(["--config", str(shipped("tiny_qwen3_deepmath.yaml"))]) == 2
     assert "data file not found: nowhere/deepmath-5k.parquet" in capsys.readouterr().err
 
 
@@ -268,14 +302,14 @@ def test_help_teaches_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (REPOSITORY / "recipes").glob("*.yaml")))
 def test_recipes_are_valid(name: str) -> None:
-    loaded = config.load(recipe(name), [])
+    loaded = config.load(shipped(name), [])
     assert Schedule(loaded).layers() == [loaded.bupo.layer]
-    assert Schedule(config.load(recipe(name), ["algorithm=grpo"])).layers() == []
+    assert Schedule(config.load(shipped(name), ["algorithm=grpo"])).layers() == []
 
 
 def test_configuration_survives_being_written(tmp_path: Path) -> None:
     loaded = config.load(
-        recipe("arithmetic.yaml"), ["optimizer.betas=[0.9,0.95]", "loss.dual_clip=3"]
+        shipped("arithmetic.yaml"), ["optimizer.betas=[0.9,0.95]", "loss.dual_clip=3"]
     )
     (tmp_path / "config.yaml").write_text(config.dump(loaded))
     assert config.load(tmp_path / "config.yaml", []) == loaded

@@ -115,6 +115,14 @@ def test_rows_beyond_the_tokenizer_are_never_sampled(engine, model, prompts, par
     assert all(t < len(parts[2]) for r in rollouts for t in r.token_ids)
 
 
+def test_temperature_zero_is_greedy(engine, prompts):
+    def greedy(seed):
+        return [r.token_ids for r in engine.generate(prompts, 2, seed, never, 0.0)]
+
+    first = greedy("a")
+    assert first == greedy("b") and first[::2] == first[1::2]
+
+
 def test_same_seed_same_responses(engine, prompts):
     def tokens(seed):
         return [r.token_ids for r in engine.generate(prompts, 4, seed, never)]

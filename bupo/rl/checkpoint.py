@@ -13,13 +13,17 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bupo.config import RunError
 from bupo.rl.optimizer import AdamW
 
 _PREFIX = "step_"
@@ -76,6 +80,25 @@ def load_state(checkpoint: Path) -> dict[str, int]:
     """step: how many are done; drawn: see PromptStream."""
     state: dict[str, int] = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
     return state
+
+
+@contextmanager
+def writing(run: Path, step: int) -> Iterator[None]:
+    """Around save(): what a full disk does to it is told in one line, and what it has left half
+    written is removed. Raises RunError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        folder = run / "checkpoints"
+        for leftover in folder.glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        earlier = ", ".join(p.name for p in complete(run)) or "none"
+        first = str(error).strip().splitlines()[0]
+        raise RunError(
+            f"the checkpoint of step {step} cannot be written to {folder}: {first} "
+            f"({shutil.disk_usage(run).free >> 20} MiB free without it); whole ones there: "
+            f"{earlier}; resume=auto goes on from the newest"
+        ) from error
 
 
 def load_step(checkpoint: Path) -> int:

@@ -1,13 +1,15 @@
-"""Avg@n and Pass@K on data sets, by the same engine and reward as training."""
+"""Avg@n, Pass@K and majority votes on data sets, by the engine and the reward of training."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
-from bupo.rl.types import EvalResult, Prompt, Rollout
+from bupo.config import Config
+from bupo.rl.types import EvalResult, Prompt, Rollout, finite_or_none
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -25,49 +27,77 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values), error
 
 
-@dataclass
-class Graded:
-    """One problem's responses, counted: what the figures need of them."""
-
-    correct: int
-    samples: int
-    tokens: int
-    truncated: int
-
-    @staticmethod
-    def of(rollouts: Sequence[Rollout]) -> Graded:
-        """A response is right if its reward is > 0.5."""
-        return Graded(
-            sum(r.reward > 0.5 for r in rollouts),
-            len(rollouts),
-            sum(len(r.token_ids) for r in rollouts),
-            sum(r.finish_reason == "length" for r in rollouts),
-        )
+def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
+    """Whether the most frequent answer is right: maj@n (2203.11171), its mean over ties. Responses
+    without an answer have no vote; no votes, not right."""
+    votes = Counter(a for a in answers if a is not None)
+    top = max(votes.values(), default=0)
+    shares = [
+        fmean(r for a, r in zip(answers, right) if a == answer)
+        for answer, count in votes.items()
+        if count == top
+    ]
+    return fmean(shares) if shares else 0.0
 
 
-def by_problem(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
-    """The responses to each problem, in order of the problems' first responses."""
-    groups: dict[int, list[Rollout]] = {}
-    for rollout in rollouts:
-        groups.setdefault(rollout.group, []).append(rollout)
-    return list(groups.values())
+Row = dict[str, Any]
+"""One problem, as JSON lines hold it: prompt, answer, and of each response reward (null: not
+finite), tokens, finish_reason, text, final answer (null: none; the list is null if the reward knows
+no answers) and whether it could not be graded."""
 
 
-def summarise(dataset: str, graded: Sequence[Graded], ks: Sequence[int]) -> EvalResult:
-    """Avg@n and Pass@K over problems with the same number of samples each."""
-    samples = graded[0].samples
-    assert all(g.samples == samples for g in graded)
-    avg, avg_se = _mean_and_error([g.correct / samples for g in graded])
+def problem_rows(rollouts: Sequence[Rollout], answers: Sequence[str | None] | None) -> list[Row]:
+    """Graded responses by problem, in order of the problems' first responses."""
+    groups: dict[int, list[int]] = {}
+    for n, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.group, []).append(n)
+    return [
+        {
+            "prompt": rollouts[members[0]].prompt.text,
+            "answer": rollouts[members[0]].prompt.answer,
+            "rewards": [finite_or_none(rollouts[n].reward) for n in members],
+            "ungraded": [rollouts[n].ungraded for n in members],
+            "answers": None if answers is None else [answers[n] for n in members],
+            "tokens": [len(rollouts[n].token_ids) for n in members],
+            "finish_reasons": [rollouts[n].finish_reason for n in members],
+            "responses": [rollouts[n].text for n in members],
+        }
+        for members in groups.values()
+    ]
+
+
+def summarise(dataset: str, rows: Sequence[Row], ks: Sequence[int]) -> EvalResult:
+    """Avg@n, Pass@K and maj@n over problems with the same number of samples each. A response is
+    right if its reward is > 0.5."""
+    rights = [[x is not None and x > 0.5 for x in row["rewards"]] for row in rows]
+    samples = len(rights[0])
+    assert all(len(right) == samples for right in rights)
+    avg, avg_se = _mean_and_error([sum(right) / samples for right in rights])
     pass_k = {
-        k: _mean_and_error([pass_at_k(samples, g.correct, k) for g in graded])
+        k: _mean_and_error([pass_at_k(samples, sum(right), k) for right in rights])
         if k <= samples
         else None
         for k in ks
     }
-    responses = samples * len(graded)
-    length = sum(g.tokens for g in graded) / responses
-    truncated = sum(g.truncated for g in graded) / responses
-    return EvalResult(dataset, len(graded), samples, avg, avg_se, pass_k, length, truncated)
+    voting = all(row["answers"] is not None for row in rows)
+    maj = (
+        _mean_and_error([majority(row["answers"], right) for row, right in zip(rows, rights)])
+        if voting
+        else None
+    )
+    responses = samples * len(rows)
+    return EvalResult(
+        dataset=dataset,
+        problems=len(rows),
+        samples=samples,
+        avg=avg,
+        avg_se=avg_se,
+        pass_k=pass_k,
+        maj=maj,
+        length=sum(sum(row["tokens"]) for row in rows) / responses,
+        truncated=sum(row["finish_reasons"].count("length") for row in rows) / responses,
+        ungraded=sum(sum(row["ungraded"]) for row in rows) / responses,
+    )
 
 
 def by_dataset(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
@@ -78,16 +108,43 @@ def by_dataset(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
     return sets
 
 
+def file_name(dataset: str) -> str:
+    """Of a data set's rows."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in dataset) + ".jsonl"
+
+
 def evaluate(
-    generate: Callable[[Sequence[Prompt]], list[Rollout]],
-    grade: Callable[[Sequence[Rollout]], object],
-    prompts: Sequence[Prompt],
-    ks: Sequence[int],
-) -> list[EvalResult]:
-    """One result a data set. generate and grade are the engine and the reward."""
-    results = []
-    for dataset, problems in by_dataset(prompts).items():
-        rollouts = generate(problems)
-        grade(rollouts)
-        results.append(summarise(dataset, [Graded.of(g) for g in by_problem(rollouts)], ks))
-    return results
+    dataset: str,
+    problems: Sequence[Prompt],
+    config: Config,
+    generate: Callable[[Sequence[Prompt], str], list[Rollout]],
+    reward: Any,
+    keep: Callable[[list[Row]], object],
+    done: Sequence[Row] = (),
+    share: Callable[[float], object] = lambda share: None,
+) -> EvalResult:
+    """Samples, grades and counts. Training and bupo.evaluate both call this, so a checkpoint has
+    the same figures in either.
+
+    generate(problems, seed) is the engine, reward a Reward; keep(rows) stores what is made, batch
+    by batch; done are rows stored before. Batches are the same in every call, and with them the
+    seeds and the responses, so an evaluation that was cut is continued exactly: rows beyond the
+    last whole batch are made again.
+    """
+    size = max(1, config.rollout.batch_size // config.eval.samples)
+    rows = list(done[: whole_batches(len(done), len(problems), config)])
+    for start in range(len(rows), len(problems), size):
+        seed = f"{config.seed}/eval/{dataset}/{start}"
+        rollouts = generate(problems[start : start + size], seed)
+        reward(rollouts)
+        new = problem_rows(rollouts, reward.answers(rollouts))
+        keep(new)
+        rows += new
+        share(len(rows) / len(problems))
+    return summarise(dataset, rows, config.eval.pass_k)
+
+
+def whole_batches(done: int, problems: int, config: Config) -> int:
+    """How many of the rows that are done can be kept."""
+    size = max(1, config.rollout.batch_size // config.eval.samples)
+    return done if done >= problems else done // size * size

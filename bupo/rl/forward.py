@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +94,8 @@ class Forward:
         self.model, self._config, self._pad = model, config, pad
         self.device = next(model.parameters()).device
         self._half = config.model.compute_dtype == "bfloat16"
+        self.share: Callable[[float], object] = lambda share: None
+        """Called with the share of a pass that is done"""
 
     def token_stats(
         self, rollouts: Sequence[Rollout], policy: Policy, temperature: float | None = None
@@ -111,9 +113,15 @@ class Forward:
                         getattr(stats, name)[i] = part
         return stats
 
-    def batches(self, rollouts: Sequence[Rollout], indices: Sequence[int]) -> list[MicroBatch]:
+    def batches(
+        self, rollouts: Sequence[Rollout], indices: Sequence[int], part: int = 0, parts: int = 1
+    ) -> Iterator[MicroBatch]:
+        """Micro-batches of one of so many parts of a pass; share() hears how far it is."""
         budget = self._config.optimizer.micro_batch_tokens
-        return micro_batches(rollouts, indices, budget, self._pad, self.device)
+        batches = micro_batches(rollouts, indices, budget, self._pad, self.device)
+        for n, batch in enumerate(batches, start=1):
+            yield batch
+            self.share((part + n / len(batches)) / parts)
 
     def hidden(self, batch: MicroBatch, policy: Policy) -> Tensor:
         """Hidden states of the policy where response tokens are predicted [T, D]. Prompt tokens go

@@ -3,26 +3,27 @@ log-probs, update, sync, metrics, evaluation, checkpoint."""
 
 from __future__ import annotations
 
+import math
 import resource
-import signal
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, pstdev
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bupo.config import Config
+from bupo.config import Config, RunError
 from bupo.rl import checkpoint, evaluation
 from bupo.rl.advantages import estimate, penalise_length
 from bupo.rl.critic import Critic
+from bupo.rl.finite import first_bad
 from bupo.rl.forward import TokenStats
-from bupo.rl.metrics import Progress, Recorder, Stopwatch, read_rows
+from bupo.rl.metrics import Recorder, Stopwatch, read_rows
 from bupo.rl.objective import drop, importance_weights
+from bupo.rl.progress import Progress
 from bupo.rl.prompts import PromptOrder
 from bupo.rl.reference import Reference
 from bupo.rl.report import write_report
@@ -30,8 +31,10 @@ from bupo.rl.rewards import Reward
 from bupo.rl.rollouts import RolloutEngine
 from bupo.rl.sampling import PromptStream, Sample, collect
 from bupo.rl.schedule import Schedule
+from bupo.rl.stop import StopRequest
 from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
 from bupo.rl.update import Trainer
+from bupo.rl.watchdog import Watchdog
 from bupo.rl.weight_sync import WeightSync, check
 
 PROBE_ROLLOUTS = 32
@@ -40,27 +43,6 @@ PROBE_ROLLOUTS = 32
 
 SYNC_ROLLOUTS, SYNC_TOKENS = 4, 32
 """After each update engine and trainer are compared on this many responses, this far"""
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM ask; the loop answers between stages. A second Ctrl-C interrupts."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-        print("\nstopping: saving a checkpoint first", file=sys.stderr, flush=True)
-
-    def __call__(self) -> bool:
-        return self.signal is not None
-
-    def release(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 class _Stopped(Exception):
@@ -94,34 +76,53 @@ class Run:
         way the state is saved."""
         config = self.config
         self.schedule = Schedule(config)
-        order = PromptOrder(self.train_prompts, config.rollout.prompts, config.seed)
-        self.stream = PromptStream(order.take, config.rollout.prompts, self.drawn)
+        size = config.rollout.prompts
+        order = PromptOrder(self.train_prompts, size, config.seed, config.data.weights)
+        self.stream = PromptStream(order.take, size, self.drawn)
         self.sync = WeightSync(self.engine, self.model, config.rollout.max_logprob_gap)
-        self.recorder = Recorder(self.out, keep_until_step=self.start)
+        self.watchdog = Watchdog(self.out, config.watchdog.seconds, config.watchdog.kill)
+        self.recorder = Recorder(self.out, self.start, config.wandb, self.out.name)
         self.progress = Progress(config.steps, self.start)
         self.stop = StopRequest()
-        done = saved = self.start
+        self.bad_steps = _bad_steps_at_end(read_rows(self.out / "metrics.jsonl"))
+        self.saved, self.failure, self.updating = self.start, "", False
         try:
-            self._evaluate_if_due(done)
-            for step in range(self.start + 1, config.steps + 1):
-                self._step(step)
-                done = step
-                self._evaluate_if_due(step)
-                if config.checkpoint.every and step % config.checkpoint.every == 0:
-                    self._save(step)
-                    saved = step
-                if self.stop():
-                    break
-        except _Stopped:
-            pass
+            done = self._steps()
+            if done > self.saved or not checkpoint.complete(self.out):
+                self._save(done)
         finally:
             self.stop.release()
             self.progress.end()
             self.recorder.close()
-        if done > saved or not checkpoint.complete(self.out):
-            self._save(done)
+            self.watchdog.close()
         write_report(self.out)
+        if self.failure:
+            raise RunError(self.failure)
         return self.stop.signal
+
+    def _steps(self) -> int:
+        """All steps, or as many as there are until a stop; returns how many are done."""
+        done, every = self.start, self.config.checkpoint.every
+        try:
+            self._evaluate_if_due(done)
+            for step in range(self.start + 1, self.config.steps + 1):
+                self.updating = False
+                self._step(step)
+                done, self.updating = step, False
+                if self.failure:
+                    break
+                self._evaluate_if_due(step)
+                if every and step % every == 0:
+                    self._save(step)
+                if self.stop():
+                    break
+        except _Stopped:
+            pass
+        except Exception:
+            if not self.updating and done > self.saved:  # the state is still that of a whole step
+                self._save(done)
+            raise
+        return done
 
     def _step(self, step: int) -> None:
         config, watch = self.config, Stopwatch()
@@ -130,7 +131,7 @@ class Run:
         sample = self._sample(step, watch)
         rollouts = sample.rollouts
         self._check_stop()
-        with watch.stage("old_logprobs"):
+        with self._stage("old_logprobs", step, watch):
             old = self.trainer.token_stats(rollouts, policy)
             probe, final = self._final_policy(rollouts, policy, old)
             mismatch = _logprob_gap(probe, final)
@@ -147,14 +148,16 @@ class Run:
         gae = (config.critic.gamma, config.critic.gae_lambda)
         zero_spread = estimate(rollouts, config.advantage, costs, *gae)
         self._check_stop()
-        with watch.stage("update"):
+        self.updating = True
+        with self._stage("update", step, watch):
             cap = config.loss.tis_cap
             correction = None if cap is None else importance_weights(rollouts, final.logprobs, cap)
             update = self.trainer.update(rollouts, old.logprobs, policy, step, correction)
         if self.critic:
-            with watch.stage("critic"):
+            with self._stage("critic", step, watch):
                 update |= self.critic.update(rollouts, step)
-        with watch.stage("sync"):
+        self._count_bad_steps(step)
+        with self._stage("sync", step, watch):
             gap = self.sync(self.trainer.changed, _short(rollouts), self._final_logprobs)
 
         row = {
@@ -169,6 +172,7 @@ class Run:
             "final/entropy": final.mean_entropy(),
             **kl,
             **update,
+            **({"policy/skipped_why": self.trainer.skipped[0]} if self.trainer.skipped else {}),
             "rollout/logprob_gap": mismatch,
             "sync/logprob_gap": mismatch if gap is None else gap,
             **{f"time/{name}": seconds for name, seconds in watch.seconds.items()},
@@ -177,8 +181,8 @@ class Run:
             "memory/peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         self.stream.drawn += sample.drawn
-        self.recorder.step(row)
         self.recorder.rollouts(step, [_rollout_row(r) for r in rollouts])
+        self.recorder.step(row)
         self.progress.step(row)
 
     def _sample(self, step: int, watch: Stopwatch) -> Sample:
@@ -186,36 +190,70 @@ class Run:
         size, seed = self.config.rollout, f"{self.config.seed}/step/{step}"
 
         def generate(prompts: Sequence[Prompt], round_: int) -> list[Rollout]:
-            with watch.stage("rollout"):
+            with self._stage("rollout", step, watch):
                 at = f"{seed}/refill/{round_}" if round_ else seed
                 return self._generate(prompts, size.samples, at)
 
         def grade(rollouts: list[Rollout]) -> RewardReport:
-            with watch.stage("reward"):
+            with self._stage("reward", step, watch):
                 return self.reward(rollouts)
 
-        return collect(self.stream, step, size.prompts, generate, grade, size.refills)
+        sample = collect(self.stream, step, size.prompts, generate, grade, size.refills)
+        if sample.report.first:
+            self.progress.say(
+                f"step {step}: {sample.report.timeouts} timeouts and {sample.report.errors} errors "
+                f"of the reward, the first: {sample.report.first}"
+            )
+        return sample
 
-    def _generate(self, prompts: Sequence[Prompt], samples: int, seed: str) -> list[Rollout]:
-        rollouts = self.engine.generate(prompts, samples, seed, self.stop)
-        self._check_stop()
-        return rollouts
+    @contextmanager
+    def _stage(self, name: str, step: int, watch: Stopwatch | None = None) -> Iterator[None]:
+        """Timed, watched, and with its progress shown where it takes long."""
+        timed = watch.stage(name) if watch else nullcontext()
+        with (
+            timed,
+            self.watchdog.stage(f"step {step}, stage {name}"),
+            self.progress.waiting(f"step {step}/{self.config.steps}, {name}") as share,
+        ):
+            self.trainer.share = self._alive(share)
+            yield
 
-    def _generate_for_evaluation(self, problems: Sequence[Prompt]) -> list[Rollout]:
-        """With progress: the engine asks whether to stop before every batch."""
-        samples = self.config.eval.samples
-        batches = -(-len(problems) * samples // self.config.rollout.batch_size)
+    def _alive(self, share: Callable[[float], object]) -> Callable[[float], None]:
+        def alive(done: float) -> None:
+            self.watchdog.alive()
+            share(done)
+
+        return alive
+
+    def _count_bad_steps(self, step: int) -> None:
+        if not self.trainer.skipped:
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        self.progress.say(f"step {step}: skipped {'; '.join(self.trainer.skipped)}")
+        if self.bad_steps >= self.config.max_bad_steps:
+            self.failure = (
+                f"{self.bad_steps} steps in a row with nan or infinity (max_bad_steps), the last: "
+                f"step {step}, {self.trainer.skipped[0]}; its state is saved in {self.out}"
+            )
+
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        seed: str,
+        temperature: float | None = None,
+    ) -> list[Rollout]:
+        batches = -(-len(prompts) * samples // self.config.rollout.batch_size)
         asked = 0
-        with self.progress.waiting(f"evaluation on {problems[0].source}") as done:
 
-            def stop() -> bool:
-                nonlocal asked
-                done(asked / batches)
-                asked += 1
-                return self.stop()
+        def stop() -> bool:  # asked before every batch
+            nonlocal asked
+            self.trainer.share(asked / batches)
+            asked += 1
+            return self.stop()
 
-            seed = f"{self.config.seed}/eval"
-            rollouts = self.engine.generate(problems, samples, seed, stop)
+        rollouts = self.engine.generate(prompts, samples, seed, stop, temperature)
         self._check_stop()
         return rollouts
 
@@ -240,10 +278,10 @@ class Run:
 
     @staticmethod
     def _rollout_metrics(rollouts: Sequence[Rollout], report: RewardReport) -> dict[str, float]:
-        rewards = [r.reward for r in rollouts]
+        rewards = [r.reward for r in rollouts if math.isfinite(r.reward)] or [math.nan]
         return {
             "reward/mean": fmean(rewards),
-            "reward/std": pstdev(rewards),
+            "reward/std": pstdev(rewards) if len(rewards) > 1 else math.nan,
             "reward/penalty": fmean(r.penalty for r in rollouts),
             "reward/timeouts": report.timeouts,
             "reward/errors": report.errors,
@@ -264,31 +302,54 @@ class Run:
 
     def _evaluate_if_due(self, step: int) -> None:
         when = self._evaluation_due(step)
-        recorded = any(row["step"] == step for row in read_rows(self.out / "eval.jsonl"))
-        if when is None or recorded:
+        if when is None:
             return
+        rows = read_rows(self.out / "eval.jsonl")
+        recorded = {row["dataset"] for row in rows if row["step"] == step}
+        for dataset, problems in evaluation.by_dataset(self.eval_prompts).items():
+            if dataset in recorded:
+                continue
+            with (
+                self.watchdog.stage(f"step {step}, stage evaluation on {dataset}"),
+                self.progress.waiting(f"evaluation on {dataset}") as share,
+            ):
+                self.trainer.share = lambda _: self.watchdog.alive()
+                result = evaluation.evaluate(
+                    dataset,
+                    problems,
+                    self.config,
+                    self._generate_for_evaluation,
+                    self.reward,
+                    self.recorder.problems(step, evaluation.file_name(dataset)),
+                    share=self._alive(share),
+                )
+            self.recorder.evaluation(step, when, result)
+            self.progress.say(f"evaluation {when.replace('_', ' ')} (step {step}): {result}")
+
+    def _generate_for_evaluation(self, problems: Sequence[Prompt], seed: str) -> list[Rollout]:
         settings = self.config.eval
-        results = evaluation.evaluate(
-            self._generate_for_evaluation,
-            self.reward,
-            self.eval_prompts,
-            settings.pass_k,
-        )
-        for result in results:
-            row = self.recorder.evaluation(step, when, result)
-            passes = ", ".join(
-                f"Pass@{k} {row[f'pass@{k}']:.3f}" for k in result.pass_k if k <= result.samples
-            )
-            self.progress.say(
-                f"evaluation {when.replace('_', ' ')} (step {step}): {result.dataset} "
-                f"Avg@{result.samples} {result.avg:.3f} ± {result.avg_se:.3f}, {passes}"
-            )
+        return self._generate(problems, settings.samples, seed, settings.temperature)
 
     def _save(self, step: int) -> None:
-        keep = self.config.checkpoint.keep_last
-        state = {"step": step, "drawn": self.stream.drawn}
-        parts = (self.model, self.tokenizer, self.trainer.optimizer, self.critic)
-        checkpoint.save(self.out, state, *parts, keep)
+        critic = self.critic.parameters().items() if self.critic else ()
+        bad = first_bad((*self.model.named_parameters(), *((f"critic {n}", p) for n, p in critic)))
+        if bad:
+            raise RunError(
+                f"step {step} has left the model with {bad}; no checkpoint is made of that, the "
+                f"one of step {self.saved} is kept"
+            )
+        with self._stage("save", step), checkpoint.writing(self.out, step):
+            keep = self.config.checkpoint.keep_last
+            state = {"step": step, "drawn": self.stream.drawn}
+            parts = (self.model, self.tokenizer, self.trainer.optimizer, self.critic)
+            checkpoint.save(self.out, state, *parts, keep)
+        self.saved = step
+
+
+def _bad_steps_at_end(rows: Sequence[dict[str, Any]]) -> int:
+    """How many steps in a row, the last one among them, have skipped an update."""
+    good = (n for n, row in enumerate(reversed(rows)) if not row.get("policy/skipped_updates"))
+    return next(good, len(rows))
 
 
 def _logprob_gap(rollouts: Sequence[Rollout], stats: TokenStats) -> float:

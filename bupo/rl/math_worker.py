@@ -3,7 +3,7 @@
     {"response": "... \\\\boxed{1/2}", "answer": "0.5"}  ->  {"reward": 1.0}
 
 A process of its own, because symbolic mathematics can run for ever and cannot be interrupted from
-within: rewards.py kills and replaces it. Imports neither torch nor the rest of bupo.
+within: rewards.py kills and replaces it. Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,32 +16,10 @@ import resource
 import signal
 import sys
 
+from bupo.rl.boxed import last_boxed
+
 MEMORY_BYTES = 4 << 30
 """An answer like 2^{2^{40}} ends in an error, not in the machine's last byte."""
-
-
-def last_boxed(text: str) -> str | None:
-    """The content of the last complete \\boxed{...} (or \\fbox), braces matched."""
-    for start in sorted(
-        (i for macro in ("\\boxed", "\\fbox") for i in _places(text, macro)), reverse=True
-    ):
-        brace = text.find("{", start)
-        if brace < 0 or text[start:brace].strip() not in ("\\boxed", "\\fbox"):
-            continue
-        depth = 0
-        for end in range(brace, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[brace + 1 : end].strip()
-    return None
-
-
-def _places(text: str, what: str) -> list[int]:
-    places, at = [], text.find(what)
-    while at >= 0:
-        places.append(at)
-        at = text.find(what, at + 1)
-    return places
 
 
 def grade(response: str, answer: str) -> float:

@@ -1,17 +1,16 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, and one live line on the terminal."""
+"""Where numbers go: metrics.jsonl, eval.jsonl and the other files of a run, and their mirrors."""
 
 from __future__ import annotations
 
 import json
-import math
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from bupo.rl.types import EvalResult
+from bupo.rl.mirrors import Mirrors
+from bupo.rl.types import EvalResult, finite_or_none
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -29,72 +28,65 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Lines at the end of a JSON lines file, handed to the system at once."""
+    with file.open("a", encoding="utf-8") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def replace_text(file: Path, text: str) -> None:
+    """A new content in one piece: a kill or a full disk leaves the old one."""
+    partial = file.with_name(f".{file.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
 def _plain(value: Any) -> Any:
-    """JSON has no nan and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite_or_none(value) if isinstance(value, float) else value
 
 
 class Recorder:
     """Appends rows to the run directory's files, each line flushed, and mirrors them."""
 
-    def __init__(self, run: Path, keep_until_step: int) -> None:
+    def __init__(
+        self, run: Path, keep_until_step: int, wandb: str | None = None, name: str = ""
+    ) -> None:
         """keep_until_step: rows of later steps are removed (they will be made again)."""
         self._run = run
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            rows = [r for r in read_rows(run / name) if r["step"] <= keep_until_step]
-            text = "".join(json.dumps(r) + "\n" for r in rows)
-            partial = run / f".{name}"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(run / name)  # a kill here loses nothing
-        self._board = self._tensorboard(run, keep_until_step)
-
-    @staticmethod
-    def _tensorboard(run: Path, keep_until_step: int) -> Any:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            return SummaryWriter(str(run / "tensorboard"), purge_step=keep_until_step + 1)
-        except Exception as error:  # a broken logging backend must not stop training
-            print(f"TensorBoard is off: {error}", file=sys.stderr)
-            return None
+        for file in ("metrics.jsonl", "eval.jsonl"):
+            rows = [r for r in read_rows(run / file) if r["step"] <= keep_until_step]
+            replace_text(run / file, "".join(json.dumps(r) + "\n" for r in rows))
+        self._mirrors = Mirrors(run, keep_until_step, wandb, name)
 
     def step(self, row: dict[str, Any]) -> None:
         self._append("metrics.jsonl", row)
-        self._mirror(row["step"], {k: v for k, v in row.items() if "/" in k or "_" in k})
+        self._mirrors.scalars(row["step"], {k: v for k, v in row.items() if "/" in k or "_" in k})
 
     def evaluation(self, step: int, when: str, result: EvalResult) -> dict[str, Any]:
         row = {"step": step, "when": when, **result.row()}
         self._append("eval.jsonl", row)
-        self._mirror(step, {f"eval/{result.dataset}/avg@{result.samples}": result.avg})
+        self._mirrors.scalars(step, {f"eval/{result.dataset}/avg@{result.samples}": result.avg})
         return row
+
+    def problems(self, step: int, file_name: str) -> Callable[[list[dict[str, Any]]], None]:
+        """Starts the file of one data set's problems and responses; returns what appends to it."""
+        folder = self._run / "evaluations" / f"step_{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file_name).write_text("", encoding="utf-8")
+        return lambda rows: append_rows(folder / file_name, rows)
 
     def rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
         folder = self._run / "rollouts"
         folder.mkdir(exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = [{k: _plain(v) for k, v in row.items()} for row in rows]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines)
         (folder / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        with (self._run / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n")
-
-    def _mirror(self, step: int, values: dict[str, Any]) -> None:
-        if self._board is None:
-            return
-        try:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and math.isfinite(value):
-                    self._board.add_scalar(name, value, step)
-        except Exception as error:  # as above
-            print(f"TensorBoard is off: {error}", file=sys.stderr)
-            self._board = None
+        append_rows(self._run / name, [{k: _plain(v) for k, v in row.items()}])
 
     def close(self) -> None:
-        if self._board is not None:
-            try:
-                self._board.close()
-            except Exception as error:  # as above
-                print(f"TensorBoard is off: {error}", file=sys.stderr)
+        self._mirrors.close()
 
 
 class Stopwatch:
@@ -114,69 +106,3 @@ class Stopwatch:
 
     def total(self) -> float:
         return time.monotonic() - self._start
-
-
-class Progress:
-    """step | phase | reward | tokens/s | ETA: rewritten in place on a terminal, otherwise a line
-    every few seconds."""
-
-    def __init__(self, steps: int, first: int, stream: TextIO | None = None) -> None:
-        self._steps, self._first = steps, first
-        self._stream = stream or sys.stderr
-        self._start = self._shown = time.monotonic()
-        self._live = self._stream.isatty()
-        self._width = 0
-
-    def step(self, row: dict[str, Any]) -> None:
-        now, step = time.monotonic(), row["step"]
-        rate = (now - self._start) / max(step - self._first, 1)
-        left = int(rate * (self._steps - step))
-        phase = f"pi^{row['layer']}" if row["layer"] is not None else "final"
-        line = (
-            f"step {step}/{self._steps} | {phase} policy | reward {row['reward/mean']:.3f} | "
-            f"entropy {row['policy/entropy']:.2f} | {row['tokens_per_second']:,.0f} tokens/s | "
-            f"ETA {left // 60}:{left % 60:02d}"
-        )
-        if self._live:
-            self._stream.write("\r" + line.ljust(self._width))
-            self._width = len(line)
-        elif now - self._shown >= 5 or step in (self._first + 1, self._steps):
-            self._stream.write(line + "\n")
-            self._shown = now
-        self._stream.flush()
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        if self._live and self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._width = 0
-        self._stream.write(text + "\n")
-        self._stream.flush()
-
-    def end(self) -> None:
-        """Leaves the live line as it stands."""
-        if self._live and self._width:
-            self._stream.write("\n")
-            self._width = 0
-
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[Callable[[float], None]]:
-        """Announces something that takes more than a moment; call the yielded function with the
-        share done."""
-        begin = self._shown = time.monotonic()
-
-        def done(share: float) -> None:
-            now = time.monotonic()
-            if now - self._shown < (0.2 if self._live else 5) or share <= 0:
-                return
-            self._shown = now
-            left = int((now - begin) * (1 - share) / share)
-            line = f"{what}: {share:.0%} | ETA {left // 60}:{left % 60:02d}"
-            self._stream.write(("\r" + line.ljust(self._width)) if self._live else line + "\n")
-            self._width = max(self._width, len(line))
-            self._stream.flush()
-
-        yield done
-        if self._live and self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._width = 0

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import math
 import random
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 
-from bupo.config import ConfigError, DataConfig
+from bupo.config import ConfigError, DataConfig, shipped
+from bupo.rl import data_files
 from bupo.rl.types import Prompt
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        raise ConfigError(f"data file not found: {file}")
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        try:
-            rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
-        except (OSError, ValueError) as error:  # pyarrow's errors are of these
-            raise ConfigError(f"{file} is not a parquet file: {error}") from None
-        return rows
-    if file.suffix == ".jsonl":
-        try:
-            lines = file.read_text(encoding="utf-8").split("\n")
-            return [json.loads(line) for line in lines if line.strip()]
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file} is not JSON lines: {error}") from None
-    raise ConfigError(f"data file must end in .parquet or .jsonl, got {file}")
+def _column(row: dict[str, Any], name: str, config: DataConfig) -> Any:
+    """The value of a column, under the name that data.columns gives it where the row has that."""
+    other = config.columns.get(name, name)
+    return row[other] if other in row else row.get(name)
 
 
-def _answer(row: dict[str, Any], where: str) -> str:
+def _answer(row: dict[str, Any], config: DataConfig, where: str) -> str:
+    if row.get(config.columns.get("answer", "")) is not None:
+        return str(_column(row, "answer", config))
     model = row.get("reward_model") or {}
     if not isinstance(model, dict):
         raise ConfigError(
@@ -42,8 +30,15 @@ def _answer(row: dict[str, Any], where: str) -> str:
         )
     truth = model.get("ground_truth", row.get("answer"))
     if truth is None:
-        raise ConfigError(f"{where} has neither reward_model.ground_truth nor answer")
+        raise ConfigError(
+            f"{where} has neither reward_model.ground_truth nor answer, but {_names(row)}; "
+            "data.columns can name another"
+        )
     return str(truth)
+
+
+def _names(row: dict[str, Any]) -> str:
+    return ", ".join(row) or "nothing"
 
 
 def _is_message(message: Any) -> bool:
@@ -52,6 +47,11 @@ def _is_message(message: Any) -> bool:
         and isinstance(message.get("role"), str)
         and message.get("content") is not None
     )
+
+
+def _chat(system: str, user: str) -> list[dict[str, str]]:
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": user}]
 
 
 def _text(prompt: Any, tokenizer: Any, config: DataConfig, where: str) -> str:
@@ -63,7 +63,7 @@ def _text(prompt: Any, tokenizer: Any, config: DataConfig, where: str) -> str:
         )
     template = None
     if config.chat_template is not None:
-        template = Path(config.chat_template).read_text(encoding="utf-8")
+        template = shipped(config.chat_template).read_text(encoding="utf-8")
     elif not tokenizer.chat_template:
         raise ConfigError(
             f"{where} is a chat, but the model's tokenizer has no chat template; set "
@@ -84,32 +84,44 @@ def _text(prompt: Any, tokenizer: Any, config: DataConfig, where: str) -> str:
 
 
 def load_prompts(
-    files: Sequence[str], tokenizer: Any, config: DataConfig, limit: int | None = None
+    files: Sequence[str],
+    tokenizer: Any,
+    config: DataConfig,
+    limit: int | None = None,
+    share: Callable[[float], object] = lambda share: None,
 ) -> tuple[list[Prompt], int]:
-    """All prompts of the files, and how many were dropped for their length.
+    """All prompts of the files, and how many were dropped for their length. share is called with
+    the share done.
 
     Raises ConfigError for a missing or malformed file, an empty set, or a prompt over
     data.max_prompt_tokens unless data.overlong=drop.
     """
     prompts: list[Prompt] = []
     longest, overlong = 0, 0
-    for name in files:
-        file = Path(name)
-        for n, row in enumerate(_rows(file)[:limit]):
+    for place, file in enumerate(files):
+        rows = data_files.read(file)[:limit]
+        for n, row in enumerate(rows):
+            share((place + n / len(rows)) / len(files))
             where = f"row {n} of {file}"
             if not isinstance(row, dict):
                 raise ConfigError(f"{where} is not a JSON object")
-            if "prompt" not in row:
-                raise ConfigError(f"{where} has no prompt")
-            text = _text(row["prompt"], tokenizer, config, where)
-            ids = tokenizer(text, add_special_tokens=isinstance(row["prompt"], str))["input_ids"]
+            prompt = _column(row, "prompt", config)
+            if prompt is None:
+                raise ConfigError(
+                    f"{where} has no prompt, but {_names(row)}; data.columns can name another"
+                )
+            if isinstance(prompt, str) and config.system_prompt is not None:
+                prompt = _chat(config.system_prompt, prompt)
+            text = _text(prompt, tokenizer, config, where)
+            ids = tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
             if not ids:
                 raise ConfigError(f"{where} has an empty prompt")
             if len(ids) > config.max_prompt_tokens:
                 overlong, longest = overlong + 1, max(longest, len(ids))
                 continue
-            source = str(row.get("data_source") or file.stem)
-            prompts.append(Prompt(len(prompts), source, text, list(ids), _answer(row, where)))
+            source = str(_column(row, "data_source", config) or data_files.stem(file))
+            answer = _answer(row, config, where)
+            prompts.append(Prompt(len(prompts), source, text, list(ids), answer, place))
     if overlong and config.overlong == "error":
         raise ConfigError(
             f"{overlong} of {overlong + len(prompts)} prompts exceed data.max_prompt_tokens="
@@ -121,26 +133,71 @@ def load_prompts(
     return prompts, overlong
 
 
-class PromptOrder:
-    """Shuffled epochs, a pure function of (seed, step): nothing to save for an exact resume."""
+class _Epochs:
+    """Some prompts in shuffled epochs, one after another without end."""
 
-    def __init__(self, prompts: list[Prompt], per_step: int, seed: int) -> None:
-        if per_step > len(prompts):
-            raise ConfigError(
-                f"rollout.prompts ({per_step}) exceeds the number of training prompts "
-                f"({len(prompts)})"
-            )
-        self._prompts, self._per_step, self._seed = prompts, per_step, seed
+    def __init__(self, prompts: Sequence[Prompt], seed: str) -> None:
+        self._prompts, self._seed = prompts, seed
         self._epoch, self._order = -1, list(range(len(prompts)))
 
-    def take(self, step: int) -> list[Prompt]:
-        """The prompts of step 1, 2, ...; an epoch's remainder starts the next step."""
-        first = (step - 1) * self._per_step
-        return [self._at(i) for i in range(first, first + self._per_step)]
-
-    def _at(self, position: int) -> Prompt:
+    def __getitem__(self, position: int) -> Prompt:
         epoch, place = divmod(position, len(self._prompts))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, list(range(len(self._prompts)))
             random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
         return self._prompts[self._order[place]]
+
+
+class PromptOrder:
+    """Shuffled epochs, a pure function of (seed, step): nothing to save for an exact resume.
+
+    With weights each file has epochs of its own, and of the first n prompts its share is
+    n * weight, to within one prompt; within a step the files are mixed.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], per_step: int, seed: int, weights: Sequence[float] = ()
+    ) -> None:
+        if per_step > len(prompts):
+            raise ConfigError(
+                f"rollout.prompts ({per_step}) exceeds the number of training prompts "
+                f"({len(prompts)})"
+            )
+        self._per_step, self._seed = per_step, seed
+        self._shares = [w / sum(weights) for w in weights] or [1.0]
+        if weights:
+            files = [[p for p in prompts if p.file == n] for n in range(len(weights))]
+            self._files = [_Epochs(f, f"{seed}/file{n}") for n, f in enumerate(files)]
+            for n, (share, file) in enumerate(zip(self._shares, files)):
+                if math.ceil(share * per_step) > len(file):
+                    raise ConfigError(
+                        f"data.weights takes {share * per_step:g} of rollout.prompts={per_step} "
+                        f"from data.train[{n}], which has {len(file)} prompts"
+                    )
+        else:
+            self._files = [_Epochs(prompts, f"{seed}")]
+        self._step, self._taken = 1, [0] * len(self._files)
+
+    def take(self, step: int) -> list[Prompt]:
+        """The prompts of step 1, 2, ...; an epoch's remainder starts the next step."""
+        if step < self._step:
+            self._step, self._taken = 1, [0] * len(self._files)
+        while self._step < step:
+            self._places()
+        places = self._places()
+        if len(self._files) > 1:  # or mini-batches, which take every k-th, could be of one file
+            random.Random(f"{self._seed}/mix/{step}").shuffle(places)
+        return [self._files[file][position] for file, position in places]
+
+    def _places(self) -> list[tuple[int, int]]:
+        """File and position in it of each prompt of the next step: always of the file that is
+        furthest behind its share."""
+        places = []
+        for _ in range(self._per_step):
+            total = sum(self._taken) + 1
+            behind = [share * total - taken for share, taken in zip(self._shares, self._taken)]
+            file = behind.index(max(behind))
+            places.append((file, self._taken[file]))
+            self._taken[file] += 1
+        self._step += 1
+        return places

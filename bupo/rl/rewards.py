@@ -10,12 +10,14 @@ import math
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from bupo.config import ConfigError, RewardConfig
-from bupo.rl.types import RewardReport, Rollout
+from bupo.rl import boxed
+from bupo.rl.types import Prompt, RewardReport, Rollout
 
 GOLDEN = [
     ("so it is \\boxed{\\frac{1}{2}}", "0.5", 1.0),
@@ -27,14 +29,29 @@ GOLDEN = [
 """Pairs whose reward is known; wrong here means a broken installation, not a bad model."""
 
 
+STRICT = "bupo.rl.boxed:strict"
+
+
 class Reward(Protocol):
     """What the loop needs of a reward."""
 
     def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
-        """Sets rollout.reward of each."""
+        """Sets rollout.reward of each, and rollout.ungraded where that is none."""
+        ...
+
+    def answers(self, rollouts: Sequence[Rollout]) -> list[str | None] | None:
+        """The final answers that a majority vote counts, None for a response without one; None
+        instead of the list if this reward knows no final answers."""
         ...
 
     def close(self) -> None: ...
+
+
+def _give(rollouts: Sequence[Rollout], rewards: Sequence[float], report: RewardReport) -> None:
+    for rollout, reward in zip(rollouts, rewards):
+        rollout.reward = reward
+    for item in report.items:
+        rollouts[item].ungraded = True
 
 
 class _Worker:
@@ -101,9 +118,11 @@ class MathReward:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
         rewards, report = self.grade([(r.text, r.prompt.answer) for r in rollouts])
-        for rollout, reward in zip(rollouts, rewards):
-            rollout.reward = reward
+        _give(rollouts, rewards, report)
         return report
+
+    def answers(self, rollouts: Sequence[Rollout]) -> list[str | None]:
+        return [boxed.extract(r.text) for r in rollouts]
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[float], RewardReport]:
         """Rewards of (response, answer) pairs; a timeout or an error counts, and gives 0."""
@@ -127,15 +146,18 @@ class MathReward:
                     continue
                 if worker.stdout in ready:
                     reply = worker.receive()
+                    answer = pairs[worker.item][1]
                     if reply is None or "error" in reply:
-                        report.errors += 1
+                        why = reply["error"] if reply else "its worker died"
+                        report.count("errors", worker.item, f"answer {answer!r}: {why}")
                     else:
                         rewards[worker.item] = float(reply["reward"])
                     worker.item = None
                     if reply is None:
                         self._replace(n)
                 elif time.monotonic() >= worker.deadline:
-                    report.timeouts += 1
+                    answer = pairs[worker.item][1]
+                    report.count("timeouts", worker.item, f"answer {answer!r}: timeout")
                     self._replace(n)
         return rewards, report
 
@@ -152,7 +174,8 @@ class FunctionReward:
     """A user's module:function over the whole batch."""
 
     def __init__(self, name: str) -> None:
-        module, _, attribute = name.partition(":")
+        place = STRICT if name == "strict" else name
+        module, _, attribute = place.partition(":")
         try:
             self._function: Callable[[list[str], list[str]], Sequence[float]] = getattr(
                 importlib.import_module(module), attribute
@@ -160,6 +183,9 @@ class FunctionReward:
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"reward.function={name} cannot be loaded: {error}") from None
         self._name = name
+        self._extract: Callable[[str], str | None] | None = getattr(
+            importlib.import_module(module), "extract", None
+        )
         try:
             inspect.signature(self._function).bind([], [])
         except TypeError as error:
@@ -170,9 +196,15 @@ class FunctionReward:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
         rewards = self._rewards([r.text for r in rollouts], [r.prompt.answer for r in rollouts])
-        for rollout, reward in zip(rollouts, rewards):
-            rollout.reward = reward
-        return RewardReport()
+        report = RewardReport()
+        for n, reward in enumerate(rewards):
+            if not math.isfinite(reward):
+                report.count("errors", n, f"reward.function={self._name} returned {reward}")
+        _give(rollouts, rewards, report)
+        return report
+
+    def answers(self, rollouts: Sequence[Rollout]) -> list[str | None] | None:
+        return None if self._extract is None else [self._extract(r.text) for r in rollouts]
 
     def _rewards(self, responses: list[str], answers: list[str]) -> list[float]:
         rewards = [float(r) for r in self._function(responses, answers)]
@@ -181,15 +213,64 @@ class FunctionReward:
                 f"reward.function={self._name} returned {len(rewards)} rewards for "
                 f"{len(responses)} responses"
             )
-        for reward in rewards:
-            if not math.isfinite(reward):
-                raise ValueError(f"reward.function={self._name} returned {reward}")
         return rewards
 
     def close(self) -> None:
         """Nothing to do."""
 
 
+class SourceReward:
+    """A reward for each data source."""
+
+    def __init__(self, rewards: dict[str, Reward]) -> None:
+        self._rewards = rewards
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
+        report = RewardReport()
+        for reward in self._each():
+            members = [r for r in rollouts if self._rewards[r.prompt.source] is reward]
+            if members:
+                report.add(reward(members))
+        return report
+
+    def answers(self, rollouts: Sequence[Rollout]) -> list[str | None] | None:
+        answers: list[str | None] = []
+        for rollout in rollouts:
+            one = self._rewards[rollout.prompt.source].answers([rollout])
+            if one is None:
+                return None
+            answers += one
+        return answers
+
+    def _each(self) -> list[Reward]:
+        return list({id(reward): reward for reward in self._rewards.values()}.values())
+
+    def close(self) -> None:
+        for reward in self._each():
+            reward.close()
+
+
+def check_sources(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
+    """Every prompt has a reward: raises ConfigError for a source that reward.by_source lacks."""
+    counts = Counter(p.source for p in prompts if p.source not in config.by_source)
+    if config.by_source and counts:
+        unknown = ", ".join(f"{source} ({n} prompts)" for source, n in counts.items())
+        raise ConfigError(
+            f"no reward for data source {unknown}: reward.by_source has "
+            f"{', '.join(config.by_source)}"
+        )
+
+
 def make_reward(config: RewardConfig) -> Reward:
     """The configured reward, checked to work."""
-    return MathReward(config) if config.function == "math" else FunctionReward(config.function)
+    made: dict[str, Reward] = {}
+    try:
+        for name in config.functions:
+            made[name] = MathReward(config) if name == "math" else FunctionReward(name)
+    except ConfigError:
+        for reward in made.values():
+            reward.close()
+        raise
+    if not config.by_source:
+        return made[config.function]
+    return SourceReward({source: made[name] for source, name in config.by_source.items()})

@@ -81,10 +81,7 @@ def collect(
     for round_ in range(refills + 1):
         drawn = stream.at(step, sample.groups, len(wanted))
         rollouts = generate(drawn, round_)
-        report = reward(rollouts)
-        sample.report = RewardReport(
-            sample.report.timeouts + report.timeouts, sample.report.errors + report.errors
-        )
+        sample.report.add(reward(rollouts))
         sample.groups += len(wanted)
         sample.tokens += sum(len(r.token_ids) for r in rollouts)
         sample.responses += len(rollouts)

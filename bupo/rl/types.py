@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no nan and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,8 @@ class Prompt:
     token_ids: list[int]
     answer: str
     """Ground truth handed to the reward"""
+    file: int = 0
+    """Place of its file in data.train"""
 
 
 @dataclass
@@ -45,6 +53,8 @@ class Rollout:
     """Has no part in the loss and its denominators"""
     ref_logprobs: Tensor | None = None
     """Of the reference under the policy that the step trains, for the KL term"""
+    ungraded: bool = False
+    """The reward is no judgement: a timeout, an error, or not finite"""
     advantages: Tensor | None = None
     """Per token"""
     values: Tensor | None = None
@@ -59,6 +69,23 @@ class RewardReport:
 
     timeouts: int = 0
     errors: int = 0
+    """Responses that could not be graded, and rewards that are not finite"""
+    first: str = field(default="", compare=False)
+    """What the first of them was"""
+    items: list[int] = field(default_factory=list, compare=False)
+    """Which ones they were"""
+
+    def count(self, kind: str, item: int, what: str) -> None:
+        """One more; kind: timeouts or errors."""
+        setattr(self, kind, getattr(self, kind) + 1)
+        self.items.append(item)
+        self.first = self.first or what
+
+    def add(self, other: RewardReport) -> None:
+        """Counts of another batch; items are of one batch only."""
+        self.timeouts += other.timeouts
+        self.errors += other.errors
+        self.first = self.first or other.first
 
 
 @dataclass(frozen=True)
@@ -104,10 +131,22 @@ class EvalResult:
     avg_se: float
     pass_k: dict[int, tuple[float, float] | None]
     """K to (estimate, standard error), None where K > samples"""
+    maj: tuple[float, float] | None
+    """Majority vote of all samples, None where the reward knows no final answers"""
     length: float
     """Mean response tokens"""
     truncated: float
     """Share of responses cut at max_new_tokens"""
+    ungraded: float
+    """Share of responses that could not be graded; they count as wrong"""
+
+    def __str__(self) -> str:
+        """One line; at most a few figures."""
+        passes = "".join(f", Pass@{k} {p[0]:.3f}" for k, p in self.pass_k.items() if p is not None)
+        votes = f", maj@{self.samples} {self.maj[0]:.3f}" if self.maj else ""
+        lost = f", {self.ungraded:.1%} not graded" if self.ungraded else ""
+        average = f"Avg@{self.samples} {self.avg:.3f} ± {self.avg_se:.3f}"
+        return f"{self.dataset} {average}{passes}{votes}{lost}"
 
     def row(self) -> dict[str, Any]:
         """As eval.jsonl holds it."""
@@ -119,7 +158,9 @@ class EvalResult:
             "avg_se": self.avg_se,
             "length": self.length,
             "truncated": self.truncated,
+            "ungraded": self.ungraded,
         }
+        row["maj"], row["maj_se"] = self.maj or (None, None)
         for k, estimate in self.pass_k.items():
             row[f"pass@{k}"], row[f"pass@{k}_se"] = estimate or (None, None)
         return row

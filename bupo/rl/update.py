@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bupo import ops
 from bupo.config import Config
 from bupo.policy import parameter_layers
+from bupo.rl.finite import first_bad
 from bupo.rl.forward import Forward, MicroBatch, TokenStats, mini_batches
 from bupo.rl.objective import gspo_loss, token_weights
 from bupo.rl.optimizer import AdamW, learning_rate
@@ -27,8 +28,19 @@ class Trainer:
         self.forward = Forward(model, config, pad)
         self.changed: set[str] = set()
         """Names of the parameters that the last update has moved"""
+        self.skipped: list[str] = []
+        """Why: of each optimiser update of the last step that was skipped"""
         parameters, places = dict(model.named_parameters()), parameter_layers(model)
         self.optimizer = AdamW(parameters, places, config.optimizer, config.optimizer.lr)
+
+    @property
+    def share(self) -> Callable[[float], object]:
+        """Called with the share of a pass that is done."""
+        return self.forward.share
+
+    @share.setter
+    def share(self, share: Callable[[float], object]) -> None:
+        self.forward.share = share
 
     def token_stats(
         self, rollouts: Sequence[Rollout], policy: Policy, temperature: float | None = None
@@ -59,27 +71,26 @@ class Trainer:
         largest_ratio = 0.0
         losses: list[float] = []
         norms: list[float] = []
-        self.changed = set()
-        for indices in parts:
+        self.changed, self.skipped = set(), []
+        for part, indices in enumerate(parts):
             weights = token_weights(
                 [len(rollouts[i].token_ids) for i in indices],
                 self._config.loss.aggregation,
                 self._config.rollout.max_new_tokens,
             )
             weight_of = dict(zip(indices, weights))
-            loss = 0.0
-            for batch in self.forward.batches(rollouts, indices):
+            loss, bad = 0.0, None
+            for batch in self.forward.batches(rollouts, indices, part, len(parts)):
                 part_loss, values = self._backward(
                     batch, rollouts, old_logprobs, weight_of, policy, importance
                 )
                 loss += part_loss
+                bad = bad or values.pop("bad", None)
                 tokens += len(batch.targets)
                 largest_ratio = max(largest_ratio, values["ratio_max"])
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + value * len(batch.targets)
-            norm = float(
-                nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimizer.grad_clip)
-            )
+            norm = self._gradient_norm()
             if math.isfinite(loss) and math.isfinite(norm):
                 self.optimizer.step()
                 self.changed |= {
@@ -87,6 +98,9 @@ class Trainer:
                 }
                 losses.append(loss)
                 norms.append(norm)
+            else:
+                bad = bad or self._bad_gradient() or f"loss {loss:g}, gradient norm {norm:g}"
+                self.skipped.append(f"update {part + 1} of {len(parts)}: {bad}")
             self.optimizer.zero_grad(set_to_none=True)  # None, so weight decay leaves it alone
         names = ("clip_fraction", "ratio_mean", "approx_kl", "live_fraction")
         metrics = {f"policy/{name}": sums.get(name, 0.0) / max(tokens, 1) for name in names}
@@ -98,6 +112,25 @@ class Trainer:
             "policy/lr": lr,
         }
 
+    def _gradient_norm(self) -> float:
+        """Before clipping, which a norm that is not finite would spread to every gradient."""
+        parameters = list(self.model.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if math.isfinite(float(norm)):
+            limit = self._config.optimizer.grad_clip
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return float(norm)
+
+    def _bad_gradient(self) -> str | None:
+        parameters = self.model.named_parameters()
+        return first_bad((f"gradient of {name}", p.grad) for name, p in parameters)
+
+    def _bad_input(self, members: Sequence[Rollout], *tensors: tuple[str, Tensor | None]) -> str:
+        """Where a loss that is not finite comes from: what goes into it, in order."""
+        rewards = torch.tensor([r.reward for r in members])
+        parameters = ((f"parameter {n}", p) for n, p in self.model.named_parameters())
+        return first_bad((("reward", rewards), *parameters, *tensors)) or "loss"
+
     def _backward(
         self,
         batch: MicroBatch,
@@ -106,7 +139,7 @@ class Trainer:
         weight_of: dict[int, float],
         policy: Policy,
         importance: Sequence[Tensor] | None,
-    ) -> tuple[float, dict[str, float]]:
+    ) -> tuple[float, dict[str, Any]]:
         def gather(tensors: Sequence[Tensor | None]) -> Tensor:
             present = [x for x in tensors if x is not None]
             assert len(present) == len(batch.members)
@@ -133,6 +166,7 @@ class Trainer:
         hidden, head = self.forward.hidden(batch, policy), self.forward.head()
         if settings.type == "gspo":
             out = ops.lm_head_logprobs(hidden, targets=batch.targets, **head)
+            logprobs = out.logprobs
             loss, metrics = gspo_loss(out, lengths, old, advantages, weights, **options)
         else:
             options |= head | {"targets": batch.targets, "loss_type": settings.type}
@@ -143,8 +177,17 @@ class Trainer:
                 token_weights=weights,
                 **options,
             )
-            loss, metrics = result.loss, result.metrics
+            loss, metrics, logprobs = result.loss, result.metrics, result.logprobs
         value = float(loss.detach())
+        values: dict[str, Any] = {name: float(x) for name, x in metrics.items()}
         if math.isfinite(value):
             loss.backward()
-        return value, {name: float(x) for name, x in metrics.items()}
+        else:
+            values["bad"] = self._bad_input(
+                members,
+                ("hidden states", hidden),
+                ("old log-probs", old),
+                ("advantages", advantages),
+                ("log-probs", logprobs),
+            )
+        return value, values

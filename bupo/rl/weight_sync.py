@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bupo.config import RunError
 
-class SyncError(RuntimeError):
+
+class SyncError(RunError):
     """The engine does not hold the trainer's weights."""
 
 

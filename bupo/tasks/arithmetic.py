@@ -35,7 +35,12 @@ DEFAULTS = {
 
 def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
     """1 where the text behind the last # is the sum."""
-    return [float("#" in r and r.rpartition("#")[2] == a) for r, a in zip(responses, answers)]
+    return [float(extract(r) == a) for r, a in zip(responses, answers)]
+
+
+def extract(response: str) -> str | None:
+    """The text behind the last #: the answer that a majority vote counts."""
+    return response.rpartition("#")[2] if "#" in response else None
 
 
 def solution(a: int, b: int, rng: random.Random, noise: float) -> str:

@@ -15,12 +15,18 @@ class RolloutEngine(Protocol):
     """What the loop needs of an engine. Token ids in, token ids out."""
 
     def generate(
-        self, prompts: Sequence[Prompt], samples: int, seed: str, stop: Callable[[], bool]
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        seed: str,
+        stop: Callable[[], bool],
+        temperature: float | None = None,
     ) -> list[Rollout]:
         """`samples` responses for every prompt from the final policy, grouped by prompt.
 
-        The result is a function of weights, prompts and seed. Returns early, with what is there,
-        when stop() becomes true.
+        temperature: another one than rollout.temperature; at 0 the likeliest token is taken, and
+        log-probs are those at 1. The result is a function of weights, prompts and seed. Returns
+        early, with what is there, when stop() becomes true, which is asked before every batch.
         """
         ...
 

@@ -26,9 +26,9 @@ class _Sampling(LogitsProcessor):
 
     generate() would apply its own temperature after this, so it is told 1."""
 
-    def __init__(self, vocab: int, config: RolloutConfig) -> None:
-        self._vocab, self._temperature = vocab, config.temperature
-        self._nucleus = TopPLogitsWarper(config.top_p) if config.top_p < 1 else None
+    def __init__(self, vocab: int, temperature: float, top_p: float) -> None:
+        self._vocab, self._temperature = vocab, temperature or 1.0
+        self._nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
         self._previous: Tensor | None = None
         self.logprobs: list[Tensor] = []
 
@@ -63,8 +63,14 @@ class HFEngine:
         """Nothing to do."""
 
     def generate(
-        self, prompts: Sequence[Prompt], samples: int, seed: str, stop: Callable[[], bool]
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        seed: str,
+        stop: Callable[[], bool],
+        temperature: float | None = None,
     ) -> list[Rollout]:
+        temperature = self._config.temperature if temperature is None else temperature
         rollouts: list[Rollout] = []
         wanted = [(group, p) for group, p in enumerate(prompts) for _ in range(samples)]
         size = self._config.batch_size
@@ -75,14 +81,17 @@ class HFEngine:
             for start in range(0, len(wanted), size):
                 if stop():
                     break
-                rollouts += self._batch(wanted[start : start + size], seed_of(seed, start))
+                batch = wanted[start : start + size]
+                rollouts += self._batch(batch, seed_of(seed, start), temperature)
         finally:
             self._model.train(training)
             self._model.generation_config = shipped
         return rollouts
 
     @torch.no_grad()
-    def _batch(self, wanted: Sequence[tuple[int, Prompt]], seed: int) -> list[Rollout]:
+    def _batch(
+        self, wanted: Sequence[tuple[int, Prompt]], seed: int, temperature: float
+    ) -> list[Rollout]:
         device = self._model.device
         width = max(len(p.token_ids) for _, p in wanted)
         ids = torch.full((len(wanted), width), self._pad)
@@ -90,12 +99,9 @@ class HFEngine:
         for row, (_, prompt) in enumerate(wanted):
             ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask[row, width - len(prompt.token_ids) :] = 1
-        sampling = _Sampling(self._decoder.vocab, self._config)
+        sampling = _Sampling(self._decoder.vocab, temperature, self._config.top_p)
         settings = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
+            **(dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0) if temperature else {}),
             max_new_tokens=self._config.max_new_tokens,
             eos_token_id=self._decoder.eos or None,
             pad_token_id=self._pad,

@@ -91,9 +91,15 @@ class VllmEngine:
         self._asleep = False
 
     def generate(
-        self, prompts: Sequence[Prompt], samples: int, seed: str, stop: Callable[[], bool]
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        seed: str,
+        stop: Callable[[], bool],
+        temperature: float | None = None,
     ) -> list[Rollout]:
         self._wake()
+        temperature = self._config.temperature if temperature is None else temperature
         wanted = [(group, p, k) for group, p in enumerate(prompts) for k in range(samples)]
         rollouts: list[Rollout] = []
         size = self._config.batch_size
@@ -103,8 +109,8 @@ class VllmEngine:
             batch = wanted[start : start + size]
             parameters = [
                 self._parameters(
-                    temperature=self._config.temperature,
-                    top_p=self._config.top_p,
+                    temperature=temperature,
+                    top_p=self._config.top_p if temperature else 1.0,
                     max_tokens=self._config.max_new_tokens,
                     seed=seed_of(seed, group, k),
                     stop_token_ids=self._decoder.eos,

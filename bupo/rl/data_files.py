@@ -1,0 +1,148 @@
+"""Rows of data: parquet and JSON lines files, folders, and sets of the Hugging Face hub.
+
+A name may end in `:SPLIT`, on the hub also in `:CONFIGURATION/SPLIT`. A folder is one that
+`datasets` saved (save_to_disk; read without that package), or one of parquet or JSON lines files,
+of which a split is those whose name or folder begins with it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bupo.config import ConfigError
+
+Rows = list[dict[str, Any]]
+_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
+
+
+def check(name: str) -> None:
+    """Raises ConfigError unless rows can be read from there; looks at no content."""
+    place, _ = _split(name)
+    if Path(place).exists():
+        return
+    if not _HUB.fullmatch(place) or Path(place).suffix in _READERS:
+        raise ConfigError(f"data file not found: {name}")
+    if importlib.util.find_spec("datasets") is None:
+        raise ConfigError(
+            f"data file not found: {name}; to read it from the Hugging Face hub, install the "
+            "package datasets"
+        )
+
+
+def stem(name: str) -> str:
+    """What rows without data_source are called."""
+    place, _ = _split(name)
+    return Path(place).stem if Path(place).suffix in _READERS else Path(place).name
+
+
+def read(name: str) -> Rows:
+    """All rows of a file, folder or hub name; raises ConfigError, one line."""
+    check(name)
+    place, split = _split(name)
+    path = Path(place)
+    if not path.exists():
+        return _from_hub(place, split or "train")
+    if path.is_dir():
+        return _from_folder(path, split)
+    if split is not None:
+        raise ConfigError(f"{name}: a file has no splits")
+    return _reader(path)(path)
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    if Path(name).exists():
+        return name, None
+    place, colon, split = name.rpartition(":")
+    return (place, split) if colon else (name, None)
+
+
+def _parquet(file: Path) -> Rows:
+    import pyarrow.parquet as pq
+
+    try:
+        rows: Rows = pq.read_table(file).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these
+        raise ConfigError(f"{file} is not a parquet file: {error}") from None
+    return rows
+
+
+def _json_lines(file: Path) -> Rows:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line.strip()]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not JSON lines: {error}") from None
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {".parquet": _parquet, ".jsonl": _json_lines}
+
+
+def _reader(file: Path) -> Callable[[Path], Rows]:
+    reader = _READERS.get(file.suffix)
+    if reader is None:
+        raise ConfigError(f"data file must end in .parquet or .jsonl, got {file}")
+    return reader
+
+
+def _from_folder(folder: Path, split: str | None) -> Rows:
+    if (folder / _SAVED_SPLITS).is_file():
+        splits = _object(folder / _SAVED_SPLITS).get("splits", [])
+        chosen = split or (splits[0] if len(splits) == 1 else "train")
+        if chosen not in splits:
+            raise ConfigError(f"{folder} has the splits {', '.join(splits)}, not {chosen}")
+        return _saved(folder / chosen)
+    if (folder / _SAVED).is_file():
+        if split is not None:
+            raise ConfigError(f"{folder} holds one split, so {folder}:{split} is not there")
+        return _saved(folder)
+    files = sorted(f for f in folder.rglob("*") if f.suffix in _READERS and f.is_file())
+    chosen = split or "train"
+    of_split = [f for f in files if any(p.startswith(chosen) for p in f.relative_to(folder).parts)]
+    if split is None and not of_split:
+        of_split = files
+    if not of_split:
+        what = f"of split {split} " if split else ""
+        raise ConfigError(f"{folder} has no .parquet or .jsonl files {what}and no saved dataset")
+    return [row for file in of_split for row in _reader(file)(file)]
+
+
+def _saved(folder: Path) -> Rows:
+    """What Dataset.save_to_disk wrote: streams of arrow record batches, listed in state.json."""
+    import pyarrow as pa
+
+    names = [entry["filename"] for entry in _object(folder / _SAVED).get("_data_files", [])]
+    rows: Rows = []
+    for name in names:
+        try:
+            with pa.memory_map(str(folder / name)) as source:
+                rows += pa.ipc.open_stream(source).read_all().to_pylist()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder / name} is not a saved dataset: {error}") from None
+    return rows
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} is not a saved dataset: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} is not a saved dataset")
+    return found
+
+
+def _from_hub(name: str, split: str) -> Rows:
+    import datasets
+
+    configuration, _, part = split.rpartition("/")
+    try:
+        return [dict(row) for row in datasets.load_dataset(name, configuration or None, split=part)]
+    except Exception as error:  # of many kinds: no network, no such set, no such split
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{name}:{split} cannot be read from the hub: {first}") from None

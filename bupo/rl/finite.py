@@ -1,0 +1,18 @@
+"""Finds the tensor that nan or infinity came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def first_bad(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
+    """`NAME: 3 of 4096 values are not finite` of the first such tensor; None if there is none."""
+    for name, tensor in tensors:
+        if tensor is None:
+            continue
+        bad = tensor.numel() - int(tensor.detach().isfinite().sum())
+        if bad:
+            return f"{name}: {bad} of {tensor.numel()} values are not finite"
+    return None

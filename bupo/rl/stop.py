@@ -1,0 +1,28 @@
+"""Ctrl-C and SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask; the loop answers between stages. A second Ctrl-C interrupts."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\nstopping: saving a checkpoint first", file=sys.stderr, flush=True)
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def release(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,292 @@
+"""nan and infinity: named, skipped, counted; then the end, with everything saved."""
+
+import errno
+import math
+import resource
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import run_samples
+import torch
+from rl_samples import random_rollouts, small_model
+from run_samples import assert_same_run, rows
+
+from bupo import config
+from bupo.rl import checkpoint, metrics
+from bupo.rl.types import Policy
+from bupo.rl.update import Trainer
+from bupo.run import main
+
+BAD_CALLS: dict[int, float] = {}
+"""Number of the call of `reward` to the value that its first reward then has"""
+RAISES_AT = 0
+calls = 0
+reported: list[Path] = []
+"""Run directories that a report was written to"""
+
+
+def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """That of run_samples; evaluations are off, so call n is step n."""
+    global calls
+    calls += 1
+    if calls == RAISES_AT:
+        raise KeyError("a fault of the user's function")
+    values = [float(len(set(r)) + n % 3) for n, r in enumerate(responses)]
+    if calls in BAD_CALLS:
+        values[0] = BAD_CALLS[calls]
+    return values
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bupo.rl.loop.write_report", lambda out: reported.append(out))  # slow
+    monkeypatch.setattr("test_bad_steps.calls", 0)
+    monkeypatch.setattr("test_bad_steps.BAD_CALLS", {})
+    monkeypatch.setattr("test_bad_steps.RAISES_AT", 0)
+
+
+def run(out: Path, *more: str) -> int:
+    settings = ["reward.function=test_bad_steps:reward", "eval.limit=1", "checkpoint.every=0"]
+    return main(run_samples.arguments(out, *settings, "eval.every=0", *more))
+
+
+def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bupo.rl.loop.Run._evaluate_if_due", lambda self, step: None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happens to."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        no_evaluation(patch)
+        patch.setattr("bupo.rl.loop.write_report", lambda out: None)
+        assert run(out, "checkpoint.every=2") == 0
+    return out
+
+
+@pytest.fixture
+def trainer() -> Trainer:
+    settings = config.load(None, ["optimizer.updates_per_step=2", "optimizer.lr=0.01"])
+    return Trainer(small_model(), settings, 0)
+
+
+def update(trainer: Trainer, rollouts: Sequence[Any], layer: int | None = None) -> dict[str, float]:
+    policy = Policy(layer)
+    return trainer.update(rollouts, trainer.token_stats(rollouts, policy).logprobs, policy, 1)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def test_a_gradient_is_named_by_its_parameter(trainer: Trainer) -> None:
+    """The first one in the model's order, before clipping spreads the nan to all of them."""
+    named = dict(trainer.model.named_parameters())
+    counts = {"model.layers.1.mlp.up_proj.weight": 2, "model.layers.2.self_attn.q_proj.weight": 1}
+    for name, count in counts.items():
+
+        def poison(gradient: torch.Tensor, count: int = count) -> torch.Tensor:
+            gradient = gradient.clone()
+            gradient.view(-1)[:count] = math.nan
+            return gradient
+
+        named[name].register_hook(poison)
+    before = weights(trainer)
+    found = update(trainer, random_rollouts())
+    assert found["policy/skipped_updates"] == 2 and math.isnan(found["policy/loss"])
+    what = "gradient of model.layers.1.mlp.up_proj.weight: 2 of 1536 values are not finite"
+    assert trainer.skipped == [f"update 1 of 2: {what}", f"update 2 of 2: {what}"]
+    assert trainer.changed == set()
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+    update(trainer, random_rollouts(), layer=1)  # above the layer trained there is no gradient
+    assert trainer.skipped == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("what", ["reward", "advantages", "old log-probs", "parameter"])
+def test_a_loss_is_named_by_what_goes_into_it(trainer: Trainer, what: str, value: float) -> None:
+    rollouts = random_rollouts()
+    old = trainer.token_stats(rollouts, Policy(None)).logprobs
+    bad = rollouts[0]
+    assert bad.advantages is not None
+    expected = what
+    if what == "reward":
+        bad.reward = value
+        bad.advantages = torch.full_like(bad.advantages, math.nan)  # as GRPO makes of either
+    elif what == "advantages":
+        bad.advantages[0] = value
+    elif what == "old log-probs":
+        old[0][0] = math.nan  # an infinite ratio may be clipped
+    else:
+        expected = "parameter model.layers.2.mlp.down_proj.weight: 1 of 1536"
+        dict(trainer.model.named_parameters())[expected.split()[1][:-1]].data.view(-1)[3] = value
+    found = trainer.update(rollouts, old, Policy(None), 1)
+    skipped = int(found["policy/skipped_updates"])
+    assert skipped == (2 if what == "parameter" else 1), "the other mini-batch is not held up"
+    assert trainer.skipped[0].startswith(f"update 1 of 2: {expected}"), trainer.skipped
+
+
+def test_a_bad_reward_skips_its_update_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_evaluation(monkeypatch)
+    BAD_CALLS.update({2: math.nan, 3: math.inf, 5: -math.inf})
+    assert run(tmp_path / "run", "max_bad_steps=3") == 0
+    found = rows(tmp_path / "run/metrics.jsonl")
+    assert [bool(row["policy/skipped_updates"]) for row in found] == [
+        *(False, True, True, False, True, False),
+    ]  # fmt: skip
+    assert [row["reward/errors"] for row in found] == [0, 1, 1, 0, 1, 0]
+    reason = "update 1 of 4: reward: 1 of 4 values are not finite"
+    assert [row.get("policy/skipped_why", "") for row in found] == [
+        *("", reason, reason, "", reason, ""),
+    ]  # fmt: skip
+    errors = capsys.readouterr().err
+    assert "step 2: 0 timeouts and 1 errors of the reward, the first: reward.function=" in errors
+    assert "step 2: skipped update 1 of 4: reward: 1 of 4 values are not finite" in errors
+
+
+def test_too_many_bad_steps_end_the_run_with_everything_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the run was continued in between: the count is in metrics.jsonl."""
+    no_evaluation(monkeypatch)
+    out = tmp_path / "run"
+    BAD_CALLS.update({2: math.nan, 3: math.nan, 4: math.nan})
+    assert run(out, "max_bad_steps=2") == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == (
+        "bupo.run: 2 steps in a row with nan or infinity (max_bad_steps), the last: step 3, update "
+        f"1 of 4: reward: 1 of 4 values are not finite; its state is saved in {out}"
+    )
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3]
+    assert checkpoint.load_step(checkpoint.complete(out)[-1]) == 3
+    assert out in reported
+    assert run(out, "resume=auto", "max_bad_steps=3") == 1, "one more is the third"
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    BAD_CALLS.clear()
+    assert run(out, "resume=auto") == 0
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_stage_that_raises_costs_no_step(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_evaluation(monkeypatch)
+    monkeypatch.setattr("test_bad_steps.RAISES_AT", 5)
+    out = tmp_path / "run"
+    with pytest.raises(KeyError, match="a fault of the user's function"):
+        run(out)
+    assert checkpoint.load_step(checkpoint.complete(out)[-1]) == 4
+    assert run(out, "resume=auto") == 0
+    assert_same_run(whole, out)
+
+
+def test_a_broken_update_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of an update is the state of no step."""
+    no_evaluation(monkeypatch)
+    original = Trainer.update
+
+    def broken(self: Trainer, *arguments: Any) -> Any:
+        found = original(self, *arguments)
+        if arguments[3] == 4:
+            raise RuntimeError("in the middle")
+        return found
+
+    monkeypatch.setattr(Trainer, "update", broken)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        run(tmp_path / "run", "checkpoint.every=2")
+    assert checkpoint.load_step(checkpoint.complete(tmp_path / "run")[-1]) == 2
+
+
+def test_a_model_that_is_not_finite_is_not_saved(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_evaluation(monkeypatch)
+    original = Trainer.update
+
+    def poisoned(self: Trainer, *arguments: Any) -> Any:
+        found = original(self, *arguments)
+        if arguments[3] == 4:
+            dict(self.model.named_parameters())["model.norm.weight"].data[1] = math.inf
+        return found
+
+    monkeypatch.setattr(Trainer, "update", poisoned)
+    out = tmp_path / "run"
+    assert run(out, "checkpoint.every=2") == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 4 has left the model with model.norm.weight: 1 of 32 values are not" in last
+    assert "the one of step 2 is kept" in last
+    monkeypatch.undo()
+    no_evaluation(monkeypatch)
+    assert run(out, "checkpoint.every=2", "resume=auto") == 0
+    assert_same_run(whole, out)
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[Any]:
+    """Sets the largest file that this process may write: beyond it, as on a full disk, writes
+    fail."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_loses_nothing(
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    file_size_limit: Any,
+) -> None:
+    no_evaluation(monkeypatch)
+    out = tmp_path / "run"
+    original = checkpoint.save
+
+    def full_at_four(run: Path, state: dict[str, int], *more: Any) -> Path:
+        if state["step"] == 4:
+            file_size_limit(20_000)  # less than the model has, more than the other files
+        return original(run, state, *more)
+
+    monkeypatch.setattr(checkpoint, "save", full_at_four)
+    assert run(out, "checkpoint.every=2") == 1
+    file_size_limit(resource.RLIM_INFINITY)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("bupo.run: the checkpoint of step 4 cannot be written to "), last
+    assert (
+        "File too large" in last and "MiB free without it); whole ones there: step_000002;" in last
+    )
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000002"], "no leftovers"
+    monkeypatch.setattr(checkpoint, "save", original)
+    assert run(out, "checkpoint.every=2", "resume=auto") == 0
+    assert_same_run(whole, out)
+
+
+def test_a_disk_that_is_full_when_a_row_is_written(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a line. The step is made again; nothing is there twice."""
+    no_evaluation(monkeypatch)
+    out = tmp_path / "run"
+    original = metrics.append_rows
+
+    def full(file: Path, new: Sequence[dict[str, Any]]) -> None:
+        if new[0].get("step") == 4:
+            with file.open("a") as lines:
+                lines.write('{"step": 4, "pha')
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        original(file, new)
+
+    monkeypatch.setattr(metrics, "append_rows", full)
+    assert run(out, "checkpoint.every=2") == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "No space left on device" in last and last.endswith(
+        f"all up to the newest checkpoint in {out} is kept, go on with the same command with "
+        "resume=auto"
+    )
+    monkeypatch.setattr(metrics, "append_rows", original)
+    assert run(out, "checkpoint.every=2", "resume=auto") == 0
+    assert_same_run(whole, out)

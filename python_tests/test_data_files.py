@@ -1,0 +1,143 @@
+"""bupo.rl.data_files: the places that rows come from."""
+
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from rl_samples import verl_row, write_parquet
+
+from bupo.config import ConfigError
+from bupo.rl import data_files
+
+ROWS = [verl_row(f"{n}+{n}?", str(2 * n)) for n in range(5)]
+
+
+def write_jsonl(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def as_datasets_saves(folder, rows, parts=2):
+    """The files of Dataset.save_to_disk, version 5.2."""
+    folder.mkdir(parents=True)
+    table = pa.Table.from_pylist(rows)
+    names = [f"data-{n:05d}-of-{parts:05d}.arrow" for n in range(parts)]
+    size = -(-len(rows) // parts)
+    for n, name in enumerate(names):
+        with pa.ipc.new_stream(str(folder / name), table.schema) as stream:
+            stream.write_table(table.slice(n * size, size))
+    (folder / "dataset_info.json").write_text("{}")
+    state = {"_data_files": [{"filename": name} for name in names], "_split": "train"}
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def by_datasets(folder, rows):
+    from datasets import Dataset
+
+    Dataset.from_list(rows[:3]).save_to_disk(folder / "unused")
+    Dataset.from_list(rows).save_to_disk(folder, num_shards=2)
+
+
+def writer(name):
+    if name == "datasets" and importlib.util.find_spec("datasets") is None:
+        pytest.skip("the package datasets is not installed; its files are imitated instead")
+    return by_datasets if name == "datasets" else as_datasets_saves
+
+
+@pytest.mark.parametrize("by", ["imitation", "datasets"])
+def test_a_saved_dataset(tmp_path, by):
+    writer(by)(tmp_path / "mine", ROWS)
+    assert data_files.read(str(tmp_path / "mine")) == ROWS
+    assert data_files.stem(str(tmp_path / "mine")) == "mine"
+
+
+@pytest.mark.parametrize("by", ["imitation", "datasets"])
+def test_splits_of_a_saved_dataset(tmp_path, by):
+    for split, rows in (("train", ROWS[:3]), ("test", ROWS[3:])):
+        writer(by)(tmp_path / split, rows)
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert data_files.read(str(tmp_path)) == ROWS[:3]
+    assert data_files.read(f"{tmp_path}:test") == ROWS[3:]
+    with pytest.raises(ConfigError, match="has the splits train, test, not dev"):
+        data_files.read(f"{tmp_path}:dev")
+
+
+def test_a_folder_of_files(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_parquet(tmp_path / "data/train-00000-of-00002.parquet", ROWS[:2])
+    write_parquet(tmp_path / "data/train-00001-of-00002.parquet", ROWS[2:4])
+    write_jsonl(tmp_path / "test/part.jsonl", ROWS[4:])
+    assert data_files.read(str(tmp_path)) == ROWS[:4], "the train split, in order"
+    assert data_files.read(f"{tmp_path}:test") == ROWS[4:]
+    assert data_files.read(str(tmp_path / "test")) == ROWS[4:], "no split: all of it"
+    with pytest.raises(ConfigError, match=r"no \.parquet or \.jsonl files of split dev"):
+        data_files.read(f"{tmp_path}:dev")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"no \.parquet or \.jsonl files and no saved dataset"):
+        data_files.read(str(tmp_path / "empty"))
+
+
+def test_a_name_with_a_colon_is_a_file_if_it_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(Path("a:b.jsonl"), ROWS[:1])
+    assert data_files.read("a:b.jsonl") == ROWS[:1]
+    with pytest.raises(ConfigError, match="a file has no splits"):
+        write_jsonl(Path("c.jsonl"), ROWS[:1])
+        data_files.read("c.jsonl:train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("state.json", "{"), ("state.json", "[]"), ("dataset_dict.json", "no"), ("x.arrow", "no")],
+)
+def test_a_torn_saved_dataset_is_named(tmp_path, name, content):
+    as_datasets_saves(tmp_path / "d", ROWS, parts=1)
+    name = "data-00000-of-00001.arrow" if name == "x.arrow" else name
+    (tmp_path / "d" / name).write_text(content)
+    with pytest.raises(ConfigError, match=f"{name} is not a saved dataset"):
+        data_files.read(str(tmp_path / "d"))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands for the package datasets and the hub behind it."""
+
+    def load_dataset(name, configuration, split):
+        if name == "some/set" and split in ("train", "dev"):
+            return [{"prompt": split, "answer": configuration or "1"}]
+        raise ConnectionError("no such set\nand a long story")
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = load_dataset
+    module.__spec__ = importlib.util.spec_from_loader("datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+def test_a_set_of_the_hub(hub):
+    data_files.check("some/set")
+    assert data_files.read("some/set") == [{"prompt": "train", "answer": "1"}]
+    assert data_files.read("some/set:dev") == [{"prompt": "dev", "answer": "1"}]
+    assert data_files.read("some/set:main/dev") == [{"prompt": "dev", "answer": "main"}]
+    assert data_files.stem("some/set:main/dev") == "set"
+    with pytest.raises(
+        ConfigError, match=r"some/set:test cannot be read from the hub: no such set$"
+    ):
+        data_files.read("some/set:test")
+
+
+def test_the_hub_needs_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = "data file not found: some/set:dev; .* install the package datasets$"
+    with pytest.raises(ConfigError, match=message):
+        data_files.check("some/set:dev")
+
+
+@pytest.mark.parametrize("name", ["nowhere/file.parquet", "/nowhere/x", "nowhere", "a/b/c"])
+def test_what_is_no_hub_name_is_a_missing_file(hub, name):
+    with pytest.raises(ConfigError, match=f"^data file not found: {name}$"):
+        data_files.check(name)

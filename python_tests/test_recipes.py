@@ -1,0 +1,149 @@
+"""The recipes for the paper's models, by --dry_run: sizes from a local config.json, no download."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rl_samples import data_file, tiny_tokenizer
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+
+from bupo import config, sizes
+from bupo.config import shipped
+from bupo.run import main
+
+QWEN3 = dict(
+    vocab_size=151936, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+    head_dim=128, max_position_embeddings=40960, rope_theta=1e6,
+)  # fmt: skip
+LLAMA3 = dict(
+    vocab_size=128256, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072
+)
+MODELS: dict[str, tuple[PretrainedConfig, int, str]] = {
+    # recipe: its model's public config.json, its number of parameters, its phases
+    "qwen3_4b": (
+        Qwen3Config(**QWEN3, hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True),
+        4_022_468_096,
+        "steps 1-30 train layer 6 of 36, then the final policy to step 300",
+    ),
+    "qwen3_8b": (
+        Qwen3Config(**QWEN3, hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False),
+        8_190_735_360,
+        "steps 1-20 train layer 6 of 36, then the final policy to step 300",
+    ),
+    "octothinker_3b": (
+        LlamaConfig(
+            **LLAMA3, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
+            num_attention_heads=24, tie_word_embeddings=True,
+        ),
+        3_212_749_824,
+        "steps 1-20 train layer 27 of 28, then the final policy to step 300",
+    ),
+    "octothinker_8b": (
+        LlamaConfig(
+            **LLAMA3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, tie_word_embeddings=False,
+        ),
+        8_030_261_248,
+        "steps 1-20 train layer 31 of 32, then the final policy to step 300",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("deepmath-5k", "math500", "aime_2024", "aime_2025"):
+        found = data_file(name, folder)
+        if found.parent != folder:
+            (folder / found.name).symlink_to(found)
+    monkeypatch.setenv("BUPO_DATA", str(folder))
+    return folder
+
+
+def folder_of(model: PretrainedConfig, tmp_path: Path) -> Path:
+    """config.json of the real sizes, and a tokenizer: what a dry run reads of a model."""
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tiny_tokenizer(tmp_path).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dry_run_of_the_papers_models(
+    name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, parameters, phases = MODELS[name]
+    folder = folder_of(model, tmp_path)
+    assert not list(folder.glob("*.safetensors"))
+    command = ["--config", str(shipped(f"{name}.yaml")), f"model.path={folder}", "--dry_run"]
+    # Every byte is a token of this tokenizer, so a few prompts are long.
+    command += [f"out={tmp_path / 'run'}", "data.limit=200", "eval.limit=20", "data.overlong=drop"]
+    if not (data / "deepmath-5k.parquet").is_symlink():  # the few rows made in place of the real
+        command += ["rollout.prompts=16"]
+    assert main(command) == 0
+    text = capsys.readouterr().err
+    assert phases in text, text
+    loaded = config.load(shipped(f"{name}.yaml"), [])
+    measured = sizes.measure(loaded, str(folder), 1024)
+    assert measured.parameters == parameters
+    assert f"{parameters / 1e9:.3g} B parameters" in text
+    assert f"weights {4 * parameters / 2**30:.1f} GiB" in text
+    assert f"AdamW {8 * parameters / 2**30:.1f} GiB" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_recipes_share_is_the_papers_setting() -> None:
+    for name in MODELS:
+        loaded = config.load(shipped(f"{name}.yaml"), [])
+        rollout, loss, optimizer = loaded.rollout, loaded.loss, loaded.optimizer
+        assert (rollout.prompts, rollout.samples, loaded.steps) == (128, 8, 300)
+        assert (rollout.temperature, rollout.top_p, loaded.data.max_prompt_tokens) == (1, 1, 1024)
+        assert (loss.clip_low, loss.clip_high, loss.entropy_coef) == (0.2, 0.2, 0)
+        assert (loss.aggregation, loss.dual_clip) == ("seq_mean", None)
+        assert (optimizer.lr, optimizer.weight_decay, optimizer.grad_clip) == (1e-6, 0.01, 1)
+        assert (optimizer.updates_per_step, optimizer.schedule) == (16, "constant")
+        assert (loaded.reward.function, loaded.advantage) == ("strict", "grpo")
+
+
+def measured(
+    tmp_path: Path, *settings: str, layer: int | None = None, **changes: Any
+) -> sizes.Sizes:
+    shape = dict(
+        vocab_size=1000, hidden_size=64, intermediate_size=192, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen3Config(**shape | changes).save_pretrained(tmp_path / "model")
+    return sizes.measure(config.load(None, list(settings)), str(tmp_path / "model"), 100, layer)
+
+
+def test_phase_1_trains_embedding_layers_and_head(tmp_path: Path) -> None:
+    tied = measured(tmp_path, layer=1)
+    two = measured(tmp_path, layer=2)
+    all_of_them = measured(tmp_path, layer=4)
+    layer = two.internal - tied.internal
+    assert tied.internal - layer == 1000 * 64 + 64, (
+        "the embedding; the final norm is not told apart"
+    )
+    assert all_of_them.internal == all_of_them.parameters
+    untied = measured(tmp_path, layer=1, tie_word_embeddings=False)
+    assert untied.internal - tied.internal == untied.parameters - tied.parameters == 1000 * 64
+    assert tied.tied and not untied.tied
+    assert measured(tmp_path).internal == 0
+
+
+def test_memory_follows_the_settings(tmp_path: Path) -> None:
+    plain = measured(tmp_path)
+    assert plain.memory["weights"] == plain.memory["gradients"] == 4 * plain.parameters
+    assert (
+        plain.memory["AdamW"] == 8 * plain.parameters and plain.checkpoint == 12 * plain.parameters
+    )
+    recomputed = measured(tmp_path, "model.gradient_checkpointing=true")
+    assert recomputed.memory["activations"] < plain.memory["activations"] / 2
+    half = measured(tmp_path, "model.compute_dtype=bfloat16")
+    assert half.memory["activations"] == plain.memory["activations"] / 2
+    assert half.memory["bfloat16 weights"] == 2 * plain.parameters
+    fewer = measured(tmp_path, "optimizer.micro_batch_tokens=4096")
+    assert fewer.memory["activations"] == plain.memory["activations"] / 4
+    # keys and values of 2 heads of 16, in 4 layers, float32, for 256 sequences
+    assert plain.engine == 256 * (100 + 1024) * 2 * 4 * 32 * 4
