@@ -181,10 +181,16 @@ class BupoConfig:
     """Steps of phase 1, s_inter of the paper; then the final policy is trained."""
     final_norm: bool = False
     """Apply the model's final norm to H^l before the unembedding (the paper does not)."""
+    auto_layer: bool = False
+    """Measure the layer before step 1 instead: where the FFNs of the model leave exploration, on 64
+    responses of its own (algorithm=bupo; auto_layer.json in the run directory has the curve)."""
+    auto_tolerance: float = 0.1
+    """Share of the largest rise of entropy by an FFN below which a layer no longer explores."""
 
     def __post_init__(self) -> None:
         _require(self.layer >= 1, f"bupo.layer counts from 1, got {self.layer}")
         _require(self.steps >= 0, f"bupo.steps must be at least 0, got {self.steps}")
+        _require(0 <= self.auto_tolerance < 1, "bupo.auto_tolerance must be in [0, 1)")
 
 
 @dataclass
@@ -439,6 +445,10 @@ class Config:
         _require(
             self.algorithm != "bupo" or self.bupo.steps < self.steps,
             f"bupo.steps ({self.bupo.steps}) must be less than steps ({self.steps})",
+        )
+        _require(
+            not self.bupo.auto_layer or self.algorithm == "bupo",
+            "bupo.auto_layer needs algorithm=bupo",
         )
         _require(
             bool(self.phases) == (self.algorithm == "custom"),

@@ -92,7 +92,8 @@ def make_plan(config: Config) -> Plan:
 
     tokenizer, layers = read_model(config, sources.model)
     schedule = Schedule(config)
-    schedule.check(layers, sources.model)
+    if not config.bupo.auto_layer:
+        schedule.check(layers, sources.model)
     with Progress(1, 0).waiting("reading prompts") as share:
         prompts, dropped = load_prompts(
             sources.train, tokenizer, config.data, config.data.limit, share
@@ -115,7 +116,7 @@ def make_plan(config: Config) -> Plan:
             config,
             sources.model,
             max(len(p.token_ids) for p in prompts),
-            max(schedule.layers(), default=None),
+            None if config.bupo.auto_layer else max(schedule.layers(), default=None),
         ),
         train_prompts=prompts,
         eval_prompts=eval_prompts,
@@ -155,11 +156,17 @@ def print_plan(plan: Plan) -> None:
     responses = size.prompts * size.samples
     sizes, responses_each = plan.sizes, responses // config.optimizer.updates_per_step
     trained = f" ({sizes.internal / sizes.parameters:.0%} of the parameters)"
+    phases = (
+        f"steps 1-{config.bupo.steps} train a layer that is measured before them, then the final "
+        f"policy to step {config.steps}"
+        if config.bupo.auto_layer
+        else Schedule(config).describe(plan.layers)
+    )
     print(
         f"{config.name}: {config.algorithm}, {config.advantage} advantages, on "
         f"{plan.sources.model}\n"
         f"  model    {sizes.model_line()}\n"
-        f"  phases   {Schedule(config).describe(plan.layers)}{trained if sizes.internal else ''}\n"
+        f"  phases   {phases}{trained if sizes.internal else ''}\n"
         f"  step     {size.prompts} prompts x {size.samples} responses = {responses}, "
         f"{config.optimizer.updates_per_step} updates of "
         f"{responses_each} responses ({size.prompts // config.optimizer.updates_per_step} "
@@ -218,6 +225,7 @@ def _critic(plan: Plan, pad: int) -> Any:
 
 def execute(plan: Plan) -> int | None:
     """Loads the model and trains; returns the stopping signal, if any."""
+    from bupo.auto_layer import with_measured_layer
     from bupo.policy import check_internal_policy
     from bupo.rl import checkpoint
     from bupo.rl.loop import Run
@@ -232,7 +240,8 @@ def execute(plan: Plan) -> int | None:
     source = str(plan.resume_from or plan.sources.model)
     with Progress(1, 0).working(f"loading {source}"):
         model = _model_to_train(config, source)
-    check_internal_policy(model, Schedule(config).layers() or plan.layers)
+    trained = None if config.bupo.auto_layer else Schedule(config).layers() or plan.layers
+    check_internal_policy(model, trained)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = Trainer(model, config, pad)
     state = {"step": 0, "drawn": 0}
@@ -249,6 +258,8 @@ def execute(plan: Plan) -> int | None:
         critic = _critic(plan, pad) if config.advantage == "ppo" else None
         with Progress(1, 0).working(f"starting {config.rollout.engine} for rollouts"):
             engine = make_engine(config, source, model, tokenizer, prompts)
+        if config.bupo.auto_layer:
+            config = with_measured_layer(config, plan.out, model, engine, plan.train_prompts)
         run = Run(
             config, plan.out, model, tokenizer, plan.train_prompts, plan.eval_prompts,
             engine, reward, trainer, reference, critic, state["step"], state["drawn"],

@@ -109,8 +109,8 @@ if ! recorded packages "$packages"; then
   printf 'torch==%s\n' "${torch%% *}" >.venv/constraints.txt  # no dependency may swap torch
   say "installing the build tools (about 10 s)"
   pip -c .venv/constraints.txt 'setuptools>=77' cmake ninja pybind11
-  # Headers of the Hopper kernels. Alone: the rest of what it asks for is for its code generator.
-  pip --no-deps nvidia-cutlass==4.2.0.0
+  # Headers of the Hopper kernels, aside: what the package asks for is for its code generator.
+  pip --no-deps --upgrade --target .venv/cutlass nvidia-cutlass==4.2.0.0
 fi
 
 nvcc=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v nvcc || true)

@@ -1,0 +1,74 @@
+"""The layer that phase 1 of BuPO trains, measured on the model that a run begins with.
+
+The paper (arXiv 2512.19673) looks once at the base model's own rollouts and takes the boundary
+layer: the last one before the FFNs leave exploration, dH_FFN > 0. bupo.internal has the
+definitions, the tolerance and the uncertainty; this is where a run asks for them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from bupo.config import Config, RunError
+from bupo.internal import Text, boundary_layer, entropy_flow
+from bupo.rl.metrics import replace_text
+from bupo.rl.progress import Progress
+from bupo.rl.rollouts import RolloutEngine
+from bupo.rl.types import Prompt
+
+PROMPTS = 64
+"""Rollouts that are measured, one a prompt: the answer's uncertainty is over prompts"""
+FILE = "auto_layer.json"
+
+
+def with_measured_layer(
+    config: Config, out: Path, model: Any, engine: RolloutEngine, prompts: Sequence[Prompt]
+) -> Config:
+    """The configuration with bupo.layer as measured, or as FILE of the run directory has it from
+    the run's beginning. Raises RunError where the model has no clear boundary: training a layer
+    that was not meant costs more than choosing one.
+    """
+    file = out / FILE
+    if file.is_file():
+        layer = json.loads(file.read_text(encoding="utf-8"))["layer"]
+    else:
+        layer = _measure(config, file, model, engine, prompts)
+    return replace(config, bupo=replace(config.bupo, layer=layer))
+
+
+def _measure(
+    config: Config, file: Path, model: Any, engine: RolloutEngine, prompts: Sequence[Prompt]
+) -> int:
+    progress = Progress(1, 0)
+    with progress.working("auto_layer: rollouts of the model as it is"):
+        rollouts = engine.generate(prompts[:PROMPTS], 1, f"{config.seed}/auto_layer", lambda: False)
+    texts = [
+        Text([*r.prompt.token_ids, *r.token_ids], len(r.prompt.token_ids))
+        for r in rollouts
+        if r.token_ids and r.prompt.token_ids
+    ]
+    with progress.working(f"auto_layer: entropies of {len(texts)} responses"):
+        flow = entropy_flow(model, texts, config.rollout.temperature)
+    found = boundary_layer(
+        flow.by_text(flow.change("ffn")), config.bupo.auto_tolerance, config.seed
+    )
+    tokens = len(flow.token)
+    record = {"responses": len(texts), "tokens": tokens, **asdict(found)}
+    if found.layer is None:
+        chosen = "none" if found.candidate is None else f"layer {found.candidate}"
+        replace_text(file.with_suffix(".failed.json"), json.dumps(record, indent=1) + "\n")
+        raise RunError(
+            f"bupo.auto_layer: no clear boundary in {len(texts)} responses ({found.reason}; the "
+            f"rule gives {chosen}); see {file.with_suffix('.failed.json')} and set bupo.layer, "
+            "bupo.auto_layer=false"
+        )
+    replace_text(file, json.dumps(record, indent=1) + "\n")
+    progress.say(
+        f"auto_layer: layer {found.layer} of {flow.layers} (95 % of resamples in {found.low}.."
+        f"{found.high}), from {tokens} tokens of {len(texts)} responses; {file} has the curve"
+    )
+    return found.layer
