@@ -26,8 +26,9 @@ from implementations import (
     THREE,
     Gemms,
     Implementation,
+    logprobs_forward,
+    on_the_other_path,
     ours,
-    sweep,
 )
 from measure import MIB, Case, environment, errors_of, memory_of, reason, release, time_rounds
 from report import cuda_bars, print_cpu_bars, print_table, row_of
@@ -73,13 +74,16 @@ def cases(
         floor = Gemms(sets[0], SWEEP_ROWS)
         return [
             Case(Implementation(SWEEP_GEMM, floor.one, 1), dtype, sets),
-            Case(Implementation(SWEEP, sweep, 1), dtype, sets),
+            Case(Implementation(SWEEP, logprobs_forward, 1), dtype, sets),
         ]
     floor = Gemms(sets[0])
     found = [Case(Implementation(THREE, floor.three, 3), dtype, sets)]
     if device == "cuda":
         found.append(Case(Implementation(ONE, floor.one, 1), dtype, sets))
-    for implementation in ours((1.0, 0.5, 0.25) if device == "cuda" else (1.0, 0.25)):
+    mine = ours((1.0, 0.5, 0.25) if device == "cuda" else (1.0, 0.25))
+    if device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+        mine += on_the_other_path()
+    for implementation in mine:
         batches = sets
         if implementation.live != 1:
             batches = [batch.live(implementation.live) for batch in sets]

@@ -14,6 +14,7 @@ from batch import Batch
 from torch import Tensor
 
 import bupo.ops as ops
+from bupo import _C
 
 NO_CLIP = {"clip_low": 1.0, "clip_high": 1e9}
 ONE, THREE = "one bare GEMM", "three bare GEMMs"
@@ -21,6 +22,8 @@ POLICY = "policy_loss fwd+bwd"
 LOGPROBS, LOGPROBS_FORWARD = "lm_head_logprobs fwd+bwd", "lm_head_logprobs fwd"
 SWEEP, SWEEP_GEMM = "lm_head_logprobs fwd, layer sweep", "one bare GEMM, layer sweep"
 SWEEP_ROWS = 8192
+"""of the bare product, which has to write its logits somewhere"""
+POLICY_PORTABLE, FORWARD_PORTABLE = f"{POLICY}, portable", f"{LOGPROBS_FORWARD}, portable"
 
 Outputs = dict[str, Tensor]
 """logprobs and entropy, as far as an implementation gives them"""
@@ -67,13 +70,17 @@ def logprobs_forward(batch: Batch) -> Outputs:
     return {"logprobs": result.logprobs, "entropy": result.entropy}
 
 
-def sweep(batch: Batch) -> Outputs:
-    """Rows of many layers, SWEEP_ROWS a call."""
-    parts = zip(batch.hidden.split(SWEEP_ROWS), batch.targets.split(SWEEP_ROWS), strict=True)
-    with torch.no_grad():
-        results = [ops.lm_head_logprobs(x, batch.weight, t) for x, t in parts]
-    logprobs, entropy, _ = (torch.cat(x) for x in zip(*results, strict=True))
-    return {"logprobs": logprobs, "entropy": entropy}
+def portable(run: Callable[[Batch], Outputs]) -> Callable[[Batch], Outputs]:
+    """The same on the path that serves every other GPU."""
+
+    def on_portable(batch: Batch) -> Outputs:
+        _C.set_portable_only(True)
+        try:
+            return run(batch)
+        finally:
+            _C.set_portable_only(False)
+
+    return on_portable
 
 
 class Gemms:
@@ -97,6 +104,14 @@ class Gemms:
         for x in batch.hidden.detach().split(len(self.z)):
             torch.mm(x, w.T, out=self.z[: len(x)])
         return {}
+
+
+def on_the_other_path() -> list[Implementation]:
+    """On Hopper, what serves every other GPU."""
+    return [
+        Implementation(POLICY_PORTABLE, portable(policy_loss), 3),
+        Implementation(FORWARD_PORTABLE, portable(logprobs_forward), 1),
+    ]
 
 
 def ours(shares: tuple[float, ...]) -> list[Implementation]:

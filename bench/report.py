@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from implementations import (
+    FORWARD_PORTABLE,
     LOGPROBS_FORWARD,
     ONE,
     POLICY,
+    POLICY_PORTABLE,
     SWEEP,
     SWEEP_GEMM,
     THREE,
@@ -158,6 +160,9 @@ def cuda_bars(rows: list[Row], workspace_mib: float) -> list[str]:
         return lines
     bar("lm_head_logprobs fwd / one bare GEMM", LOGPROBS_FORWARD, "x_one_gemm", 1.08)
     bar("policy_loss fwd+bwd / three bare GEMMs", POLICY, "x_three_gemms", 1.10)
+    if POLICY_PORTABLE in named:  # on Hopper; elsewhere the bars above are missed by design
+        bar("lm_head_logprobs fwd, portable / one GEMM", FORWARD_PORTABLE, "x_one_gemm", 1.35)
+        bar("policy_loss, portable / three GEMMs", POLICY_PORTABLE, "x_three_gemms", 1.25)
     bar("policy_loss live 0.25 / live 1", live_name(0.25), "x_ours", 0.60)
     best = named.get(POLICY, {}).get("best_peer", "no peer is right")
     bar(f"policy_loss / fastest right peer ({best})", POLICY, "x_best_peer", 1 / 1.25)
