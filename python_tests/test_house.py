@@ -164,3 +164,11 @@ def test_backends_do_not_include_each_other_and_kernels_no_torch() -> None:
             assert not any("cpu/" in x for x in lines), file
         if file.suffix in (".cu", ".cuh") or file.name in ("args.h", "row_math.h"):
             assert not any("torch/" in x for x in lines), file
+
+
+def test_csrc_uses_nothing_newer_than_the_oldest_torch() -> None:
+    """torch 2.11 is the target; its headers are not here, so what broke a build is remembered."""
+    newer = {"STABLE_TORCH_ERROR_CODE_CHECK": "TORCH_ERROR_CODE_CHECK"}  # 2.12
+    for path in (ROOT / "csrc").rglob("*.*"):
+        for name, instead in newer.items():
+            assert name not in path.read_text(encoding="utf-8"), f"{path}: use {instead}"

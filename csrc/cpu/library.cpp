@@ -57,10 +57,10 @@ void multiply(const Block& c, const Block& a, const Block& b, bool accumulate) {
   // play no part.
   const auto out = as_tensor(c), left = as_tensor(a), right = as_tensor(b);
   if (accumulate) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
   }
 }
 

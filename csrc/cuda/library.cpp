@@ -32,7 +32,7 @@ Tensor as_tensor(const Device& device, const Matrix& m) {
 Device current_device(const Tensor& like) {
   const int32_t index = like.get_device();
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
   int major = 0, minor = 0;
@@ -49,14 +49,14 @@ void multiply(const Device& device, const Matrix& out, const Matrix& a, const Ma
     std::array<StableIValue, 3> stack{torch::stable::detail::from(left),
                                       torch::stable::detail::from(right),
                                       torch::stable::detail::from(to)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
   } else {
     std::array<StableIValue, 4> stack{
         torch::stable::detail::from(left), torch::stable::detail::from(right),
         torch::stable::detail::from(ScalarType::Float), torch::stable::detail::from(to)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);
   }
