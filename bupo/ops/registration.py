@@ -124,13 +124,14 @@ def _backward_logprobs(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | Non
     _refuse_double_backward("lm_head_logprobs")
     if all(g is None for g in upstream):
         return (None,) * 8
-    hidden, _, targets, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
+    hidden, _, targets, *_ = saved
     acc = accumulator(hidden.dtype)
     zero = torch.zeros(targets.shape, dtype=acc, device=hidden.device)
     grads = (zero if g is None else g.contiguous() for g in upstream[:3])
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     d_hidden, d_weight, d_bias = torch.ops.bupo.lm_head_logprobs_backward(
-        *grads, *ctx.saved_tensors, ctx.softcap, ctx.ignore_index, *needs
+        *grads, *saved, ctx.softcap, ctx.ignore_index, *needs
     )
     picked = [g if need else None for g, need in zip((d_hidden, d_weight, d_bias), needs)]
     return picked[0], picked[1], None, picked[2], None, None, None, None

@@ -56,11 +56,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lm_head_logprobs(Tensor hidden, Tenso
 
 std::tuple<Tensor, Tensor, Tensor> lm_head_logprobs_backward(
     Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logsumexp, Tensor hidden, Tensor weight,
-    Tensor targets, OptionalTensor bias, OptionalTensor temperature, Tensor /*kept*/,
-    double softcap, int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
+    Tensor targets, OptionalTensor bias, OptionalTensor temperature, Tensor kept, double softcap,
+    int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
   constexpr const char* op = "bupo.ops.lm_head_logprobs (backward)";
   const Inputs in(op, kDtypes, hidden, weight, targets, bias, temperature, softcap);
   check_tokens(op, in, [&](int64_t i) { return in.args.targets[i] != ignore_index; });
+  check_vector(op, "kept", kept, 0, ScalarType::Byte);
   const TokenGrads upstream = token_grads(op, in, grad_logprobs, grad_entropy, grad_logsumexp);
   Grads grads(in, hidden, need_hidden, need_weight, need_bias);
   cpu::lm_head_logprobs_backward(scalar_of(in.dtype), in.args, ignore_index, upstream, grads.args);

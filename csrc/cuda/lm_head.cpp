@@ -28,6 +28,10 @@ int64_t kept_bytes(const Call& call) {
   return bytes <= workspace_bytes ? bytes : 0;
 }
 
+bool may_be_kept(const Call& call, int64_t bytes) {
+  return bytes == 0 || bytes == portable::kept_bytes(call) || bytes == sm90::kept_bytes(call);
+}
+
 void lm_head_logprobs(const Call& call, int64_t ignore_index, const TokenOutputs& out, void* kept) {
   const bool hopper = path_for(call, false) == Path::kSm90;
   (hopper ? sm90::lm_head_logprobs : portable::lm_head_logprobs)(call, ignore_index, out, kept);

@@ -36,6 +36,7 @@ struct Call {
 // kept: what the forward leaves for its backward, kept_bytes() of memory, so that the product with
 // the vocabulary is not made again; null where nothing is kept.
 int64_t kept_bytes(const Call& call);
+bool may_be_kept(const Call& call, int64_t bytes);  // by either path
 void lm_head_logprobs(const Call& call, int64_t ignore_index, const TokenOutputs& out, void* kept);
 void lm_head_logprobs_backward(const Call& call, int64_t ignore_index, const TokenGrads& upstream,
                                const GradArgs& grads, void* kept, int64_t bytes_kept);

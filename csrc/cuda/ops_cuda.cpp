@@ -65,8 +65,12 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_logprobs_backward(
   const Inputs in(op, kDtypes, hidden, weight, targets, bias, temperature, softcap);
   const TokenGrads upstream = token_grads(op, in, grad_logprobs, grad_entropy, grad_logsumexp);
   Grads grads(in, hidden, need_hidden, need_weight, need_bias);
+  const cuda::Call call = call_of(hidden, in);
+  check_vector(op, "kept", kept, kept.numel(), ScalarType::Byte);
+  require(cuda::may_be_kept(call, kept.numel()), op, ": kept is of another call, got ",
+          shape_of(kept));
   if (!grads.args.any()) return {grads.hidden, grads.weight, grads.bias};
-  cuda::lm_head_logprobs_backward(call_of(hidden, in), ignore_index, upstream, grads.args,
+  cuda::lm_head_logprobs_backward(call, ignore_index, upstream, grads.args,
                                   kept.numel() ? kept.mutable_data_ptr() : nullptr, kept.numel());
   return {grads.hidden, grads.weight, grads.bias};
 }
