@@ -8,7 +8,8 @@ import torch
 from rl_samples import rewarded
 
 from bupo.config import ADVANTAGES
-from bupo.rl.advantages import ESTIMATORS, TOLERANCE, by_group, estimate, gae, penalise_length
+from bupo.rl.advantages import ESTIMATORS, by_group, estimate, gae, penalise_length
+from bupo.rl.types import REWARD_TOLERANCE
 
 
 def grpo(rollouts):
@@ -65,8 +66,8 @@ def test_equal_rewards_give_exactly_zero(rewards):
 
 
 def test_spread_within_the_tolerance_is_noise():
-    below = [rewarded(0, 0.0), rewarded(0, 0.5 * TOLERANCE)]
-    above = [rewarded(1, 0.0), rewarded(1, 3 * TOLERANCE)]
+    below = [rewarded(0, 0.0), rewarded(0, 0.5 * REWARD_TOLERANCE)]
+    above = [rewarded(1, 0.0), rewarded(1, 3 * REWARD_TOLERANCE)]
     assert grpo(below + above) == 0.5
     assert all(r.advantages.tolist() == [0.0] for r in below)
     assert above[0].advantages.item() < -0.3 and above[1].advantages.item() > 0.3

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bupo.rl.types import Rollout
-
-TOLERANCE = 1e-6
+from bupo.rl.types import REWARD_TOLERANCE, Rollout
 
 
 def by_group(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
@@ -22,7 +20,7 @@ def by_group(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
 
 def _flat(rewards: Tensor) -> bool:
     """No spread beyond rounding noise."""
-    return bool(rewards.max() - rewards.min() <= TOLERANCE)
+    return bool(rewards.max() - rewards.min() <= REWARD_TOLERANCE)
 
 
 def _grpo(rewards: Tensor) -> Tensor:
@@ -78,8 +76,8 @@ def estimate(
     r_i is reward - penalty; costs, of each token, are beta (log pi - log pi_ref) in REINFORCE++.
     ppo takes rollout.values and sets rollout.returns, which are not whitened.
     Whitening subtracts the mean over tokens and divides by their standard deviation. A group whose
-    rewards differ by no more than TOLERANCE gets exactly 0 from those that compare within it: the
-    std of equal floats is rounding noise. Returns the share of such groups.
+    rewards differ by no more than REWARD_TOLERANCE gets exactly 0 from those that compare within
+    it: the std of equal floats is rounding noise. Returns the share of such groups.
     """
     of_group, whiten = ESTIMATORS[name]
     groups = by_group(rollouts)

@@ -6,10 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from bupo.rl.types import Prompt, RewardReport, Rollout
-
-TOLERANCE = 1e-6
-"""As of bupo.rl.advantages"""
+from bupo.rl.types import REWARD_TOLERANCE, Prompt, RewardReport, Rollout
 
 Generate = Callable[[Sequence[Prompt], int], list[Rollout]]
 """Responses to prompts; the number is that of the round, 0 for the first, for its seed"""
@@ -102,4 +99,4 @@ def collect(
 
 def _flat(group: Sequence[Rollout]) -> bool:
     rewards = [r.reward for r in group]
-    return not rewards or max(rewards) - min(rewards) <= TOLERANCE
+    return not rewards or max(rewards) - min(rewards) <= REWARD_TOLERANCE

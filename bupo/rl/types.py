@@ -14,6 +14,10 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+REWARD_TOLERANCE = 1e-6
+"""Rewards of a group that differ by no more have no spread: the rest is rounding noise"""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One problem, tokenised once; the ids are what the model sees, everywhere."""
