@@ -53,7 +53,8 @@ def test_strict_accepts_every_answer_of_the_data_as_it_is(data: Path) -> None:
         answers = [str(row["ground_truth"]) for row in rewards]
         responses = [f"\\boxed{{no}}, so it is $\\boxed{{{answer}}}$." for answer in answers]
         assert set(strict(responses, answers)) == {1.0}
-        assert set(strict(responses, [f"{a} + 1" for a in answers])) == {0.0}
+        # In front: behind a unit ("5.4 \\text{ cents}") everything is dropped.
+        assert set(strict(responses, [f"1 + {a}" for a in answers])) == {0.0}
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
