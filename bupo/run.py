@@ -41,7 +41,8 @@ from bupo.sizes import Sizes, measure
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     lines = [
-        f"  {key} = {default}\n      {text}" for key, default, text in configuration.describe()
+        f"  {key} = {default}\n      {text}"
+        for key, default, text in configuration.describe(Config)
     ]
     parser = argparse.ArgumentParser(
         prog="python -m bupo.run",
@@ -132,7 +133,7 @@ def _resume_point(config: Config, out: Path) -> Path | None:
     if config.resume == "auto":
         points, earlier = complete(out), out / "config.yaml"
         if earlier.is_file() and (points or (out / "metrics.jsonl").exists()):
-            changed = configuration.changes_since(earlier, config)
+            changed = configuration.changes_since(earlier, config, configuration.MAY_CHANGE)
             if changed:
                 raise ConfigError(
                     f"resume=auto: out={out} holds a run with other settings ("

@@ -295,9 +295,9 @@ def test_help_teaches_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for key in config.all_keys():
+    for key in config.all_keys(config.Config):
         assert f"  {key} = " in text
-    assert all(help_text for _, _, help_text in config.describe())
+    assert all(help_text for _, _, help_text in config.describe(config.Config))
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (REPOSITORY / "recipes").glob("*.yaml")))

@@ -1,0 +1,46 @@
+"""Settings: a group a class, read from YAML and `key=value`, strict about names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bupo.config.errors import ConfigError, RunError
+from bupo.config.inputs import DataConfig, ModelConfig
+from bupo.config.objective import ADVANTAGES, CriticConfig, LossConfig, OptimizerConfig
+from bupo.config.phases import BupoConfig, PhaseConfig
+from bupo.config.reading import all_keys, changes_since, describe, dump, read, shipped, values
+from bupo.config.sampling import EvalConfig, RewardConfig, RolloutConfig
+from bupo.config.settings import MAY_CHANGE, CheckpointConfig, Config, WatchdogConfig
+
+__all__ = [
+    "ADVANTAGES",
+    "MAY_CHANGE",
+    "BupoConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "CriticConfig",
+    "DataConfig",
+    "EvalConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PhaseConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunError",
+    "WatchdogConfig",
+    "all_keys",
+    "changes_since",
+    "describe",
+    "dump",
+    "load",
+    "read",
+    "shipped",
+    "values",
+]
+
+
+def load(file: Path | None, overrides: list[str]) -> Config:
+    """The settings of a training run; see read."""
+    return read(file, overrides, Config)

@@ -1,0 +1,113 @@
+"""What is sampled and how it is graded: rollouts, rewards, evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bupo.config.errors import one_of, require
+
+
+@dataclass
+class RolloutConfig:
+    engine: str = "hf"
+    """hf: transformers' generate, any model. vllm: fast for all but the smallest models."""
+    prompts: int = 32
+    """Prompts per step."""
+    samples: int = 8
+    """Responses per prompt, G."""
+    refills: int = 0
+    """Dynamic sampling (DAPO): so often in a step, prompts whose responses all have one reward are
+    replaced by the next ones; 0: never."""
+    max_new_tokens: int = 1024
+    """Longest response; a response cut there counts as truncated."""
+    temperature: float = 1.0
+    """Of sampling, and of every log-prob that training uses."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1 samples from the policy itself."""
+    batch_size: int = 256
+    """Responses generated at once."""
+    max_logprob_gap: float = 0.1
+    """Engine and trainer may differ by this much per token (nats, mean); more stops the run."""
+    kv_cache_gib: int = 1
+    """vllm on a CPU: memory of its cache."""
+    gpu_memory_utilization: float = 0.4
+    """vllm on a GPU: its share of the memory, the trainer's aside."""
+    tensor_parallel: int = 1
+    """vllm on GPUs: how many share one model."""
+    sleep: bool = True
+    """vllm on a GPU: give its memory back during the update."""
+
+    def __post_init__(self) -> None:
+        one_of("rollout.engine", self.engine, ("hf", "vllm"))
+        counts = ("prompts", "samples", "max_new_tokens", "batch_size", "kv_cache_gib")
+        for key in (*counts, "tensor_parallel"):
+            require(getattr(self, key) > 0, f"rollout.{key} must be positive")
+        require(self.refills >= 0, "rollout.refills must be at least 0")
+        require(self.temperature > 0, f"rollout.temperature must be > 0, got {self.temperature}")
+        require(self.max_logprob_gap > 0, "rollout.max_logprob_gap must be > 0")
+        require(
+            0 < self.gpu_memory_utilization < 1, "rollout.gpu_memory_utilization must be in (0, 1)"
+        )
+        require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], got {self.top_p}")
+
+
+@dataclass
+class RewardConfig:
+    function: str = "math"
+    """math: 1 if the last \\boxed{} equals the answer by Math-Verify, else 0; strict: by string
+    comparison alone, as in the paper; or module:function taking (responses: list[str], answers:
+    list[str]) and returning list[float]. A function extract(response) in that module gives
+    majority votes."""
+    by_source: dict[str, str] = field(default_factory=dict)
+    """A function for each data_source, e.g. {math_dapo: strict, code: my.module:run}, in place of
+    reward.function; data of a source that is not named is then an error."""
+    timeout: float = 10.0
+    """Seconds for one response before its worker is killed; it then counts as reward/timeouts."""
+    workers: int = 2
+    """Worker processes of the math reward."""
+    overlong_buffer: int = 0
+    """DAPO's soft penalty, in training only: over the last so many tokens before
+    rollout.max_new_tokens it grows linearly from 0 to 1; 0: none."""
+
+    def __post_init__(self) -> None:
+        named = {f"by_source.{source}": name for source, name in self.by_source.items()}
+        for key, name in {"function": self.function, **named}.items():
+            require(
+                name in ("math", "strict") or name.count(":") == 1,
+                f"reward.{key} must be math, strict or module:function, got {name!r}",
+            )
+        require(self.overlong_buffer >= 0, "reward.overlong_buffer must be at least 0")
+        require(self.timeout > 0 and self.workers > 0, "reward.timeout and .workers must be > 0")
+
+    @property
+    def functions(self) -> list[str]:
+        """Each function in use, once."""
+        return list(dict.fromkeys(self.by_source.values() or [self.function]))
+
+
+@dataclass
+class EvalConfig:
+    files: list[str] = field(default_factory=list)
+    """Evaluation data, same formats as data.train; empty for none."""
+    samples: int = 8
+    """Responses per problem, n of Avg@n and of the Pass@K estimator."""
+    pass_k: list[int] = field(default_factory=lambda: [1, 4, 8])
+    """K of Pass@K; undefined (null) where K > samples."""
+    temperature: float | None = None
+    """Of evaluation; 0 takes the likeliest token (then samples=1), null is rollout.temperature."""
+    every: int = 0
+    """Steps between evaluations; before, at the phase switch and after always run if files are
+    given."""
+    limit: int | None = None
+    """Use only the first problems of each file."""
+
+    def __post_init__(self) -> None:
+        require(self.samples > 0, "eval.samples must be positive")
+        require(all(k > 0 for k in self.pass_k), "eval.pass_k must be positive")
+        require(self.temperature is None or self.temperature >= 0, "eval.temperature must be >= 0")
+        require(
+            self.temperature != 0 or self.samples == 1,
+            f"eval.temperature=0 makes equal samples: set eval.samples=1, got {self.samples}",
+        )
+        require(self.every >= 0, "eval.every must be at least 0")
+        require(self.limit is None or self.limit > 0, "eval.limit must be positive or null")

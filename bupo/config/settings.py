@@ -1,0 +1,141 @@
+"""Every setting of a run. Rules between groups are in `__post_init__`, so an impossible
+configuration cannot be built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from bupo.config.errors import one_of, require
+from bupo.config.inputs import DataConfig, ModelConfig
+from bupo.config.objective import ADVANTAGES, TOKENWISE, CriticConfig, LossConfig, OptimizerConfig
+from bupo.config.phases import BupoConfig, PhaseConfig
+from bupo.config.sampling import EvalConfig, RewardConfig, RolloutConfig
+
+MAY_CHANGE = (
+    *("steps", "name", "out", "resume", "eval.", "checkpoint.", "reward.workers"),
+    *("rollout.max_logprob_gap", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
+    *("rollout.sleep", "max_bad_steps", "wandb", "watchdog."),
+)
+"""Settings that a resumed run may have otherwise than the run it continues."""
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0
+    """Steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM."""
+    keep_last: int = 2
+    """Older checkpoints are removed."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0 and self.keep_last >= 1, "checkpoint.every >= 0, .keep_last >= 1")
+
+
+@dataclass
+class WatchdogConfig:
+    seconds: float = 1800.0
+    """A stage (rollout, reward, old_logprobs, update, sync, evaluation, save) that gets no further
+    for so long is named, and the stacks of all threads go to stalls.txt; 0: never."""
+    kill: bool = False
+    """Then end the process, for a supervisor that starts it again with resume=auto."""
+
+    def __post_init__(self) -> None:
+        require(self.seconds >= 0, "watchdog.seconds must be at least 0")
+
+
+@dataclass
+class Config:
+    name: str = "run"
+    """Used in the name of the run directory and the report."""
+    algorithm: str = "bupo"
+    """bupo: the internal policy first, then the final policy. grpo: the final policy only.
+    internal: the internal policy only. custom: the given `phases`."""
+    phases: list[PhaseConfig] = field(default_factory=list)
+    """For algorithm=custom, e.g. from the bottom up: [{layer: 2, steps: 10}, {layer: 4, steps: 10},
+    {}]; only layers up to 6, under the final objective: [{boundary: 6, lr_above: 0}]."""
+    advantage: str = "grpo"
+    """grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, or ppo, which trains a critic
+    (bupo/rl/advantages.py)."""
+    steps: int = 300
+    """Training steps in all."""
+    seed: int = 0
+    """Of prompt order and sampling; same seed, same run."""
+    out: str | None = None
+    """Run directory; default runs/NAME-ALGORITHM-TIME."""
+    resume: str = "never"
+    """auto continues from the newest complete checkpoint in `out`, or starts if there is none."""
+    max_bad_steps: int = 3
+    """An update with nan or infinity is skipped; so many steps in a row with one end the run."""
+    wandb: str | None = None
+    """Project of Weights & Biases to show the metrics in, if that package is installed."""
+    task: str | None = None
+    """Python module that makes model and data (bupo.tasks.arithmetic, bupo.tasks.tiny)."""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """Passed to the task."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    bupo: BupoConfig = field(default_factory=BupoConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+
+    def __post_init__(self) -> None:
+        one_of("algorithm", self.algorithm, ("bupo", "grpo", "internal", "custom"))
+        one_of("advantage", self.advantage, ADVANTAGES)
+        one_of("resume", self.resume, ("never", "auto"))
+        require(self.steps > 0, f"steps must be positive, got {self.steps}")
+        require(self.max_bad_steps > 0, "max_bad_steps must be positive")
+        require(
+            self.resume == "never" or self.out is not None,
+            "resume=auto needs out=DIR, the run directory to continue",
+        )
+        require(
+            self.rollout.samples >= 2 or self.advantage in TOKENWISE,
+            f"rollout.samples must be at least 2 for {self.advantage}'s group advantages, got "
+            f"{self.rollout.samples}",
+        )
+        require(
+            self.rollout.refills == 0 or self.rollout.samples >= 2,
+            "rollout.refills needs rollout.samples of at least 2: one reward has no spread",
+        )
+        require(
+            self.reward.overlong_buffer <= self.rollout.max_new_tokens,
+            f"reward.overlong_buffer ({self.reward.overlong_buffer}) exceeds "
+            f"rollout.max_new_tokens ({self.rollout.max_new_tokens})",
+        )
+        require(
+            self.loss.kl_estimator != "k1_reward" or self.advantage in TOKENWISE,
+            f"loss.kl_estimator=k1_reward needs advantage={' or '.join(TOKENWISE)}",
+        )
+        require(
+            self.rollout.prompts % self.optimizer.updates_per_step == 0,
+            f"rollout.prompts ({self.rollout.prompts}) must be a multiple of "
+            f"optimizer.updates_per_step ({self.optimizer.updates_per_step})",
+        )
+        require(
+            self.algorithm != "bupo" or self.bupo.steps < self.steps,
+            f"bupo.steps ({self.bupo.steps}) must be less than steps ({self.steps})",
+        )
+        require(
+            not self.bupo.auto_layer or self.algorithm == "bupo",
+            "bupo.auto_layer needs algorithm=bupo",
+        )
+        require(
+            bool(self.phases) == (self.algorithm == "custom"),
+            "phases and algorithm=custom need one another",
+        )
+        lengths = [phase.steps for phase in self.phases]
+        require(
+            all(lengths[:-1]), "phases: only the last may leave out steps, which is all that remain"
+        )
+        total, rest = sum(filter(None, lengths)), bool(lengths) and lengths[-1] is None
+        require(
+            not lengths or (total < self.steps if rest else total == self.steps),
+            f"phases have {total} steps{' before the last' if rest else ''}, steps={self.steps}",
+        )
