@@ -53,7 +53,7 @@ def run(out: Path, *more: str) -> int:
 
 
 def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bupo.rl.loop.Run._evaluate_if_due", lambda self, step: None)
+    monkeypatch.setattr("bupo.rl.evaluator.Evaluator.after", lambda self, step: None)
 
 
 @pytest.fixture(scope="module")

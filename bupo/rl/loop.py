@@ -3,27 +3,24 @@ log-probs, update, sync, metrics, evaluation, checkpoint."""
 
 from __future__ import annotations
 
-import math
 import resource
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, pstdev
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bupo.config import Config, RunError
-from bupo.rl import checkpoint, evaluation
+from bupo.rl import checkpoint
 from bupo.rl.advantages import estimate, penalise_length
 from bupo.rl.critic import Critic
+from bupo.rl.evaluator import Evaluator
 from bupo.rl.finite import first_bad
 from bupo.rl.forward import TokenStats
 from bupo.rl.metrics import Recorder, Stopwatch, read_rows
+from bupo.rl.monitor import Monitor, Stopped
 from bupo.rl.objective import drop, importance_weights
-from bupo.rl.progress import Progress
 from bupo.rl.prompts import PromptOrder
 from bupo.rl.reference import Reference
 from bupo.rl.report import write_report
@@ -31,10 +28,9 @@ from bupo.rl.rewards import Reward
 from bupo.rl.rollouts import RolloutEngine
 from bupo.rl.sampling import PromptStream, Sample, collect
 from bupo.rl.schedule import Schedule
-from bupo.rl.stop import StopRequest
+from bupo.rl.step_metrics import bad_steps_at_end, logprob_gap, rollout_metrics, rollout_row
 from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
 from bupo.rl.update import Trainer
-from bupo.rl.watchdog import Watchdog
 from bupo.rl.weight_sync import WeightSync, check
 
 PROBE_ROLLOUTS = 32
@@ -43,10 +39,6 @@ PROBE_ROLLOUTS = 32
 
 SYNC_ROLLOUTS, SYNC_TOKENS = 4, 32
 """After each update engine and trainer are compared on this many responses, this far"""
-
-
-class _Stopped(Exception):
-    """Leaves a step whose update has not begun."""
 
 
 @dataclass
@@ -80,43 +72,44 @@ class Run:
         order = PromptOrder(self.train_prompts, size, config.seed, config.data.weights)
         self.stream = PromptStream(order.take, size, self.drawn)
         self.sync = WeightSync(self.engine, self.model, config.rollout.max_logprob_gap)
-        self.watchdog = Watchdog(self.out, config.watchdog.seconds, config.watchdog.kill)
         self.recorder = Recorder(self.out, self.start, config.wandb, self.out.name)
-        self.progress = Progress(config.steps, self.start)
-        self.stop = StopRequest()
-        self.bad_steps = _bad_steps_at_end(read_rows(self.out / "metrics.jsonl"))
+        self.monitor = Monitor(config, self.out, self.start)
+        self.trainer.share = self.monitor.share
+        self.evaluator = Evaluator(
+            config, self.out, self.schedule, self.eval_prompts, self._generate_for_evaluation,
+            self.reward, self.recorder, self.monitor,
+        )  # fmt: skip
+        self.bad_steps = bad_steps_at_end(read_rows(self.out / "metrics.jsonl"))
         self.saved, self.failure, self.updating = self.start, "", False
         try:
             done = self._steps()
             if done > self.saved or not checkpoint.complete(self.out):
                 self._save(done)
         finally:
-            self.stop.release()
-            self.progress.end()
+            self.monitor.release()
             self.recorder.close()
-            self.watchdog.close()
         write_report(self.out)
         if self.failure:
             raise RunError(self.failure)
-        return self.stop.signal
+        return self.monitor.stop.signal
 
     def _steps(self) -> int:
         """All steps, or as many as there are until a stop; returns how many are done."""
         done, every = self.start, self.config.checkpoint.every
         try:
-            self._evaluate_if_due(done)
+            self.evaluator.after(done)
             for step in range(self.start + 1, self.config.steps + 1):
                 self.updating = False
                 self._step(step)
                 done, self.updating = step, False
                 if self.failure:
                     break
-                self._evaluate_if_due(step)
+                self.evaluator.after(step)
                 if every and step % every == 0:
                     self._save(step)
-                if self.stop():
+                if self.monitor.stop():
                     break
-        except _Stopped:
+        except Stopped:
             pass
         except Exception:
             if not self.updating and done > self.saved:  # the state is still that of a whole step
@@ -130,11 +123,11 @@ class Run:
 
         sample = self._sample(step, watch)
         rollouts = sample.rollouts
-        self._check_stop()
-        with self._stage("old_logprobs", step, watch):
+        self.monitor.check_stop()
+        with self.monitor.stage("old_logprobs", step, watch):
             old = self.trainer.token_stats(rollouts, policy)
             probe, final = self._final_policy(rollouts, policy, old)
-            mismatch = _logprob_gap(probe, final)
+            mismatch = logprob_gap(probe, final.logprobs)
             if config.rollout.top_p == 1:  # else the engine's are of the nucleus
                 check(mismatch, config.rollout.max_logprob_gap, "log-probs of sampled tokens")
             reference = self.reference
@@ -147,24 +140,24 @@ class Run:
         penalise_length(rollouts, config.rollout.max_new_tokens, config.reward.overlong_buffer)
         gae = (config.critic.gamma, config.critic.gae_lambda)
         zero_spread = estimate(rollouts, config.advantage, costs, *gae)
-        self._check_stop()
+        self.monitor.check_stop()
         self.updating = True
-        with self._stage("update", step, watch):
+        with self.monitor.stage("update", step, watch):
             cap = config.loss.tis_cap
             correction = None if cap is None else importance_weights(rollouts, final.logprobs, cap)
             update = self.trainer.update(rollouts, old.logprobs, policy, step, correction)
         if self.critic:
-            with self._stage("critic", step, watch):
+            with self.monitor.stage("critic", step, watch):
                 update |= self.critic.update(rollouts, step)
         self._count_bad_steps(step)
-        with self._stage("sync", step, watch):
+        with self.monitor.stage("sync", step, watch):
             gap = self.sync(self.trainer.changed, _short(rollouts), self._final_logprobs)
 
         row = {
             "step": step,
             "phase": policy.phase,
             "layer": policy.layer,
-            **self._rollout_metrics(rollouts, sample.report),
+            **rollout_metrics(rollouts, sample.report),
             **(sample.metrics() if config.rollout.refills else {}),
             "response/dropped": dropped,
             "groups/zero_spread": zero_spread,
@@ -181,56 +174,37 @@ class Run:
             "memory/peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         self.stream.drawn += sample.drawn
-        self.recorder.rollouts(step, [_rollout_row(r) for r in rollouts])
+        self.recorder.rollouts(step, [rollout_row(r) for r in rollouts])
         self.recorder.step(row)
-        self.progress.step(row)
+        self.monitor.progress.step(row)
 
     def _sample(self, step: int, watch: Stopwatch) -> Sample:
         """Rollouts with their rewards."""
         size, seed = self.config.rollout, f"{self.config.seed}/step/{step}"
 
         def generate(prompts: Sequence[Prompt], round_: int) -> list[Rollout]:
-            with self._stage("rollout", step, watch):
+            with self.monitor.stage("rollout", step, watch):
                 at = f"{seed}/refill/{round_}" if round_ else seed
                 return self._generate(prompts, size.samples, at)
 
         def grade(rollouts: list[Rollout]) -> RewardReport:
-            with self._stage("reward", step, watch):
+            with self.monitor.stage("reward", step, watch):
                 return self.reward(rollouts)
 
         sample = collect(self.stream, step, size.prompts, generate, grade, size.refills)
         if sample.report.first:
-            self.progress.say(
+            self.monitor.progress.say(
                 f"step {step}: {sample.report.timeouts} timeouts and {sample.report.errors} errors "
                 f"of the reward, the first: {sample.report.first}"
             )
         return sample
-
-    @contextmanager
-    def _stage(self, name: str, step: int, watch: Stopwatch | None = None) -> Iterator[None]:
-        """Timed, watched, and with its progress shown where it takes long."""
-        timed = watch.stage(name) if watch else nullcontext()
-        with (
-            timed,
-            self.watchdog.stage(f"step {step}, stage {name}"),
-            self.progress.waiting(f"step {step}/{self.config.steps}, {name}") as share,
-        ):
-            self.trainer.share = self._alive(share)
-            yield
-
-    def _alive(self, share: Callable[[float], object]) -> Callable[[float], None]:
-        def alive(done: float) -> None:
-            self.watchdog.alive()
-            share(done)
-
-        return alive
 
     def _count_bad_steps(self, step: int) -> None:
         if not self.trainer.skipped:
             self.bad_steps = 0
             return
         self.bad_steps += 1
-        self.progress.say(f"step {step}: skipped {'; '.join(self.trainer.skipped)}")
+        self.monitor.progress.say(f"step {step}: skipped {'; '.join(self.trainer.skipped)}")
         if self.bad_steps >= self.config.max_bad_steps:
             self.failure = (
                 f"{self.bad_steps} steps in a row with nan or infinity (max_bad_steps), the last: "
@@ -249,17 +223,13 @@ class Run:
 
         def stop() -> bool:  # asked before every batch
             nonlocal asked
-            self.trainer.share(asked / batches)
+            self.monitor.share(asked / batches)
             asked += 1
-            return self.stop()
+            return self.monitor.stop()
 
         rollouts = self.engine.generate(prompts, samples, seed, stop, temperature)
-        self._check_stop()
+        self.monitor.check_stop()
         return rollouts
-
-    def _check_stop(self) -> None:
-        if self.stop():
-            raise _Stopped
 
     def _final_policy(
         self, rollouts: Sequence[Rollout], policy: Policy, old: TokenStats
@@ -276,56 +246,6 @@ class Run:
     def _final_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         return self.trainer.token_stats(rollouts, Policy(None), temperature=1.0).logprobs
 
-    @staticmethod
-    def _rollout_metrics(rollouts: Sequence[Rollout], report: RewardReport) -> dict[str, float]:
-        rewards = [r.reward for r in rollouts if math.isfinite(r.reward)] or [math.nan]
-        return {
-            "reward/mean": fmean(rewards),
-            "reward/std": pstdev(rewards) if len(rewards) > 1 else math.nan,
-            "reward/penalty": fmean(r.penalty for r in rollouts),
-            "reward/timeouts": report.timeouts,
-            "reward/errors": report.errors,
-            "response/length": fmean(len(r.token_ids) for r in rollouts),
-            "response/truncated": fmean(r.finish_reason == "length" for r in rollouts),
-        }
-
-    def _evaluation_due(self, step: int) -> str | None:
-        if not self.eval_prompts:
-            return None
-        if step == 0:
-            return "before"
-        if step == self.config.steps:
-            return "after"
-        if self.schedule.switches_after(step):
-            return "phase_switch"
-        return "during" if self.config.eval.every and step % self.config.eval.every == 0 else None
-
-    def _evaluate_if_due(self, step: int) -> None:
-        when = self._evaluation_due(step)
-        if when is None:
-            return
-        rows = read_rows(self.out / "eval.jsonl")
-        recorded = {row["dataset"] for row in rows if row["step"] == step}
-        for dataset, problems in evaluation.by_dataset(self.eval_prompts).items():
-            if dataset in recorded:
-                continue
-            with (
-                self.watchdog.stage(f"step {step}, stage evaluation on {dataset}"),
-                self.progress.waiting(f"evaluation on {dataset}") as share,
-            ):
-                self.trainer.share = lambda _: self.watchdog.alive()
-                result = evaluation.evaluate(
-                    dataset,
-                    problems,
-                    self.config,
-                    self._generate_for_evaluation,
-                    self.reward,
-                    self.recorder.problems(step, evaluation.file_name(dataset)),
-                    share=self._alive(share),
-                )
-            self.recorder.evaluation(step, when, result)
-            self.progress.say(f"evaluation {when.replace('_', ' ')} (step {step}): {result}")
-
     def _generate_for_evaluation(self, problems: Sequence[Prompt], seed: str) -> list[Rollout]:
         settings = self.config.eval
         return self._generate(problems, settings.samples, seed, settings.temperature)
@@ -338,7 +258,7 @@ class Run:
                 f"step {step} has left the model with {bad}; no checkpoint is made of that, the "
                 f"one of step {self.saved} is kept"
             )
-        with self._stage("save", step), checkpoint.writing(self.out, step):
+        with self.monitor.stage("save", step), checkpoint.writing(self.out, step):
             keep = self.config.checkpoint.keep_last
             state = {"step": step, "drawn": self.stream.drawn}
             parts = (self.model, self.tokenizer, self.trainer.optimizer, self.critic)
@@ -346,32 +266,7 @@ class Run:
         self.saved = step
 
 
-def _bad_steps_at_end(rows: Sequence[dict[str, Any]]) -> int:
-    """How many steps in a row, the last one among them, have skipped an update."""
-    good = (n for n, row in enumerate(reversed(rows)) if not row.get("policy/skipped_updates"))
-    return next(good, len(rows))
-
-
-def _logprob_gap(rollouts: Sequence[Rollout], stats: TokenStats) -> float:
-    """Mean absolute difference, in nats, between engine and trainer on the sampled tokens."""
-    engine = torch.tensor([x for r in rollouts for x in r.logprobs])
-    return float((engine - torch.cat(stats.logprobs)).abs().mean())
-
-
 def _short(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The beginnings of a few responses, enough to see whether weights have arrived."""
     few = rollouts[:: max(1, len(rollouts) // SYNC_ROLLOUTS)][:SYNC_ROLLOUTS]
     return [replace(r, token_ids=r.token_ids[:SYNC_TOKENS]) for r in few]
-
-
-def _rollout_row(rollout: Rollout) -> dict[str, Any]:
-    assert rollout.advantages is not None
-    return {
-        "prompt": rollout.prompt.text,
-        "response": rollout.text,
-        "reward": rollout.reward,
-        "advantage": float(rollout.advantages[0]) if len(rollout.advantages) else 0.0,
-        "answer": rollout.prompt.answer,
-        "finish_reason": rollout.finish_reason,
-        "tokens": len(rollout.token_ids),
-    }

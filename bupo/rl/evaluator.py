@@ -1,0 +1,68 @@
+"""Evaluation during a run: when, and where its results go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bupo.config import Config
+from bupo.rl import evaluation
+from bupo.rl.metrics import Recorder, read_rows
+from bupo.rl.monitor import Monitor
+from bupo.rl.rewards import Reward
+from bupo.rl.schedule import Schedule
+from bupo.rl.types import Prompt, Rollout
+
+
+@dataclass
+class Evaluator:
+    """Before the first step, where the phase switches, every eval.every steps, and at the end."""
+
+    config: Config
+    out: Path
+    schedule: Schedule
+    problems: Sequence[Prompt]
+    generate: Callable[[Sequence[Prompt], str], list[Rollout]]
+    """Responses to problems, the samples of each, by a seed"""
+    reward: Reward
+    recorder: Recorder
+    monitor: Monitor
+
+    def due(self, step: int) -> str | None:
+        """Why the policy is evaluated after a step, as eval.jsonl has it; None if it is not."""
+        if not self.problems:
+            return None
+        if step == 0:
+            return "before"
+        if step == self.config.steps:
+            return "after"
+        if self.schedule.switches_after(step):
+            return "phase_switch"
+        return "during" if self.config.eval.every and step % self.config.eval.every == 0 else None
+
+    def after(self, step: int) -> None:
+        """Evaluates if it is due, on the data sets that the run has no result of yet."""
+        when = self.due(step)
+        if when is None:
+            return
+        rows = read_rows(self.out / "eval.jsonl")
+        recorded = {row["dataset"] for row in rows if row["step"] == step}
+        for dataset, problems in evaluation.by_dataset(self.problems).items():
+            if dataset in recorded:
+                continue
+            shown = f"evaluation on {dataset}"
+            with self.monitor.watched(f"step {step}, stage {shown}", shown):
+                result = evaluation.evaluate(
+                    dataset,
+                    problems,
+                    self.config,
+                    self.generate,
+                    self.reward,
+                    self.recorder.problems(step, evaluation.file_name(dataset)),
+                    share=self.monitor.share,
+                )
+            self.recorder.evaluation(step, when, result)
+            self.monitor.progress.say(
+                f"evaluation {when.replace('_', ' ')} (step {step}): {result}"
+            )

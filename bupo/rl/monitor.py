@@ -1,0 +1,61 @@
+"""What a person and a supervisor see of a running step, and how they stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from bupo.config import Config
+from bupo.rl.metrics import Stopwatch
+from bupo.rl.progress import Progress
+from bupo.rl.stop import StopRequest
+from bupo.rl.watchdog import Watchdog
+
+
+class Stopped(Exception):
+    """Leaves what has not changed the state of the run."""
+
+
+class Monitor:
+    """Progress on the terminal, the watchdog and the request to stop, together."""
+
+    def __init__(self, config: Config, out: Path, start: int) -> None:
+        self._steps = config.steps
+        self._watchdog = Watchdog(out, config.watchdog.seconds, config.watchdog.kill)
+        self.progress = Progress(config.steps, start)
+        self.stop = StopRequest()
+        self._share: Callable[[float], object] = lambda share: None
+
+    def share(self, done: float) -> None:
+        """The present stage is so far."""
+        self._watchdog.alive()
+        self._share(done)
+
+    @contextmanager
+    def stage(self, name: str, step: int, watch: Stopwatch | None = None) -> Iterator[None]:
+        """Timed, watched, and with its progress shown where it takes long."""
+        shown = f"step {step}/{self._steps}, {name}"
+        timed = watch.stage(name) if watch else nullcontext()
+        with timed, self.watched(f"step {step}, stage {name}", shown):
+            yield
+
+    @contextmanager
+    def watched(self, name: str, shown: str) -> Iterator[None]:
+        """name: for the watchdog, shown: on the terminal."""
+        outer = self._share
+        with self._watchdog.stage(name), self.progress.waiting(shown) as self._share:
+            try:
+                yield
+            finally:
+                self._share = outer
+
+    def check_stop(self) -> None:
+        """Raises Stopped where a stop was asked for."""
+        if self.stop():
+            raise Stopped
+
+    def release(self) -> None:
+        self.stop.release()
+        self.progress.end()
+        self._watchdog.close()

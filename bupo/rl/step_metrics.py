@@ -1,0 +1,53 @@
+"""Figures of a step that are made of its rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bupo.rl.types import RewardReport, Rollout
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], report: RewardReport) -> dict[str, float]:
+    """Of rewards and responses."""
+    rewards = [r.reward for r in rollouts if math.isfinite(r.reward)] or [math.nan]
+    return {
+        "reward/mean": fmean(rewards),
+        "reward/std": pstdev(rewards) if len(rewards) > 1 else math.nan,
+        "reward/penalty": fmean(r.penalty for r in rollouts),
+        "reward/timeouts": report.timeouts,
+        "reward/errors": report.errors,
+        "response/length": fmean(len(r.token_ids) for r in rollouts),
+        "response/truncated": fmean(r.finish_reason == "length" for r in rollouts),
+    }
+
+
+def logprob_gap(rollouts: Sequence[Rollout], logprobs: Sequence[Tensor]) -> float:
+    """Mean absolute difference, in nats, between engine and trainer on the sampled tokens."""
+    engine = torch.tensor([x for r in rollouts for x in r.logprobs])
+    return float((engine - torch.cat(list(logprobs))).abs().mean())
+
+
+def rollout_row(rollout: Rollout) -> dict[str, Any]:
+    """As rollouts/step_*.jsonl holds it."""
+    assert rollout.advantages is not None
+    return {
+        "prompt": rollout.prompt.text,
+        "response": rollout.text,
+        "reward": rollout.reward,
+        "advantage": float(rollout.advantages[0]) if len(rollout.advantages) else 0.0,
+        "answer": rollout.prompt.answer,
+        "finish_reason": rollout.finish_reason,
+        "tokens": len(rollout.token_ids),
+    }
+
+
+def bad_steps_at_end(rows: Sequence[dict[str, Any]]) -> int:
+    """How many steps in a row, the last one among them, have skipped an update."""
+    good = (n for n, row in enumerate(reversed(rows)) if not row.get("policy/skipped_updates"))
+    return next(good, len(rows))
