@@ -49,6 +49,7 @@ def arguments(out: Path, *overrides: str) -> list[str]:
         "eval.pass_k=[1,2]",
         "eval.every=2",
         "checkpoint.every=2",
+        "diagnostics.every=2",
         *overrides,
     ]
 
@@ -80,6 +81,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     """Parameter for parameter, metric for metric, token for token."""
     assert rows(a / "metrics.jsonl") == rows(b / "metrics.jsonl")
     assert rows(a / "eval.jsonl") == rows(b / "eval.jsonl")
+    assert rows(a / "diagnostics.jsonl") == rows(b / "diagnostics.jsonl")
     assert state(a) == state(b)
     names = sorted(p.name for p in (a / "rollouts").iterdir())
     assert names == sorted(p.name for p in (b / "rollouts").iterdir())

@@ -86,7 +86,7 @@ def test_tools_of_the_stages_import_no_stage() -> None:
 
 def test_every_file_of_rl_is_a_known_stage() -> None:
     helpers = {"boxed", "data_files", "finite", "math_worker", "mirrors", "progress", "stop"}
-    of_loop = {"evaluator", "loop", "monitor", "step_metrics", "watchdog"}
+    of_loop = {"diagnostics", "evaluator", "loop", "monitor", "step_metrics", "watchdog"}
     known = STAGES | TOOLS | helpers | of_loop | {"__init__", "types"}
     found = {path.stem for path in (ROOT / "bupo/rl").iterdir() if path.name != "__pycache__"}
     assert found == known

@@ -121,6 +121,54 @@ def pages(tmp_path_factory):
     return {n: report.write_report(write_run(root / str(n), 40, n)) for n in (0, 8, 20)}
 
 
+def looks(steps, depth=4, **changes):
+    """Rows of diagnostics.jsonl of a run on layer 2: KL of layer 1 rises by 1, all else stays."""
+    for n, step in enumerate(steps):
+        row = {"step": step, "anchor": 2, "layers": list(range(1, depth + 1)), "ends_phase": ""}
+        row |= {k: [float(m) for m in range(depth)] for k in ("entropy", "similarity")}
+        row |= {"kl_to_final": [1.0 + n / (len(steps) - 1), *[1.0] * (depth - 1)]}
+        yield row | {"kl_from_anchor": [0.5] * depth, "log_perplexity": 0.2, **changes}
+
+
+def test_layer_maps_show_the_change_of_each_layer(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines(run / "diagnostics.jsonl", looks([0, 8, 20, 40]))
+    page = report.write_report(run)
+    assert set(pictures(page)) == PICTURES | {"layers"}
+    png = pixels(pictures(page)["layers"])
+    red = (png[..., 0] > 0.35) & (png[..., 1] < 0.05) & (png[..., 2] < 0.2)
+    rows, columns = np.nonzero(red[:, : int(0.89 * png.shape[1])])  # without the colour bars
+    assert len(rows), "the rise is at the end of the scale"
+    assert columns.min() > 0.65 * png.shape[1], "at the last look"
+    assert np.ptp(rows) < 0.08 * png.shape[0], "in one layer of one map"
+    assert pictures(page) == pictures(report.write_report(run)), "same files, same bytes"
+    two = report.write_report(run, write_run(tmp_path / "other"))
+    assert "layers" in pictures(two), "one of the runs has looked"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [*looks([0, 1])][:1],
+        [{"step": 0}, {"step": 1}],
+        [*looks([0, 1], entropy=None, kl_to_final="x", kl_from_anchor=[], similarity=[math.nan])],
+        [{"step": n, "entropy": [None, "a"], "anchor": "<b>"} for n in range(3)],
+    ],
+)
+def test_looks_that_show_nothing_make_no_picture(tmp_path, rows):
+    run = write_run(tmp_path / "run")
+    lines(run / "diagnostics.jsonl", rows)
+    page = report.write_report(run)
+    assert set(pictures(page)) == PICTURES
+    assert "could not be drawn" not in page.read_text()
+
+
+def test_looks_of_another_depth_or_anchor_are_left_out(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines(run / "diagnostics.jsonl", [*looks([0, 5]), *looks([9, 12], depth=7), *looks([20, 30])])
+    assert "layers" in pictures(report.write_report(run))
+
+
 def test_page_embeds_the_pngs_that_lie_beside_it(tmp_path):
     page = report.write_report(write_run(tmp_path / "run"))
     assert page == tmp_path / "run" / "report.html"

@@ -10,7 +10,13 @@ from bupo.config.objective import ADVANTAGES, CriticConfig, LossConfig, Optimize
 from bupo.config.phases import BupoConfig, PhaseConfig
 from bupo.config.reading import all_keys, changes_since, describe, dump, read, shipped, values
 from bupo.config.sampling import EvalConfig, RewardConfig, RolloutConfig
-from bupo.config.settings import MAY_CHANGE, CheckpointConfig, Config, WatchdogConfig
+from bupo.config.settings import (
+    MAY_CHANGE,
+    CheckpointConfig,
+    Config,
+    DiagnosticsConfig,
+    WatchdogConfig,
+)
 
 __all__ = [
     "ADVANTAGES",
@@ -21,6 +27,7 @@ __all__ = [
     "ConfigError",
     "CriticConfig",
     "DataConfig",
+    "DiagnosticsConfig",
     "EvalConfig",
     "LossConfig",
     "ModelConfig",

@@ -21,10 +21,15 @@ class BupoConfig:
     responses of its own (algorithm=bupo; auto_layer.json in the run directory has the curve)."""
     auto_tolerance: float = 0.1
     """Share of the largest rise of entropy by an FFN below which a layer no longer explores."""
+    auto_stop: float | None = None
+    """End phase 1 before bupo.steps where it has stopped helping: when the final policy's log
+    perplexity of the probes (see diagnostics.every) has risen by so many nats, e.g. 0.1, or
+    KL(pi^l || pi) has made no new low for 5 steps; null: never (algorithm=bupo)."""
 
     def __post_init__(self) -> None:
         require(self.layer >= 1, f"bupo.layer counts from 1, got {self.layer}")
         require(self.steps >= 0, f"bupo.steps must be at least 0, got {self.steps}")
+        require(self.auto_stop is None or self.auto_stop > 0, "bupo.auto_stop must be > 0 or null")
         require(0 <= self.auto_tolerance < 1, "bupo.auto_tolerance must be in [0, 1)")
 
 

@@ -16,7 +16,7 @@ from bupo.config.sampling import EvalConfig, RewardConfig, RolloutConfig
 MAY_CHANGE = (
     *("steps", "name", "out", "resume", "eval.", "checkpoint.", "reward.workers"),
     *("rollout.max_logprob_gap", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
-    *("rollout.sleep", "max_bad_steps", "wandb", "watchdog."),
+    *("rollout.sleep", "max_bad_steps", "wandb", "watchdog.", "diagnostics."),
 )
 """Settings that a resumed run may have otherwise than the run it continues."""
 
@@ -42,6 +42,16 @@ class WatchdogConfig:
 
     def __post_init__(self) -> None:
         require(self.seconds >= 0, "watchdog.seconds must be at least 0")
+
+
+@dataclass
+class DiagnosticsConfig:
+    every: int = 10
+    """Steps between looks at the policies of all layers, on probes: responses that the model gives
+    before step 1 to 32 prompts. diagnostics.jsonl and the report have them. 0: never."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "diagnostics.every must be at least 0")
 
 
 @dataclass
@@ -82,6 +92,7 @@ class Config:
     critic: CriticConfig = field(default_factory=CriticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
@@ -125,6 +136,10 @@ class Config:
         require(
             not self.bupo.auto_layer or self.algorithm == "bupo",
             "bupo.auto_layer needs algorithm=bupo",
+        )
+        require(
+            self.bupo.auto_stop is None or self.algorithm == "bupo",
+            "bupo.auto_stop needs algorithm=bupo",
         )
         require(
             bool(self.phases) == (self.algorithm == "custom"),

@@ -2,6 +2,7 @@
 
 from bupo.internal.boundary import Boundary, boundary_layer, convergence
 from bupo.internal.decomposition import DecompositionError, Layer, decomposed
+from bupo.internal.distances import Distances, distances
 from bupo.internal.entropy_flow import EntropyFlow, entropy_flow
 from bupo.internal.lens import Lens, lens
 from bupo.internal.texts import Text
@@ -9,6 +10,7 @@ from bupo.internal.texts import Text
 __all__ = [
     "Boundary",
     "DecompositionError",
+    "Distances",
     "EntropyFlow",
     "Layer",
     "Lens",
@@ -16,6 +18,7 @@ __all__ = [
     "boundary_layer",
     "convergence",
     "decomposed",
+    "distances",
     "entropy_flow",
     "lens",
 ]

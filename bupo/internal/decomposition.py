@@ -95,11 +95,11 @@ def _watch(
     trace = _Trace()
 
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-        trace.before, trace.calls = _first_tensor(args, kwargs), []
+        trace.before, trace.calls = first_tensor(args, kwargs), []
 
     def call(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            source, result = _first_tensor(args, kwargs), _first_tensor((output,), {})
+            source, result = first_tensor(args, kwargs), first_tensor((output,), {})
             if source is not None and result is not None:
                 value = result.clone() if name in ("attention", "ffn") else result
                 trace.calls.append(_Call(name, source, result, value))
@@ -107,7 +107,7 @@ def _watch(
         return note
 
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        after = _first_tensor((output,), {})
+        after = first_tensor((output,), {})
         if trace.before is None or after is None:
             raise DecompositionError(f"{where}: no hidden states came in or out")
         visit(_take_apart(trace, after, index, where))
@@ -133,7 +133,7 @@ def _label(name: str, child: nn.Module) -> str:
     return "other"
 
 
-def _first_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+def first_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
     """The hidden states among a call's arguments or in its output."""
     for x in (*args, *kwargs.values()):
         while isinstance(x, (tuple, list)) and x:

@@ -15,6 +15,7 @@ from bupo.config import Config, RunError
 from bupo.rl import checkpoint
 from bupo.rl.advantages import estimate, penalise_length
 from bupo.rl.critic import Critic
+from bupo.rl.diagnostics import Diagnostics
 from bupo.rl.evaluator import Evaluator
 from bupo.rl.finite import first_bad
 from bupo.rl.forward import TokenStats
@@ -79,6 +80,7 @@ class Run:
             config, self.out, self.schedule, self.eval_prompts, self._generate_for_evaluation,
             self.reward, self.recorder, self.monitor,
         )  # fmt: skip
+        self.diagnostics = Diagnostics(config, self.out, self.model, self.schedule, self.recorder)
         self.bad_steps = bad_steps_at_end(read_rows(self.out / "metrics.jsonl"))
         self.saved, self.failure, self.updating = self.start, "", False
         try:
@@ -97,6 +99,7 @@ class Run:
         """All steps, or as many as there are until a stop; returns how many are done."""
         done, every = self.start, self.config.checkpoint.every
         try:
+            self._look_first()
             self.evaluator.after(done)
             for step in range(self.start + 1, self.config.steps + 1):
                 self.updating = False
@@ -116,6 +119,16 @@ class Run:
                 self._save(done)
             raise
         return done
+
+    def _look_first(self) -> None:
+        """The probes of the diagnostics and, before the first step, what they say."""
+        with self.monitor.stage("probes", self.start):
+            prompts = self.eval_prompts or self.train_prompts
+            seed = f"{self.config.seed}/probes"
+            self.diagnostics.begin(lambda chosen: self._generate(chosen, 1, seed), prompts)
+        if self.start == 0:
+            with self.monitor.stage("diagnostics", 0):
+                self.diagnostics.after(0)
 
     def _step(self, step: int) -> None:
         config, watch = self.config, Stopwatch()
@@ -152,6 +165,14 @@ class Run:
         self._count_bad_steps(step)
         with self.monitor.stage("sync", step, watch):
             gap = self.sync(self.trainer.changed, _short(rollouts), self._final_logprobs)
+        looked: dict[str, float] = {}
+        if self.diagnostics.due(step):
+            with self.monitor.stage("diagnostics", step, watch):
+                looked = self.diagnostics.after(step)
+            if self.diagnostics.ends_phase:
+                self.monitor.progress.say(
+                    f"step {step}: phase 1 ends here, {self.diagnostics.ends_phase} (auto_stop)"
+                )
 
         row = {
             "step": step,
@@ -168,6 +189,7 @@ class Run:
             **({"policy/skipped_why": self.trainer.skipped[0]} if self.trainer.skipped else {}),
             "rollout/logprob_gap": mismatch,
             "sync/logprob_gap": mismatch if gap is None else gap,
+            **looked,
             **{f"time/{name}": seconds for name, seconds in watch.seconds.items()},
             "time/step": watch.total(),
             "tokens_per_second": sample.tokens / watch.total(),

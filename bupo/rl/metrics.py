@@ -53,7 +53,7 @@ class Recorder:
     ) -> None:
         """keep_until_step: rows of later steps are removed (they will be made again)."""
         self._run = run
-        for file in ("metrics.jsonl", "eval.jsonl"):
+        for file in ("metrics.jsonl", "eval.jsonl", "diagnostics.jsonl"):
             rows = [r for r in read_rows(run / file) if r["step"] <= keep_until_step]
             replace_text(run / file, "".join(json.dumps(r) + "\n" for r in rows))
         self._mirrors = Mirrors(run, keep_until_step, wandb, name)
@@ -67,6 +67,9 @@ class Recorder:
         self._append("eval.jsonl", row)
         self._mirrors.scalars(step, {f"eval/{result.dataset}/avg@{result.samples}": result.avg})
         return row
+
+    def diagnostics(self, row: dict[str, Any]) -> None:
+        self._append("diagnostics.jsonl", row)
 
     def problems(self, step: int, file_name: str) -> Callable[[list[dict[str, Any]]], None]:
         """Starts the file of one data set's problems and responses; returns what appends to it."""

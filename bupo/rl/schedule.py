@@ -44,6 +44,13 @@ class Schedule:
         """Whether another phase begins after a step."""
         return step in self._last[:-1]
 
+    def end_phase(self, step: int) -> None:
+        """The phase of a step ends with it; the next one begins that much earlier and, the last
+        one aside, is as long as it was."""
+        phase = next(n for n, last in enumerate(self._last) if step <= last)
+        gained = self._last[phase] - step
+        self._last[phase:-1] = [last - gained for last in self._last[phase:-1]]
+
     def layers(self) -> list[int]:
         """The internal policies of the run, lowest first."""
         return sorted({p.layer for p in self._policies if p.layer is not None})

@@ -1,7 +1,7 @@
 """The report of a training run: report.html and PNG plots, from the files of its run directory.
 
-run_files.py reads, plots.py draws, page.html.j2 is the page; `python -m bupo.rl.report` for a
-finished run, or several overlaid.
+run_files.py reads, plots.py and layer_maps.py draw, page.html.j2 is the page;
+`python -m bupo.rl.report` for a finished run, or several overlaid.
 """
 
 import base64
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jinja2
 
+from bupo.rl.report.layer_maps import draw_layers
 from bupo.rl.report.plots import TITLES, draw
 from bupo.rl.report.run_files import pass_ks, pick_rollouts, plus_minus, read_run, short
 
@@ -30,7 +31,7 @@ def write_report(run_dir: Path, *others: Path, out_dir: Path | None = None) -> P
     images = {}
     for name in TITLES:
         try:
-            png = draw(name, runs)
+            png = draw_layers(runs) if name == "layers" else draw(name, runs)
         except Exception as error:  # a plot must never end a training run; the page says it is gone
             runs[0].notes.append(f"{name}.png could not be drawn: {error!r:.200}")
             continue

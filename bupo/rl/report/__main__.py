@@ -3,8 +3,8 @@
     python -m bupo.rl.report RUN_DIR                     one run; writes into RUN_DIR
     python -m bupo.rl.report RUN_DIR RUN_DIR2 [--out D]  overlaid; into D (RUN_DIR/comparison)
 
-A pure function of metrics.jsonl, eval.jsonl, config.yaml and rollouts/step_*.jsonl: same files,
-same bytes.
+A pure function of metrics.jsonl, eval.jsonl, diagnostics.jsonl, config.yaml and
+rollouts/step_*.jsonl: same files, same bytes.
 """
 
 import argparse

@@ -29,6 +29,7 @@ TITLES = {"reward": "Reward", "pass_at_k": "Pass@K", "entropy": "Entropy"}
 TITLES |= {
     "ratio": "How far an update moves the policy",
     "length": "Response length",
+    "layers": "Every layer’s policy since the beginning",
     "time": "Time",
 }
 PANELS = [  # picture, key of metrics.jsonl, y label
@@ -61,12 +62,13 @@ def _picture(picture: str, runs: list[Run]) -> bytes | None:
         return None
     colors = COLORS * len(runs) if len(runs) > 1 else [None]
     ratios = [1.8, 1, 1][: len(panels)]
-    fig, grid = _figure(picture, _key(runs), ratios, right=0.82, hspace=0.16)
+    fig, grid = figure_of(picture, _key(runs), ratios, right=0.82, hspace=0.16)
     steps = [*np.concatenate([run.steps for run in runs])]
     steps += [row["step"] for run in runs for row in run.evals if picture == "reward"]
     pad = max(0.5, 0.012 * (max(steps) - min(steps)))
     for i, (key, label) in enumerate(panels):
-        ax, ends = _axes(fig, grid[i, 0], label), []  # ends: y, text and colour at the right margin
+        ax = axes_at(fig, grid[i, 0], label)
+        ends = []  # y, text and colour at the right margin
         if key == "time/step":  # the first step warms up: it would flatten all others
             later = [run.finite(key)[-max(1, len(run.rows) - 1) :] for run in runs]
             ax.set_ylim(0, 1.4 * np.quantile(np.concatenate(later), 0.95) or 1)
@@ -88,7 +90,7 @@ def _picture(picture: str, runs: list[Run]) -> bytes | None:
         _limit_y(ax, log=re.search("entropy|ratio_max|kl", key) is not None)
         _end_labels(ax, ends)
     ax.set_xlabel("training step", color=GREY, fontsize=9)
-    return _png(fig)
+    return png_of(fig)
 
 
 def _key(runs: list[Run]) -> dict[str, str]:
@@ -100,7 +102,7 @@ def _key(runs: list[Run]) -> dict[str, str]:
     return key
 
 
-def _figure(name: str, key: dict, ratios: list, cols: int = 1, **space: float) -> tuple:
+def figure_of(name: str, key: dict, ratios: list, cols: int = 1, **space: float) -> tuple:
     """A figure with a title and a key {colour: text} below it, and the grid for its axes."""
     columns = max(1, min(4, 100 // (8 + max(map(len, key.values()), default=0))))
     head = 0.67 + 0.2 * -(-len(key) // columns)
@@ -121,13 +123,13 @@ def _figure(name: str, key: dict, ratios: list, cols: int = 1, **space: float) -
     return fig, fig.add_gridspec(len(ratios), cols, height_ratios=ratios, **space)
 
 
-def _png(fig: Figure) -> bytes:
+def png_of(fig: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(fig).print_png(buffer)
     return buffer.getvalue()
 
 
-def _axes(fig: Figure, place: SubplotSpec, ylabel: str) -> Axes:
+def axes_at(fig: Figure, place: SubplotSpec, ylabel: str) -> Axes:
     ax = fig.add_subplot(place)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(GRID)
@@ -270,9 +272,9 @@ def _pass_at_k(runs: list[Run]) -> bytes | None:
         return None
     cols = min(len(curves), 2 if len(curves) == 4 else 3)
     ratios = [1.0] * -(-len(curves) // cols)
-    fig, grid = _figure("pass_at_k", key, ratios, cols, right=0.97, hspace=0.38)
+    fig, grid = figure_of("pass_at_k", key, ratios, cols, right=0.97, hspace=0.38)
     for i, (dataset, lines) in enumerate(curves.items()):
-        ax = _axes(fig, grid[i // cols, i % cols], "" if i % cols else "share of problems solved")
+        ax = axes_at(fig, grid[i // cols, i % cols], "" if i % cols else "share of problems solved")
         ks = pass_ks([row for row, _ in lines.values()])
         for j, ((_, when), (row, color)) in enumerate(lines.items()):
             x = np.arange(len(ks)) + 0.15 * (j / max(1, len(lines) - 1) - 0.5)
@@ -287,4 +289,4 @@ def _pass_at_k(runs: list[Run]) -> bytes | None:
         ax.set_title(dataset[:40], fontsize=9, color=INK, loc="left", parse_math=False)
         if i >= len(curves) - cols:
             ax.set_xlabel("K, answers per problem", color=GREY, fontsize=8.5)
-    return _png(fig)
+    return png_of(fig)

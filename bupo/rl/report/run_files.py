@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -37,6 +37,8 @@ class Run:
     evals: list[dict]
     config: str
     notes: list[str]
+    looks: list[dict] = field(default_factory=list)
+    """Rows of diagnostics.jsonl"""
 
     @property
     def steps(self) -> np.ndarray:  # [steps], ascending
@@ -115,7 +117,9 @@ def read_run(run_dir: Path, name: str) -> Run:
     config = run_dir / "config.yaml"
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     ordered = sorted(evals.values(), key=lambda row: row["step"])
-    return Run(name, [rows[step] for step in sorted(rows)], ordered, text, notes)
+    looks = {row["step"]: row for row in _read(run_dir / "diagnostics.jsonl", notes)}
+    by_step = [[table[step] for step in sorted(table)] for table in (rows, looks)]
+    return Run(name, by_step[0], ordered, text, notes, by_step[1])
 
 
 def _read(path: Path, notes: list[str], limit: int | None = None) -> Iterator[dict]:

@@ -1,0 +1,164 @@
+"""How far the policies of the layers are from one another, in a few figures: means over tokens.
+
+    H(pi^m)    KL(pi^m || pi)    KL(pi^l || pi^m)    cos(H^l, H^m)    exp(-mean log pi(o_t))
+
+pi^m = softmax(H^m E_u^T) of layer m, raw as in the paper (arXiv 2512.19673); pi the model; l the
+anchor, the layer that phase 1 trains. What a run asks for on its probes, again and again: one
+forward and L + 1 products with the head over the measured tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bupo.internal.decomposition import first_tensor
+from bupo.internal.texts import Batch, Text, batches_of
+from bupo.policy import decoder_stack, hidden_states, num_layers, unembedding
+
+CHUNK = 64
+"""Tokens whose logits are in memory at once, three rows each: pi, pi^l and pi^m"""
+BATCH = 1024
+"""Tokens of texts of one forward; what all layers make of those that are measured is in memory"""
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Lists over the layers that were asked for; nats."""
+
+    layers: list[int]
+    entropy: list[float]
+    kl_to_final: list[float]
+    """KL(pi^m || pi)"""
+    kl_from_anchor: list[float]
+    """KL(pi^l || pi^m); empty without an anchor"""
+    similarity: list[float]
+    """cos(H^l, H^m); empty without an anchor"""
+    final_entropy: float
+    log_perplexity: float
+    """-mean log pi(token)"""
+
+
+def distances(
+    model: nn.Module,
+    texts: Sequence[Text],
+    anchor: int | None = None,
+    layers: Sequence[int] | None = None,
+    temperature: float = 1.0,
+    final_norm: bool = False,
+) -> Distances:
+    """Entropies, divergences and similarities of layers' policies, means over measured tokens.
+
+    anchor: l, 1..L; layers: all of them unless given; temperature: of all policies; final_norm:
+    puts the model's final norm before the unembedding of every layer (not into the cosine). The
+    same model and texts give the same figures to the bit. Errors: ValueError for no text or a layer
+    outside 1..L.
+    """
+    depth = num_layers(model)
+    wanted = list(range(1, depth + 1)) if layers is None else list(layers)
+    if not texts:
+        raise ValueError("distances: texts: expected at least one, came none")
+    asked = [("layers", m) for m in wanted] + [("anchor", m) for m in (anchor,) if m is not None]
+    for name, value in asked:
+        if not 1 <= value <= depth:
+            raise ValueError(f"distances: {name}: expected 1..{depth}, came {value}")
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _Measure(model, texts, anchor, wanted, temperature, final_norm).run()
+    finally:
+        model.train(training)
+
+
+class _Measure:
+    def __init__(
+        self,
+        model: nn.Module,
+        texts: Sequence[Text],
+        anchor: int | None,
+        layers: list[int],
+        temperature: float,
+        final_norm: bool,
+    ) -> None:
+        self.model, self.texts, self.anchor, self.layers = model, texts, anchor, layers
+        self.head, self.temperature = unembedding(model), temperature
+        self.norm = decoder_stack(model).norm if final_norm else nn.Identity()
+        exact: Any = {"dtype": torch.float64, "device": self.head.weight.device}
+        self.sums, self.final = torch.zeros(4, len(layers), **exact), torch.zeros(2, **exact)
+
+    def run(self) -> Distances:
+        tokens = 0
+        for batch in batches_of(self.texts, BATCH, self.head.weight.device):
+            needed = {*self.layers, *([self.anchor] if self.anchor else [])}
+            with _layer_outputs(self.model, needed, batch) as streams:
+                final = batch.pick(hidden_states(self.model, batch.ids))
+            for first in range(0, len(batch.targets), CHUNK):
+                rows = slice(first, first + CHUNK)
+                self._chunk(batch, final[rows], {m: x[rows] for m, x in streams.items()}, rows)
+            tokens += len(batch.targets)
+        entropy, to_final, from_anchor, similarity = (self.sums / tokens).tolist()
+        final_entropy, log_perplexity = (self.final / tokens).tolist()
+        if self.anchor is None:
+            from_anchor = similarity = []
+        return Distances(
+            self.layers, entropy, to_final, from_anchor, similarity, final_entropy, log_perplexity
+        )
+
+    def _chunk(self, batch: Batch, final: Tensor, streams: dict[int, Tensor], rows: slice) -> None:
+        model = self._logp(final)
+        anchor = self._logp(self.norm(streams[self.anchor])) if self.anchor else None
+        token = model.gather(1, batch.targets[rows, None])
+        self.final += torch.stack([_entropy(model), -token.double().sum()])
+        for place, m in enumerate(self.layers):
+            policy = self._logp(self.norm(streams[m]))
+            found = [_entropy(policy), _kl(policy, model)]
+            if self.anchor and anchor is not None:
+                pair = (streams[self.anchor].float(), streams[m].float())
+                cosine = nn.functional.cosine_similarity(*pair, dim=-1).double().sum()
+                found += [_kl(anchor, policy), cosine]
+            self.sums[: len(found), place] += torch.stack(found)
+
+    def _logp(self, hidden: Tensor) -> Tensor:
+        """[n, D] -> [n, V]"""
+        logits = self.head.logits(hidden.to(self.head.weight.dtype)).float()
+        return (logits / self.temperature).log_softmax(-1)
+
+
+def _entropy(logp: Tensor) -> Tensor:
+    """Sum over rows. xlogy's convention: an entry of probability 0 adds nothing."""
+    return torch.special.entr(logp.exp()).double().sum()
+
+
+def _kl(logp: Tensor, other: Tensor) -> Tensor:
+    """Sum over rows of KL(p || q), an entry of probability 0 in p adding nothing."""
+    p = logp.exp()
+    gap = torch.where(p > 0, logp - other, 0.0)
+    return (p * gap).double().sum().clamp(min=0)
+
+
+@contextmanager
+def _layer_outputs(model: nn.Module, wanted: set[int], batch: Batch) -> Iterator[dict[int, Tensor]]:
+    """H^m of the forward inside, where measured tokens are predicted, [N, D], by m."""
+    outputs: dict[int, Tensor] = {}
+
+    def keep(m: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found = first_tensor((output,), {})
+            assert found is not None
+            outputs[m] = batch.pick(found)
+
+        return hook
+
+    stack = decoder_stack(model).layers
+    hooks = [stack[m - 1].register_forward_hook(keep(m)) for m in sorted(wanted)]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,142 @@
+"""What the policies of all layers do during a run, on probes: fixed responses of the model that it
+began with. And auto_stop, which reads from them when phase 1 has stopped helping.
+
+The paper (arXiv 2512.19673) sees phase 1 help while H^l and the upper layers get more alike, and
+harm when perplexity and KL(pi^l, upper layers) rise; it gives no rule. This one is of two parts:
+
+    log ppl(step) - log ppl(0) > bupo.auto_stop,     log ppl = -mean log pi(o_t) over the probes
+    KL(pi^l || pi) has made no new low for PATIENCE steps
+
+The probes are samples of the first policy pi_0, so the first left side is an estimate of
+KL(pi_0 || pi): how far the final policy, which phase 1 does not train, has been carried along.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bupo.config import Config, RunError
+from bupo.internal import Text, distances
+from bupo.rl.metrics import Recorder, read_rows, replace_text
+from bupo.rl.schedule import Schedule
+from bupo.rl.types import Prompt, Rollout
+
+PROBES, PROBE_TOKENS = 32, 128
+"""So many responses, each from its beginning to here: under 5 % of a step, every 10 steps"""
+PATIENCE = 5
+FILE, PROBES_FILE = "diagnostics.jsonl", "probes.jsonl"
+
+
+class Diagnostics:
+    """Measures the layers' policies on probes, writes them down, and ends phase 1 if asked to."""
+
+    def __init__(
+        self, config: Config, out: Path, model: nn.Module, schedule: Schedule, recorder: Recorder
+    ) -> None:
+        self._config, self._out, self._model = config, out, model
+        self._schedule, self._recorder = schedule, recorder
+        self._rows = read_rows(out / FILE)
+        self._anchor = max(schedule.layers(), default=None)
+        self._texts: list[Text] = []
+        for row in self._rows:
+            if row["ends_phase"]:
+                schedule.end_phase(row["step"])
+
+    def begin(
+        self, generate: Callable[[Sequence[Prompt]], list[Rollout]], prompts: Sequence[Prompt]
+    ) -> None:
+        """Makes the probes, one response each to prompts from all over the list, or reads those
+        that the run began with. Raises RunError where auto_stop has lost what it compares with."""
+        if not self._config.diagnostics.every and self._config.bupo.auto_stop is None:
+            return
+        file = self._out / PROBES_FILE
+        if not file.is_file():
+            chosen = prompts[:: max(1, len(prompts) // PROBES)][:PROBES]
+            rows = [
+                {"prompt": r.prompt.token_ids, "response": r.token_ids[:PROBE_TOKENS]}
+                for r in generate(chosen)
+            ]
+            rows = [row for row in rows if row["prompt"] and row["response"]]
+            if not rows:
+                raise RunError(
+                    "diagnostics: all probes are empty; diagnostics.every=0 does without"
+                )
+            replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+        self._texts = [
+            Text([*row["prompt"], *row["response"]], len(row["prompt"])) for row in read_rows(file)
+        ]
+
+    def due(self, step: int) -> bool:
+        """Whether to measure after a step; 0 is before the first."""
+        if not self._texts:
+            return False
+        every, watched = self._config.diagnostics.every, self._config.bupo.auto_stop is not None
+        return (
+            step in (0, self._config.steps)
+            or self._schedule.switches_after(step)
+            or bool(every and step % every == 0)
+            or (watched and self._schedule.policy(step).layer is not None)
+        )
+
+    def after(self, step: int) -> dict[str, float]:
+        """Measures if it is due; returns figures for metrics.jsonl. Once is enough: a step that a
+        resumed run finds measured is left as it is."""
+        if not self.due(step) or (self._rows and self._rows[-1]["step"] >= step):
+            return {}
+        config = self._config
+        found = distances(
+            self._model,
+            self._texts,
+            self._anchor,
+            temperature=config.rollout.temperature,
+            final_norm=config.bupo.final_norm,
+        )
+        row: dict[str, Any] = {"step": step, "anchor": self._anchor, **asdict(found)}
+        self._rows.append(row)
+        row["ends_phase"] = self._ends_phase(step)
+        self._recorder.diagnostics(row)
+        if row["ends_phase"]:
+            self._schedule.end_phase(step)
+        figures = {"diagnostics/log_perplexity": found.log_perplexity}
+        if self._anchor is not None:
+            figures["diagnostics/kl_to_final"] = found.kl_to_final[self._anchor - 1]
+            figures["diagnostics/similarity_to_last"] = found.similarity[-1]
+        return figures
+
+    @property
+    def ends_phase(self) -> str:
+        """Why phase 1 ends with the step that was measured last; empty if it does not."""
+        return str(self._rows[-1]["ends_phase"]) if self._rows else ""
+
+    def _ends_phase(self, step: int) -> str:
+        limit = self._config.bupo.auto_stop
+        if limit is None or step == 0 or self._schedule.policy(step).layer is None:
+            return ""
+        if self._schedule.switches_after(step):
+            return ""
+        if self._rows[0]["step"] != 0:
+            raise RunError(
+                f"bupo.auto_stop: {self._out / FILE} does not begin with step 0, with which later "
+                "ones are compared; restore it, or set bupo.auto_stop=null in a new run"
+            )
+        assert self._anchor is not None
+        return stopped_helping(self._rows, self._anchor, limit)
+
+
+def stopped_helping(rows: Sequence[dict[str, Any]], layer: int, limit: float) -> str:
+    """Why phase 1 on a layer is over by the rule above, from the rows of diagnostics.jsonl since
+    step 0; empty if it is not."""
+    drift = rows[-1]["log_perplexity"] - rows[0]["log_perplexity"]
+    if not drift <= limit:
+        return f"log perplexity of the probes has risen by {drift:.3f} nats"
+    distance = [row["kl_to_final"][layer - 1] for row in rows]
+    since = len(distance) - 1 - distance.index(min(distance))
+    if since >= PATIENCE:
+        return f"KL(pi^{layer} || pi) has made no new low for {since} steps"
+    return ""
