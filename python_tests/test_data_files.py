@@ -42,23 +42,20 @@ def by_datasets(folder, rows):
     Dataset.from_list(rows).save_to_disk(folder, num_shards=2)
 
 
-def writer(name):
-    if name == "datasets" and importlib.util.find_spec("datasets") is None:
-        pytest.skip("the package datasets is not installed; its files are imitated instead")
-    return by_datasets if name == "datasets" else as_datasets_saves
+BY = pytest.mark.parametrize("by", [as_datasets_saves, by_datasets], ids=["imitation", "datasets"])
 
 
-@pytest.mark.parametrize("by", ["imitation", "datasets"])
+@BY
 def test_a_saved_dataset(tmp_path, by):
-    writer(by)(tmp_path / "mine", ROWS)
+    by(tmp_path / "mine", ROWS)
     assert data_files.read(str(tmp_path / "mine")) == ROWS
     assert data_files.stem(str(tmp_path / "mine")) == "mine"
 
 
-@pytest.mark.parametrize("by", ["imitation", "datasets"])
+@BY
 def test_splits_of_a_saved_dataset(tmp_path, by):
     for split, rows in (("train", ROWS[:3]), ("test", ROWS[3:])):
-        writer(by)(tmp_path / split, rows)
+        by(tmp_path / split, rows)
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     assert data_files.read(str(tmp_path)) == ROWS[:3]
     assert data_files.read(f"{tmp_path}:test") == ROWS[3:]

@@ -104,7 +104,8 @@ BAD = {
     "weight": (["data.weights=[0]"], "data.weights must be positive"),
     "column": (["data.columns={question: x}"], "data.columns' names must be one of prompt, answer"),
     "hub": (
-        ["task=null", "model.path=a/b", "data.train=[owner/no-such]"], "data file not found: owner/"
+        ["task=null", "model.path=a/b", "data.train=[owner/no-such]"],
+        "from the Hugging Face hub, install the package datasets",
     ),
     "prompt too long": (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5 (longest 6)"),
     "task": (["task=bupo.tasks.nothing"], "task=bupo.tasks.nothing cannot be imported"),
@@ -144,15 +145,15 @@ BAD = {
 
 
 @pytest.fixture
-def no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without it."""
-    find = importlib.util.find_spec
+def no_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without the optional packages."""
+    find, absent = importlib.util.find_spec, ("wandb", "datasets")
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else find(name)
+        importlib.util, "find_spec", lambda name, *more: None if name in absent else find(name)
     )
 
 
-@pytest.mark.usefixtures("no_wandb")
+@pytest.mark.usefixtures("no_extras")
 @pytest.mark.parametrize("case", BAD, ids=lambda name: name.replace(" ", "-"))
 def test_mistakes_give_one_line_before_a_model_is_loaded(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_model: None
