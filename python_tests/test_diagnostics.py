@@ -105,7 +105,9 @@ def test_auto_stop_ends_phase_1_and_says_so(
     assert [row["step"] for row in found] == [*range(ends[0] + 1), 6]
     switch = [r["step"] for r in rows(tmp_path / "run/eval.jsonl") if r["when"] == "phase_switch"]
     assert switch == [ends[0]]
-    assert f"step {ends[0]}: phase 1 ends here, log perplexity" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"step {ends[0]}: phase 1 ends here, log perplexity" in shown
+    assert "6 steps in " in shown and "diagnostics" in shown.partition("6 steps in ")[2]
 
 
 def test_auto_stop_never_goes_beyond_bupo_steps(tmp_path: Path) -> None:

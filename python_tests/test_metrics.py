@@ -13,6 +13,7 @@ import torch.utils.tensorboard
 from bupo.rl import metrics, progress
 from bupo.rl.metrics import Recorder, Stopwatch, read_rows
 from bupo.rl.progress import Progress
+from bupo.rl.step_metrics import time_line
 from bupo.rl.types import EvalResult
 
 
@@ -410,3 +411,11 @@ def test_stopwatch_adds_up(clock):
     clock.now += 8
     assert watch.seconds == {"rollout": 3.0, "update": 4.0}
     assert watch.total() == 15.0
+
+
+def test_where_the_time_went_in_one_line():
+    rows = [
+        {"step": 1, "time/step": 6.0, "time/rollout": 3.0, "time/sync": 0.001},
+        {"step": 2, "time/step": 4.0, "time/rollout": 1.0, "time/update": 2.0},
+    ]
+    assert time_line(rows) == "2 steps in 10 s: rollout 40%, rest 40%, update 20%"

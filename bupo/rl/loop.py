@@ -29,7 +29,13 @@ from bupo.rl.rewards import Reward
 from bupo.rl.rollouts import RolloutEngine
 from bupo.rl.sampling import PromptStream, Sample, collect
 from bupo.rl.schedule import Schedule
-from bupo.rl.step_metrics import bad_steps_at_end, logprob_gap, rollout_metrics, rollout_row
+from bupo.rl.step_metrics import (
+    bad_steps_at_end,
+    logprob_gap,
+    rollout_metrics,
+    rollout_row,
+    time_line,
+)
 from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
 from bupo.rl.update import Trainer
 from bupo.rl.weight_sync import WeightSync, check
@@ -90,6 +96,9 @@ class Run:
         finally:
             self.monitor.release()
             self.recorder.close()
+        rows = [r for r in read_rows(self.out / "metrics.jsonl") if r["step"] > self.start]
+        if rows:
+            self.monitor.progress.say(time_line(rows))
         write_report(self.out)
         if self.failure:
             raise RunError(self.failure)

@@ -47,6 +47,20 @@ def rollout_row(rollout: Rollout) -> dict[str, Any]:
     }
 
 
+def time_line(rows: Sequence[dict[str, Any]]) -> str:
+    """Where the time of some steps went, stage by stage, in one line."""
+    total = sum(row["time/step"] for row in rows)
+    stages = {key[5:]: 0.0 for row in rows for key in row if key.startswith("time/")}
+    stages.pop("step")
+    for row in rows:
+        for name in stages:
+            stages[name] += row.get(f"time/{name}", 0.0)
+    stages["rest"] = total - sum(stages.values())
+    shown = sorted(stages.items(), key=lambda item: -item[1])
+    parts = [f"{name} {seconds / total:.0%}" for name, seconds in shown if seconds >= total / 200]
+    return f"{len(rows)} steps in {total:.0f} s: {', '.join(parts)}"
+
+
 def bad_steps_at_end(rows: Sequence[dict[str, Any]]) -> int:
     """How many steps in a row, the last one among them, have skipped an update."""
     good = (n for n, row in enumerate(reversed(rows)) if not row.get("policy/skipped_updates"))
