@@ -189,6 +189,8 @@ def test_a_response_does_not_depend_on_its_neighbours():
     few = generate(engine_of(model), samples=2)
     assert tokens(few) == [r.token_ids for n, r in enumerate(everything) if n % 6 < 2]
     assert tokens(generate(engine_of(model), PROMPTS[:2])) == tokens(everything)[:12]
+    twice = tokens(generate(engine_of(model, eos=[]), [PROMPTS[2]] * 2))
+    assert len({tuple(t) for t in twice}) == 12, "a prompt that comes twice is two groups"
 
 
 # ---- rows join and leave -----------------------------------------------------------------------

@@ -127,6 +127,7 @@ def decode(
 
     input_ids: the padded prompts. copies [B]: the prompt of each response, for models of which
     `rows_can_move`; None: response b is to prompt b, and no row leaves. uniforms [B, limit].
+    Ranks of a sharded model would wait for each other here: they end at different steps.
     """
     count, limit = uniforms.shape
     sequences = Sequences(model, input_ids, _of_the_model(state))
