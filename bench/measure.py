@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from batch import Batch
 from implementations import Implementation
+from resident import PeakMemory
 from truth import Truth, policy_slope, relative_error
 
 import bupo.ops as ops
@@ -110,11 +111,6 @@ def release(case: Case) -> None:
 def memory_of(case: Case) -> dict[str, float]:
     """peak_mib: the highest during one call less that before it, gradients included; extra_mib:
     without the gradients it leaves (GPU only, where allocations can be counted)."""
-
-    def resident(field: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
     batch = case.batch(0)
     batch.clear_gradients()
     gc.collect()
@@ -127,10 +123,10 @@ def memory_of(case: Case) -> dict[str, float]:
         left = [g for g in (batch.hidden.grad, batch.weight.grad) if g is not None]
         found = {"peak_mib": peak, "extra_mib": peak - sum(g.nbytes for g in left) / MIB}
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-        before = resident("VmRSS")
+        memory = PeakMemory()
+        memory.start()
         case.implementation.run(batch)
-        found = {"peak_mib": resident("VmHWM") - before}
+        found = {"peak_mib": memory.peak()}
     batch.clear_gradients()
     return found
 

@@ -13,7 +13,7 @@ from typing import Any
 from rows import gradient_is_right
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md",)
+DOCUMENTS = ("README.md", "bench/README.md")
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -77,7 +77,41 @@ def cuda_table() -> str:
     return "\n".join([*lines, "", f"{where}."])
 
 
-TABLES = {"cpu": cpu_table, "cuda": cuda_table}
+def train_step_table() -> str:
+    """A training step of bupo and of TRL on the CPU."""
+    rows = newest("train_step_cpu")
+    run = rows[0]
+    totals = ("step", "without_rollout", "cpu_seconds")
+    lines = [
+        "| seconds | rollout | old log-probs | update | rest | step | all but rollout "
+        "| CPU seconds | peak MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['name']} | {row['failed']} | | | | | | | |")
+            continue
+        named = row["name"] + (f", layer {row['layer']}" if row["layer"] else "")
+        cells = [f"{row[key]:.2f}" for key in ("rollout", "old_logprobs", "update", "rest")]
+        cells += [f"{row[key]:.2f}" for key in totals]
+        lines.append(f"| {named} | {' | '.join(cells)} | {row['peak_mib']:.0f} |")
+    for row in rows[1:]:
+        if "failed" not in row:
+            cells = [f"{row[f'x_bupo_{key}']:.2f}" for key in totals]
+            memory = f"{row['x_bupo_peak_mib']:.2f}"
+            lines.append(f"| {row['name']} / bupo | | | | | {' | '.join(cells)} | {memory} |")
+    where = (
+        f"{run['layers']} layers of width {run['width']}, vocabulary {run['vocab']}; "
+        f"{run['prompts']} prompts of {run['prompt_tokens'][0]} to {run['prompt_tokens'][1]} "
+        f"tokens x {run['samples']} rollouts of {run['new_tokens']} tokens, {run['updates']} "
+        f"updates, {run['micro_rollouts']} rollouts a micro-batch; float32, {run['threads']} "
+        f"threads of {run['cpu']}; torch {run['torch']}, transformers {run['transformers']}, TRL "
+        f"{run['trl']}, {run['date'][:10]}; medians"
+    )
+    return "\n".join([*lines, "", f"{where}."])
+
+
+TABLES = {"cpu": cpu_table, "cuda": cuda_table, "train_step": train_step_table}
 
 
 def filled(text: str) -> str:

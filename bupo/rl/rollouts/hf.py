@@ -2,56 +2,38 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig
 
-from bupo.config import RolloutConfig
+from bupo.config import RolloutConfig, RunError
+from bupo.rl.rollouts.decoding import Sampler, decode, rows_can_move
 from bupo.rl.rollouts.engine import Decoder, seed_of
 from bupo.rl.types import Prompt, Rollout
 
-
-class _Sampling(LogitsProcessor):
-    """Applies the temperature, notes the log-prob of each sampled token (which shows in input_ids
-    one call later), and keeps ids outside the tokenizer (padded embedding rows) and outside the
-    nucleus from being sampled.
-
-    generate() would apply its own temperature after this, so it is told 1."""
-
-    def __init__(self, vocab: int, temperature: float, top_p: float) -> None:
-        self._vocab, self._temperature = vocab, temperature or 1.0
-        self._nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
-        self._previous: Tensor | None = None
-        self.logprobs: list[Tensor] = []
-
-    def note(self, sampled: Tensor) -> None:
-        if self._previous is not None:
-            self.logprobs.append(self._previous.gather(-1, sampled[:, None]).squeeze(-1))
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.note(input_ids[:, -1])
-        scores = scores.float() / self._temperature
-        self._previous = scores.log_softmax(-1)  # of the policy itself, before any mask
-        scores[:, self._vocab :] = -torch.inf
-        return scores if self._nucleus is None else self._nucleus(input_ids, scores)
+Wanted = tuple[int, int, Prompt]
+"""A response: group, number in the group, prompt"""
 
 
 class HFEngine:
-    """transformers' generate on the trainer's own model: always in sync, no second copy."""
+    """transformers' generate on the trainer's own model: always in sync, no second copy.
+
+    Responses are made in batches of similar prompt length. Each has random numbers of its own, so
+    that it depends on its neighbours by rounding only.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, config: RolloutConfig) -> None:
         self._model, self._config = model, config
         self._decoder = Decoder(tokenizer, model.generation_config.eos_token_id)
         pad, eos = tokenizer.pad_token_id, self._decoder.eos
         self._pad = pad if pad is not None else (eos[0] if eos else 0)
+        self._movable: bool | None = None
+        """Whether rows can join and leave a batch; unknown before the first one"""
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Nothing to do: the model is the trainer's."""
@@ -71,8 +53,9 @@ class HFEngine:
         temperature: float | None = None,
     ) -> list[Rollout]:
         temperature = self._config.temperature if temperature is None else temperature
-        rollouts: list[Rollout] = []
-        wanted = [(group, p) for group, p in enumerate(prompts) for _ in range(samples)]
+        wanted = [(group, k, p) for group, p in enumerate(prompts) for k in range(samples)]
+        wanted.sort(key=lambda w: len(w[2].token_ids))  # stable: a group stays together
+        made: dict[tuple[int, int], Rollout] = {}
         size = self._config.batch_size
         training, shipped = self._model.training, self._model.generation_config
         self._model.generation_config = GenerationConfig()
@@ -82,42 +65,72 @@ class HFEngine:
                 if stop():
                     break
                 batch = wanted[start : start + size]
-                rollouts += self._batch(batch, seed_of(seed, start), temperature)
+                rollouts = self._batch(batch, seed, temperature)
+                made |= {(group, k): r for (group, k, _), r in zip(batch, rollouts)}
         finally:
             self._model.train(training)
             self._model.generation_config = shipped
-        return rollouts
+        return [made[place] for place in sorted(made)]
 
     @torch.no_grad()
-    def _batch(
-        self, wanted: Sequence[tuple[int, Prompt]], seed: int, temperature: float
-    ) -> list[Rollout]:
-        device = self._model.device
-        width = max(len(p.token_ids) for _, p in wanted)
-        ids = torch.full((len(wanted), width), self._pad)
-        mask = torch.zeros_like(ids)
-        for row, (_, prompt) in enumerate(wanted):
-            ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
-            mask[row, width - len(prompt.token_ids) :] = 1
-        sampling = _Sampling(self._decoder.vocab, temperature, self._config.top_p)
-        settings = GenerationConfig(
-            **(dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0) if temperature else {}),
-            max_new_tokens=self._config.max_new_tokens,
-            eos_token_id=self._decoder.eos or None,
-            pad_token_id=self._pad,
+    def _batch(self, wanted: Sequence[Wanted], seed: str, temperature: float) -> list[Rollout]:
+        movable, device = self._rows_can_move(), self._model.device
+        first = {w[0]: w[2] for w in wanted}  # a prompt is read once, and copied
+        prompts = list(first.values()) if movable else [prompt for _, _, prompt in wanted]
+        numbers = {group: n for n, group in enumerate(first)}
+        copies = torch.tensor([numbers[group] for group, _, _ in wanted], device=device)
+        ids, mask = self._padded(prompts)
+        loop = partial(
+            decode,
+            copies=copies if movable else None,
+            uniforms=self._uniforms(wanted, seed).to(device),
+            sampler=Sampler(self._decoder.vocab, temperature, self._config.top_p),
+            ends=self._decoder.eos,
         )
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            out = self._model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([sampling]),
-            )
-        sampling.note(out[:, -1])
-        tokens = out[:, width:].tolist()
-        logprobs = torch.stack(sampling.logprobs, dim=1).tolist()
+        settings = GenerationConfig(
+            max_new_tokens=self._config.max_new_tokens, pad_token_id=self._pad
+        )
+        out = self._model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=settings,
+            custom_generate=loop,
+        )
+        if not out[1].isfinite().all():
+            raise RunError("the model's log-probs are not finite, so it cannot be sampled from")
+        tokens, logprobs = (x.tolist() for x in out)
         return [
             self._decoder.rollout(group, prompt, tokens[row], logprobs[row])
-            for row, (group, prompt) in enumerate(wanted)
+            for row, (group, _, prompt) in enumerate(wanted)
         ]
+
+    def _padded(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        """Ids and mask, padded on the left."""
+        width = max(len(p.token_ids) for p in prompts)
+        ids = torch.full((len(prompts), width), self._pad)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+            mask[row, width - len(prompt.token_ids) :] = 1
+        return ids, mask
+
+    def _uniforms(self, wanted: Sequence[Wanted], seed: str) -> Tensor:
+        """One for each token that there may be, by the seed of its response."""
+        generator, size = torch.Generator(), self._config.max_new_tokens
+        rows = []
+        for group, k, _ in wanted:
+            generator.manual_seed(seed_of(seed, group, k))
+            rows.append(torch.rand(size, generator=generator, dtype=torch.float64))
+        return torch.stack(rows)
+
+    def _rows_can_move(self) -> bool:
+        if self._movable is None:
+            why = rows_can_move(self._model)
+            self._movable = not why
+            if why:
+                warnings.warn(
+                    f"generation with {type(self._model).__name__} is slower than it could be: "
+                    f"finished rows stay in the batch ({why})",
+                    stacklevel=2,
+                )
+        return self._movable

@@ -1,0 +1,163 @@
+"""Some training steps of TRL's GRPOTrainer, for bench_train_step.py: `python bench/step_trl.py
+FOLDER SIZE STEPS THREADS SETTINGS`. Prints a JSON object a step: a generation and the updates on
+it. SETTINGS: a JSON object of further fields of GRPOConfig."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from resident import PeakMemory
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+from workload import Size, prompts, reward
+
+
+class Clock:
+    """Seconds by stage since the step began."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
+
+
+class Timed(GRPOTrainer):
+    """GRPOTrainer as it is, with a clock around its parts."""
+
+    clock: Clock
+    tokens = 0
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.stage("rollout"):
+            return super()._generate(*args, **kwargs)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        with self.clock.stage("old_logprobs"):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.stage("prepare"):
+            inputs = super()._prepare_inputs(*args, **kwargs)
+        self.tokens += int(inputs["completion_mask"].sum())
+        return inputs
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.stage("training_step"):
+            loss = super().training_step(*args, **kwargs)
+        self.ended = time.perf_counter()
+        return loss
+
+
+class Steps(TrainerCallback):
+    """Ends a step and begins the next one, every `updates` optimiser updates."""
+
+    def __init__(self, trainer: Timed, memory: PeakMemory, updates: int) -> None:
+        self._trainer, self._memory, self._updates = trainer, memory, updates
+        self._began: float | None = None
+        self._norms: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self._updates == 0:
+            self._report()
+            self._memory.reset()
+            self._trainer.clock = Clock()
+            self._trainer.tokens = 0
+            self._cpu = time.process_time()
+            self._began = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "grad_norm" in logs:
+            self._norms.append(float(logs["grad_norm"]))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        seconds = time.perf_counter() - self._trainer.ended  # clipping, optimizer, zero_grad
+        self._trainer.clock.seconds["optimizer"] += seconds
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._report()
+
+    def _report(self) -> None:
+        if self._began is None:
+            return
+        clock = self._trainer.clock.seconds
+        step = time.perf_counter() - self._began
+        stages = {name: clock[name] for name in ("rollout", "old_logprobs")}
+        passes = clock["training_step"] - clock["prepare"]
+        stages |= {"update": passes + clock["optimizer"], "sync": 0.0}
+        found = {
+            "step": step,
+            "cpu_seconds": time.process_time() - self._cpu,
+            **stages,
+            "rest": step - sum(stages.values()),
+            "peak_mib": self._memory.peak(),
+            "tokens": self._trainer.tokens,
+            "grad_norm": sum(self._norms) / len(self._norms),
+        }
+        self._norms.clear()
+        print(json.dumps(found), flush=True)
+
+
+def main(folder: Path, size: Size, steps: int, threads: int, more: dict[str, Any]) -> None:
+    torch.set_num_threads(threads)
+    memory = PeakMemory()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    memory.start()
+
+    def rewards(completions: list[str], **_: Any) -> list[float]:
+        return reward(completions, [])
+
+    with tempfile.TemporaryDirectory() as out:
+        micro_batches = size.rollouts // size.micro_rollouts
+        settings = GRPOConfig(
+            output_dir=out,
+            max_steps=steps * size.updates,
+            per_device_train_batch_size=size.micro_rollouts,
+            steps_per_generation=micro_batches,
+            gradient_accumulation_steps=micro_batches // size.updates,
+            num_generations=size.samples,
+            max_completion_length=size.new_tokens,
+            learning_rate=size.lr,
+            lr_scheduler_type="constant",
+            loss_type="grpo",
+            beta=0.0,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            shuffle_dataset=False,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=1,
+            **more,
+            disable_tqdm=True,
+        )
+        trainer = Timed(
+            model=model,
+            reward_funcs=rewards,
+            args=settings,
+            train_dataset=Dataset.from_dict({"prompt": prompts(size) * steps}),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+        )
+        trainer.clock = Clock()
+        trainer.add_callback(Steps(trainer, memory, size.updates))
+        trainer.train()
+
+
+if __name__ == "__main__":
+    folder, size, steps, threads, settings = sys.argv[1:]
+    main(Path(folder), Size.read(size), int(steps), int(threads), json.loads(settings))
