@@ -1,0 +1,340 @@
+"""What every layer, attention and FFN of a model would say, and how sure of it they are.
+
+    python -m bupo.analyze --model MODEL --data train.parquet          responses are generated
+    python -m bupo.analyze --model RUN --data RUN/rollouts/step_000010.jsonl
+    python -m bupo.analyze --model BASE --data book.txt whole_files=true compare=TUNED
+    python -m bupo.analyze task=bupo.tasks.arithmetic rollout.max_new_tokens=24      no download
+
+MODEL is a folder or hub name of a causal LM, or a run directory (its newest checkpoint); data are
+those of bupo.run, rollouts of a run, or .txt files. Writes a directory: report.html (figures and
+heat maps, one file), figures/, tokens.parquet (a row a token, layer and policy),
+top_tokens.parquet, summary.json (means with standard errors, boundary layer, checks), texts.jsonl
+and config.yaml. docs/internal_policies.md has the definitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in bupo.run
+
+from bupo import config as configuration
+from bupo.config import AnalysisConfig, Config, ConfigError, RunError
+from bupo.inputs import (
+    Sources,
+    build_task,
+    check_out,
+    disk_trouble,
+    find_sources,
+    load_model,
+    make_engine,
+    read_model,
+)
+from bupo.sizes import measure
+
+IGNORED = "data.weights, rollout.prompts, .samples, .refills, .max_logprob_gap, .sleep"
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    lines = [
+        f"  {key} = {default}\n      {text}"
+        for key, default, text in configuration.describe(AnalysisConfig)
+    ]
+    parser = argparse.ArgumentParser(
+        prog="python -m bupo.analyze",
+        description=__doc__,
+        epilog="keys and defaults:\n" + "\n".join(lines) + f"\nNot used here: {IGNORED}.\n"
+        "model.compute_dtype=bfloat16 holds the weights in bfloat16 too: nothing is trained.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="same as model.path=MODEL")
+    parser.add_argument("--data", action="append", help="one of data.train; may be repeated")
+    parser.add_argument("--config", type=Path, help="YAML file, e.g. an analysis' config.yaml")
+    parser.add_argument("--out", help="directory to write; default analyses/TIME")
+    parser.add_argument("--dry_run", action="store_true", help="check and print, load no weights")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see below")
+    return parser.parse_intermixed_args(argv)
+
+
+def _settings(arguments: argparse.Namespace) -> AnalysisConfig:
+    config = configuration.read(arguments.config, arguments.overrides, AnalysisConfig)
+    if arguments.model is not None:
+        config = replace(config, model=replace(config.model, path=arguments.model))
+    if arguments.data is not None:
+        config = replace(config, data=replace(config.data, train=arguments.data))
+    return config
+
+
+@dataclass
+class Subject:
+    """A model to analyse, before its weights are loaded."""
+
+    name: str
+    """Short, for figures and tables"""
+    source: str
+    """Folder or hub name"""
+    tokenizer: Any
+    depth: int
+    positions: int | None
+    """Longest text, where the model has a limit"""
+
+
+@dataclass
+class Plan:
+    """All that can be known, and go wrong, before weights are loaded."""
+
+    config: AnalysisConfig
+    run: Config
+    """The same as settings of a run"""
+    out: Path
+    sources: Sources
+    subjects: list[Subject]
+    rows: list[Any]
+    texts: list[Any]
+    """Measured texts, or Prompts to generate a response to"""
+    how: str
+    """generate, column or none"""
+    available: int
+
+
+def make_plan(config: AnalysisConfig, out: Path) -> Plan:
+    """Raises ConfigError with one line; has written nothing but a task's cached files."""
+    check_out(out)
+    if (out / "config.yaml").is_file():
+        changed = configuration.changes_since(out / "config.yaml", config, ())
+        if changed:
+            raise ConfigError(
+                f"out={out} holds an analysis with other settings ({'; '.join(changed)}); choose "
+                "another out"
+            )
+    if config.task is None and config.model.path is None:
+        raise ConfigError(
+            "no model: --model FOLDER --data FILE; to try it without either: "
+            "task=bupo.tasks.arithmetic rollout.max_new_tokens=24"
+        )
+    for name in config.data.train:
+        if name.endswith(".txt") and not Path(name).is_file():
+            raise ConfigError(f"data file not found: {name}")
+    path = config.model.path and _newest(config.model.path)
+    config_of_files = replace(config, model=replace(config.model, path=path))
+    sources = find_sources(config_of_files.as_run())
+    if not sources.train:
+        raise ConfigError("no data: --data FILE (parquet, JSON lines or .txt)")
+
+    from bupo.analysis_texts import choose_rows, measurable, tokenise
+
+    rows, how, available = choose_rows(config, sources.train)
+    run = config_of_files.as_run(how == "generate")
+    paths = [sources.model, *([_newest(config.compare)] if config.compare else [])]
+    subjects = _subjects(run, paths)
+    if path is None:
+        subjects[0].name = str(config.task).rpartition(".")[2]
+    texts = tokenise(rows, config, subjects[0].tokenizer, how)
+    if how != "generate":
+        texts = measurable(texts, subjects[0].positions)
+    longest = max(len(p.token_ids) for p in texts) if how == "generate" else 0
+    for subject in subjects:
+        if how == "generate" and subject.positions is not None:
+            _check_context(config, longest, subject)
+    return Plan(config, run, out, sources, subjects, rows, texts, how, available)
+
+
+def _newest(model: str) -> str:
+    """The newest checkpoint of a run directory; anything else is what it is."""
+    if not (Path(model) / "checkpoints").is_dir():
+        return model
+    from bupo.rl.checkpoint import complete
+
+    points = complete(Path(model))
+    if not points:
+        raise ConfigError(f"{model} is a run directory without a whole checkpoint")
+    return str(points[-1])
+
+
+def _subjects(run: Config, paths: Sequence[str]) -> list[Subject]:
+    from transformers import AutoConfig
+
+    found: list[Subject] = []
+    for path in paths:
+        if path.startswith(("/", ".")) and not Path(path).is_dir():
+            raise ConfigError(f"{path}: folder not found")
+        tokenizer, depth = read_model(run, path)
+        text = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
+        positions = getattr(text, "max_position_embeddings", None)
+        found.append(Subject(_label(path), path, tokenizer, depth, positions))
+    if len(found) == 2 and found[0].name == found[1].name:
+        parents = [Path(s.source).resolve().parent.name for s in found]
+        names = [f"{p}/{s.name}" for p, s in zip(parents, found)]
+        if names[0] == names[1]:
+            names = [f"{found[0].name} (first)", f"{found[1].name} (compared)"]
+        found = [replace(s, name=n) for s, n in zip(found, names)]
+    return found
+
+
+def _label(path: str) -> str:
+    place = Path(path)
+    if place.parent.name == "checkpoints":  # RUN/checkpoints/step_000300
+        return f"{place.parent.parent.name}/{place.name}"
+    return place.name
+
+
+def _check_context(config: AnalysisConfig, longest: int, subject: Subject) -> None:
+    assert subject.positions is not None
+    if longest + config.rollout.max_new_tokens > subject.positions:
+        raise ConfigError(
+            f"a prompt of {longest} tokens and rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} exceed the {subject.positions} positions of "
+            f"{subject.source}"
+        )
+
+
+def print_plan(plan: Plan) -> None:
+    """What --dry_run shows, and every analysis begins with."""
+    config, first = plan.config, plan.subjects[0]
+    lengths = [
+        len(t.token_ids) if plan.how == "generate" else len(t.response_ids) for t in plan.texts
+    ]
+    texts = f"{len(plan.texts)} of {plan.available}, "
+    texts += {
+        "generate": f"a response to each by {config.rollout.engine}, temperature "
+        f"{config.rollout.temperature}, at most {config.rollout.max_new_tokens} tokens",
+        "column": f"their responses: {sum(lengths)} tokens, longest {max(lengths)}",
+        "none": f"measured themselves: {sum(lengths)} tokens, longest {max(lengths)}",
+    }[plan.how]
+    lines = [f"analysis of {first.source}"]
+    for n, subject in enumerate(plan.subjects):
+        sizes = measure(plan.run, subject.source, max(lengths))
+        title = "compared" if n else "model"
+        lines.append(f"  {title:<8} {subject.name}: {sizes.model_line()}")
+    lines.append(f"  texts    {texts}")
+    lines.append(f"  out      {plan.out}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def execute(plan: Plan) -> list[Any]:
+    """Loads the models one after the other, measures and writes; returns the Analyses."""
+    from bupo.analysis_files import write_results, write_texts
+    from bupo.analysis_texts import again, generate, measurable
+    from bupo.internal import analyse
+    from bupo.rl.metrics import replace_text
+    from bupo.rl.progress import Progress
+
+    config, first, progress = plan.config, plan.subjects[0], Progress(1, 0)
+    build_task(plan.run, plan.sources)
+    model: Any = None
+    if plan.how != "generate" or config.rollout.engine == "hf":
+        model = _loaded(plan, first)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    replace_text(plan.out / "config.yaml", configuration.dump(config))
+    texts = plan.texts
+    if plan.how == "generate":
+        with progress.working(f"starting {config.rollout.engine}"):
+            engine = make_engine(plan.run, first.source, model, first.tokenizer, texts)
+        try:
+            with progress.waiting(f"responses to {len(texts)} prompts") as share:
+                texts = generate(texts, config, engine, share)
+        finally:
+            engine.close()
+        texts = measurable(texts, first.positions)
+    write_texts(plan.out, texts)
+    found: list[Any] = []
+    own_tokens = False
+    for n, subject in enumerate(plan.subjects):
+        if n:
+            model = None  # its memory first
+            own_tokens = subject.tokenizer.get_vocab() != first.tokenizer.get_vocab()
+            if own_tokens:
+                texts = again(texts, plan.rows, config, subject.tokenizer)
+            texts = measurable(texts, subject.positions)
+        model = model if model is not None else _loaded(plan, subject)
+        with progress.waiting(f"measuring {subject.name}") as share:
+            found.append(
+                analyse(
+                    model,
+                    [m.text for m in texts],
+                    subject.tokenizer,
+                    name=subject.name,
+                    top_k=config.top_k,
+                    closer=config.heat_maps,
+                    stride=config.stride,
+                    temperature=config.temperature,
+                    tolerance=config.tolerance,
+                    batch_tokens=config.batch_tokens,
+                    seed=config.seed,
+                    share=share,
+                )
+            )
+        with progress.working("writing tables and report"):
+            write_results(plan.out, config, found, plan.how, own_tokens)
+    return found
+
+
+def _loaded(plan: Plan, subject: Subject) -> Any:
+    import torch
+
+    from bupo.rl.progress import Progress
+
+    with Progress(1, 0).working(f"loading {subject.source}"):
+        model = load_model(plan.run, subject.source).eval()
+        # Nothing is trained, so there is no float32 to keep.
+        return model.to(getattr(torch, plan.config.model.compute_dtype))
+
+
+def print_results(found: Sequence[Any]) -> None:
+    """The boundary layer and how the model converges."""
+    for each in found:
+        summary, boundary = each.summary(), each.boundary
+        where = (
+            f"layer {boundary.layer} of {each.flow.layers} "
+            f"(95 % of resamples in {boundary.low}..{boundary.high})"
+            if boundary.layer is not None
+            else f"not clear: {boundary.reason}"
+        )
+        ways = summary["convergence"]
+        print(
+            f"{each.name}: {len(each.flow.token)} tokens of {len(each.texts)} texts\n"
+            f"  boundary layer       {where}\n"
+            f"  convergence          {ways['layer']['kind']} raw, "
+            f"{ways['layer_normed']['kind']} with the final norm\n"
+            f"  identities           {len(each.checks)} hold"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a violated identity or a disk that is full, 2 a configuration or a
+    model that cannot be analysed, 130 stopped by Ctrl-C."""
+    arguments = _arguments(argv)
+    out = Path(arguments.out or f"analyses/{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        plan = make_plan(_settings(arguments), out)
+        print_plan(plan)
+        if arguments.dry_run:
+            return 0
+        found = execute(plan)
+    except ConfigError as error:
+        print(f"bupo.analyze: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"bupo.analyze: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        kept = f"what was written to {out} before is"
+        print(f"bupo.analyze: {disk_trouble(error, kept)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped; {out} holds what was written", file=sys.stderr)
+        return 130
+    print_results(found)
+    print(f"report: {out / 'report.html'}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
