@@ -14,7 +14,13 @@ import pyarrow.parquet as pq
 from bupo.analysis_texts import Measured
 from bupo.config import AnalysisConfig
 from bupo.internal import Analysis, tables
+from bupo.internal.report import write_report
 from bupo.rl.metrics import replace_text
+
+OWN_TOKENS = (
+    "The two models have different tokenizers: each was measured on its own tokens of the same "
+    "texts. Compare figures by layer with that in mind; entropies have different upper bounds."
+)
 
 
 def write_texts(out: Path, texts: Sequence[Measured]) -> None:
@@ -35,10 +41,16 @@ def write_texts(out: Path, texts: Sequence[Measured]) -> None:
 
 
 def write_results(
-    out: Path, config: AnalysisConfig, found: Sequence[Analysis], how: str, own_tokens: bool
+    out: Path,
+    config: AnalysisConfig,
+    found: Sequence[Analysis],
+    how: str,
+    own_tokens: bool,
+    facts: Sequence[str] = (),
 ) -> None:
     """Tables, summary, figures and report of the models measured so far; each file is replaced in
-    one piece."""
+    one piece. facts: what was analysed, for the page."""
+    notes = [OWN_TOKENS] if own_tokens else []
     _write_table(
         out / "tokens.parquet",
         tables.TOKENS,
@@ -56,6 +68,7 @@ def write_results(
         "models": [each.summary() for each in found],
     }
     replace_text(out / "summary.json", json.dumps(_plain(summary), indent=1) + "\n")
+    write_report(out, found, facts, notes, config.heat_map_tokens)
 
 
 def _write_table(file: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:

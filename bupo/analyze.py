@@ -272,8 +272,23 @@ def execute(plan: Plan) -> list[Any]:
                 )
             )
         with progress.working("writing tables and report"):
-            write_results(plan.out, config, found, plan.how, own_tokens)
+            write_results(plan.out, config, found, plan.how, own_tokens, _facts(plan))
     return found
+
+
+def _facts(plan: Plan) -> list[str]:
+    """For the page: whose texts these are."""
+    config = plan.config
+    files = ", ".join(plan.sources.train)
+    how = {
+        "generate": f"responses of {plan.subjects[0].name} to prompts of {files}, sampled at "
+        f"temperature {config.rollout.temperature}",
+        "column": f"the column {config.response} of {files}",
+        "none": f"the texts of {files} themselves",
+    }[plan.how]
+    temperature = "" if config.temperature == 1 else f" Temperature {config.temperature}."
+    models = " and ".join(s.source for s in plan.subjects)
+    return [f"{models} on {how}.{temperature}"]
 
 
 def _loaded(plan: Plan, subject: Subject) -> Any:
