@@ -52,10 +52,8 @@ def write_report(
         (folder / f"{name}.svg").write_text(text, encoding="utf-8")
         (folder / f"{name}.png").write_bytes(image)
         shown[name] = title, reading, inline(text, name, html.escape(title))
-    data = {
-        "scale": SCALE,
-        "models": [{"name": a.name, "maps": heat_maps(a, tokens)} for a in found],
-    }
+    models = [{"name": each.name, "maps": heat_maps(each, tokens)} for each in found]
+    data = {"scale": SCALE, "models": models}
     env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = env.from_string((HERE / "page.html.j2").read_text(encoding="utf-8")).render(
         found=found,
@@ -65,7 +63,6 @@ def write_report(
         figures=shown,
         data=json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
         script=(HERE / "heat_map.js").read_text(encoding="utf-8"),
-        texts=len(data["models"][0]["maps"]),  # type: ignore[index]
     )
     partial = Path(out) / ".report.html"
     partial.write_text(page, encoding="utf-8", errors="replace")

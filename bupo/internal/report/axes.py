@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from bupo.internal.curves import Curve
 from bupo.internal.report.palette import GREY, GRID, INK, VARIABLES
@@ -78,10 +77,10 @@ def title(ax: Axes, text: str) -> None:
 
 
 def line(
-    ax: Axes, curve: Curve, color: str, label: str, number: int, marker: str, band: bool = True
+    ax: Axes, curve: Curve, color: str, label: str, number: int, marker: str, width: float = 1.8
 ) -> None:
     """Mean over texts, and the middle 80 % of them. number: of the model."""
-    if band and curve.by_text.shape[1] > 2:
+    if curve.by_text.shape[1] > 2:
         low, high = curve.band
         ax.fill_between(curve.layers, low, high, color=color, alpha=0.14, linewidth=0)
     few = len(curve.layers) <= 48
@@ -90,9 +89,9 @@ def line(
         curve.mean,
         color=color,
         linestyle=DASHES[number],
-        linewidth=1.8,
+        linewidth=width,
         marker=marker if few else "",
-        markersize=4,
+        markersize=2.2 + width,
         markerfacecolor=color if number == 0 else "none",
         label=label,
     )
@@ -120,6 +119,16 @@ def legend(fig: Figure, ax: Axes, names: Sequence[str], extra: Sequence[Any] = (
         labelcolor=INK,
         handlelength=2.6,
     )
+
+
+def logarithmic(ax: Axes) -> None:
+    """y axis, its numbers written plainly."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    digits = (1, 2, 5) if high / low < 300 else (1,)
+    ax.yaxis.set_major_locator(LogLocator(subs=digits, numticks=12))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.12g}")
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def limit(ax: Axes, value: float, text: str) -> None:
@@ -163,10 +172,3 @@ def inline(text: str, name: str, description: str) -> str:
     for color, variable in VARIABLES.items():
         text = text.replace(color, f"var(--{variable})")
     return text
-
-
-def nice(values: np.ndarray) -> tuple[float, float]:
-    """Limits around values, with some air."""
-    low, high = float(np.min(values)), float(np.max(values))
-    air = 0.06 * (high - low) or 1.0
-    return low - air, high + air

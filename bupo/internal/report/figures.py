@@ -16,6 +16,7 @@ from bupo.internal.report import axes as shared
 from bupo.internal.report.palette import GREY, INK, LAYER, NORMED, OF_POLICY, OF_SEGMENT
 
 MARKERS = {"layer": "o", "attention": "^", "ffn": "s"}
+NORM = "with final norm"
 NAMES = {"layer": "layer", "attention": "attention", "ffn": "FFN"}
 
 
@@ -33,20 +34,23 @@ class Pictures:
         with shared.style():
             return FIGURES[name][2](self)
 
-    def policies(self, ax: Axes, kind: str, suffix: str = "", band: bool = True) -> None:
+    def policies(self, ax: Axes, kind: str, suffix: str = "") -> None:
         """A line a policy and model of a quantity."""
         for n, curves in enumerate(self.curves):
             for policy, color in OF_POLICY.items():
                 curve = curves.get(f"{kind}.{policy}{suffix}")
                 if curve is not None:
-                    shared.line(ax, curve, color, NAMES[policy], n, MARKERS[policy], band)
+                    shared.line(ax, curve, color, NAMES[policy], n, MARKERS[policy])
 
-    def raw_and_normed(self, ax: Axes, kind: str, band: bool = True) -> None:
-        """The layer policy of each model, without and with the final norm."""
-        pairs = (("layer", LAYER, "raw", "o"), ("layer_normed", NORMED, "with final norm", "D"))
+    def raw_and_normed(self, ax: Axes, kind: str, plus: float = 0.0) -> None:
+        """The layer policy of each model, without and with the final norm; raw is wider, to be seen
+        where both are equal."""
+        pairs = (("layer", LAYER, "raw", "o", 3.2), ("layer_normed", NORMED, NORM, "D", 1.5))
         for n, curves in enumerate(self.curves):
-            for name, color, label, marker in pairs:
-                shared.line(ax, curves[f"{kind}.{name}"], color, label, n, marker, band)
+            for name, color, label, marker, width in pairs:
+                curve = curves[f"{kind}.{name}"]
+                moved = Curve(curve.layers, curve.by_text + plus)
+                shared.line(ax, moved, color, label, n, marker, width)
 
 
 def entropy_flow(pictures: Pictures) -> Figure:
@@ -78,10 +82,13 @@ def entropy_change(pictures: Pictures) -> Figure:
             x = np.array(curve.layers) + (n - (count - 1) / 2) * 0.4
             hollow = {"facecolor": "none", "edgecolor": color, "hatch": "////"}
             look: shared.Style = {"color": color} if n == 0 else hollow
-            ax.bar(x, curve.mean, 0.8 / count, **look)
+            ax.bar(x, curve.mean, 0.8 / count, zorder=2, **look)
             if curve.error is not None:
-                ax.errorbar(x, curve.mean, curve.error, fmt="none", ecolor=INK, elinewidth=1)
+                bars: shared.Style = {"fmt": "none", "ecolor": INK, "elinewidth": 1, "zorder": 3}
+                ax.errorbar(x, curve.mean, curve.error, **bars)
         ax.set_ylabel("nats", color=INK)
+        ax.margins(y=0.08)
+        ax.use_sticky_edges = False
         shared.over_layers(ax, pictures.depth, ax is panels[-1])
     _boundaries(panels[-1], pictures)
     kinds = [Patch(color=c, alpha=0.25, linewidth=0, label=n) for n, c in OF_SEGMENT.items()]
@@ -97,7 +104,7 @@ def entropy_change(pictures: Pictures) -> Figure:
 def _boundaries(ax: Axes, pictures: Pictures) -> None:
     """Segments of the first model behind the bars, boundary layers as lines."""
     for kind, first, last in pictures.found[0].boundary.segments:
-        ax.axvspan(first - 0.5, last + 0.5, color=OF_SEGMENT[kind], alpha=0.18, linewidth=0)
+        ax.axvspan(first - 0.5, last + 0.5, color=OF_SEGMENT[kind], alpha=0.18, lw=0, zorder=0)
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + 0.16 * (high - low))
     for n, each in enumerate(pictures.found):
@@ -124,11 +131,11 @@ def scale(pictures: Pictures) -> Figure:
     fig, (norms, entropies) = shared.figure(1, 2, 3.9)
     shared.title(norms, "Length of the vectors")
     pictures.policies(norms, "norm")
-    norms.set_yscale("log")
+    shared.logarithmic(norms)
     norms.set_ylabel("Euclidean norm, logarithmic", color=INK)
     shared.title(entropies, "Entropy of the layer policy")
     pictures.raw_and_normed(entropies, "entropy")
-    entropies.set_ylim(bottom=0)
+    entropies.set_ylim(0, 1.04 * entropies.get_ylim()[1])
     entropies.set_ylabel("nats per token", color=INK)
     for ax in (norms, entropies):
         shared.over_layers(ax, pictures.depth)
@@ -148,14 +155,8 @@ def to_model(pictures: Pictures) -> Figure:
     agreement.set_ylabel("share of tokens", color=INK)
     agreement.set_ylim(-0.02, 1.02)
     shared.title(rank, "Rank of the token that came")
-    for n, curves in enumerate(pictures.curves):
-        for name, color, label, marker in (
-            ("rank.layer", LAYER, "raw", "o"),
-            ("rank.layer_normed", NORMED, "with final norm", "D"),
-        ):
-            from_one = Curve(curves[name].layers, curves[name].by_text + 1)
-            shared.line(rank, from_one, color, label, n, marker)
-    rank.set_yscale("log")
+    pictures.raw_and_normed(rank, "rank", plus=1)
+    shared.logarithmic(rank)
     rank.set_ylabel("mean, 1 = likeliest, logarithmic", color=INK)
     for ax in (kl, agreement, rank):
         shared.over_layers(ax, pictures.depth)

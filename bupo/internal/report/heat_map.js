@@ -3,7 +3,7 @@
 (() => {
   const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId("data").textContent);
-  const LEFT = 46, BOTTOM = 74;
+  const LEFT = 46;
   const NAMES = { entropy: "entropy", logprob: "log-prob", kl: "KL to the model", rank: "rank" };
   const tip = byId("tip");
 
@@ -21,8 +21,13 @@
       }
     }
 
+  const escaped = (c) => "\\x" + c.charCodeAt(0).toString(16).padStart(2, "0");
   const visible = (token) =>
-    token.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +$/, (s) => "␣".repeat(s.length));
+    token
+      .replace(/\n/g, "⏎")
+      .replace(/\t/g, "⇥")
+      .replace(/[\u0000-\u001f\u007f-\u00a0\u00ad]/g, escaped)
+      .replace(/^ +$/, (s) => "␣".repeat(s.length));
   const short = (token, most) => {
     const text = visible(token).trim();
     return text.length > most ? text.slice(0, most - 1) + "…" : text;
@@ -71,6 +76,7 @@
     return {
       columns: map.tokens.length,
       rows,
+      foot: 22 + 6.5 * Math.max(...map.tokens.map((token) => short(token, 9).length)),
       w: state.words ? 64 : 20,
       h: state.words ? 18 : Math.max(8, Math.min(18, Math.floor(560 / rows))),
     };
@@ -101,8 +107,8 @@
   }
 
   function draw(panel) {
-    const map = mapOf(panel), { columns, rows, w, h } = sizes(map);
-    const side = prepare(panel.side, LEFT, rows * h + BOTTOM);
+    const map = mapOf(panel), { columns, rows, w, h, foot } = sizes(map);
+    const side = prepare(panel.side, LEFT, rows * h + foot);
     side.textAlign = "right";
     const every = Math.max(1, Math.ceil(13 / h));
     map.layers.forEach((layer, r) => {
@@ -111,7 +117,7 @@
         side.fillText(layer, LEFT - 6, (rows - 1 - r + 0.5) * h);
     });
     side.fillText("token", LEFT - 6, rows * h + 12);
-    const ctx = prepare(panel.cells, columns * w, rows * h + BOTTOM);
+    const ctx = prepare(panel.cells, columns * w, rows * h + foot);
     const [low, high] = range().map((v) => bend(state.quantity, v));
     const values = map.values[state.quantity], top = map.top[view()];
     for (let r = 0; r < rows; r++)
@@ -135,7 +141,7 @@
       ctx.save();
       ctx.translate(c * w + w / 2, rows * h + 6);
       ctx.rotate(-Math.PI / 2);
-      ctx.fillText(short(token, 9), 0, 0, BOTTOM - 8);
+      ctx.fillText(short(token, 9), 0, 0, foot - 8);
       ctx.restore();
     });
     if (panel.at) {
@@ -249,6 +255,9 @@
     tip.hidden = true;
     drawAll();
   };
+  data.models[0].maps.forEach((map, n) => {
+    add(byId("text"), "option", `${n + 1}: ${visible(map.title)}`, { value: n });
+  });
   byId("text").addEventListener("change", changed("text", (e) => Number(e.value)));
   byId("quantity").addEventListener("change", changed("quantity", (e) => e.value));
   byId("words").addEventListener("change", changed("words", (e) => e.checked));

@@ -1,7 +1,7 @@
 """Data of the layer x token heat maps, small enough to be part of the page.
 
-Numbers are whole multiples of a step from the smallest one, as unsigned integers in base64: exact
-to three decimals, two bytes each where the range allows.
+Numbers are whole multiples of a step from the smallest one, as unsigned integers in base64: three
+decimals at least, two bytes each where the range allows.
 """
 
 from __future__ import annotations
@@ -15,22 +15,18 @@ from numpy.typing import NDArray
 
 from bupo.internal.analysis import Analysis
 
-QUANTITIES = ("entropy", "logprob", "kl", "rank")
-STEP = 1e-3
 
-
-def packed(values: NDArray, step: float = STEP) -> dict[str, Any]:
-    """{low, step, bits, data}: value = low + step * integer."""
-    low = math.floor(float(values.min()) / step) * step
+def packed(values: NDArray, step: float | None = None) -> dict[str, Any]:
+    """{low, step, bits, data}: value = low + step * integer. None: thousandths, or finer where the
+    range is narrow."""
+    lowest, highest = float(values.min()), float(values.max())
+    if step is None:
+        step = min(1e-3, 10.0 ** math.floor(math.log10(max(highest - lowest, 1e-6) / 6000)))
+    low = math.floor(lowest / step) * step
     whole = np.rint((values.astype(np.float64) - low) / step)
     bits = 16 if whole.max() < 1 << 16 else 32
     data = whole.astype(f"<u{bits // 8}").tobytes()
-    return {
-        "low": round(low, 6),
-        "step": step,
-        "bits": bits,
-        "data": base64.b64encode(data).decode(),
-    }
+    return {"low": low, "step": step, "bits": bits, "data": base64.b64encode(data).decode()}
 
 
 def heat_maps(found: Analysis, tokens: int) -> list[dict[str, Any]]:
@@ -56,12 +52,13 @@ def heat_maps(found: Analysis, tokens: int) -> list[dict[str, Any]]:
         parts = np.split(places, len(near.top_tokens))
         maps.append(
             {
+                "title": "".join(found.piece(t) for t in near.token[mine][:40].tolist())[:60],
                 "tokens": [found.piece(t) for t in near.token[mine].tolist()],
                 "positions": near.position[mine].tolist(),
                 "layers": near.layers,
                 "pieces": [found.piece(t) for t in used.tolist()],
                 "values": {
-                    name: packed(x, 1.0 if name.startswith("rank") else STEP)
+                    name: packed(x, 1.0 if name.startswith("rank") else None)
                     for name, x in quantities.items()
                 },
                 "top": {
