@@ -18,7 +18,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -222,7 +222,6 @@ def execute(plan: Plan) -> list[Any]:
     """Loads the models one after the other, measures and writes; returns the Analyses."""
     from bupo.analysis_files import write_results, write_texts
     from bupo.analysis_texts import again, generate, measurable
-    from bupo.internal import analyse
     from bupo.rl.metrics import replace_text
     from bupo.rl.progress import Progress
 
@@ -255,25 +254,40 @@ def execute(plan: Plan) -> list[Any]:
             texts = measurable(texts, subject.positions)
         model = model if model is not None else _loaded(plan, subject)
         with progress.waiting(f"measuring {subject.name}") as share:
-            found.append(
-                analyse(
-                    model,
-                    [m.text for m in texts],
-                    subject.tokenizer,
-                    name=subject.name,
-                    top_k=config.top_k,
-                    closer=config.heat_maps,
-                    stride=config.stride,
-                    temperature=config.temperature,
-                    tolerance=config.tolerance,
-                    batch_tokens=config.batch_tokens,
-                    seed=config.seed,
-                    share=share,
-                )
-            )
+            found.append(_measured(config, subject, model, [m.text for m in texts], share))
         with progress.working("writing tables and report"):
             write_results(plan.out, config, found, plan.how, own_tokens, _facts(plan))
     return found
+
+
+def _measured(
+    config: AnalysisConfig,
+    subject: Subject,
+    model: Any,
+    texts: list[Any],
+    share: Callable[[float], object],
+) -> Any:
+    from bupo import internal
+
+    try:
+        return internal.analyse(
+            model,
+            texts,
+            subject.tokenizer,
+            name=subject.name,
+            top_k=config.top_k,
+            closer=config.heat_maps,
+            stride=config.stride,
+            temperature=config.temperature,
+            tolerance=config.tolerance,
+            batch_tokens=config.batch_tokens,
+            seed=config.seed,
+            share=share,
+        )
+    except internal.IdentityError as error:
+        raise RunError(f"{subject.name}: {error}; its figures would be wrong") from None
+    except internal.DecompositionError as error:
+        raise ConfigError(f"{subject.source} cannot be analysed: {error}") from None
 
 
 def _facts(plan: Plan) -> list[str]:
@@ -294,12 +308,19 @@ def _facts(plan: Plan) -> list[str]:
 def _loaded(plan: Plan, subject: Subject) -> Any:
     import torch
 
+    from bupo.policy import num_layers, unembedding
     from bupo.rl.progress import Progress
 
     with Progress(1, 0).working(f"loading {subject.source}"):
         model = load_model(plan.run, subject.source).eval()
         # Nothing is trained, so there is no float32 to keep.
-        return model.to(getattr(torch, plan.config.model.compute_dtype))
+        model = model.to(getattr(torch, plan.config.model.compute_dtype))
+    try:  # before responses are generated
+        num_layers(model)
+        unembedding(model)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{subject.source} cannot be analysed: {error}") from None
+    return model
 
 
 def print_results(found: Sequence[Any]) -> None:

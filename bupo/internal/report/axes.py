@@ -164,6 +164,7 @@ def inline(text: str, name: str, description: str) -> str:
     """An SVG file as an element of a page: identifiers of its own, colours from CSS."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<image [^>]*?)\bid="[^"]*"', r"\1", text)  # equal colour bars have equal ones
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", text)
     text = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", text, count=1, flags=re.DOTALL)
