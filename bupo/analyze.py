@@ -19,25 +19,16 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in bupo.run
 
 from bupo import config as configuration
-from bupo.config import AnalysisConfig, Config, ConfigError, RunError
-from bupo.inputs import (
-    Sources,
-    build_task,
-    check_out,
-    disk_trouble,
-    find_sources,
-    load_model,
-    make_engine,
-    read_model,
-)
-from bupo.sizes import measure
+from bupo.analysis.plan import Plan, Subject, make_plan, print_plan
+from bupo.config import AnalysisConfig, ConfigError, RunError
+from bupo.inputs import build_task, disk_trouble, load_model, make_engine
 
 IGNORED = "data.weights, rollout.prompts, .samples, .refills, .max_logprob_gap, .sleep"
 
@@ -72,156 +63,10 @@ def _settings(arguments: argparse.Namespace) -> AnalysisConfig:
     return config
 
 
-@dataclass
-class Subject:
-    """A model to analyse, before its weights are loaded."""
-
-    name: str
-    """Short, for figures and tables"""
-    source: str
-    """Folder or hub name"""
-    tokenizer: Any
-    depth: int
-    positions: int | None
-    """Longest text, where the model has a limit"""
-
-
-@dataclass
-class Plan:
-    """All that can be known, and go wrong, before weights are loaded."""
-
-    config: AnalysisConfig
-    run: Config
-    """The same as settings of a run"""
-    out: Path
-    sources: Sources
-    subjects: list[Subject]
-    rows: list[Any]
-    texts: list[Any]
-    """Measured texts, or Prompts to generate a response to"""
-    how: str
-    """generate, column or none"""
-    available: int
-
-
-def make_plan(config: AnalysisConfig, out: Path) -> Plan:
-    """Raises ConfigError with one line; has written nothing but a task's cached files."""
-    check_out(out)
-    if (out / "config.yaml").is_file():
-        changed = configuration.changes_since(out / "config.yaml", config, ())
-        if changed:
-            raise ConfigError(
-                f"out={out} holds an analysis with other settings ({'; '.join(changed)}); choose "
-                "another out"
-            )
-    if config.task is None and config.model.path is None:
-        raise ConfigError(
-            "no model: --model FOLDER --data FILE; to try it without either: "
-            "task=bupo.tasks.arithmetic rollout.max_new_tokens=24"
-        )
-    for name in config.data.train:
-        if name.endswith(".txt") and not Path(name).is_file():
-            raise ConfigError(f"data file not found: {name}")
-    path = config.model.path and _newest(config.model.path)
-    config_of_files = replace(config, model=replace(config.model, path=path))
-    sources = find_sources(config_of_files.as_run())
-    if not sources.train:
-        raise ConfigError("no data: --data FILE (parquet, JSON lines or .txt)")
-
-    from bupo.analysis_texts import choose_rows, measurable, tokenise
-
-    rows, how, available = choose_rows(config, sources.train)
-    run = config_of_files.as_run(how == "generate")
-    paths = [sources.model, *([_newest(config.compare)] if config.compare else [])]
-    subjects = _subjects(run, paths)
-    if path is None:
-        subjects[0].name = str(config.task).rpartition(".")[2]
-    texts = tokenise(rows, config, subjects[0].tokenizer, how)
-    if how != "generate":
-        texts = measurable(texts, subjects[0].positions)
-    longest = max(len(p.token_ids) for p in texts) if how == "generate" else 0
-    for subject in subjects:
-        if how == "generate" and subject.positions is not None:
-            _check_context(config, longest, subject)
-    return Plan(config, run, out, sources, subjects, rows, texts, how, available)
-
-
-def _newest(model: str) -> str:
-    """The newest checkpoint of a run directory; anything else is what it is."""
-    if not (Path(model) / "checkpoints").is_dir():
-        return model
-    from bupo.rl.checkpoint import complete
-
-    points = complete(Path(model))
-    if not points:
-        raise ConfigError(f"{model} is a run directory without a whole checkpoint")
-    return str(points[-1])
-
-
-def _subjects(run: Config, paths: Sequence[str]) -> list[Subject]:
-    from transformers import AutoConfig
-
-    found: list[Subject] = []
-    for path in paths:
-        if path.startswith(("/", ".")) and not Path(path).is_dir():
-            raise ConfigError(f"{path}: folder not found")
-        tokenizer, depth = read_model(run, path)
-        text = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
-        positions = getattr(text, "max_position_embeddings", None)
-        found.append(Subject(_label(path), path, tokenizer, depth, positions))
-    if len(found) == 2 and found[0].name == found[1].name:
-        parents = [Path(s.source).resolve().parent.name for s in found]
-        names = [f"{p}/{s.name}" for p, s in zip(parents, found)]
-        if names[0] == names[1]:
-            names = [f"{found[0].name} (first)", f"{found[1].name} (compared)"]
-        found = [replace(s, name=n) for s, n in zip(found, names)]
-    return found
-
-
-def _label(path: str) -> str:
-    place = Path(path)
-    if place.parent.name == "checkpoints":  # RUN/checkpoints/step_000300
-        return f"{place.parent.parent.name}/{place.name}"
-    return place.name
-
-
-def _check_context(config: AnalysisConfig, longest: int, subject: Subject) -> None:
-    assert subject.positions is not None
-    if longest + config.rollout.max_new_tokens > subject.positions:
-        raise ConfigError(
-            f"a prompt of {longest} tokens and rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens} exceed the {subject.positions} positions of "
-            f"{subject.source}"
-        )
-
-
-def print_plan(plan: Plan) -> None:
-    """What --dry_run shows, and every analysis begins with."""
-    config, first = plan.config, plan.subjects[0]
-    lengths = [
-        len(t.token_ids) if plan.how == "generate" else len(t.response_ids) for t in plan.texts
-    ]
-    texts = f"{len(plan.texts)} of {plan.available}, "
-    texts += {
-        "generate": f"a response to each by {config.rollout.engine}, temperature "
-        f"{config.rollout.temperature}, at most {config.rollout.max_new_tokens} tokens",
-        "column": f"their responses: {sum(lengths)} tokens, longest {max(lengths)}",
-        "none": f"measured themselves: {sum(lengths)} tokens, longest {max(lengths)}",
-    }[plan.how]
-    lines = [f"analysis of {first.source}"]
-    for n, subject in enumerate(plan.subjects):
-        sizes = measure(plan.run, subject.source, max(lengths))
-        title = "compared" if n else "model"
-        lines.append(f"  {title:<8} {subject.name}: {sizes.model_line()}")
-    lines.append(f"  texts    {texts}")
-    lines.append(f"  out      {plan.out}")
-    print("\n".join(lines), file=sys.stderr)
-
-
 def execute(plan: Plan) -> list[Any]:
     """Loads the models one after the other, measures and writes; returns the Analyses."""
-    from bupo.analysis_files import write_results, write_texts
-    from bupo.analysis_texts import again, generate, measurable
+    from bupo.analysis.files import write_results, write_texts
+    from bupo.analysis.texts import again, generate, measurable
     from bupo.rl.metrics import replace_text
     from bupo.rl.progress import Progress
 

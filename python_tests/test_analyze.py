@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bupo import config
-from bupo.analysis_texts import Measured, choose_rows, measurable
+from bupo.analysis.texts import Measured, choose_rows, measurable
 from bupo.analyze import main
 from bupo.internal import IdentityError, analysis
 from bupo.policy import decoder_stack, unembedding
@@ -234,14 +234,14 @@ def test_a_comparison_of_two_tokenizers_says_so(whole: Path, tmp_path: Path) -> 
 
 
 def test_a_run_directory_is_its_newest_checkpoint(model: str, chats: str, tmp_path: Path) -> None:
-    from bupo.analyze import _label, _newest
+    from bupo.analysis.plan import label, newest
     from bupo.config import ConfigError
 
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     with pytest.raises(ConfigError, match="a run directory without a whole checkpoint"):
-        _newest(str(tmp_path / "run"))
-    assert _newest(model) == model
-    assert _label("runs/mine/checkpoints/step_000300") == "mine/step_000300"
+        newest(str(tmp_path / "run"))
+    assert newest(model) == model
+    assert label("runs/mine/checkpoints/step_000300") == "mine/step_000300"
 
 
 def test_a_model_in_bfloat16(model: str, chats: str, tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ def test_a_second_beginning_is_taken_off(model: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.bos_token = "<|im_start|>"
     begin = tokenizer.bos_token_id
-    from bupo.analysis_texts import _one_beginning
+    from bupo.analysis.texts import _one_beginning
 
     assert _one_beginning([begin, begin, 5], tokenizer) == [begin, 5]
     assert _one_beginning([begin, 5, begin], tokenizer) == [begin, 5, begin]

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bupo.analysis_texts import Measured
+from bupo.analysis.texts import Measured
 from bupo.config import AnalysisConfig
 from bupo.internal import Analysis, tables
 from bupo.internal.report import write_report
