@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import run_samples
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -233,15 +234,25 @@ def test_a_comparison_of_two_tokenizers_says_so(whole: Path, tmp_path: Path) -> 
     assert len(pc.unique(table["token_id"])) > 4, "two vocabularies"
 
 
-def test_a_run_directory_is_its_newest_checkpoint(model: str, chats: str, tmp_path: Path) -> None:
-    from bupo.analysis.plan import label, newest
-    from bupo.config import ConfigError
-
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="a run directory without a whole checkpoint"):
-        newest(str(tmp_path / "run"))
-    assert newest(model) == model
-    assert label("runs/mine/checkpoints/step_000300") == "mine/step_000300"
+def test_a_run_and_its_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run directory is its newest checkpoint; its rollouts are measured as they were."""
+    run, out = tmp_path / "mine", tmp_path / "out"
+    assert run_samples.run(run, "steps=2", "bupo.steps=1", "checkpoint.every=1") == 0
+    rollouts = run / "rollouts/step_000002.jsonl"
+    first = run / "checkpoints/step_000001"
+    command = ["--model", str(run), "--data", str(rollouts), f"compare={first}", "--out", str(out)]
+    assert main(command) == 0
+    written = [json.loads(line) for line in rollouts.read_text().splitlines()]
+    said = {(row["prompt"], row["response"]) for row in written}
+    texts = texts_of(out)
+    assert texts and {(t["prompt"], t["response"]) for t in texts} <= said
+    assert len({t["prompt"] for t in texts}) == len(texts)
+    names = pc.unique(tokens_of(out)["model"]).to_pylist()
+    assert names == ["mine/step_000002", "mine/step_000001"]
+    (tmp_path / "none/checkpoints").mkdir(parents=True)
+    command = ["--model", str(tmp_path / "none"), "--data", str(rollouts)]
+    assert main([*command, "--out", str(tmp_path / "x")]) == 2
+    assert "a run directory without a whole checkpoint" in capsys.readouterr().err
 
 
 def test_a_model_in_bfloat16(model: str, chats: str, tmp_path: Path) -> None:
