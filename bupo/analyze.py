@@ -122,6 +122,7 @@ def _measured(
             name=subject.name,
             top_k=config.top_k,
             closer=config.heat_maps,
+            closer_tokens=config.heat_map_tokens,
             stride=config.stride,
             temperature=config.temperature,
             tolerance=config.tolerance,

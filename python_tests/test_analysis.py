@@ -175,6 +175,18 @@ def test_a_stride_keeps_the_last_layer() -> None:
         analyse(build("qwen3"), texts(), stride=0)
 
 
+def test_top_tokens_of_the_first_tokens_alone() -> None:
+    """The text is read whole, so nothing else changes."""
+    found, whole = (analyse(build("qwen3"), texts(), closer_tokens=n) for n in (2, 100))
+    rows = {(key_of(r), r["normed"], r["place"]): r for r in whole.top_table().to_pylist()}
+    few = found.top_table().to_pylist()
+    assert {(r["text"], r["position"]) for r in few} == {(0, 3), (0, 4), (1, 1), (1, 2), (2, 6)}
+    for row in few:
+        same = rows[key_of(row), row["normed"], row["place"]]
+        assert row["top_token_id"] == same["top_token_id"]
+    assert found.table() == whole.table()
+
+
 def test_progress_rises_to_one() -> None:
     shares: list[float] = []
     analyse(build("qwen3"), texts(), share=shares.append)

@@ -68,7 +68,7 @@ def write_results(
         "models": [each.summary() for each in found],
     }
     replace_text(out / "summary.json", json.dumps(_plain(summary), indent=1) + "\n")
-    write_report(out, found, facts, notes, config.heat_map_tokens)
+    write_report(out, found, facts, notes)
 
 
 def _write_table(file: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:

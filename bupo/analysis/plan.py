@@ -75,9 +75,10 @@ def make_plan(config: AnalysisConfig, out: Path) -> Plan:
     rows, how, available = choose_rows(config, sources.train)
     run = config_of_files.as_run(how == "generate")
     paths = [sources.model, *([newest(config.compare)] if config.compare else [])]
-    subjects = _subjects(run, paths)
-    if path is None:
-        subjects[0].name = str(config.task).rpartition(".")[2]
+    names = [label(path) for path in paths]
+    if config.model.path is None:
+        names[0] = str(config.task).rpartition(".")[2]
+    subjects = _subjects(run, paths, names)
     texts = tokenise(rows, config, subjects[0].tokenizer, how)
     if how != "generate":
         texts = measurable(texts, subjects[0].positions)
@@ -100,17 +101,17 @@ def newest(model: str) -> str:
     return str(points[-1])
 
 
-def _subjects(run: Config, paths: Sequence[str]) -> list[Subject]:
+def _subjects(run: Config, paths: Sequence[str], names: list[str]) -> list[Subject]:
     from transformers import AutoConfig
 
     found: list[Subject] = []
-    for path in paths:
+    for path, name in zip(paths, names):
         if path.startswith(("/", ".")) and not Path(path).is_dir():
             raise ConfigError(f"{path}: folder not found")
         tokenizer, depth = read_model(run, path)
         text = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
         positions = getattr(text, "max_position_embeddings", None)
-        found.append(Subject(label(path), path, tokenizer, depth, positions))
+        found.append(Subject(name, path, tokenizer, depth, positions))
     if len(found) == 2 and found[0].name == found[1].name:
         parents = [Path(s.source).resolve().parent.name for s in found]
         names = [f"{p}/{s.name}" for p, s in zip(parents, found)]
@@ -124,7 +125,7 @@ def label(path: str) -> str:
     place = Path(path)
     if place.parent.name == "checkpoints":  # RUN/checkpoints/step_000300
         return f"{place.parent.parent.name}/{place.name}"
-    return place.name
+    return place.parent.name if place.name == "model" else place.name
 
 
 def _check_context(config: AnalysisConfig, longest: int, subject: Subject) -> None:

@@ -9,7 +9,7 @@ found.boundary.layer            where the FFNs stop exploring
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class Analysis:
     lens: Lens
     """Ranks, KL and agreement, of every text; layers by `stride`"""
     closer: Lens
-    """Top tokens of the first texts"""
+    """Top tokens of the first tokens of the first texts"""
     boundary: Boundary
     checks: list[Check]
     pieces: dict[int, str] = field(default_factory=dict)
@@ -99,6 +99,7 @@ def analyse(
     name: str = "model",
     top_k: int = 5,
     closer: int = 3,
+    closer_tokens: int = 192,
     stride: int = 1,
     temperature: float = 1.0,
     tolerance: float = TOLERANCE,
@@ -108,7 +109,7 @@ def analyse(
 ) -> Analysis:
     """Entropies, log-probs, norms and cosines of every layer, attention and FFN over the measured
     tokens of texts; ranks, KL to the model and agreement at every `stride`-th layer and the last;
-    top_k tokens of the first `closer` texts.
+    top_k likeliest tokens for the first `closer_tokens` of the first `closer` texts.
 
     tokenizer: for readable tokens only. temperature: of every policy. tolerance: of the boundary.
     share is called with the share done. Memory: that of entropy_flow and lens, and O(L tokens).
@@ -119,7 +120,9 @@ def analyse(
         raise ValueError(f"analyse: stride: expected at least 1, came {stride}")
     weight = unembedding(model).weight
     layers = kept_layers(num_layers(model), stride)
-    looked = list(texts)[: max(closer, 1)]
+    looked = [
+        replace(t, end=t.start + min(t.measured, closer_tokens)) for t in texts[: max(closer, 1)]
+    ]
     sizes = [sum(len(t.token_ids) for t in group) for group in (texts, texts, looked)]
     ends = np.cumsum([0, *sizes]) / max(sum(sizes), 1)
 

@@ -32,13 +32,12 @@ def write_report(
     found: Sequence[Analysis],
     facts: Sequence[str] = (),
     notes: Sequence[str] = (),
-    tokens: int = 192,
 ) -> Path:
     """Writes figures/NAME.svg and .png and report.html of one analysis, or of two; returns the
     page's path.
 
-    facts: what was analysed, a sentence each; notes: what a reader should know first; tokens: of a
-    text in a heat map. Raises ValueError for another number of analyses, and OSError.
+    facts: what was analysed, a sentence each; notes: what a reader should know first. Raises
+    ValueError for another number of analyses, and OSError.
     """
     if len(found) not in (1, 2):
         raise ValueError(f"write_report: found: expected one or two analyses, came {len(found)}")
@@ -52,7 +51,7 @@ def write_report(
         (folder / f"{name}.svg").write_text(text, encoding="utf-8")
         (folder / f"{name}.png").write_bytes(image)
         shown[name] = title, reading, inline(text, name, html.escape(title))
-    models = [{"name": each.name, "maps": heat_maps(each, tokens)} for each in found]
+    models = [{"name": each.name, "maps": heat_maps(each)} for each in found]
     data = {"scale": SCALE, "models": models}
     env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = env.from_string((HERE / "page.html.j2").read_text(encoding="utf-8")).render(

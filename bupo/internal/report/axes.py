@@ -72,6 +72,12 @@ def layer_ticks(depth: int, most: int = 10) -> list[int]:
     return sorted({1, *inner, depth})
 
 
+def short(name: str, most: int) -> str:
+    """A name with its middle left out where it is long: beginnings and ends of paths tell most."""
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
+
+
 def title(ax: Axes, text: str) -> None:
     ax.set_title(text, loc="left", color=INK, fontweight="bold")
 
@@ -112,7 +118,7 @@ def legend(fig: Figure, ax: Axes, names: Sequence[str], extra: Sequence[Any] = (
     texts = [*shown, *(h.get_label() for h in entries[len(shown) :])]
     fig.legend(
         entries,
-        [str(t)[:60] for t in texts],
+        [short(str(t), 60) for t in texts],
         loc="outside lower center",
         ncols=min(len(entries), 4 if len(names) > 1 else 6),
         frameon=False,

@@ -94,7 +94,7 @@ def entropy_change(pictures: Pictures) -> Figure:
     kinds = [Patch(color=c, alpha=0.25, linewidth=0, label=n) for n, c in OF_SEGMENT.items()]
     if len(pictures.found) > 1:
         kinds += [
-            Patch(facecolor=fill, edgecolor=GREY, hatch=hatch, label=name[:40])
+            Patch(facecolor=fill, edgecolor=GREY, hatch=hatch, label=shared.short(name, 40))
             for name, fill, hatch in zip(pictures.names, (GREY, "none"), ("", "////"))
         ]
     fig.legend(handles=kinds, loc="outside lower center", ncols=5, frameon=False, labelcolor=INK)
@@ -180,7 +180,9 @@ def layer_cosines(pictures: Pictures) -> Figure:
     lowest = min(float(each.lens.similarity.min()) for each in pictures.found)
     for ax, each in zip(panels, pictures.found):
         depth = each.flow.layers
-        shared.title(ax, each.name[:50] if len(pictures.found) > 1 else "Layer with layer")
+        shared.title(
+            ax, shared.short(each.name, 50) if len(pictures.found) > 1 else "Layer with layer"
+        )
         image = ax.imshow(
             each.lens.similarity,
             cmap="cividis",

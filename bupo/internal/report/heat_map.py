@@ -29,14 +29,14 @@ def packed(values: NDArray, step: float | None = None) -> dict[str, Any]:
     return {"low": low, "step": step, "bits": bits, "data": base64.b64encode(data).decode()}
 
 
-def heat_maps(found: Analysis, tokens: int) -> list[dict[str, Any]]:
-    """Of each text that was looked at closer, its first measured tokens: rows are layers, from the
-    first one kept to the last."""
+def heat_maps(found: Analysis) -> list[dict[str, Any]]:
+    """Of each text that was looked at closer: rows are layers, from the first one kept to the
+    last."""
     near, flow, wide = found.closer, found.flow, found.lens
     kept = np.array(near.layers) - 1
     maps = []
     for number in range(int(near.text.max()) + 1):
-        mine = np.flatnonzero(near.text == number)[:tokens]
+        mine = np.flatnonzero(near.text == number)
         all_mine = np.flatnonzero(flow.text == number)[: len(mine)]
         quantities = {}
         for suffix in ("", "_normed"):
