@@ -89,19 +89,17 @@ def execute(plan: Plan) -> list[Any]:
         texts = measurable(texts, first.positions)
     write_texts(plan.out, texts)
     found: list[Any] = []
-    own_tokens = False
     for n, subject in enumerate(plan.subjects):
         if n:
             model = None  # its memory first
-            own_tokens = subject.tokenizer.get_vocab() != first.tokenizer.get_vocab()
-            if own_tokens:
+            if subject.own_tokens:
                 texts = again(texts, plan.rows, config, subject.tokenizer)
             texts = measurable(texts, subject.positions)
         model = model if model is not None else _loaded(plan, subject)
         with progress.waiting(f"measuring {subject.name}") as share:
             found.append(_measured(config, subject, model, [m.text for m in texts], share))
         with progress.working("writing tables and report"):
-            write_results(plan.out, config, found, plan.how, own_tokens, _facts(plan))
+            write_results(plan.out, config, found, plan.how, subject.own_tokens, _facts(plan))
     return found
 
 
@@ -163,9 +161,11 @@ def _loaded(plan: Plan, subject: Subject) -> Any:
         model = model.to(getattr(torch, plan.config.model.compute_dtype))
     try:  # before responses are generated
         num_layers(model)
-        unembedding(model)
+        rows = unembedding(model).weight.shape[0]
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{subject.source} cannot be analysed: {error}") from None
+    if plan.config.top_k > rows:
+        raise ConfigError(f"top_k={plan.config.top_k} exceeds the {rows} tokens of the vocabulary")
     return model
 
 

@@ -1,5 +1,6 @@
 """bupo.internal.analyse: every column of its tables against whole logits in float64."""
 
+import importlib.util
 import math
 from typing import Any
 
@@ -224,6 +225,16 @@ def test_kl_between_layers(final_norm: bool) -> None:
 
 def analysed() -> Analysis:
     return analyse(build("llama"), texts())
+
+
+def test_a_frame_for_pandas() -> None:
+    """Which nothing here needs."""
+    found = analysed()
+    if importlib.util.find_spec("pandas") is None:
+        with pytest.raises(ImportError):
+            found.frame()
+    else:
+        assert found.frame().shape == found.table().shape
 
 
 def test_a_violated_identity_is_named() -> None:

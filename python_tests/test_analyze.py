@@ -341,6 +341,19 @@ def test_a_text_beyond_the_models_positions(
     assert "exceed the 4096 positions" in one_line(capsys)
 
 
+def test_a_text_beyond_the_positions_of_the_compared_model(
+    model: str, chats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Known before the first model is loaded."""
+    other, out = tiny_model(tmp_path, layers=1), tmp_path / "out"
+    settings = json.loads((Path(other) / "config.json").read_text())
+    settings["max_position_embeddings"] = 30
+    (Path(other) / "config.json").write_text(json.dumps(settings))
+    command = ["--model", model, "--data", chats, f"compare={other}", "--out", str(out)]
+    assert main(command) == 2
+    assert "the model's positions end at 30" in one_line(capsys)
+
+
 def test_an_analysis_with_other_settings_is_kept(
     whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -399,6 +412,14 @@ def test_a_broken_model_is_one_line(
     assert main(["--model", broken, "--data", chats, "--out", str(tmp_path / "out")]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "cannot be analysed: model of family 'qwen3', layer 2: expected H^" in last
+
+
+def test_more_top_tokens_than_the_vocabulary_has(
+    model: str, chats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--model", model, "--data", chats, "top_k=500", "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "top_k=500 exceeds the 275 tokens of the vocabulary" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_the_first_model_of_a_comparison(

@@ -26,6 +26,8 @@ class Subject:
     depth: int
     positions: int | None
     """Longest text, where the model has a limit"""
+    own_tokens: bool = False
+    """It is compared with a model of another tokenizer"""
 
 
 @dataclass
@@ -70,7 +72,7 @@ def make_plan(config: AnalysisConfig, out: Path) -> Plan:
     if not sources.train:
         raise ConfigError("no data: --data FILE (parquet, JSON lines or .txt)")
 
-    from bupo.analysis.texts import choose_rows, measurable, tokenise
+    from bupo.analysis.texts import again, choose_rows, measurable, tokenise
 
     rows, how, available = choose_rows(config, sources.train)
     run = config_of_files.as_run(how == "generate")
@@ -82,6 +84,9 @@ def make_plan(config: AnalysisConfig, out: Path) -> Plan:
     texts = tokenise(rows, config, subjects[0].tokenizer, how)
     if how != "generate":
         texts = measurable(texts, subjects[0].positions)
+        for other in subjects[1:]:
+            theirs = again(texts, rows, config, other.tokenizer) if other.own_tokens else texts
+            measurable(theirs, other.positions)
     longest = max(len(p.token_ids) for p in texts) if how == "generate" else 0
     for subject in subjects:
         if how == "generate" and subject.positions is not None:
@@ -112,6 +117,8 @@ def _subjects(run: Config, paths: Sequence[str], names: list[str]) -> list[Subje
         text = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
         positions = getattr(text, "max_position_embeddings", None)
         found.append(Subject(name, path, tokenizer, depth, positions))
+    for other in found[1:]:
+        other.own_tokens = other.tokenizer.get_vocab() != found[0].tokenizer.get_vocab()
     if len(found) == 2 and found[0].name == found[1].name:
         parents = [Path(s.source).resolve().parent.name for s in found]
         names = [f"{p}/{s.name}" for p, s in zip(parents, found)]

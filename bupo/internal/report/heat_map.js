@@ -76,7 +76,7 @@
     return {
       columns: map.tokens.length,
       rows,
-      foot: 22 + 6.5 * Math.max(...map.tokens.map((token) => short(token, 9).length)),
+      foot: state.words ? 26 : 22 + 6.5 * Math.max(...map.tokens.map((token) => short(token, 9).length)),
       w: state.words ? 64 : 20,
       h: state.words ? 18 : Math.max(8, Math.min(18, Math.floor(560 / rows))),
     };
@@ -138,6 +138,11 @@
     ctx.fillStyle = color("--ink");
     ctx.textAlign = "right";
     map.tokens.forEach((token, c) => {
+      if (state.words) {
+        ctx.textAlign = "center";
+        ctx.fillText(short(token, 8), c * w + w / 2, rows * h + 12, w - 4);
+        return;
+      }
       ctx.save();
       ctx.translate(c * w + w / 2, rows * h + 6);
       ctx.rotate(-Math.PI / 2);
