@@ -29,7 +29,9 @@ def texts() -> list[Text]:
 Row = dict[str, Any]
 
 
-def literal(model: nn.Module, texts: list[Text], top_k: int) -> dict[tuple, Row]:
+def literal(
+    model: nn.Module, texts: list[Text], top_k: int, temperature: float
+) -> dict[tuple, Row]:
     """What tokens.parquet must hold, by (text, position, layer, policy): slowly, in float64."""
     model = model.double()
     head, norm = unembedding(model), decoder_stack(model).norm
@@ -37,7 +39,7 @@ def literal(model: nn.Module, texts: list[Text], top_k: int) -> dict[tuple, Row]
 
     def logp(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return head.logits(x).log_softmax(-1)
+            return (head.logits(x) / temperature).log_softmax(-1)
 
     def entropy(x: Tensor) -> float:
         return float(-(logp(x).exp() * logp(x)).sum())
@@ -45,7 +47,7 @@ def literal(model: nn.Module, texts: list[Text], top_k: int) -> dict[tuple, Row]
     for number, text in enumerate(texts):
         tokens = torch.tensor([text.token_ids])
         with torch.no_grad():
-            final = model(tokens).logits[0].log_softmax(-1)
+            final = (model(tokens).logits[0] / temperature).log_softmax(-1)
         layers = layers_of(model, tokens)
         for position in range(text.start, len(text.token_ids)):
             at, target = position - 1, text.token_ids[position]
@@ -85,12 +87,15 @@ def literal(model: nn.Module, texts: list[Text], top_k: int) -> dict[tuple, Row]
     return found
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "olmo2", "gpt_neox-parallel", "bloom"])
-def test_every_column_against_a_literal_float64(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "temperature"),
+    [("qwen3", 0.7), ("gemma2", 1), ("olmo2", 1), ("gpt_neox-parallel", 1.5), ("bloom", 1)],
+)
+def test_every_column_against_a_literal_float64(family: str, temperature: float) -> None:
     """Sequential, norms behind the modules, parallel blocks, modules that add the residual."""
     model = build(family)
-    found = analyse(model, texts(), name="m", closer=2, top_k=4)
-    want = literal(model, texts(), 4)
+    found = analyse(model, texts(), name="m", closer=2, top_k=4, temperature=temperature)
+    want = literal(model, texts(), 4, temperature)
     rows = found.table().to_pylist()
     assert [key_of(r) for r in rows] == sorted(want, key=by_policy) and len(rows) == len(want)
     columns = [n for n in found.table().column_names if n not in (*KEY, "model", "token_id")]

@@ -65,7 +65,8 @@ def choose_rows(config: AnalysisConfig, files: Sequence[str]) -> tuple[list[Row]
     if kinds == {True}:
         if config.responses == "column":
             raise ConfigError("responses=column: a .txt file has no columns")
-        rows = [row for name in files for row in _of_text_file(name, config.whole_files)]
+        read_rows = (_of_text_file(name, config.whole_files) for name in files)
+        rows = [row for of_file in read_rows for row in of_file[: config.data.limit]]
         how = "none" if config.responses == "auto" else config.responses
     else:
         read = [
