@@ -10,6 +10,8 @@ import pytest
 import run_samples
 
 from bupo import config
+from bupo.internal import tables
+from bupo.tasks import tiny
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,9 +42,9 @@ def test_every_folder_of_the_readme_tree_exists() -> None:
         assert (ROOT / path).exists(), path
 
 
-def explained(table: str) -> set[str]:
-    """Names in the first column of a table of docs/training.md that have an explanation."""
-    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+def explained(table: str, document: str = "training") -> set[str]:
+    """Names in the first column of a table of a document that have an explanation."""
+    text = (ROOT / f"docs/{document}.md").read_text(encoding="utf-8")
     part = text.split(f"<!-- {table} -->")[1].split("<!-- end -->")[0]
     return set(re.findall(r"^\| `([^`]+)` \| \S.{5,} \|$", part, flags=re.MULTILINE))
 
@@ -68,9 +70,31 @@ def test_every_metric_is_explained(tmp_path: Path) -> None:
 def test_settings_in_commands_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     places = re.findall(r"```\n.*?```|`[^`\n]+`", text, flags=re.DOTALL)
-    keys = set(config.all_keys(config.Config))
+    keys = set(config.all_keys(config.Config)) | set(config.all_keys(config.AnalysisConfig))
     groups = "|".join({re.escape(key.partition(".")[0]) for key in keys if "." in key})
     pattern = rf"(?<![\w.])((?:{groups})\.[a-z_]+|resume|algorithm|advantage|wandb|seed)="
     used = {key for place in places for key in re.findall(pattern, place)}
+    if document.name == "internal_policies.md":  # of one command, so every word before = is a key
+        used |= {k for p in places for k in re.findall(r"(?<![\w.])([a-z][a-z_.]*)=", p)}
     assert used <= keys, used - keys
     assert used or document.name in ("ops.md", "CONTRIBUTING.md")
+
+
+def test_every_column_of_an_analysis_is_explained() -> None:
+    assert explained("tokens", "internal_policies") == set(tables.TOKENS.names)
+    assert explained("top_tokens", "internal_policies") == set(tables.TOP_TOKENS.names)
+
+
+def test_the_example_of_an_analysis_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"layers": 3, "width": 32}
+    files = tiny.prepare(options, tmp_path)
+    tiny.build(options, files)
+    text = (ROOT / "docs/internal_policies.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(code.replace('"MODEL"', repr(str(files.model))), names)
+    assert len(names["found"].texts) == 2  # type: ignore[attr-defined]
+    assert (tmp_path / "analyses/mine/report.html").stat().st_size > 50_000

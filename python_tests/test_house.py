@@ -59,6 +59,12 @@ def test_ops_and_policy_stand_on_the_ground() -> None:
     assert not reaches(ROOT / "bupo/policy.py", "bupo.rl", "bupo.run", "bupo.config", "bupo.tasks")
 
 
+def test_internal_policies_are_read_without_the_trainer() -> None:
+    """A notebook needs neither settings nor rollouts."""
+    for file in sources("internal"):
+        assert not reaches(file, "bupo.rl", "bupo.run", "bupo.config", "bupo.tasks", "bupo.inputs")
+
+
 def test_leaves_import_nothing_of_the_project() -> None:
     for name in ("rl/types.py", "rl/boxed.py"):
         assert imports(ROOT / "bupo" / name) == set(), name

@@ -8,15 +8,14 @@ import families
 import numpy as np
 import pytest
 import torch
+from internal_samples import build, ids, layers_of
 from torch import Tensor, nn
 
 from bupo.internal import (
     DecompositionError,
-    Layer,
     Text,
     boundary_layer,
     convergence,
-    decomposed,
     entropy_flow,
     lens,
 )
@@ -24,22 +23,6 @@ from bupo.internal.boundary import segments
 from bupo.policy import decoder_stack, unembedding
 
 VOCAB = families.VOCAB
-
-
-def build(family: str, **changes: object) -> nn.Module:
-    torch.manual_seed(0)
-    return families.build(family, **changes).eval()
-
-
-def ids(*shape: int) -> Tensor:
-    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(1))
-
-
-def layers_of(model: nn.Module, tokens: Tensor) -> list[Layer]:
-    found: list[Layer] = []
-    with torch.no_grad(), decomposed(model, found.append):
-        model(tokens, use_cache=False)
-    return found
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -195,6 +178,8 @@ def test_norms_and_cosines() -> None:
     assert (flow.entropy["layer"] >= 0).all()
     with pytest.raises(ValueError, match="start"):
         Text([1, 2], 0)
+    with pytest.raises(ValueError, match=r"Text: end: expected a place in 2..3, came 1"):
+        Text([1, 2, 3], 1, 1)
     with pytest.raises(ValueError, match="at least one"):
         entropy_flow(model, [])
 

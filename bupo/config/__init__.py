@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bupo.config.analysis import AnalysisConfig
 from bupo.config.errors import ConfigError, RunError
 from bupo.config.inputs import DataConfig, ModelConfig
 from bupo.config.objective import ADVANTAGES, CriticConfig, LossConfig, OptimizerConfig
@@ -21,6 +22,7 @@ from bupo.config.settings import (
 __all__ = [
     "ADVANTAGES",
     "MAY_CHANGE",
+    "AnalysisConfig",
     "BupoConfig",
     "CheckpointConfig",
     "Config",

@@ -1,24 +1,35 @@
 """Every internal policy of a Hugging Face model, read: no training here."""
 
+from bupo.internal.analysis import Analysis, analyse
 from bupo.internal.boundary import Boundary, boundary_layer, convergence
+from bupo.internal.checks import Check, IdentityError, identities
+from bupo.internal.curves import Curve
 from bupo.internal.decomposition import DecompositionError, Layer, decomposed
 from bupo.internal.distances import Distances, distances
+from bupo.internal.divergence import kl_between
 from bupo.internal.entropy_flow import EntropyFlow, entropy_flow
 from bupo.internal.lens import Lens, lens
 from bupo.internal.texts import Text
 
 __all__ = [
+    "Analysis",
     "Boundary",
+    "Check",
+    "Curve",
     "DecompositionError",
     "Distances",
     "EntropyFlow",
+    "IdentityError",
     "Layer",
     "Lens",
     "Text",
+    "analyse",
     "boundary_layer",
     "convergence",
     "decomposed",
     "distances",
     "entropy_flow",
+    "identities",
+    "kl_between",
     "lens",
 ]

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from bupo.internal.decomposition import first_tensor
+from bupo.internal.divergence import CHUNK, kl_rows
 from bupo.internal.texts import Batch, Text, batches_of
 from bupo.policy import decoder_stack, hidden_states, num_layers, unembedding
 
-CHUNK = 64
-"""Tokens whose logits are in memory at once, three rows each: pi, pi^l and pi^m"""
 BATCH = 1024
 """Tokens of texts of one forward; what all layers make of those that are measured is in memory"""
 
@@ -117,11 +116,11 @@ class _Measure:
         self.final += torch.stack([_entropy(model), -token.double().sum()])
         for place, m in enumerate(self.layers):
             policy = self._logp(self.norm(streams[m]))
-            found = [_entropy(policy), _kl(policy, model)]
+            found = [_entropy(policy), kl_rows(policy, model).double().sum()]
             if self.anchor and anchor is not None:
                 pair = (streams[self.anchor].float(), streams[m].float())
                 cosine = nn.functional.cosine_similarity(*pair, dim=-1).double().sum()
-                found += [_kl(anchor, policy), cosine]
+                found += [kl_rows(anchor, policy).double().sum(), cosine]
             self.sums[: len(found), place] += torch.stack(found)
 
     def _logp(self, hidden: Tensor) -> Tensor:
@@ -133,13 +132,6 @@ class _Measure:
 def _entropy(logp: Tensor) -> Tensor:
     """Sum over rows. xlogy's convention: an entry of probability 0 adds nothing."""
     return torch.special.entr(logp.exp()).double().sum()
-
-
-def _kl(logp: Tensor, other: Tensor) -> Tensor:
-    """Sum over rows of KL(p || q), an entry of probability 0 in p adding nothing."""
-    p = logp.exp()
-    gap = torch.where(p > 0, logp - other, 0.0)
-    return (p * gap).double().sum().clamp(min=0)
 
 
 @contextmanager

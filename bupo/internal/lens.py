@@ -11,7 +11,7 @@ tensor. entropy_flow() is the cheaper sweep, for all tokens; this one is for a c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,17 +20,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bupo.internal.decomposition import Layer, decomposed
+from bupo.internal.divergence import CHUNK, kl_rows
 from bupo.internal.texts import Batch, Text, batches_of
-from bupo.policy import decoder_stack, hidden_states, unembedding
+from bupo.policy import decoder_stack, hidden_states, num_layers, unembedding
 
-CHUNK = 64
-"""Tokens whose logits are in memory at once"""
 VIEWS = ("layer", "attention", "ffn", "layer_normed", "attention_normed", "ffn_normed")
+COMPARED = 4096
+"""Tokens of a batch, evenly spaced, whose H^1..H^L are kept for the cosines between layers"""
 
 
 @dataclass
 class Lens:
-    """Arrays over [layer, token], by view ("layer", ..., "ffn_normed"); layers 1..L."""
+    """Arrays over [layer, token], by view ("layer", ..., "ffn_normed"); rows as in `layers`."""
 
     text: NDArray[np.int64]
     position: NDArray[np.int64]
@@ -47,7 +48,9 @@ class Lens:
     final_top: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """[token]: the model's most likely token"""
     similarity: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    """[layer, layer]: cos(H^l, H^m), mean over tokens"""
+    """[L, L]: cos(H^l, H^m), mean over tokens (of a text over COMPARED tokens: of so many)"""
+    layers: list[int] = field(default_factory=list)
+    """Which layers the rows are, counted from 1"""
 
 
 def lens(
@@ -56,10 +59,13 @@ def lens(
     top_k: int = 5,
     views: Sequence[str] = VIEWS,
     temperature: float = 1.0,
+    layers: Sequence[int] | None = None,
+    share: Callable[[float], object] = lambda share: None,
 ) -> Lens:
-    """Ranks, distances and top tokens of every layer's policies over the measured tokens.
+    """Ranks, distances and top tokens of layers' policies over the measured tokens.
 
-    Errors: ValueError for no text, an unknown view or top_k outside 1..V; DecompositionError for a
+    layers: which, counted from 1; None: all. share is called with the share done. Errors:
+    ValueError for no text, an unknown view or layer, top_k outside 1..V; DecompositionError for a
     family whose layers cannot be taken apart.
     """
     if not texts:
@@ -69,24 +75,52 @@ def lens(
     head = unembedding(model)
     if not 1 <= top_k <= head.weight.shape[0]:
         raise ValueError(f"lens: top_k: expected 1..{head.weight.shape[0]}, came {top_k}")
+    depth = num_layers(model)
+    chosen = sorted(set(range(1, depth + 1) if layers is None else layers))
+    if not chosen or chosen[0] < 1 or chosen[-1] > depth:
+        raise ValueError(f"lens: layers: expected some of 1..{depth}, came {layers}")
+    done, total = 0, sum(len(t.token_ids) for t in texts)
+
+    def of_batch(batch: Batch) -> Lens:
+        nonlocal done
+        begin, size = done, batch.ids.numel()
+        look = _Look(model, batch, top_k, views, temperature, chosen)
+        look.share = lambda part: share((begin + part * size) / total)
+        done += size
+        return look.run()
+
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
             batches = list(batches_of(texts, 4096, head.weight.device))
-            parts = [_Look(model, b, top_k, views, temperature).run() for b in batches]
+            parts = [of_batch(b) for b in batches]
     finally:
         model.train(training)
-    return _joined(parts, [len(b.text) for b in batches])
+    found = _joined(parts, [len(b.text) for b in batches])
+    found.layers = chosen
+    return found
 
 
 class _Look:
     """One batch of texts."""
 
+    share: Callable[[float], object]
+
     def __init__(
-        self, model: nn.Module, batch: Batch, top_k: int, views: Sequence[str], temperature: float
+        self,
+        model: nn.Module,
+        batch: Batch,
+        top_k: int,
+        views: Sequence[str],
+        temperature: float,
+        layers: Sequence[int],
     ) -> None:
         self.model, self.batch, self.top_k, self.views = model, batch, top_k, views
+        self.layers, self.depth = frozenset(layers), num_layers(model)
+        count = len(batch.targets)
+        places = np.linspace(0, count - 1, min(count, COMPARED)).round()
+        self.compared = torch.tensor(places, dtype=torch.long, device=batch.targets.device)
         self.head, self.norm, self.temperature = (
             unembedding(model),
             decoder_stack(model).norm,
@@ -101,17 +135,14 @@ class _Look:
             hidden_states(self.model, self.batch.ids)
         unit = torch.stack([nn.functional.normalize(x.float(), dim=-1) for x in self.stream])
         tops = [self._logp(rows).argmax(-1).cpu() for rows in self.final.split(CHUNK)]
-        return Lens(
-            self.batch.text,
-            self.batch.position,
-            self.batch.targets.cpu().numpy(),
-            **{
-                kind: {view: torch.stack(x).numpy() for view, x in columns.items()}
-                for kind, columns in self.found.items()
-            },
-            final_top=torch.cat(tops).numpy(),
-            similarity=torch.einsum("ind,jnd->ij", unit, unit).div(unit.shape[1]).cpu().numpy(),
-        )
+        look = Lens(self.batch.text, self.batch.position, self.batch.targets.cpu().numpy())
+        for kind, columns in self.found.items():
+            getattr(look, kind).update(
+                {view: torch.stack(x).numpy() for view, x in columns.items()}
+            )
+        look.final_top = torch.cat(tops).numpy()
+        look.similarity = torch.einsum("ind,jnd->ij", unit, unit).div(unit.shape[1]).cpu().numpy()
+        return look
 
     def _logp(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, V]"""
@@ -121,7 +152,10 @@ class _Look:
     def _visit(self, layer: Layer) -> None:
         vectors = {n: self.batch.pick(getattr(layer, n)) for n in ("after", "attention", "ffn")}
         vectors["layer"] = vectors.pop("after")
-        self.stream.append(vectors["layer"])
+        self.stream.append(vectors["layer"][self.compared])
+        self.share(layer.index / self.depth)
+        if layer.index not in self.layers:
+            return
         vectors |= {f"{name}_normed": self.norm(x) for name, x in tuple(vectors.items())}
         pieces: dict[str, dict[str, list[Tensor]]] = {}
         for first in range(0, len(self.batch.targets), CHUNK):
@@ -137,12 +171,9 @@ class _Look:
     def _compare(self, hidden: Tensor, final: Tensor, target: Tensor) -> dict[str, Tensor]:
         logp = self._logp(hidden)
         top = logp.topk(self.top_k, dim=-1)
-        p = logp.exp()
-        # An entry of probability 0 adds nothing, where the head's bias has masked it too.
-        gap = torch.where(p > 0, logp - final, torch.zeros((), device=p.device))
         return {
             "rank": (logp > logp.gather(1, target)).sum(-1),
-            "kl": (p * gap).sum(-1).clamp(min=0),
+            "kl": kl_rows(logp, final),
             "agrees": top.indices[:, 0] == final.argmax(-1),
             "top_tokens": top.indices,
             "top_logprobs": top.values,

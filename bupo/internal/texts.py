@@ -13,21 +13,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of one prompt and response; what is measured are the tokens from `start` on."""
+    """Token ids of one prompt and response; measured are the tokens from `start` on."""
 
     token_ids: list[int]
     start: int
     """Place of the first measured token, at least 1: its predecessor predicts it"""
+    end: int | None = None
+    """Place behind the last measured token; None: that of the text"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.start < len(self.token_ids):
             raise ValueError(
                 f"Text: start: expected a place in 1..{len(self.token_ids) - 1}, came {self.start}"
             )
+        if self.end is not None and not self.start < self.end <= len(self.token_ids):
+            raise ValueError(
+                f"Text: end: expected a place in {self.start + 1}..{len(self.token_ids)}, "
+                f"came {self.end}"
+            )
 
     @property
     def measured(self) -> int:
-        return len(self.token_ids) - self.start
+        return (len(self.token_ids) if self.end is None else self.end) - self.start
 
 
 @dataclass
@@ -69,7 +76,7 @@ def batches_of(
         places = [
             (row, place)
             for row, i in enumerate(group)
-            for place in range(texts[i].start, ids.shape[1])
+            for place in range(texts[i].start, texts[i].start + texts[i].measured)
         ]
         rows = torch.tensor([row for row, _ in places], device=device)
         position = np.array([place for _, place in places], dtype=np.int64)

@@ -83,6 +83,25 @@ def _text(prompt: Any, tokenizer: Any, config: DataConfig, where: str) -> str:
     return text
 
 
+def tokenised(row: Any, tokenizer: Any, config: DataConfig, where: str) -> tuple[str, list[int]]:
+    """The prompt of a row after the chat template, and its token ids. Raises ConfigError, which
+    begins with `where`, for a row that has none."""
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where} is not a JSON object")
+    prompt = _column(row, "prompt", config)
+    if prompt is None:
+        raise ConfigError(
+            f"{where} has no prompt, but {_names(row)}; data.columns can name another"
+        )
+    if isinstance(prompt, str) and config.system_prompt is not None:
+        prompt = _chat(config.system_prompt, prompt)
+    text = _text(prompt, tokenizer, config, where)
+    ids = tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
+    if not ids:
+        raise ConfigError(f"{where} has an empty prompt")
+    return text, list(ids)
+
+
 def load_prompts(
     files: Sequence[str],
     tokenizer: Any,
@@ -103,25 +122,13 @@ def load_prompts(
         for n, row in enumerate(rows):
             share((place + n / len(rows)) / len(files))
             where = f"row {n} of {file}"
-            if not isinstance(row, dict):
-                raise ConfigError(f"{where} is not a JSON object")
-            prompt = _column(row, "prompt", config)
-            if prompt is None:
-                raise ConfigError(
-                    f"{where} has no prompt, but {_names(row)}; data.columns can name another"
-                )
-            if isinstance(prompt, str) and config.system_prompt is not None:
-                prompt = _chat(config.system_prompt, prompt)
-            text = _text(prompt, tokenizer, config, where)
-            ids = tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
-            if not ids:
-                raise ConfigError(f"{where} has an empty prompt")
+            text, ids = tokenised(row, tokenizer, config, where)
             if len(ids) > config.max_prompt_tokens:
                 overlong, longest = overlong + 1, max(longest, len(ids))
                 continue
             source = str(_column(row, "data_source", config) or data_files.stem(file))
             answer = _answer(row, config, where)
-            prompts.append(Prompt(len(prompts), source, text, list(ids), answer, place))
+            prompts.append(Prompt(len(prompts), source, text, ids, answer, place))
     if overlong and config.overlong == "error":
         raise ConfigError(
             f"{overlong} of {overlong + len(prompts)} prompts exceed data.max_prompt_tokens="

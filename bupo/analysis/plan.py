@@ -1,0 +1,168 @@
+"""All that can be known, and go wrong, before the weights of an analysis are loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bupo import config as configuration
+from bupo.config import AnalysisConfig, Config, ConfigError
+from bupo.inputs import Sources, check_out, find_sources, read_model
+from bupo.sizes import measure
+
+
+@dataclass
+class Subject:
+    """A model to analyse, before its weights are loaded."""
+
+    name: str
+    """Short, for figures and tables"""
+    source: str
+    """Folder or hub name"""
+    tokenizer: Any
+    depth: int
+    positions: int | None
+    """Longest text, where the model has a limit"""
+    own_tokens: bool = False
+    """It is compared with a model of another tokenizer"""
+
+
+@dataclass
+class Plan:
+    """All that can be known, and go wrong, before weights are loaded."""
+
+    config: AnalysisConfig
+    run: Config
+    """The same as settings of a run"""
+    out: Path
+    sources: Sources
+    subjects: list[Subject]
+    rows: list[Any]
+    texts: list[Any]
+    """Measured texts, or Prompts to generate a response to"""
+    how: str
+    """generate, column or none"""
+    available: int
+
+
+def make_plan(config: AnalysisConfig, out: Path) -> Plan:
+    """Raises ConfigError with one line; has written nothing but a task's cached files."""
+    check_out(out)
+    if (out / "config.yaml").is_file():
+        changed = configuration.changes_since(out / "config.yaml", config, ())
+        if changed:
+            raise ConfigError(
+                f"out={out} holds an analysis with other settings ({'; '.join(changed)}); choose "
+                "another out"
+            )
+    if config.task is None and config.model.path is None:
+        raise ConfigError(
+            "no model: --model FOLDER --data FILE; to try it without either: "
+            "task=bupo.tasks.arithmetic rollout.max_new_tokens=24"
+        )
+    for name in config.data.train:
+        if name.endswith(".txt") and not Path(name).is_file():
+            raise ConfigError(f"data file not found: {name}")
+    path = config.model.path and newest(config.model.path)
+    config_of_files = replace(config, model=replace(config.model, path=path))
+    sources = find_sources(config_of_files.as_run())
+    if not sources.train:
+        raise ConfigError("no data: --data FILE (parquet, JSON lines or .txt)")
+
+    from bupo.analysis.texts import again, choose_rows, measurable, tokenise
+
+    rows, how, available = choose_rows(config, sources.train)
+    run = config_of_files.as_run(how == "generate")
+    paths = [sources.model, *([newest(config.compare)] if config.compare else [])]
+    names = [label(path) for path in paths]
+    if config.model.path is None:
+        names[0] = str(config.task).rpartition(".")[2]
+    subjects = _subjects(run, paths, names)
+    texts = tokenise(rows, config, subjects[0].tokenizer, how)
+    if how != "generate":
+        texts = measurable(texts, subjects[0].positions)
+        for other in subjects[1:]:
+            theirs = again(texts, rows, config, other.tokenizer) if other.own_tokens else texts
+            measurable(theirs, other.positions)
+    longest = max(len(p.token_ids) for p in texts) if how == "generate" else 0
+    for subject in subjects:
+        if how == "generate" and subject.positions is not None:
+            _check_context(config, longest, subject)
+    return Plan(config, run, out, sources, subjects, rows, texts, how, available)
+
+
+def newest(model: str) -> str:
+    """The newest checkpoint of a run directory; anything else is what it is."""
+    if not (Path(model) / "checkpoints").is_dir():
+        return model
+    from bupo.rl.checkpoint import complete
+
+    points = complete(Path(model))
+    if not points:
+        raise ConfigError(f"{model} is a run directory without a whole checkpoint")
+    return str(points[-1])
+
+
+def _subjects(run: Config, paths: Sequence[str], names: list[str]) -> list[Subject]:
+    from transformers import AutoConfig
+
+    found: list[Subject] = []
+    for path, name in zip(paths, names):
+        if path.startswith(("/", ".")) and not Path(path).is_dir():
+            raise ConfigError(f"{path}: folder not found")
+        tokenizer, depth = read_model(run, path)
+        text = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
+        positions = getattr(text, "max_position_embeddings", None)
+        found.append(Subject(name, path, tokenizer, depth, positions))
+    for other in found[1:]:
+        other.own_tokens = other.tokenizer.get_vocab() != found[0].tokenizer.get_vocab()
+    if len(found) == 2 and found[0].name == found[1].name:
+        parents = [Path(s.source).resolve().parent.name for s in found]
+        names = [f"{p}/{s.name}" for p, s in zip(parents, found)]
+        if names[0] == names[1]:
+            names = [f"{found[0].name} (first)", f"{found[1].name} (compared)"]
+        found = [replace(s, name=n) for s, n in zip(found, names)]
+    return found
+
+
+def label(path: str) -> str:
+    place = Path(path)
+    if place.parent.name == "checkpoints":  # RUN/checkpoints/step_000300
+        return f"{place.parent.parent.name}/{place.name}"
+    return place.parent.name if place.name == "model" else place.name
+
+
+def _check_context(config: AnalysisConfig, longest: int, subject: Subject) -> None:
+    assert subject.positions is not None
+    if longest + config.rollout.max_new_tokens > subject.positions:
+        raise ConfigError(
+            f"a prompt of {longest} tokens and rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} exceed the {subject.positions} positions of "
+            f"{subject.source}"
+        )
+
+
+def print_plan(plan: Plan) -> None:
+    """What --dry_run shows, and every analysis begins with."""
+    config, first = plan.config, plan.subjects[0]
+    lengths = [
+        len(t.token_ids) if plan.how == "generate" else len(t.response_ids) for t in plan.texts
+    ]
+    texts = f"{len(plan.texts)} of {plan.available}, "
+    texts += {
+        "generate": f"a response to each by {config.rollout.engine}, temperature "
+        f"{config.rollout.temperature}, at most {config.rollout.max_new_tokens} tokens",
+        "column": f"their responses: {sum(lengths)} tokens, longest {max(lengths)}",
+        "none": f"measured themselves: {sum(lengths)} tokens, longest {max(lengths)}",
+    }[plan.how]
+    lines = [f"analysis of {first.source}"]
+    for n, subject in enumerate(plan.subjects):
+        sizes = measure(plan.run, subject.source, max(lengths))
+        title = "compared" if n else "model"
+        lines.append(f"  {title:<8} {subject.name}: {sizes.model_line()}")
+    lines.append(f"  texts    {texts}")
+    lines.append(f"  out      {plan.out}")
+    print("\n".join(lines), file=sys.stderr)

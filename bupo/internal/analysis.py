@@ -1,0 +1,181 @@
+"""All of it at once: what `python -m bupo.analyze` computes, for a notebook too.
+
+found = analyse(model, texts, tokenizer)
+found.frame()                   one row a token, layer and policy
+found.curves()["entropy.ffn"]   by layer, with the spread over texts
+found.boundary.layer            where the FFNs stop exploring
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from torch import nn
+
+from bupo.internal import tables
+from bupo.internal.boundary import TOLERANCE, Boundary, boundary_layer, convergence
+from bupo.internal.checks import Check, identities
+from bupo.internal.curves import Curve, curves, single
+from bupo.internal.entropy_flow import EntropyFlow, entropy_flow
+from bupo.internal.lens import Lens, lens
+from bupo.internal.texts import Text
+from bupo.policy import num_layers, unembedding
+
+CLOSER = ("layer", "layer_normed")
+"""Policies whose top tokens are kept"""
+
+
+@dataclass
+class Analysis:
+    """One model over some texts. Arrays are those of EntropyFlow and Lens; layers count from 1."""
+
+    name: str
+    texts: list[Text]
+    flow: EntropyFlow
+    lens: Lens
+    """Ranks, KL and agreement, of every text; layers by `stride`"""
+    closer: Lens
+    """Top tokens of the first tokens of the first texts"""
+    boundary: Boundary
+    checks: list[Check]
+    pieces: dict[int, str] = field(default_factory=dict)
+    """Token ids to readable text"""
+
+    def curves(self) -> dict[str, Curve]:
+        """Every quantity by layer; see bupo.internal.curves."""
+        return curves(self.flow, self.lens)
+
+    def table(self) -> pa.Table:
+        """One row a text, token, layer and policy; docs/internal_policies.md has the columns."""
+        return pa.Table.from_batches(list(tables.token_rows(self)), tables.TOKENS)
+
+    def top_table(self) -> pa.Table:
+        """One row a text, token, layer, policy and place among its likeliest tokens."""
+        return pa.Table.from_batches(list(tables.top_rows(self)), tables.TOP_TOKENS)
+
+    def frame(self) -> Any:
+        """table() for pandas. Raises ImportError if that is not installed."""
+        return self.table().to_pandas()
+
+    def piece(self, token: int) -> str:
+        return self.pieces.get(token, f"<{token}>")
+
+    def summary(self) -> dict[str, Any]:
+        """Means by layer with standard errors over texts, boundary, convergence and checks."""
+        found = self.curves()
+        entropy = {name: x for name, x in found.items() if name.startswith("entropy.")}
+        how = {
+            name.removeprefix("entropy."): convergence(x.mean)
+            for name, x in entropy.items()
+            if not name.endswith("_input")
+        }
+        return {
+            "name": self.name,
+            "layers": self.flow.layers,
+            "vocabulary": self.flow.vocab,
+            "largest_entropy": float(np.log(self.flow.vocab)),
+            "texts": len(self.texts),
+            "tokens": len(self.flow.token),
+            "parallel_blocks": self.flow.parallel,
+            "checks": [asdict(c) for c in self.checks],
+            "boundary": asdict(self.boundary),
+            "convergence": {k: {"kind": v[0], "share_of_last_two": v[1]} for k, v in how.items()},
+            "model": {name: _of_curve(x, 0) for name, x in single(self.flow).items()},
+            "curves": {name: _of_curve(x) for name, x in found.items()},
+            "similarity": self.lens.similarity.tolist(),
+        }
+
+
+def analyse(
+    model: nn.Module,
+    texts: Sequence[Text],
+    tokenizer: Any = None,
+    *,
+    name: str = "model",
+    top_k: int = 5,
+    closer: int = 3,
+    closer_tokens: int = 192,
+    stride: int = 1,
+    temperature: float = 1.0,
+    tolerance: float = TOLERANCE,
+    batch_tokens: int = 16384,
+    seed: int = 0,
+    share: Callable[[float], object] = lambda share: None,
+) -> Analysis:
+    """Entropies, log-probs, norms and cosines of every layer, attention and FFN over the measured
+    tokens of texts; ranks, KL to the model and agreement at every `stride`-th layer and the last;
+    top_k likeliest tokens for the first `closer_tokens` of the first `closer` texts.
+
+    tokenizer: for readable tokens only. temperature: of every policy. tolerance: of the boundary.
+    share is called with the share done. Memory: that of entropy_flow and lens, and O(L tokens).
+    Errors: ValueError for no text or a stride below 1; IdentityError where an identity of
+    bupo.internal.checks does not hold; DecompositionError; else as bupo.policy's.
+    """
+    if stride < 1:
+        raise ValueError(f"analyse: stride: expected at least 1, came {stride}")
+    weight = unembedding(model).weight
+    layers = kept_layers(num_layers(model), stride)
+    looked = [
+        replace(t, end=t.start + min(t.measured, closer_tokens)) for t in texts[: max(closer, 1)]
+    ]
+    sizes = [sum(len(t.token_ids) for t in group) for group in (texts, texts, looked)]
+    ends = np.cumsum([0, *sizes]) / max(sum(sizes), 1)
+
+    def part(number: int) -> Callable[[float], object]:
+        low, high = ends[number], ends[number + 1]
+        return lambda done: share(float(low + (high - low) * done))
+
+    flow = entropy_flow(model, texts, temperature, batch_tokens, part(0))
+    checks = identities(flow, weight.dtype)
+    wide = lens(model, texts, 1, temperature=temperature, layers=layers, share=part(1))
+    near = lens(model, looked, top_k, CLOSER, temperature, layers, part(2))
+    found = Analysis(
+        name=name,
+        texts=list(texts),
+        flow=flow,
+        lens=wide,
+        closer=near,
+        boundary=boundary_layer(flow.by_text(flow.change("ffn")), tolerance, seed),
+        checks=checks,
+    )
+    if tokenizer is not None:
+        shown = [np.concatenate([*(t.token_ids for t in texts), near.final_top])]
+        shown += [x.ravel() for x in near.top_tokens.values()]
+        found.pieces = readable(tokenizer, np.unique(np.concatenate(shown)))
+    return found
+
+
+def kept_layers(depth: int, stride: int) -> list[int]:
+    """Every stride-th layer, and always the last."""
+    return sorted({*range(1, depth + 1, stride), depth})
+
+
+def readable(tokenizer: Any, ids: NDArray[np.integer]) -> dict[int, str]:
+    """What each token id stands for; the tokenizer's own name where that is part of a character or
+    nothing, <id> where it knows none (padding rows of a head)."""
+    found = {}
+    for token in map(int, ids):
+        text = tokenizer.decode([token]) if token < len(tokenizer) else ""
+        if not text or "\ufffd" in text:
+            text = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None
+        found[token] = text or f"<{token}>"
+    return found
+
+
+def _of_curve(curve: Curve, index: int | None = None) -> dict[str, Any]:
+    error = curve.error
+    if index is not None:
+        return {
+            "mean": float(curve.mean[index]),
+            "se": None if error is None else float(error[index]),
+        }
+    return {
+        "layers": curve.layers,
+        "mean": curve.mean.tolist(),
+        "se": None if error is None else error.tolist(),
+    }

@@ -1,0 +1,62 @@
+"""What must hold of any analysis, whatever the model: else its figures mean something else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bupo.internal.entropy_flow import EntropyFlow
+
+DECOMPOSITION = 64
+"""Largest |H^0 + sum A + sum F - H^L| / |H^L|, in units of the dtype's eps"""
+LAST_LAYER = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Largest difference of two ways to the model's own log-probs, in nats; 0.1 in 16 bits"""
+
+
+class IdentityError(ValueError):
+    """An identity of the definitions does not hold; the message names it."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """An identity, and by how much it is missed."""
+
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        return self.value <= self.limit  # nan does not
+
+
+def identities(flow: EntropyFlow, dtype: torch.dtype) -> list[Check]:
+    """Of a model that ran in that dtype: decomposition, last layer, bounds of the entropies.
+
+    Raises IdentityError naming the first that is violated.
+    """
+    # Not max(): that may drop a nan.
+    everything = [*flow.entropy.values(), flow.embedding_entropy[None], flow.final_entropy[None]]
+    highest = float(np.max([x.max() for x in everything]))
+    lowest = float(np.min([x.min() for x in everything]))
+    bound = math.log(flow.vocab)
+    last = LAST_LAYER.get(dtype, 0.1)
+    checks = [
+        Check(
+            "|H^0 + sum A + sum F - H^L| / |H^L|",
+            flow.decomposition_error,
+            DECOMPOSITION * torch.finfo(dtype).eps,
+        ),
+        Check("last layer with final norm = the model, nats", flow.last_layer_error, last),
+        Check("entropy <= ln V, nats above it", highest - bound, 1e-4 * bound),
+        Check("entropy >= 0, nats below it", -lowest, 1e-4 * bound),
+    ]
+    for check in checks:
+        if not check.holds:
+            raise IdentityError(
+                f"{check.name}: expected at most {check.limit:.1e}, came {check.value:.1e}"
+            )
+    return checks

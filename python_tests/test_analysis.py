@@ -1,0 +1,269 @@
+"""bupo.internal.analyse: every column of its tables against whole logits in float64."""
+
+import importlib.util
+import math
+from typing import Any
+
+import families
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+import torch
+from internal_samples import build, ids, layers_of
+from torch import Tensor, nn
+
+from bupo.internal import Analysis, IdentityError, Text, analyse, identities, kl_between
+from bupo.internal.analysis import kept_layers
+from bupo.policy import decoder_stack, unembedding
+
+VOCAB = families.VOCAB
+DEPTH = families.DEPTH
+TEXTS = ((7, 3), (12, 1), (7, 6))
+"""Lengths and starts"""
+
+
+def texts() -> list[Text]:
+    return [Text(ids(n + 30 * k).tolist()[-n:], start) for k, (n, start) in enumerate(TEXTS)]
+
+
+Row = dict[str, Any]
+
+
+def literal(
+    model: nn.Module, texts: list[Text], top_k: int, temperature: float
+) -> dict[tuple, Row]:
+    """What tokens.parquet must hold, by (text, position, layer, policy): slowly, in float64."""
+    model = model.double()
+    head, norm = unembedding(model), decoder_stack(model).norm
+    found: dict[tuple, Row] = {}
+
+    def logp(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return (head.logits(x) / temperature).log_softmax(-1)
+
+    def entropy(x: Tensor) -> float:
+        return float(-(logp(x).exp() * logp(x)).sum())
+
+    for number, text in enumerate(texts):
+        tokens = torch.tensor([text.token_ids])
+        with torch.no_grad():
+            final = (model(tokens).logits[0] / temperature).log_softmax(-1)
+        layers = layers_of(model, tokens)
+        for position in range(text.start, len(text.token_ids)):
+            at, target = position - 1, text.token_ids[position]
+            key = (number, position)
+            found[(*key, 0, "embedding")] = {"entropy": entropy(layers[0].before[0, at])}
+            found[(*key, DEPTH, "final")] = {
+                "entropy": float(-(final[at].exp() * final[at]).sum()),
+                "logprob": float(final[at, target]),
+            }
+            for layer in layers:
+                stream = layer.before if layer.parallel else layer.before + layer.attention
+                wrote = {
+                    "layer": (layer.after, layer.before, None),
+                    "attention": (layer.attention, layer.attention_input, layer.before),
+                    "ffn": (layer.ffn, layer.ffn_input, stream),
+                }
+                for policy, (x, read, onto) in wrote.items():
+                    row: Row = {"norm": float(x[0, at].norm())}
+                    with torch.no_grad():
+                        views = {"": x[0, at], "_normed": norm(x)[0, at]}
+                    for suffix, hidden in views.items():
+                        q = logp(hidden)
+                        row |= {
+                            f"entropy{suffix}": entropy(hidden),
+                            f"logprob{suffix}": float(q[target]),
+                            f"rank{suffix}": int((q > q[target]).sum()),
+                            f"kl{suffix}": float((q.exp() * (q - final[at])).sum()),
+                            f"agrees{suffix}": int(q.argmax()) == int(final[at].argmax()),
+                            f"top{suffix}": q.topk(top_k),
+                        }
+                    row["entropy_change"] = row["entropy"] - entropy(read[0, at])
+                    if onto is not None:
+                        a, b = x[0, at], onto[0, at]
+                        row["cosine"] = float(a @ b / a.norm() / b.norm())
+                    found[(*key, layer.index, policy)] = row
+    model.float()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "temperature"),
+    [("qwen3", 0.7), ("gemma2", 1), ("olmo2", 1), ("gpt_neox-parallel", 1.5), ("bloom", 1)],
+)
+def test_every_column_against_a_literal_float64(family: str, temperature: float) -> None:
+    """Sequential, norms behind the modules, parallel blocks, modules that add the residual."""
+    model = build(family)
+    found = analyse(model, texts(), name="m", closer=2, top_k=4, temperature=temperature)
+    want = literal(model, texts(), 4, temperature)
+    rows = found.table().to_pylist()
+    assert [key_of(r) for r in rows] == sorted(want, key=by_policy) and len(rows) == len(want)
+    columns = [n for n in found.table().column_names if n not in (*KEY, "model", "token_id")]
+    columns.remove("token")
+    filled = set()
+    for row in rows:
+        truth = want[key_of(row)]
+        assert row["token_id"] == texts()[row["text"]].token_ids[row["position"]]
+        assert row["model"] == "m" and row["token"] == f"<{row['token_id']}>"
+        for name in columns:
+            if name not in truth:
+                assert row[name] is None, (key_of(row), name)
+                continue
+            filled.add(name)
+            if isinstance(truth[name], float):
+                assert row[name] == pytest.approx(truth[name], rel=2e-4, abs=3e-5), (row, name)
+            else:
+                assert row[name] == truth[name], (key_of(row), name)
+    assert filled == set(columns)
+    tops = found.top_table().to_pylist()
+    assert {r["text"] for r in tops} == {0, 1}
+    assert len(tops) == (4 + 11) * DEPTH * 2 * 4
+    for row in tops:
+        top = want[key_of(row)]["top" + "_normed" * row["normed"]]
+        assert row["policy"] == "layer"
+        assert row["top_token_id"] == int(top.indices[row["place"] - 1])
+        assert row["logprob"] == pytest.approx(float(top.values[row["place"] - 1]), abs=1e-4)
+
+
+KEY = ("text", "position", "layer", "policy")
+
+
+def key_of(row: Row) -> tuple:
+    return tuple(row[name] for name in KEY)
+
+
+def by_policy(key: tuple) -> tuple:
+    """The order of the rows: text, place, layer, policy."""
+    order = ["embedding", "layer", "attention", "ffn", "final"]
+    return (*key[:3], order.index(key[3]))
+
+
+def test_the_summary_has_the_means_over_texts() -> None:
+    found = analyse(build("llama"), texts())
+    summary, table = found.summary(), found.table()
+    for column, name in (
+        ("entropy_change", "entropy_change.ffn"),
+        ("kl_normed", "kl.ffn_normed"),
+        ("rank", "rank.ffn"),
+        ("agrees", "agreement.ffn"),
+        ("cosine", "cosine.ffn"),
+    ):
+        part = table.filter((pc.field("policy") == "ffn") & (pc.field("layer") == 2))
+        means = [
+            np.mean([r[column] for r in part.filter(pc.field("text") == k).to_pylist()])
+            for k in range(3)
+        ]
+        curve = summary["curves"][name]
+        assert curve["layers"][1] == 2
+        assert curve["mean"][1] == pytest.approx(np.mean(means), abs=1e-6)
+        assert curve["se"][1] == pytest.approx(np.std(means, ddof=1) / math.sqrt(3), abs=1e-6)
+    assert summary["tokens"] == 4 + 11 + 1 and summary["texts"] == 3
+    alone = analyse(build("llama"), texts()[:1]).summary()
+    assert alone["curves"]["entropy.layer"]["se"] is None
+    assert alone["boundary"]["reason"]
+
+
+def test_a_stride_keeps_the_last_layer() -> None:
+    assert kept_layers(10, 4) == [1, 5, 9, 10]
+    assert kept_layers(9, 4) == [1, 5, 9]
+    assert kept_layers(1, 5) == [1]
+    found = analyse(build("qwen3", num_hidden_layers=4), texts(), stride=2)
+    whole = analyse(build("qwen3", num_hidden_layers=4), texts())
+    assert found.lens.layers == found.closer.layers == [1, 3, 4]
+    rows = [r for r in found.table().to_pylist() if r["policy"] == "layer"]
+    others = {key_of(r): r for r in whole.table().to_pylist()}
+    for row in rows:
+        assert row["entropy"] == others[key_of(row)]["entropy"]
+        there = row["layer"] in (1, 3, 4)
+        assert row["kl"] == (others[key_of(row)]["kl"] if there else None)
+    assert found.curves()["rank.layer"].layers == [1, 3, 4]
+    with pytest.raises(ValueError, match="stride: expected at least 1, came 0"):
+        analyse(build("qwen3"), texts(), stride=0)
+
+
+def test_top_tokens_of_the_first_tokens_alone() -> None:
+    """The text is read whole, so nothing else changes."""
+    found, whole = (analyse(build("qwen3"), texts(), closer_tokens=n) for n in (2, 100))
+    rows = {(key_of(r), r["normed"], r["place"]): r for r in whole.top_table().to_pylist()}
+    few = found.top_table().to_pylist()
+    assert {(r["text"], r["position"]) for r in few} == {(0, 3), (0, 4), (1, 1), (1, 2), (2, 6)}
+    for row in few:
+        same = rows[key_of(row), row["normed"], row["place"]]
+        assert row["top_token_id"] == same["top_token_id"]
+    assert found.table() == whole.table()
+
+
+def test_progress_rises_to_one() -> None:
+    shares: list[float] = []
+    analyse(build("qwen3"), texts(), share=shares.append)
+    assert shares == sorted(shares) and len(shares) >= 3 * DEPTH
+    assert shares[-1] == pytest.approx(1) and shares[0] < 0.2
+
+
+@pytest.mark.parametrize("final_norm", [False, True])
+def test_kl_between_layers(final_norm: bool) -> None:
+    model = build("gemma2").double()
+    head, norm = unembedding(model), decoder_stack(model).norm
+    for l, m in ((1, 3), (3, 1), (2, None), (None, 2)):
+        want = []
+        for text in texts():
+            tokens = torch.tensor([text.token_ids])
+            layers = layers_of(model, tokens)
+
+            def policy(layer: int | None, tokens: Tensor = tokens, layers: Any = layers) -> Tensor:
+                with torch.no_grad():
+                    if layer is None:
+                        return model(tokens).logits[0].log_softmax(-1)
+                    x = layers[layer - 1].after[0]
+                    return head.logits(norm(x) if final_norm else x).log_softmax(-1)
+
+            p, q = policy(l), policy(m)
+            want.append((p.exp() * (p - q)).sum(-1)[text.start - 1 : -1])
+        got = kl_between(model, texts(), l, m, final_norm)
+        np.testing.assert_allclose(got, torch.cat(want), rtol=1e-4, atol=1e-6)
+    assert kl_between(model, texts(), 2, 2).max() == 0
+    with pytest.raises(ValueError, match="texts: expected at least one"):
+        kl_between(model, [], 1, 2)
+    with pytest.raises(ValueError, match=r"layer: expected an int in 1..3, came 4"):
+        kl_between(model, texts(), 1, 4)
+
+
+def analysed() -> Analysis:
+    return analyse(build("llama"), texts())
+
+
+def test_a_frame_for_pandas() -> None:
+    """Which nothing here needs."""
+    found = analysed()
+    if importlib.util.find_spec("pandas") is None:
+        with pytest.raises(ImportError):
+            found.frame()
+    else:
+        assert found.frame().shape == found.table().shape
+
+
+def test_a_violated_identity_is_named() -> None:
+    flow = analysed().flow
+    assert len(identities(flow, torch.float32)) == 4
+    for change, name in (
+        ({"decomposition_error": 1e-3}, r"\|H\^0 \+ sum A \+ sum F - H\^L\| / \|H\^L\|"),
+        ({"last_layer_error": 0.5}, "last layer with final norm = the model"),
+        ({"final_entropy": flow.final_entropy + 5}, "entropy <= ln V"),
+        ({"embedding_entropy": flow.embedding_entropy * -1}, "entropy >= 0"),
+        ({"embedding_entropy": flow.embedding_entropy * np.nan}, "entropy <= ln V"),
+    ):
+        before = {key: getattr(flow, key) for key in change}
+        for key, value in change.items():
+            setattr(flow, key, value)
+        with pytest.raises(IdentityError, match=name):
+            identities(flow, torch.float32)
+        for key, value in before.items():
+            setattr(flow, key, value)
+
+
+def test_a_model_with_nan_ends_with_the_name_of_the_check() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        decoder_stack(model).layers[1].mlp.down_proj.weight[0, 0] = math.nan  # type: ignore
+    with pytest.raises(ValueError, match=r"H\^|decompos|expected"):
+        analyse(model, texts())
