@@ -8,7 +8,7 @@ definitions, the tolerance and the uncertainty; this is where a run asks for the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,33 +26,54 @@ FILE = "auto_layer.json"
 
 
 def with_measured_layer(
-    config: Config, out: Path, model: Any, engine: RolloutEngine, prompts: Sequence[Prompt]
+    config: Config,
+    out: Path,
+    model: Any,
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    start: int,
+    alive: Callable[[], object] = lambda: None,
 ) -> Config:
-    """The configuration with bupo.layer as measured, or as FILE of the run directory has it from
-    the run's beginning. Raises RunError where the model has no clear boundary: training a layer
-    that was not meant costs more than choosing one.
+    """The configuration with bupo.layer as measured or, where `start` steps are done, as FILE of
+    the run directory has it from the run's beginning. alive() is called as the work gets on. Raises
+    RunError where the model has no clear boundary: training a layer that was not meant costs more
+    than choosing one.
     """
     file = out / FILE
-    if file.is_file():
+    if start and not file.is_file():
+        raise RunError(
+            f"bupo.auto_layer: {file} is lost, which says the layer that this run trains; restore "
+            "it, or begin a new run with bupo.layer"
+        )
+    if start:
         layer = json.loads(file.read_text(encoding="utf-8"))["layer"]
     else:
-        layer = _measure(config, file, model, engine, prompts)
+        layer = _measure(config, file, model, engine, prompts, alive)
     return replace(config, bupo=replace(config.bupo, layer=layer))
 
 
 def _measure(
-    config: Config, file: Path, model: Any, engine: RolloutEngine, prompts: Sequence[Prompt]
+    config: Config,
+    file: Path,
+    model: Any,
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    alive: Callable[[], object],
 ) -> int:
+    def stop() -> bool:  # asked before every batch
+        alive()
+        return False
+
     progress = Progress(1, 0)
     with progress.working("auto_layer: rollouts of the model as it is"):
-        rollouts = engine.generate(prompts[:PROMPTS], 1, f"{config.seed}/auto_layer", lambda: False)
+        rollouts = engine.generate(prompts[:PROMPTS], 1, f"{config.seed}/auto_layer", stop)
     texts = [
         Text([*r.prompt.token_ids, *r.token_ids], len(r.prompt.token_ids))
         for r in rollouts
         if r.token_ids and r.prompt.token_ids
     ]
     with progress.working(f"auto_layer: entropies of {len(texts)} responses"):
-        flow = entropy_flow(model, texts, config.rollout.temperature)
+        flow = entropy_flow(model, texts, config.rollout.temperature, share=lambda share: alive())
     found = boundary_layer(
         flow.by_text(flow.change("ffn")), config.bupo.auto_tolerance, config.seed
     )

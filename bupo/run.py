@@ -16,6 +16,7 @@ import importlib.util
 import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,9 @@ def _model_to_train(config: Config, source: str) -> Any:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):  # dropout by a function, layerdrop
+                setattr(module, name, 0.0)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -235,6 +239,7 @@ def execute(plan: Plan) -> int | None:
     from bupo.rl.rewards import make_reward
     from bupo.rl.schedule import Schedule
     from bupo.rl.update import Trainer
+    from bupo.rl.watchdog import Watchdog
 
     config, tokenizer = plan.config, plan.tokenizer
     build_task(config, plan.sources)
@@ -249,27 +254,32 @@ def execute(plan: Plan) -> int | None:
     if plan.resume_from is not None:
         state = checkpoint.load_state(plan.resume_from)
         checkpoint.load_optimizer(plan.resume_from, model, trainer.optimizer)
-    reward = make_reward(config.reward)
-    engine = None
-    try:
+    with ExitStack() as parts:
+        reward = make_reward(config.reward)
+        parts.callback(reward.close)
         plan.out.mkdir(parents=True, exist_ok=True)
         replace_text(plan.out / "config.yaml", configuration.dump(config))
+        watchdog = Watchdog(plan.out, config.watchdog.seconds, config.watchdog.kill)
+        parts.callback(watchdog.close)
         prompts = [*plan.train_prompts, *plan.eval_prompts]
         reference = _reference(plan, pad) if config.loss.kl_coef else None
         critic = _critic(plan, pad) if config.advantage == "ppo" else None
-        with Progress(1, 0).working(f"starting {config.rollout.engine} for rollouts"):
+        start = f"starting {config.rollout.engine} for rollouts"
+        with watchdog.stage(start), Progress(1, 0).working(start):
             engine = make_engine(config, source, model, tokenizer, prompts)
+        parts.callback(engine.close)
         if config.bupo.auto_layer:
-            config = with_measured_layer(config, plan.out, model, engine, plan.train_prompts)
+            with watchdog.stage("auto_layer"):
+                config = with_measured_layer(
+                    config, plan.out, model, engine, plan.train_prompts, state["step"],
+                    watchdog.alive,
+                )  # fmt: skip
+        watchdog.close()  # the run has one of its own
         run = Run(
             config, plan.out, model, tokenizer, plan.train_prompts, plan.eval_prompts,
             engine, reward, trainer, reference, critic, state["step"], state["drawn"],
         )  # fmt: skip
         return run.train()
-    finally:
-        if engine is not None:
-            engine.close()
-        reward.close()
 
 
 def main(argv: list[str] | None = None) -> int:

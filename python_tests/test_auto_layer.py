@@ -42,10 +42,15 @@ def test_the_layer_is_measured_once_and_kept(
     assert [row["layer"] for row in rows(tmp_path / "whole/metrics.jsonl")] == [1, 1, None]
     assert "auto_layer: layer 1 of 2" in capsys.readouterr().err
     stopped = tmp_path / "stopped"
-    assert run(stopped, *SETTINGS, "bupo.layer=2", stop=2) == 128 + signal.SIGTERM
+    assert run(stopped, *SETTINGS, "bupo.layer=2", stop=3) == 128 + signal.SIGTERM
     (stopped / "auto_layer.json").write_text(json.dumps(record))  # as it was: nothing else is read
     assert run(stopped, *SETTINGS, "bupo.layer=2", "resume=auto") == 0
     assert_same_run(tmp_path / "whole", stopped)
+    lost = tmp_path / "lost"
+    assert run(lost, *SETTINGS, "bupo.layer=2", stop=3) == 128 + signal.SIGTERM
+    (lost / "auto_layer.json").unlink()
+    assert run(lost, *SETTINGS, "bupo.layer=2", "resume=auto") == 1
+    assert "auto_layer.json is lost" in capsys.readouterr().err
 
 
 def test_no_clear_boundary_stops_with_the_reason(

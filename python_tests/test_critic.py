@@ -176,6 +176,10 @@ def test_numbers_that_are_not_finite_are_skipped():
     rollouts[0].returns[0] = math.nan
     critic = make_critic(updates=2, lr=1e-3)
     metrics = critic.update(rollouts, 1)
+    assert critic.skipped == [
+        f"critic update 1 of 2: returns: 1 of {sum(len(r.token_ids) for r in rollouts)} values are "
+        "not finite"
+    ]
     assert metrics["critic/skipped_updates"] == 1 and math.isfinite(metrics["critic/loss"])
     assert all(p.isfinite().all() for p in critic.parameters().values())
 

@@ -80,5 +80,7 @@ def test_killed_twenty_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert process.exitcode == 0, (tmp_path / "killed.log").read_text()
     print(f"{torn} of {killed} kills left a checkpoint half written")
     assert torn >= 3, f"only {torn} of {killed} kills hit a checkpoint being written"
+    phases = [json.loads(line)["phase"] for line in (out / "metrics.jsonl").open()]
+    assert phases == ["internal"] * 6 + ["final"] * 24, "auto_stop has ended phase 1, once"
     assert_same_run(whole, out)
     assert not saving(out), "what was torn is cleared away"

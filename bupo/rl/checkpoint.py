@@ -67,7 +67,7 @@ def save(
     if critic is not None:
         critic.save(partial / CRITIC)
     (partial / "trainer.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
-    for file in partial.rglob("*"):
+    for file in (*partial.rglob("*"), *run.glob("*.jsonl")):  # rows are never behind a checkpoint
         _sync(file)
     os.replace(partial, final)
     _sync(folder)

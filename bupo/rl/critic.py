@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bupo.config import Config
 from bupo.policy import parameter_layers, unembedding
+from bupo.rl.finite import first_bad
 from bupo.rl.forward import Forward, MicroBatch, mini_batches
 from bupo.rl.optimizer import AdamW, learning_rate
 from bupo.rl.types import Policy, Rollout
@@ -35,6 +36,8 @@ class Critic:
         self.head = nn.Linear(weight.shape[1], 1).to(weight)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
+        self.skipped: list[str] = []
+        """Why: of each update of the last step that was skipped"""
         self.optimizer = AdamW(self.parameters(), {}, config.optimizer, config.critic.lr)
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -67,7 +70,8 @@ class Critic:
         losses: list[float] = []
         norms: list[float] = []
         clipped = tokens = 0
-        for indices in parts:
+        self.skipped = []
+        for number, indices in enumerate(parts, start=1):
             count = max(sum(len(rollouts[i].token_ids) for i in indices), 1)
             loss = 0.0
             for batch in self.forward.batches(rollouts, indices):
@@ -83,6 +87,9 @@ class Critic:
                 self.optimizer.step()
                 losses.append(loss)
                 norms.append(norm)
+            else:
+                bad = self._bad(rollouts) or f"loss {loss:g}, gradient norm {norm:g}"
+                self.skipped.append(f"critic update {number} of {len(parts)}: {bad}")
             self.optimizer.zero_grad(set_to_none=True)
         return {
             "critic/loss": fmean(losses) if losses else math.nan,
@@ -91,6 +98,13 @@ class Critic:
             "critic/grad_norm": fmean(norms) if norms else math.nan,
             "critic/skipped_updates": len(parts) - len(losses),
         }
+
+    def _bad(self, rollouts: Sequence[Rollout]) -> str | None:
+        """Where a loss or gradient that is not finite comes from."""
+        targets = ((name, [getattr(r, name) for r in rollouts]) for name in ("returns", "values"))
+        inputs = [(name, torch.cat(found)) for name, found in targets if None not in found]
+        named = [(f"critic {n}", p) for n, p in self.parameters().items()]
+        return first_bad([*inputs, *named, *((f"gradient of {n}", p.grad) for n, p in named)])
 
     def _values(self, batch: MicroBatch) -> Tensor:
         """[T], float32 at least."""

@@ -49,14 +49,24 @@ class Diagnostics:
                 schedule.end_phase(row["step"])
 
     def begin(
-        self, generate: Callable[[Sequence[Prompt]], list[Rollout]], prompts: Sequence[Prompt]
+        self,
+        start: int,
+        generate: Callable[[Sequence[Prompt]], list[Rollout]],
+        prompts: Sequence[Prompt],
     ) -> None:
-        """Makes the probes, one response each to prompts from all over the list, or reads those
-        that the run began with. Raises RunError where auto_stop has lost what it compares with."""
-        if not self._config.diagnostics.every and self._config.bupo.auto_stop is None:
+        """Makes the probes, one response each to prompts from all over the list, or, where `start`
+        steps are done, reads those that the run began with. Raises RunError if they are lost and
+        auto_stop compares with them."""
+        watched = self._config.bupo.auto_stop is not None
+        if not self._config.diagnostics.every and not watched:
             return
         file = self._out / PROBES_FILE
-        if not file.is_file():
+        if start and watched and not file.is_file():
+            raise RunError(
+                f"bupo.auto_stop: {file} is lost, the responses that it began with; restore it, or "
+                "begin a new run"
+            )
+        if not start or not file.is_file():
             chosen = prompts[:: max(1, len(prompts) // PROBES)][:PROBES]
             rows = [
                 {"prompt": r.prompt.token_ids, "response": r.token_ids[:PROBE_TOKENS]}

@@ -134,7 +134,9 @@ class Run:
         with self.monitor.stage("probes", self.start):
             prompts = self.eval_prompts or self.train_prompts
             seed = f"{self.config.seed}/probes"
-            self.diagnostics.begin(lambda chosen: self._generate(chosen, 1, seed), prompts)
+            self.diagnostics.begin(
+                self.start, lambda chosen: self._generate(chosen, 1, seed), prompts
+            )
         if self.start == 0:
             with self.monitor.stage("diagnostics", 0):
                 self.diagnostics.after(0)
@@ -171,7 +173,8 @@ class Run:
         if self.critic:
             with self.monitor.stage("critic", step, watch):
                 update |= self.critic.update(rollouts, step)
-        self._count_bad_steps(step)
+        skipped = [*self.trainer.skipped, *(self.critic.skipped if self.critic else [])]
+        self._count_bad_steps(step, skipped)
         with self.monitor.stage("sync", step, watch):
             gap = self.sync(self.trainer.changed, _short(rollouts), self._final_logprobs)
         looked: dict[str, float] = {}
@@ -195,7 +198,7 @@ class Run:
             "final/entropy": final.mean_entropy(),
             **kl,
             **update,
-            **({"policy/skipped_why": self.trainer.skipped[0]} if self.trainer.skipped else {}),
+            **({"policy/skipped_why": skipped[0]} if skipped else {}),
             "rollout/logprob_gap": mismatch,
             "sync/logprob_gap": mismatch if gap is None else gap,
             **looked,
@@ -230,16 +233,16 @@ class Run:
             )
         return sample
 
-    def _count_bad_steps(self, step: int) -> None:
-        if not self.trainer.skipped:
+    def _count_bad_steps(self, step: int, skipped: Sequence[str]) -> None:
+        if not skipped:
             self.bad_steps = 0
             return
         self.bad_steps += 1
-        self.monitor.progress.say(f"step {step}: skipped {'; '.join(self.trainer.skipped)}")
+        self.monitor.progress.say(f"step {step}: skipped {'; '.join(skipped)}")
         if self.bad_steps >= self.config.max_bad_steps:
             self.failure = (
                 f"{self.bad_steps} steps in a row with nan or infinity (max_bad_steps), the last: "
-                f"step {step}, {self.trainer.skipped[0]}; its state is saved in {self.out}"
+                f"step {step}, {skipped[0]}; its state is saved in {self.out}"
             )
 
     def _generate(
@@ -285,9 +288,10 @@ class Run:
         critic = self.critic.parameters().items() if self.critic else ()
         bad = first_bad((*self.model.named_parameters(), *((f"critic {n}", p) for n, p in critic)))
         if bad:
+            earlier = f"the one of step {self.saved} is kept"
+            kept = earlier if self.saved else "there is none before it"
             raise RunError(
-                f"step {step} has left the model with {bad}; no checkpoint is made of that, the "
-                f"one of step {self.saved} is kept"
+                f"step {step} has left the model with {bad}; no checkpoint is made of that, {kept}"
             )
         with self.monitor.stage("save", step), checkpoint.writing(self.out, step):
             keep = self.config.checkpoint.keep_last

@@ -63,5 +63,5 @@ def time_line(rows: Sequence[dict[str, Any]]) -> str:
 
 def bad_steps_at_end(rows: Sequence[dict[str, Any]]) -> int:
     """How many steps in a row, the last one among them, have skipped an update."""
-    good = (n for n, row in enumerate(reversed(rows)) if not row.get("policy/skipped_updates"))
+    good = (n for n, row in enumerate(reversed(rows)) if not row.get("policy/skipped_why"))
     return next(good, len(rows))

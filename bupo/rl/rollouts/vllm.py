@@ -131,7 +131,10 @@ class VllmEngine:
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         self._wake()
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
+        weights: Iterable[tuple[str, Tensor]] = iter(tensors)
+        if self._config.tensor_parallel > 1:  # to other processes: an iterator cannot go there
+            weights = [(name, tensor.cpu()) for name, tensor in weights]
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.reset_prefix_cache()
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Tensor]:

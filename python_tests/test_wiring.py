@@ -1,0 +1,179 @@
+"""What a run hands to whom: a policy in another's place would be silent."""
+
+import math
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import run_samples
+import torch
+from run_samples import rows
+from torch import Tensor
+
+from bupo.config import RolloutConfig, load
+from bupo.rl.rollouts import VllmEngine
+from bupo.rl.types import Policy, Rollout
+from bupo.rl.update import Trainer
+from bupo.rl.weight_sync import SyncError, WeightSync, check
+from bupo.run import _model_to_train
+
+SHORT = ("steps=2", "bupo.steps=1", "eval.every=0", "diagnostics.every=0")
+
+
+def test_corrections_are_of_the_final_policy_in_both_phases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hf engine samples from the final policy itself, so its log-probs are the right ones."""
+    import bupo.rl.loop as loop
+
+    seen: dict[str, list[float]] = {"drop": [], "importance_weights": []}
+
+    def spied(name: str) -> Any:
+        right = getattr(loop, name)
+
+        def spy(rollouts: Sequence[Rollout], logprobs: Sequence[Tensor], *more: Any) -> Any:
+            assert len(rollouts) == len(logprobs), "of every rollout, in phase 1 too"
+            gaps = [
+                float((x - torch.tensor(r.logprobs)).abs().max())
+                for r, x in zip(rollouts, logprobs)
+            ]
+            seen[name].append(max(gaps))
+            return right(rollouts, logprobs, *more)
+
+        return spy
+
+    for name in seen:
+        monkeypatch.setattr(loop, name, spied(name))
+    settings = ("loss.tis_cap=2", "loss.max_sequence_gap=1")
+    assert run_samples.run(tmp_path / "run", *SHORT, *settings) == 0
+    assert [len(x) for x in seen.values()] == [2, 2]
+    assert max(map(max, seen.values())) < 1e-4, seen
+    for row in rows(tmp_path / "run" / "metrics.jsonl"):
+        assert row["response/dropped"] == 0
+
+
+def test_each_entropy_is_of_its_own_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[tuple[int, int | None], float] = {}
+    right, step = Trainer.token_stats, 0
+
+    def spy(self: Trainer, rollouts: Any, policy: Policy, temperature: Any = None) -> Any:
+        stats = right(self, rollouts, policy, temperature)
+        if temperature is None:
+            found[step, policy.layer] = stats.mean_entropy()
+        return stats
+
+    update = Trainer.update
+
+    def next_step(self: Trainer, *args: Any, **more: Any) -> Any:
+        nonlocal step
+        step += 1
+        return update(self, *args, **more)
+
+    monkeypatch.setattr(Trainer, "token_stats", spy)
+    monkeypatch.setattr(Trainer, "update", next_step)
+    assert run_samples.run(tmp_path / "run", *SHORT) == 0
+    first, second = rows(tmp_path / "run" / "metrics.jsonl")
+    assert (first["policy/entropy"], first["final/entropy"]) == (found[0, 1], found[0, None])
+    assert first["policy/entropy"] != first["final/entropy"]
+    assert second["policy/entropy"] == second["final/entropy"] == found[1, None]
+
+
+@pytest.mark.parametrize(("algorithm", "layers"), [("bupo", [1]), ("grpo", 2)])
+def test_the_model_is_checked_before_it_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, layers: object
+) -> None:
+    """That pi^l is really H^l of this family, and the last layer the model."""
+    asked: list[object] = []
+
+    def refuse(model: Any, which: object) -> None:
+        asked.append(which)
+        raise RuntimeError("this family is served wrongly")
+
+    monkeypatch.setattr("bupo.policy.check_internal_policy", refuse)
+    with pytest.raises(RuntimeError, match="served wrongly"):
+        run_samples.run(tmp_path / "run", f"algorithm={algorithm}", *SHORT)
+    assert asked == [layers] and not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen3", "bloom", "gpt_neox-parallel"])
+def test_nothing_is_dropped_out_in_training(family: str, tmp_path: Path) -> None:
+    """Rollout and update must be the same policy, whatever the model's configuration says."""
+    torch.manual_seed(0)
+    model = families.build(family)
+    for name in list(vars(model.config)):
+        if "drop" in name and isinstance(getattr(model.config, name), float):
+            setattr(model.config, name, 0.5)
+    model.save_pretrained(tmp_path)
+    config = load(None, [f"model.path={tmp_path}", "model.attn_implementation=eager"])
+    found = _model_to_train(config, str(tmp_path))
+    ids = torch.randint(3, families.VOCAB, (2, 9))
+    with torch.no_grad():
+        training = found(ids, use_cache=False).logits
+        assert found.training
+        torch.testing.assert_close(training, found.eval()(ids, use_cache=False).logits)
+
+
+def test_log_probs_that_are_no_numbers_raise_the_alarm() -> None:
+    with pytest.raises(SyncError, match="differ from the trainer's by nan nats"):
+        check(math.nan, 0.1, "log-probs")
+
+    class Engine:
+        def load(self, tensors: object) -> None: ...
+
+        def score(self, rollouts: object) -> list[Tensor]:
+            return [torch.tensor([-1.0, math.nan])]
+
+    sync = WeightSync(Engine(), torch.nn.Linear(1, 1), 0.1)
+    with pytest.raises(SyncError, match="nan nats"):
+        sync(set(), [None], lambda probe: [torch.tensor([-1.0, -1.0])])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_for_other_processes_can_be_sent_to_them(ranks: int) -> None:
+    """vLLM pickles the arguments of a call when several processes share a model."""
+    sent: list[Any] = []
+
+    class Model:
+        def collective_rpc(self, name: str, kwargs: dict[str, Any]) -> None:
+            sent.append(kwargs["weights_iterator"])
+
+        def reset_prefix_cache(self) -> None: ...
+
+    engine = VllmEngine.__new__(VllmEngine)
+    engine._config, engine._llm, engine._asleep = (
+        RolloutConfig(tensor_parallel=ranks),
+        Model(),
+        False,
+    )
+    engine.load((f"layer.{n}", torch.full((2,), float(n))) for n in range(3))
+    if ranks > 1:
+        sent = [pickle.loads(pickle.dumps(sent[0]))]
+    assert [(name, float(x[0])) for name, x in sent[0]] == [(f"layer.{n}", n) for n in range(3)]
+
+
+def test_probes_that_are_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """auto_stop compares with them; without it they are made anew."""
+    out = tmp_path / "run"
+    options = ("bupo.auto_stop=100", "bupo.steps=4")
+    assert run_samples.run(out, *options, stop=3) == 143
+    (out / "probes.jsonl").unlink()
+    assert run_samples.run(out, *options, "resume=auto") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "bupo.auto_stop" in error and "probes.jsonl is lost" in error
+    other = tmp_path / "other"
+    assert run_samples.run(other, stop=3) == 143
+    (other / "probes.jsonl").unlink()
+    assert run_samples.run(other, "resume=auto") == 0
+    assert (other / "probes.jsonl").is_file()
+
+
+def test_probes_of_another_run_are_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/probes.jsonl").write_text('{"prompt": [1], "response": [1, 1, 1]}\n')
+    assert run_samples.run(tmp_path / "run", *SHORT[:3]) == 0
+    assert run_samples.run(tmp_path / "clean", *SHORT[:3]) == 0
+    made = [(tmp_path / name / "probes.jsonl").read_text() for name in ("run", "clean")]
+    assert made[0] == made[1]
