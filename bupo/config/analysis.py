@@ -42,7 +42,7 @@ class AnalysisConfig:
     """Texts that the report shows layer by token."""
     heat_map_tokens: int = 192
     """Tokens of each of them: the first ones that are measured."""
-    batch_tokens: int = 16384
+    batch_tokens: int = 1024
     """Tokens of a forward (or one text); does not change the result."""
     seed: int = 0
     """Of the choice of prompts, of sampling and of resampling."""

@@ -103,7 +103,7 @@ def analyse(
     stride: int = 1,
     temperature: float = 1.0,
     tolerance: float = TOLERANCE,
-    batch_tokens: int = 16384,
+    batch_tokens: int = 1024,
     seed: int = 0,
     share: Callable[[float], object] = lambda share: None,
 ) -> Analysis:

@@ -28,7 +28,7 @@ def kl_between(
     m: int | None,
     final_norm: bool = False,
     temperature: float = 1.0,
-    batch_tokens: int = 16384,
+    batch_tokens: int = 1024,
 ) -> NDArray[np.float32]:
     """KL(pi^l || pi^m) of every measured token, [token], in the order of texts and places.
 

@@ -10,8 +10,9 @@ the last layer is the model itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def entropy_flow(
     model: nn.Module,
     texts: Sequence[Text],
     temperature: float = 1.0,
-    batch_tokens: int = 16384,
+    batch_tokens: int = 1024,
     share: Callable[[float], object] = lambda share: None,
 ) -> EntropyFlow:
     """Every internal policy of a model over the measured tokens of texts.
@@ -144,7 +145,8 @@ class _Sweep:
     def run(self) -> EntropyFlow:
         flow = self.flow
         final = self.batch.pick(hidden_states(self.model, self.batch.ids))
-        flow.final_logprob, flow.final_entropy = self._policies([final])[0]
+        for _, flow.final_logprob, flow.final_entropy in self._policies([("final", final)]):
+            del final
         with decomposed(self.model, self._visit):
             hidden_states(self.model, self.batch.ids)
         for kind, columns in self.found.items():
@@ -157,13 +159,17 @@ class _Sweep:
         before, after = self.batch.pick(layer.before), self.batch.pick(layer.after)
         attention, ffn = self.batch.pick(layer.attention), self.batch.pick(layer.ffn)
         stream = self.batch.pick(layer.ffn_stream)
-        vectors = {"layer": after, "attention": attention, "ffn": ffn}
-        vectors |= {f"{name}_normed": self.norm(x) for name, x in tuple(vectors.items())}
-        vectors["attention_input"] = self.batch.pick(layer.attention_input)
-        vectors["ffn_input"] = self.batch.pick(layer.ffn_input)
-        if layer.index == 1:
-            vectors["embedding"] = before
-        for name, (logprob, entropy) in zip(vectors, self._policies(list(vectors.values()))):
+
+        def vectors() -> Iterator[tuple[str, Tensor]]:  # one by one: a copy of each would be much
+            for name, x in (("layer", after), ("attention", attention), ("ffn", ffn)):
+                yield name, x
+                yield f"{name}_normed", self.norm(x)
+            yield "attention_input", self.batch.pick(layer.attention_input)
+            yield "ffn_input", self.batch.pick(layer.ffn_input)
+            if layer.index == 1:
+                yield "embedding", before
+
+        for name, logprob, entropy in self._policies(vectors()):
             if name == "embedding":
                 self.flow.embedding_entropy = entropy
                 continue
@@ -175,10 +181,10 @@ class _Sweep:
         for name, write, onto in (("attention", attention, before), ("ffn", ffn, stream)):
             cosine = nn.functional.cosine_similarity(write.float(), onto.float(), dim=-1)
             self._note("cosine", name, cosine.cpu().numpy())
-        written = attention.double() + ffn.double()
-        self.total = (before.double() if self.total is None else self.total) + written
+        self.total = before.double() if self.total is None else self.total
+        self.total.add_(attention).add_(ffn)
         if layer.index == self.depth:
-            off = (self.total - after.double()).norm() / after.double().norm().clamp(min=1e-30)
+            off = self.total.sub_(after).norm() / after.double().norm().clamp(min=1e-30)
             self.flow.decomposition_error = float(off)
         self.flow.parallel = layer.parallel
         self.share(layer.index / self.depth)
@@ -186,18 +192,24 @@ class _Sweep:
     def _note(self, kind: str, name: str, values: Array) -> None:
         self.found.setdefault(kind, {}).setdefault(name, []).append(values)
 
-    def _policies(self, vectors: Sequence[Tensor]) -> list[tuple[Array, Array]]:
-        """Log-probs of the next tokens and entropies of softmax(x E_u^T), for every vector."""
-        count = len(self.batch.targets)
-        stacked = torch.cat([x.to(self.head.weight.dtype) for x in vectors])
-        targets = self.batch.targets.repeat(len(vectors))
-        logprobs, entropies = torch.empty(len(stacked)), torch.empty(len(stacked))
-        for first in range(0, len(stacked), ROWS):
-            rows = slice(first, first + ROWS)
-            out = _policy(self.head, stacked[rows], targets[rows], self.temperature)
-            logprobs[rows], entropies[rows] = out.logprobs.float().cpu(), out.entropy.float().cpu()
-        pairs = zip(logprobs.split(count), entropies.split(count))
-        return [(a.numpy().copy(), b.numpy().copy()) for a, b in pairs]
+    def _policies(
+        self, vectors: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Array, Array]]:
+        """Name, log-probs of the next tokens and entropies of softmax(x E_u^T), of every vector;
+        as many of them in one call of the op as ROWS holds."""
+        count, left = len(self.batch.targets), iter(vectors)
+        while group := list(islice(left, max(1, ROWS // count))):
+            stacked = torch.cat([x.to(self.head.weight.dtype) for _, x in group])
+            targets = self.batch.targets.repeat(len(group))
+            found = np.empty((2, len(stacked)), np.float32)
+            for first in range(0, len(stacked), ROWS):
+                rows = slice(first, first + ROWS)
+                out = _policy(self.head, stacked[rows], targets[rows], self.temperature)
+                for n, values in enumerate((out.logprobs, out.entropy)):
+                    found[n, rows] = values.float().cpu().numpy()
+            of_each = found.reshape(2, len(group), count)
+            for n, (name, _) in enumerate(group):
+                yield name, of_each[0, n].copy(), of_each[1, n].copy()
 
 
 def _policy(head: Unembedding, x: Tensor, targets: Tensor, temperature: float) -> ops.LogProbs:
