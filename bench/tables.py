@@ -111,7 +111,36 @@ def train_step_table() -> str:
     return "\n".join([*lines, "", f"{where}."])
 
 
-TABLES = {"cpu": cpu_table, "cuda": cuda_table, "train_step": train_step_table}
+def internal_table() -> str:
+    """The entropies of all internal policies of a model on the CPU."""
+    rows = newest("internal_cpu")
+    run = rows[0]
+    lines = [
+        "| | seconds | x bare GEMMs | x `entropy_flow` | peak MiB | x `entropy_flow` |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        peaks = f"{row['peak_mib']:.0f} | {row['x_ours_peak_mib']:.2f}"
+        lines.append(
+            f"| {row['name']} | {row['seconds']:.0f} | {row['x_gemms']:.2f} | {row['x_ours']:.2f} "
+            f"| {peaks} |"
+        )
+    gap = next(row["gap_to_hooks"] for row in rows if row["gap_to_hooks"] is not None)
+    where = (
+        f"{run['layers']} layers of width {run['width']}, vocabulary {run['vocab']}, "
+        f"{run['texts']} texts of {run['length']} tokens; float32, {run['threads']} threads of "
+        f"{run['cpu']}, torch {run['torch']}, {run['date'][:10]}; the mean entropies of both ways "
+        f"differ by {gap:.0e} nats at most"
+    )
+    return "\n".join([*lines, "", f"{where}."])
+
+
+TABLES = {
+    "cpu": cpu_table,
+    "cuda": cuda_table,
+    "train_step": train_step_table,
+    "internal": internal_table,
+}
 
 
 def filled(text: str) -> str:

@@ -40,9 +40,9 @@ from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
 from bupo.rl.update import Trainer
 from bupo.rl.weight_sync import WeightSync, check
 
-PROBE_ROLLOUTS = 32
-"""In phase 1 the final policy is evaluated on about this many rollouts a step, for metrics only."""
-
+FINAL_ROLLOUTS, FINAL_SHARE = 8, 16
+"""In phase 1 the final policy is evaluated on one of so many rollouts of a step, and on at least so
+many of them, for metrics only"""
 
 SYNC_ROLLOUTS, SYNC_TOKENS = 4, 32
 """After each update engine and trainer are compared on this many responses, this far"""
@@ -273,8 +273,8 @@ class Run:
         if policy.layer is None:
             return rollouts, old
         corrected = self.config.loss.tis_cap or self.config.loss.max_sequence_gap
-        every = 1 if corrected else max(1, len(rollouts) // PROBE_ROLLOUTS)
-        probe = rollouts[::every]
+        wanted = max(FINAL_ROLLOUTS, len(rollouts) // FINAL_SHARE)
+        probe = rollouts if corrected else rollouts[:: max(1, len(rollouts) // wanted)]
         return probe, self.trainer.token_stats(probe, Policy(None))
 
     def _final_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
