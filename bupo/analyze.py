@@ -28,7 +28,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in bupo.run
 from bupo import config as configuration
 from bupo.analysis.plan import Plan, Subject, make_plan, print_plan
 from bupo.config import AnalysisConfig, ConfigError, RunError
-from bupo.inputs import build_task, disk_trouble, load_model, make_engine
+from bupo.inputs import build_task, disk_trouble, make_engine
+from bupo.models import load_model
 
 IGNORED = "data.weights, rollout.prompts, .samples, .refills, .max_logprob_gap, .sleep"
 
@@ -66,7 +67,7 @@ def _settings(arguments: argparse.Namespace) -> AnalysisConfig:
 def execute(plan: Plan) -> list[Any]:
     """Loads the models one after the other, measures and writes; returns the Analyses."""
     from bupo.analysis.files import write_results, write_texts
-    from bupo.analysis.texts import again, generate, measurable
+    from bupo.analysis.texts import again, generate
     from bupo.rl.metrics import replace_text
     from bupo.rl.progress import Progress
 
@@ -86,7 +87,7 @@ def execute(plan: Plan) -> list[Any]:
                 texts = generate(texts, config, engine, share)
         finally:
             engine.close()
-        texts = measurable(texts, first.positions)
+        texts = first.measurable(texts)
     write_texts(plan.out, texts)
     found: list[Any] = []
     for n, subject in enumerate(plan.subjects):
@@ -94,7 +95,7 @@ def execute(plan: Plan) -> list[Any]:
             model = None  # its memory first
             if subject.own_tokens:
                 texts = again(texts, plan.rows, config, subject.tokenizer)
-            texts = measurable(texts, subject.positions)
+            texts = subject.measurable(texts)
         model = model if model is not None else _loaded(plan, subject)
         with progress.waiting(f"measuring {subject.name}") as share:
             found.append(_measured(config, subject, model, [m.text for m in texts], share))

@@ -32,8 +32,8 @@ from bupo.inputs import (
     disk_trouble,
     find_sources,
     make_engine,
-    read_model,
 )
+from bupo.models import read_model
 from bupo.sizes import measure
 
 
@@ -88,12 +88,14 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     from bupo.rl.prompts import load_prompts
     from bupo.rl.rewards import check_sources, make_reward
 
-    tokenizer, _ = read_model(config, sources.model)
+    facts = read_model(config, sources.model)
+    tokenizer = facts.tokenizer
     with Progress(1, 0).waiting("reading prompts") as share:
         prompts, dropped = load_prompts(
             sources.held_out, tokenizer, config.data, config.eval.limit, share
         )
     check_sources(config.reward, prompts)
+    facts.check(prompts, config.rollout.max_new_tokens)
     sets = evaluation.by_dataset(prompts)
     shown = ", ".join(f"{name} {len(problems)}" for name, problems in sets.items())
     sizes = measure(config, sources.model, max(len(p.token_ids) for p in prompts))

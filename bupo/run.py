@@ -32,10 +32,9 @@ from bupo.inputs import (
     check_out,
     disk_trouble,
     find_sources,
-    load_model,
     make_engine,
-    read_model,
 )
+from bupo.models import load_model, read_model
 from bupo.sizes import Sizes, measure
 
 
@@ -91,7 +90,8 @@ def make_plan(config: Config) -> Plan:
     from bupo.rl.rewards import check_sources
     from bupo.rl.schedule import Schedule
 
-    tokenizer, layers = read_model(config, sources.model)
+    facts = read_model(config, sources.model)
+    tokenizer, layers = facts.tokenizer, facts.layers
     schedule = Schedule(config)
     if not config.bupo.auto_layer:
         schedule.check(layers, sources.model)
@@ -106,6 +106,7 @@ def make_plan(config: Config) -> Plan:
         else ([], 0)
     )
     check_sources(config.reward, [*prompts, *eval_prompts])
+    facts.check([*prompts, *eval_prompts], config.rollout.max_new_tokens)
     return Plan(
         config=config,
         out=out,
@@ -242,7 +243,10 @@ def execute(plan: Plan) -> int | None:
     with Progress(1, 0).working(f"loading {source}"):
         model = _model_to_train(config, source)
     trained = None if config.bupo.auto_layer else Schedule(config).layers() or plan.layers
-    check_internal_policy(model, trained)
+    try:
+        check_internal_policy(model, trained)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source} cannot be trained: {error}") from None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = Trainer(model, config, pad)
     state = {"step": 0, "drawn": 0}

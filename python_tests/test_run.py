@@ -113,7 +113,10 @@ BAD = {
     "task is no task": (["task=os"], "task=os is not a task"),
     "task with data": (["data.train=[x.parquet]"], "data.train is set, but task="),
     "model": (["model.path=/nowhere/model"], "model.path=/nowhere/model: folder not found"),
-    "model name": (["model.path=nobody/ no"], "model.path=nobody/ no cannot be read"),
+    "model name": (["model.path=nobody/ no"], "model.path=nobody/ no: folder not found"),
+    "model of a run": (
+        ["model.path=runs/x/checkpoints/y"], "model.path=runs/x/checkpoints/y: folder not found"
+    ),
     "context": (["rollout.max_new_tokens=1000000"], "does not fit the model's context of 256"),
     "out in a file": (["out=/dev/null/run"], "out=/dev/null/run: /dev/null is a file"),
     "out in proc": (["out=/proc/run"], "out=/proc/run: /proc cannot be written to"),

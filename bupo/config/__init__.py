@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bupo.config.analysis import AnalysisConfig
-from bupo.config.errors import ConfigError, RunError
+from bupo.config.errors import BrokenError, ConfigError, RunError, first_line, readable
 from bupo.config.inputs import DataConfig, ModelConfig
 from bupo.config.objective import ADVANTAGES, CriticConfig, LossConfig, OptimizerConfig
 from bupo.config.phases import BupoConfig, PhaseConfig
@@ -23,6 +23,7 @@ __all__ = [
     "ADVANTAGES",
     "MAY_CHANGE",
     "AnalysisConfig",
+    "BrokenError",
     "BupoConfig",
     "CheckpointConfig",
     "Config",
@@ -43,8 +44,10 @@ __all__ = [
     "changes_since",
     "describe",
     "dump",
+    "first_line",
     "load",
     "read",
+    "readable",
     "shipped",
     "values",
 ]

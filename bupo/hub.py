@@ -1,0 +1,37 @@
+"""Names on the Hugging Face hub, and its libraries kept quiet: what goes wrong is one line of ours.
+
+A leaf, and fast to import.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
+OFFLINE = (
+    "without a network give a folder, or fill the hub's cache where there is one and set "
+    "HF_HUB_OFFLINE=1"
+)
+"""The way out for whoever cannot reach the hub"""
+
+
+def is_name(text: str, owner: bool = False) -> bool:
+    """Whether a repository can be called that: [OWNER/]NAME; owner: only OWNER/NAME."""
+    return _NAME.fullmatch(text) is not None and ("/" in text or not owner)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, the libraries log errors only: no retry lines, no reports of many lines."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
