@@ -13,7 +13,6 @@ bupo.run; what only training needs is ignored.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -56,14 +55,14 @@ def _rows_done(file: Path, problems: Sequence[Any], config: Config) -> list[dict
     """The rows of a file that can be kept; the file, which a kill may have cut, then holds these
     alone. They must be of these problems."""
     from bupo.rl.evaluation import whole_batches
-    from bupo.rl.metrics import read_rows, replace_text
+    from bupo.rl.metrics import json_lines, read_rows, replace_text
 
     rows = read_rows(file)
     for n, (row, problem) in enumerate(zip(rows, problems)):
         if (row["prompt"], row["answer"]) != (problem.text, problem.answer):
             raise ConfigError(f"{file}: problem {n} is another one now; choose another out")
     rows = rows[: whole_batches(len(rows), len(problems), config)]
-    replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    replace_text(file, json_lines(rows))
     return rows
 
 
@@ -83,7 +82,7 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
         raise ConfigError("eval.files is empty: nothing to evaluate on")
 
     from bupo.rl import evaluation
-    from bupo.rl.metrics import append_rows, replace_text
+    from bupo.rl.metrics import append_rows, json_lines, replace_text
     from bupo.rl.progress import Progress
     from bupo.rl.prompts import load_prompts
     from bupo.rl.rewards import check_sources, make_reward
@@ -92,7 +91,7 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     tokenizer = facts.tokenizer
     with Progress(1, 0).waiting("reading prompts") as share:
         prompts, dropped = load_prompts(
-            sources.held_out, tokenizer, config.data, config.eval.limit, share
+            sources.held_out, tokenizer, config.data, config.eval.limit, share, True
         )
     check_sources(config.reward, prompts)
     facts.check(prompts, config.rollout.max_new_tokens)
@@ -139,8 +138,7 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     finally:
         engine.close()
         reward.close()
-    rows = "".join(json.dumps(_plain(result.row())) + "\n" for result in results)
-    replace_text(out / "eval.jsonl", rows)
+    replace_text(out / "eval.jsonl", json_lines([result.row() for result in results]))
     _draw(results, out / "pass_at_k.png")
     return results
 
@@ -149,11 +147,6 @@ def _sampling(config: Config) -> str:
     temperature = config.eval.temperature
     temperature = config.rollout.temperature if temperature is None else temperature
     return f"temperature {temperature}, top_p {config.rollout.top_p}" if temperature else "greedy"
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """nan is null in JSON."""
-    return {k: None if v != v else v for k, v in row.items()}
 
 
 def _draw(results: Sequence[Any], file: Path) -> None:

@@ -1,6 +1,6 @@
 """Names on the Hugging Face hub, and its libraries kept quiet: what goes wrong is one line of ours.
 
-A leaf, and fast to import.
+Fast to import.
 """
 
 from __future__ import annotations
@@ -10,17 +10,24 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from bupo.config import first_line
+
 _NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
-OFFLINE = (
+_OFFLINE = (
     "without a network give a folder, or fill the hub's cache where there is one and set "
     "HF_HUB_OFFLINE=1"
 )
-"""The way out for whoever cannot reach the hub"""
 
 
 def is_name(text: str, owner: bool = False) -> bool:
     """Whether a repository can be called that: [OWNER/]NAME; owner: only OWNER/NAME."""
     return _NAME.fullmatch(text) is not None and ("/" in text or not owner)
+
+
+def reason(error: Exception) -> str:
+    """What the libraries say, and what to do where they cannot reach the hub."""
+    text = first_line(error).rstrip(".")
+    return f"{text}; {_OFFLINE}" if "connect" in text.lower() else text
 
 
 @contextmanager

@@ -143,7 +143,6 @@ def load_model(config: Config, source: str) -> Any:
 
 
 def _reason(model: str, error: Exception) -> str:
-    text = first_line(error).rstrip(".")
-    if Path(model).is_dir() or "connect" not in text:
-        return text
-    return f"no such folder, and as a name on the Hugging Face hub: {text}; {hub.OFFLINE}"
+    if Path(model).is_dir():
+        return first_line(error)
+    return f"no such folder, and as a name on the Hugging Face hub: {hub.reason(error)}"

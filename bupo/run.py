@@ -101,7 +101,7 @@ def make_plan(config: Config) -> Plan:
         )
     PromptOrder(prompts, config.rollout.prompts, config.seed, config.data.weights)
     eval_prompts, eval_dropped = (
-        load_prompts(sources.held_out, tokenizer, config.data, config.eval.limit)
+        load_prompts(sources.held_out, tokenizer, config.data, config.eval.limit, apart=True)
         if sources.held_out
         else ([], 0)
     )
