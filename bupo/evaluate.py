@@ -47,7 +47,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="YAML file, e.g. a run's config.yaml")
     parser.add_argument("--out", help="directory to write; default evals/TIME")
     parser.add_argument("--dry_run", action="store_true", help="check and print, load no weights")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    quotes = configuration.QUOTES
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=quotes)
     return parser.parse_intermixed_args(argv)
 
 

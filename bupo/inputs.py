@@ -50,6 +50,11 @@ def find_sources(config: Config, training: bool = True) -> Sources:
         raise ConfigError("model.path is not set (folder or hub name of a causal LM)")
     train = [str(f) for f in files.train] if files and files.train else config.data.train
     held_out = [str(f) for f in files.eval] if files and files.eval else config.eval.files
+    if training and config.eval.every and not held_out:
+        raise ConfigError(
+            f"eval.every={config.eval.every}, but there is nothing to evaluate on: set eval.files, "
+            "or eval.every=0"
+        )
     train = train if training else []
     for name in [*train, *held_out]:
         data_files.check(name)

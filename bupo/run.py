@@ -52,7 +52,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="YAML file; default: the arithmetic recipe")
     parser.add_argument("--out", help="run directory (same as out=DIR)")
     parser.add_argument("--dry_run", action="store_true", help="check and print, load no weights")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see below")
+    quotes = configuration.QUOTES
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=quotes)
     return parser.parse_intermixed_args(argv)  # options may stand between key=value
 
 
@@ -158,9 +159,10 @@ def print_plan(plan: Plan) -> None:
     responses = size.prompts * size.samples
     sizes, responses_each = plan.sizes, responses // config.optimizer.updates_per_step
     trained = f" ({sizes.internal / sizes.parameters:.0%} of the parameters)"
+    fewer = " (fewer where bupo.auto_stop says so)" if config.bupo.auto_stop else ""
     phases = (
-        f"steps 1-{config.bupo.steps} train a layer that is measured before them, then the final "
-        f"policy to step {config.steps}"
+        f"steps 1-{config.bupo.steps}{fewer} train a layer that is measured before them, then the "
+        f"final policy to step {config.steps}"
         if config.bupo.auto_layer
         else Schedule(config).describe(plan.layers)
     )

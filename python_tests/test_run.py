@@ -39,7 +39,29 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 BAD = {
     "unknown key": (["rollout.sample=3"], "key rollout.sample; did you mean rollout.samples?"),
-    "unknown group": (["optimiser.lr=1"], "unknown key optimiser; did you mean optimizer"),
+    "unknown group": (
+        ["optimiser.lr=1"], "unknown key optimiser.lr; did you mean optimizer.lr?"
+    ),
+    "key as it was typed": (
+        ["rolout.prompts=3"], "unknown key rolout.prompts; did you mean rollout.prompts?"
+    ),
+    "key in a group": (
+        ["optimizer={lrr: 1}"], "unknown key optimizer.lrr; did you mean optimizer.lr?"
+    ),
+    "key without its group": (["gamma=1"], "unknown key gamma; did you mean critic.gamma?"),
+    "cut by the shell": (
+        ["data.columns={prompt:", "question}"],
+        "in a shell, quote what has spaces or braces: 'data.columns={prompt: question}'",
+    ),
+    "clip": (["loss.clip_low=1.5"], "loss.clip_low must be at most 1"),
+    "entropy": (["loss.entropy_coef=-0.1"], "loss.entropy_coef must be at least 0"),
+    "long warm-up": (
+        ["optimizer.warmup_steps=7"], "optimizer.warmup_steps (7) exceeds steps (6)"
+    ),
+    "nothing to evaluate on": (
+        ["task=null", "model.path=a/b", "data.train=[x.jsonl]"],
+        "eval.every=2, but there is nothing to evaluate on: set eval.files, or eval.every=0",
+    ),
     "wrong type": (["steps=many"], "steps: Value 'many'"),
     "no assignment": (["steps"], "expected key=value, got 'steps'"),
     "algorithm": (["algorithm=bup"], "must be one of bupo, grpo, internal, custom, got 'bup'"),
@@ -104,7 +126,7 @@ BAD = {
     "weight": (["data.weights=[0]"], "data.weights must be positive"),
     "column": (["data.columns={question: x}"], "data.columns' names must be one of prompt, answer"),
     "hub": (
-        ["task=null", "model.path=a/b", "data.train=[owner/no-such]"],
+        ["task=null", "model.path=a/b", "data.train=[owner/no-such]", "eval.every=0"],
         "from the Hugging Face hub, install the package datasets",
     ),
     "prompt too long": (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5 (longest 6)"),
@@ -182,6 +204,23 @@ def test_configuration_file_that_is_none(
     assert main(["--config", str(file)]) == 2
     errors = capsys.readouterr().err
     assert len(errors.strip().splitlines()) == 1 and errors.startswith("bupo.run: "), errors
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rollot: {top_p: 1}", "unknown key rollot; did you mean rollout?"),
+        ("rollout: {topp: 1}", "unknown key rollout.topp; did you mean rollout.top_p?"),
+        ("1: 2", "unknown key 1"),
+    ],
+)
+def test_an_unknown_key_of_a_file(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert main(["--config", str(file)]) == 2
+    assert capsys.readouterr().err == f"bupo.run: {message}\n"
 
 
 @pytest.mark.parametrize("advantage", config.ADVANTAGES)
@@ -291,6 +330,10 @@ def test_dry_run_prints_the_plan_and_writes_no_run(
     text = capsys.readouterr().err
     assert "steps 1-3 train layer 1 of 2, then the final policy to step 6" in text
     assert "4 prompts x 4 responses = 16" in text
+    for more in ([], ["bupo.auto_layer=true"]):
+        settings = [*arguments(tmp_path / "run"), "bupo.auto_stop=0.1", *more]
+        assert main([*settings, "--dry_run"]) == 0
+        assert "steps 1-3 (fewer where bupo.auto_stop says so) train" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -299,6 +342,7 @@ def test_help_teaches_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
+    assert config.QUOTES in " ".join(text.split())
     for key in config.all_keys(config.Config):
         assert f"  {key} = " in text
     assert all(help_text for _, _, help_text in config.describe(config.Config))

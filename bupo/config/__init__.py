@@ -9,7 +9,16 @@ from bupo.config.errors import BrokenError, ConfigError, RunError, first_line, r
 from bupo.config.inputs import DataConfig, ModelConfig
 from bupo.config.objective import ADVANTAGES, CriticConfig, LossConfig, OptimizerConfig
 from bupo.config.phases import BupoConfig, PhaseConfig
-from bupo.config.reading import all_keys, changes_since, describe, dump, read, shipped, values
+from bupo.config.reading import (
+    QUOTES,
+    all_keys,
+    changes_since,
+    describe,
+    dump,
+    read,
+    shipped,
+    values,
+)
 from bupo.config.sampling import EvalConfig, RewardConfig, RolloutConfig
 from bupo.config.settings import (
     MAY_CHANGE,
@@ -22,6 +31,7 @@ from bupo.config.settings import (
 __all__ = [
     "ADVANTAGES",
     "MAY_CHANGE",
+    "QUOTES",
     "AnalysisConfig",
     "BrokenError",
     "BupoConfig",
