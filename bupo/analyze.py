@@ -28,7 +28,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in bupo.run
 from bupo import config as configuration
 from bupo.analysis.plan import Plan, Subject, make_plan, print_plan
 from bupo.config import AnalysisConfig, ConfigError, RunError
-from bupo.inputs import build_task, disk_trouble, make_engine
+from bupo.ending import allowed, ended
+from bupo.inputs import build_task, make_engine
 from bupo.models import load_model
 
 IGNORED = "data.weights, rollout.prompts, .samples, .refills, .max_logprob_gap, .sleep"
@@ -77,8 +78,9 @@ def execute(plan: Plan) -> list[Any]:
     model: Any = None
     if plan.how != "generate" or config.rollout.engine == "hf":
         model = _loaded(plan, first)
-    plan.out.mkdir(parents=True, exist_ok=True)
-    replace_text(plan.out / "config.yaml", configuration.dump(config))
+    with allowed():
+        plan.out.mkdir(parents=True, exist_ok=True)
+        replace_text(plan.out / "config.yaml", configuration.dump(config))
     texts = plan.texts
     if plan.how == "generate":
         with progress.working(f"starting {config.rollout.engine}"):
@@ -196,28 +198,22 @@ def main(argv: list[str] | None = None) -> int:
     model that cannot be analysed, 130 stopped by Ctrl-C."""
     arguments = _arguments(argv)
     out = Path(arguments.out or f"analyses/{time.strftime('%Y%m%d-%H%M%S')}")
-    try:
-        plan = make_plan(_settings(arguments), out)
+
+    def act() -> int:
+        with allowed():
+            plan = make_plan(_settings(arguments), out)
         print_plan(plan)
-        if arguments.dry_run:
-            return 0
-        found = execute(plan)
-    except ConfigError as error:
-        print(f"bupo.analyze: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"bupo.analyze: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        kept = f"what was written to {out} before is"
-        print(f"bupo.analyze: {disk_trouble(error, kept)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nstopped; {out} holds what was written", file=sys.stderr)
-        return 130
-    print_results(found)
-    print(f"report: {out / 'report.html'}", file=sys.stderr)
-    return 0
+        if not arguments.dry_run:
+            print_results(execute(plan))
+            print(f"report: {out / 'report.html'}", file=sys.stderr)
+        return 0
+
+    return ended(
+        "bupo.analyze",
+        act,
+        lambda: f"what was written to {out} before is kept, go on with the same command",
+        lambda: f"stopped; {out} holds what was written",
+    )
 
 
 if __name__ == "__main__":

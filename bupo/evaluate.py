@@ -25,10 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in bupo.run
 
 from bupo import config as configuration
 from bupo.config import Config, ConfigError
+from bupo.ending import allowed, ended
 from bupo.inputs import (
     build_task,
     check_out,
-    disk_trouble,
     find_sources,
     make_engine,
 )
@@ -69,16 +69,20 @@ def _rows_done(file: Path, problems: Sequence[Any], config: Config) -> list[dict
 
 def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     """Evaluates every data set of eval.files; returns their EvalResults."""
-    check_out(out)
     earlier = out / "config.yaml"
-    if earlier.is_file():
-        changed = configuration.changes_since(earlier, config, ("name", "out", "resume", "steps"))
-        if changed:
-            raise ConfigError(
-                f"out={out} holds an evaluation with other settings ({'; '.join(changed)}); "
-                "restore them or choose another out"
-            )
-    sources = find_sources(config, training=False)
+    with allowed():
+        check_out(out)
+        changed = (
+            configuration.changes_since(earlier, config, ("name", "out", "resume", "steps"))
+            if earlier.is_file()
+            else []
+        )
+        sources = find_sources(config, training=False)
+    if changed:
+        raise ConfigError(
+            f"out={out} holds an evaluation with other settings ({'; '.join(changed)}); "
+            "restore them or choose another out"
+        )
     if not sources.held_out:
         raise ConfigError("eval.files is empty: nothing to evaluate on")
 
@@ -115,8 +119,9 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     progress = Progress(1, 0)
     with progress.working(f"loading {sources.model} into {config.rollout.engine}"):
         engine = make_engine(config, sources.model, None, tokenizer, prompts)
-    (out / "responses").mkdir(parents=True, exist_ok=True)
-    replace_text(earlier, configuration.dump(config))
+    with allowed():
+        (out / "responses").mkdir(parents=True, exist_ok=True)
+        replace_text(earlier, configuration.dump(config))
     results = []
     try:
         for name, problems in sets.items():
@@ -197,23 +202,22 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a disk that is full, 2 a configuration that cannot be run."""
     arguments = _arguments(argv)
     out = Path(arguments.out or f"evals/{time.strftime('%Y%m%d-%H%M%S')}")
-    try:
-        config = configuration.load(arguments.config, arguments.overrides)
+
+    def act() -> int:
+        with allowed():
+            config = configuration.load(arguments.config, arguments.overrides)
         results = run(config, out, arguments.dry_run)
-    except ConfigError as error:
-        print(f"bupo.evaluate: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        kept = f"what was written to {out} before is"
-        print(f"bupo.evaluate: {disk_trouble(error, kept)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nstopped; the same command with --out {out} continues", file=sys.stderr)
-        return 130
-    if results:
-        print_table(results)
-        print(f"written: {out}", file=sys.stderr)
-    return 0
+        if results:
+            print_table(results)
+            print(f"written: {out}", file=sys.stderr)
+        return 0
+
+    return ended(
+        "bupo.evaluate",
+        act,
+        lambda: f"what was written to {out} before is kept, go on with the same command",
+        lambda: f"stopped; the same command with --out {out} continues",
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ task, the directory to write. bupo.models has the model itself."""
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 from collections.abc import Sequence
@@ -104,13 +103,3 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"out={out}: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK) or str(there).startswith(("/proc", "/sys")):
         raise ConfigError(f"out={out}: {there} cannot be written to")
-
-
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-
-
-def disk_trouble(error: OSError, kept: str) -> str:
-    """One line for a disk that is full or broken; anything else is raised again, as it is."""
-    if error.errno not in DISK:
-        raise error
-    return f"{error}; {kept} kept, go on with the same command"
