@@ -38,6 +38,7 @@ def overrides(folder: Path, size: Size, steps: int, layer: int | None) -> list[s
         "optimizer.weight_decay=0",
         f"optimizer.updates_per_step={size.updates}",
         f"optimizer.micro_batch_tokens={size.micro_tokens}",
+        "diagnostics.every=0",  # TRL has none
     ]
 
 

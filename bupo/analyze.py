@@ -28,7 +28,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in bupo.run
 from bupo import config as configuration
 from bupo.analysis.plan import Plan, Subject, make_plan, print_plan
 from bupo.config import AnalysisConfig, ConfigError, RunError
-from bupo.inputs import build_task, disk_trouble, load_model, make_engine
+from bupo.ending import allowed, ended
+from bupo.inputs import build_task, make_engine
+from bupo.models import load_model
 
 IGNORED = "data.weights, rollout.prompts, .samples, .refills, .max_logprob_gap, .sleep"
 
@@ -50,7 +52,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="YAML file, e.g. an analysis' config.yaml")
     parser.add_argument("--out", help="directory to write; default analyses/TIME")
     parser.add_argument("--dry_run", action="store_true", help="check and print, load no weights")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see below")
+    quotes = configuration.QUOTES
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=quotes)
     return parser.parse_intermixed_args(argv)
 
 
@@ -66,7 +69,7 @@ def _settings(arguments: argparse.Namespace) -> AnalysisConfig:
 def execute(plan: Plan) -> list[Any]:
     """Loads the models one after the other, measures and writes; returns the Analyses."""
     from bupo.analysis.files import write_results, write_texts
-    from bupo.analysis.texts import again, generate, measurable
+    from bupo.analysis.texts import again, generate
     from bupo.rl.metrics import replace_text
     from bupo.rl.progress import Progress
 
@@ -75,8 +78,9 @@ def execute(plan: Plan) -> list[Any]:
     model: Any = None
     if plan.how != "generate" or config.rollout.engine == "hf":
         model = _loaded(plan, first)
-    plan.out.mkdir(parents=True, exist_ok=True)
-    replace_text(plan.out / "config.yaml", configuration.dump(config))
+    with allowed():
+        plan.out.mkdir(parents=True, exist_ok=True)
+        replace_text(plan.out / "config.yaml", configuration.dump(config))
     texts = plan.texts
     if plan.how == "generate":
         with progress.working(f"starting {config.rollout.engine}"):
@@ -86,7 +90,7 @@ def execute(plan: Plan) -> list[Any]:
                 texts = generate(texts, config, engine, share)
         finally:
             engine.close()
-        texts = measurable(texts, first.positions)
+        texts = first.measurable(texts)
     write_texts(plan.out, texts)
     found: list[Any] = []
     for n, subject in enumerate(plan.subjects):
@@ -94,7 +98,7 @@ def execute(plan: Plan) -> list[Any]:
             model = None  # its memory first
             if subject.own_tokens:
                 texts = again(texts, plan.rows, config, subject.tokenizer)
-            texts = measurable(texts, subject.positions)
+            texts = subject.measurable(texts)
         model = model if model is not None else _loaded(plan, subject)
         with progress.waiting(f"measuring {subject.name}") as share:
             found.append(_measured(config, subject, model, [m.text for m in texts], share))
@@ -194,28 +198,22 @@ def main(argv: list[str] | None = None) -> int:
     model that cannot be analysed, 130 stopped by Ctrl-C."""
     arguments = _arguments(argv)
     out = Path(arguments.out or f"analyses/{time.strftime('%Y%m%d-%H%M%S')}")
-    try:
-        plan = make_plan(_settings(arguments), out)
+
+    def act() -> int:
+        with allowed():
+            plan = make_plan(_settings(arguments), out)
         print_plan(plan)
-        if arguments.dry_run:
-            return 0
-        found = execute(plan)
-    except ConfigError as error:
-        print(f"bupo.analyze: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"bupo.analyze: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        kept = f"what was written to {out} before is"
-        print(f"bupo.analyze: {disk_trouble(error, kept)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nstopped; {out} holds what was written", file=sys.stderr)
-        return 130
-    print_results(found)
-    print(f"report: {out / 'report.html'}", file=sys.stderr)
-    return 0
+        if not arguments.dry_run:
+            print_results(execute(plan))
+            print(f"report: {out / 'report.html'}", file=sys.stderr)
+        return 0
+
+    return ended(
+        "bupo.analyze",
+        act,
+        lambda: f"what was written to {out} before is kept, go on with the same command",
+        lambda: f"stopped; {out} holds what was written",
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ bupo.run; what only training needs is ignored.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -26,14 +25,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in bupo.run
 
 from bupo import config as configuration
 from bupo.config import Config, ConfigError
+from bupo.ending import allowed, ended
 from bupo.inputs import (
     build_task,
     check_out,
-    disk_trouble,
     find_sources,
     make_engine,
-    read_model,
 )
+from bupo.models import read_model
 from bupo.sizes import measure
 
 
@@ -48,7 +47,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="YAML file, e.g. a run's config.yaml")
     parser.add_argument("--out", help="directory to write; default evals/TIME")
     parser.add_argument("--dry_run", action="store_true", help="check and print, load no weights")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    quotes = configuration.QUOTES
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=quotes)
     return parser.parse_intermixed_args(argv)
 
 
@@ -56,44 +56,50 @@ def _rows_done(file: Path, problems: Sequence[Any], config: Config) -> list[dict
     """The rows of a file that can be kept; the file, which a kill may have cut, then holds these
     alone. They must be of these problems."""
     from bupo.rl.evaluation import whole_batches
-    from bupo.rl.metrics import read_rows, replace_text
+    from bupo.rl.metrics import json_lines, read_rows, replace_text
 
     rows = read_rows(file)
     for n, (row, problem) in enumerate(zip(rows, problems)):
         if (row["prompt"], row["answer"]) != (problem.text, problem.answer):
             raise ConfigError(f"{file}: problem {n} is another one now; choose another out")
     rows = rows[: whole_batches(len(rows), len(problems), config)]
-    replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    replace_text(file, json_lines(rows))
     return rows
 
 
 def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     """Evaluates every data set of eval.files; returns their EvalResults."""
-    check_out(out)
     earlier = out / "config.yaml"
-    if earlier.is_file():
-        changed = configuration.changes_since(earlier, config, ("name", "out", "resume", "steps"))
-        if changed:
-            raise ConfigError(
-                f"out={out} holds an evaluation with other settings ({'; '.join(changed)}); "
-                "restore them or choose another out"
-            )
-    sources = find_sources(config, training=False)
+    with allowed():
+        check_out(out)
+        changed = (
+            configuration.changes_since(earlier, config, ("name", "out", "resume", "steps"))
+            if earlier.is_file()
+            else []
+        )
+        sources = find_sources(config, training=False)
+    if changed:
+        raise ConfigError(
+            f"out={out} holds an evaluation with other settings ({'; '.join(changed)}); "
+            "restore them or choose another out"
+        )
     if not sources.held_out:
         raise ConfigError("eval.files is empty: nothing to evaluate on")
 
     from bupo.rl import evaluation
-    from bupo.rl.metrics import append_rows, replace_text
+    from bupo.rl.metrics import append_rows, json_lines, replace_text
     from bupo.rl.progress import Progress
     from bupo.rl.prompts import load_prompts
     from bupo.rl.rewards import check_sources, make_reward
 
-    tokenizer, _ = read_model(config, sources.model)
+    facts = read_model(config, sources.model)
+    tokenizer = facts.tokenizer
     with Progress(1, 0).waiting("reading prompts") as share:
         prompts, dropped = load_prompts(
-            sources.held_out, tokenizer, config.data, config.eval.limit, share
+            sources.held_out, tokenizer, config.data, config.eval.limit, share, True
         )
     check_sources(config.reward, prompts)
+    facts.check(prompts, config.rollout.max_new_tokens)
     sets = evaluation.by_dataset(prompts)
     shown = ", ".join(f"{name} {len(problems)}" for name, problems in sets.items())
     sizes = measure(config, sources.model, max(len(p.token_ids) for p in prompts))
@@ -113,8 +119,9 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     progress = Progress(1, 0)
     with progress.working(f"loading {sources.model} into {config.rollout.engine}"):
         engine = make_engine(config, sources.model, None, tokenizer, prompts)
-    (out / "responses").mkdir(parents=True, exist_ok=True)
-    replace_text(earlier, configuration.dump(config))
+    with allowed():
+        (out / "responses").mkdir(parents=True, exist_ok=True)
+        replace_text(earlier, configuration.dump(config))
     results = []
     try:
         for name, problems in sets.items():
@@ -137,8 +144,7 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     finally:
         engine.close()
         reward.close()
-    rows = "".join(json.dumps(_plain(result.row())) + "\n" for result in results)
-    replace_text(out / "eval.jsonl", rows)
+    replace_text(out / "eval.jsonl", json_lines([result.row() for result in results]))
     _draw(results, out / "pass_at_k.png")
     return results
 
@@ -147,11 +153,6 @@ def _sampling(config: Config) -> str:
     temperature = config.eval.temperature
     temperature = config.rollout.temperature if temperature is None else temperature
     return f"temperature {temperature}, top_p {config.rollout.top_p}" if temperature else "greedy"
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """nan is null in JSON."""
-    return {k: None if v != v else v for k, v in row.items()}
 
 
 def _draw(results: Sequence[Any], file: Path) -> None:
@@ -201,23 +202,22 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a disk that is full, 2 a configuration that cannot be run."""
     arguments = _arguments(argv)
     out = Path(arguments.out or f"evals/{time.strftime('%Y%m%d-%H%M%S')}")
-    try:
-        config = configuration.load(arguments.config, arguments.overrides)
+
+    def act() -> int:
+        with allowed():
+            config = configuration.load(arguments.config, arguments.overrides)
         results = run(config, out, arguments.dry_run)
-    except ConfigError as error:
-        print(f"bupo.evaluate: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        kept = f"what was written to {out} before is"
-        print(f"bupo.evaluate: {disk_trouble(error, kept)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nstopped; the same command with --out {out} continues", file=sys.stderr)
-        return 130
-    if results:
-        print_table(results)
-        print(f"written: {out}", file=sys.stderr)
-    return 0
+        if results:
+            print_table(results)
+            print(f"written: {out}", file=sys.stderr)
+        return 0
+
+    return ended(
+        "bupo.evaluate",
+        act,
+        lambda: f"what was written to {out} before is kept, go on with the same command",
+        lambda: f"stopped; the same command with --out {out} continues",
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,8 @@
-"""From a configuration to what commands work on: model folder, tokenizer, data files, engine.
-
-Imports of torch and transformers are inside the functions, so that mistakes of a configuration are
-told within a second.
-"""
+"""From a configuration to what commands work on: where model and data come from, the engine, the
+task, the directory to write. bupo.models has the model itself."""
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 from collections.abc import Sequence
@@ -15,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.config import Config, ConfigError, shipped
+from bupo.models import check_place, load_model
 from bupo.rl import data_files
 from bupo.tasks import TaskFiles
 
@@ -52,61 +49,19 @@ def find_sources(config: Config, training: bool = True) -> Sources:
         raise ConfigError("model.path is not set (folder or hub name of a causal LM)")
     train = [str(f) for f in files.train] if files and files.train else config.data.train
     held_out = [str(f) for f in files.eval] if files and files.eval else config.eval.files
+    if training and config.eval.every and not held_out:
+        raise ConfigError(
+            f"eval.every={config.eval.every}, but there is nothing to evaluate on: set eval.files, "
+            "or eval.every=0"
+        )
     train = train if training else []
     for name in [*train, *held_out]:
         data_files.check(name)
     template = config.data.chat_template
     if template and not shipped(template).is_file():
         raise ConfigError(f"data.chat_template={template}: file not found")
-    if model.startswith(("/", ".")) and not Path(model).is_dir():
-        raise ConfigError(f"model.path={model}: folder not found")
+    check_place("model.path", model)
     return Sources(model, train, held_out, files)
-
-
-def read_model(config: Config, model: str) -> tuple[Any, int]:
-    """Tokenizer and number of layers; also checks what needs a model's configuration, and the
-    reward functions."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    from bupo.rl.rewards import FunctionReward
-
-    for name in config.reward.functions:
-        if name != "math":
-            FunctionReward(name)
-    try:
-        model_config = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path={model} cannot be read: {first}") from None
-    text_config = model_config.get_text_config(decoder=True)
-    context = getattr(text_config, "max_position_embeddings", None)
-    if context is not None and config.rollout.max_new_tokens >= context:
-        raise ConfigError(
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens} does not fit the model's "
-            f"context of {context} tokens"
-        )
-    return tokenizer, text_config.num_hidden_layers
-
-
-def load_model(config: Config, source: str) -> Any:
-    """The causal LM of a folder or hub name, in float32 on the GPU if there is one."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # ours is the only live line
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch.float32,
-            attn_implementation=config.model.attn_implementation,
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{source} cannot be loaded: {first}") from None
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_engine(
@@ -148,13 +103,3 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"out={out}: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK) or str(there).startswith(("/proc", "/sys")):
         raise ConfigError(f"out={out}: {there} cannot be written to")
-
-
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-
-
-def disk_trouble(error: OSError, kept: str) -> str:
-    """One line for a disk that is full or broken; anything else is raised again, as it is."""
-    if error.errno not in DISK:
-        raise error
-    return f"{error}; {kept} kept, go on with the same command"

@@ -12,12 +12,9 @@ tensorboard/, report.html and its plots. Ctrl-C or SIGTERM saves a checkpoint an
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
-import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +23,11 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from bupo import config as configuration
-from bupo.config import Config, ConfigError, RunError, shipped
-from bupo.inputs import (
-    Sources,
-    build_task,
-    check_out,
-    disk_trouble,
-    find_sources,
-    load_model,
-    make_engine,
-    read_model,
-)
-from bupo.sizes import Sizes, measure
+from bupo.config import Config, ConfigError, shipped
+from bupo.ending import allowed, ended
+from bupo.inputs import build_task, make_engine
+from bupo.models import load_model
+from bupo.plan import Plan, make_plan, print_plan
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -54,133 +44,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="YAML file; default: the arithmetic recipe")
     parser.add_argument("--out", help="run directory (same as out=DIR)")
     parser.add_argument("--dry_run", action="store_true", help="check and print, load no weights")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see below")
+    quotes = configuration.QUOTES
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=quotes)
     return parser.parse_intermixed_args(argv)  # options may stand between key=value
-
-
-@dataclass
-class Plan:
-    """All that can be known, and go wrong, before weights are loaded."""
-
-    config: Config
-    out: Path
-    resume_from: Path | None
-    sources: Sources
-    tokenizer: Any
-    layers: int
-    sizes: Sizes
-    train_prompts: list[Any]
-    eval_prompts: list[Any]
-    dropped: int
-
-
-def make_plan(config: Config) -> Plan:
-    """Checks paths, model configuration, layer, tokenizer and prompts.
-
-    Raises ConfigError with one line; has written nothing but a task's cached files.
-    """
-    now = time.strftime("%Y%m%d-%H%M%S")
-    out = Path(config.out or f"runs/{config.name}-{config.algorithm}-{now}")
-    check_out(out)
-    resume_from = _resume_point(config, out)
-    sources = find_sources(config)
-    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(f"wandb={config.wandb} needs the package wandb, which is not installed")
-
-    from bupo.rl.progress import Progress
-    from bupo.rl.prompts import PromptOrder, load_prompts  # slow, so after the cheap checks
-    from bupo.rl.rewards import check_sources
-    from bupo.rl.schedule import Schedule
-
-    tokenizer, layers = read_model(config, sources.model)
-    schedule = Schedule(config)
-    if not config.bupo.auto_layer:
-        schedule.check(layers, sources.model)
-    with Progress(1, 0).waiting("reading prompts") as share:
-        prompts, dropped = load_prompts(
-            sources.train, tokenizer, config.data, config.data.limit, share
-        )
-    PromptOrder(prompts, config.rollout.prompts, config.seed, config.data.weights)
-    eval_prompts, eval_dropped = (
-        load_prompts(sources.held_out, tokenizer, config.data, config.eval.limit)
-        if sources.held_out
-        else ([], 0)
-    )
-    check_sources(config.reward, [*prompts, *eval_prompts])
-    return Plan(
-        config=config,
-        out=out,
-        resume_from=resume_from,
-        sources=sources,
-        tokenizer=tokenizer,
-        layers=layers,
-        sizes=measure(
-            config,
-            sources.model,
-            max(len(p.token_ids) for p in prompts),
-            None if config.bupo.auto_layer else max(schedule.layers(), default=None),
-        ),
-        train_prompts=prompts,
-        eval_prompts=eval_prompts,
-        dropped=dropped + eval_dropped,
-    )
-
-
-def _resume_point(config: Config, out: Path) -> Path | None:
-    """The checkpoint to go on from. A folder that holds another run is refused, so no result is
-    lost or continued under other settings."""
-    from bupo.rl.checkpoint import complete, load_step
-
-    if config.resume == "auto":
-        points, earlier = complete(out), out / "config.yaml"
-        if earlier.is_file() and (points or (out / "metrics.jsonl").exists()):
-            changed = configuration.changes_since(earlier, config, configuration.MAY_CHANGE)
-            if changed:
-                raise ConfigError(
-                    f"resume=auto: out={out} holds a run with other settings ("
-                    + "; ".join(changed)
-                    + "); restore them or choose another out"
-                )
-        done = load_step(points[-1]) if points else 0
-        if done > config.steps:
-            raise ConfigError(f"resume=auto: out={out} has done {done} steps, steps={config.steps}")
-        return points[-1] if points else None
-    if (out / "metrics.jsonl").exists() or (out / "checkpoints").exists():
-        raise ConfigError(f"out={out} holds a run; continue it with resume=auto or choose another")
-    return None
-
-
-def print_plan(plan: Plan) -> None:
-    """What --dry_run shows, and every run begins with."""
-    from bupo.rl.schedule import Schedule
-
-    config, size = plan.config, plan.config.rollout
-    responses = size.prompts * size.samples
-    sizes, responses_each = plan.sizes, responses // config.optimizer.updates_per_step
-    trained = f" ({sizes.internal / sizes.parameters:.0%} of the parameters)"
-    phases = (
-        f"steps 1-{config.bupo.steps} train a layer that is measured before them, then the final "
-        f"policy to step {config.steps}"
-        if config.bupo.auto_layer
-        else Schedule(config).describe(plan.layers)
-    )
-    print(
-        f"{config.name}: {config.algorithm}, {config.advantage} advantages, on "
-        f"{plan.sources.model}\n"
-        f"  model    {sizes.model_line()}\n"
-        f"  phases   {phases}{trained if sizes.internal else ''}\n"
-        f"  step     {size.prompts} prompts x {size.samples} responses = {responses}, "
-        f"{config.optimizer.updates_per_step} updates of "
-        f"{responses_each} responses ({size.prompts // config.optimizer.updates_per_step} "
-        f"prompts), at most {size.max_new_tokens} new tokens each\n"
-        f"  data     {len(plan.train_prompts)} training prompts, {len(plan.eval_prompts)} for "
-        f"evaluation x {config.eval.samples}, {plan.dropped} dropped for length\n"
-        f"  memory   {sizes.memory_line()}\n"
-        f"  rollouts {sizes.engine_line(config)}\n"
-        f"  disk     {sizes.disk_line(config)}\n"
-        f"  out      {plan.out}" + (f" (continues {plan.resume_from})" if plan.resume_from else ""),
-        file=sys.stderr,
-    )
 
 
 def _model_to_train(config: Config, source: str) -> Any:
@@ -224,7 +90,8 @@ def _critic(plan: Plan, pad: int) -> Any:
 
     critic = Critic(_model_to_train(plan.config, plan.sources.model), plan.config, pad)
     if plan.resume_from is not None:
-        critic.load(plan.resume_from / checkpoint.CRITIC)
+        with checkpoint.reading(plan.resume_from):
+            critic.load(plan.resume_from / checkpoint.CRITIC)
     return critic
 
 
@@ -244,10 +111,13 @@ def execute(plan: Plan) -> int | None:
     config, tokenizer = plan.config, plan.tokenizer
     build_task(config, plan.sources)
     source = str(plan.resume_from or plan.sources.model)
-    with Progress(1, 0).working(f"loading {source}"):
+    with checkpoint.reading(plan.resume_from), Progress(1, 0).working(f"loading {source}"):
         model = _model_to_train(config, source)
     trained = None if config.bupo.auto_layer else Schedule(config).layers() or plan.layers
-    check_internal_policy(model, trained)
+    try:
+        check_internal_policy(model, trained)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source} cannot be trained: {error}") from None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = Trainer(model, config, pad)
     state = {"step": 0, "drawn": 0}
@@ -257,8 +127,9 @@ def execute(plan: Plan) -> int | None:
     with ExitStack() as parts:
         reward = make_reward(config.reward)
         parts.callback(reward.close)
-        plan.out.mkdir(parents=True, exist_ok=True)
-        replace_text(plan.out / "config.yaml", configuration.dump(config))
+        with allowed():
+            plan.out.mkdir(parents=True, exist_ok=True)
+            replace_text(plan.out / "config.yaml", configuration.dump(config))
         watchdog = Watchdog(plan.out, config.watchdog.seconds, config.watchdog.kill)
         parts.callback(watchdog.close)
         prompts = [*plan.train_prompts, *plan.eval_prompts]
@@ -285,35 +156,35 @@ def execute(plan: Plan) -> int | None:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a run that could not go on (nan, a full disk, a rollout engine with
     other weights than the trainer), 2 a configuration that cannot be run, 128 + n stopped by
-    signal n."""
+    signal n (130: Ctrl-C)."""
     arguments = _arguments(argv)
     overrides = arguments.overrides + ([f"out={arguments.out}"] if arguments.out else [])
-    try:
+    plan: Plan | None = None
+
+    def act() -> int:
+        nonlocal plan
         file = arguments.config or shipped("arithmetic.yaml")
-        plan = make_plan(configuration.load(file, overrides))
-    except ConfigError as error:
-        print(f"bupo.run: {error}", file=sys.stderr)
-        return 2
-    print_plan(plan)
-    if arguments.dry_run:
+        with allowed():
+            plan = make_plan(configuration.load(file, overrides))
+        print_plan(plan)
+        if arguments.dry_run:
+            return 0
+        if (signal := execute(plan)) is not None:
+            print(stopped(), file=sys.stderr)
+            return 128 + signal
+        print(f"report: {plan.out / 'report.html'}", file=sys.stderr)
         return 0
-    try:
-        signal = execute(plan)
-    except ConfigError as error:
-        print(f"bupo.run: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"bupo.run: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        kept = f"all up to the newest checkpoint in {plan.out} is"
-        print(f"bupo.run: {disk_trouble(error, kept)} with resume=auto", file=sys.stderr)
-        return 1
-    if signal is not None:
-        print(f"stopped; continue with: --out {plan.out} resume=auto", file=sys.stderr)
-        return 128 + signal
-    print(f"report: {plan.out / 'report.html'}", file=sys.stderr)
-    return 0
+
+    def kept() -> str:
+        up_to = f"all up to the newest checkpoint in {plan.out}" if plan else "what was there"
+        return f"{up_to} is kept, go on with the same command with resume=auto"
+
+    def stopped() -> str:
+        if plan is None or not (plan.out / "metrics.jsonl").exists():
+            return "stopped before training began"
+        return f"stopped; continue with: --out {plan.out} resume=auto"
+
+    return ended("bupo.run", act, kept, stopped)
 
 
 if __name__ == "__main__":

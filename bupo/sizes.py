@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from bupo.config import Config
+from bupo import hub
+from bupo.config import Config, ConfigError, first_line
 
 GIB = 1 << 30
 
@@ -74,9 +75,15 @@ def measure(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = AutoConfig.from_pretrained(source)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(shape)
+    with hub.quiet():
+        shape = AutoConfig.from_pretrained(source)
+    try:
+        with torch.device("meta"), hub.quiet():
+            model: Any = AutoModelForCausalLM.from_config(shape)
+    except Exception as error:  # of as many kinds as there are families
+        raise ConfigError(
+            f"{source} cannot be made from its config.json: {first_line(error)}"
+        ) from None
     text = shape.get_text_config(decoder=True)
     counts = {name: p.numel() for name, p in model.named_parameters()}
     total = sum(counts.values())

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import logging
 import sys
 import types
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rl_samples import verl_row, write_parquet
 
@@ -138,3 +140,56 @@ def test_the_hub_needs_a_package(monkeypatch):
 def test_what_is_no_hub_name_is_a_missing_file(hub, name):
     with pytest.raises(ConfigError, match=f"^data file not found: {name}$"):
         data_files.check(name)
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (b'{"prompt": ', "Expecting value at character 11"),
+        (b"\xff", "'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_a_broken_line_is_counted_from_the_beginning(tmp_path, broken, reason):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"prompt": "\xe2\x80\xa8"}\n\n{"prompt": "y"}\n' + broken + b"\n{}\n")
+    with pytest.raises(ConfigError, match=f"a.jsonl is not JSON lines: line 4: {reason}"):
+        data_files.read(str(file))
+
+
+def test_columns_that_are_there_twice(tmp_path):
+    columns = [pa.array(["q"]), pa.array(["a"]), pa.array([1]), pa.array([2])]
+    for name in ("prompt", "note"):
+        table = pa.table(columns, names=["prompt", "answer", name, name])
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    assert data_files.read(str(tmp_path / "note.parquet")) == [{"prompt": "q", "answer": "a"}]
+    with pytest.raises(ConfigError, match=r"prompt\.parquet has more than one column prompt; keep"):
+        data_files.read(str(tmp_path / "prompt.parquet"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, name):
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied", name)
+
+    (tmp_path / name).touch()
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(pq, "ParquetFile", refuse)
+    with pytest.raises(ConfigError, match=rf"{name} cannot be read: Permission denied$"):
+        data_files.read(str(tmp_path / name))
+
+
+def test_a_name_that_the_system_refuses():
+    with pytest.raises(ConfigError, match=r"x\.jsonl cannot be read: File name too long$"):
+        data_files.check("x" * 300 + ".jsonl")
+
+
+def test_without_a_network_the_error_tells_what_to_do(hub, monkeypatch):
+    logger = logging.getLogger("huggingface_hub.utils._http")
+
+    def load_dataset(name, configuration, split):
+        assert not logger.isEnabledFor(logging.WARNING)
+        raise ConnectionError("Couldn't reach the hub: cannot connect")
+
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", load_dataset)
+    with pytest.raises(ConfigError, match=r"cannot connect; .* set HF_HUB_OFFLINE=1$"):
+        data_files.read("some/set")

@@ -11,6 +11,7 @@ from bupo.config import Config
 from bupo.rl.evaluation import (
     by_dataset,
     evaluate,
+    file_name,
     majority,
     pass_at_k,
     problem_rows,
@@ -180,3 +181,10 @@ def test_what_cannot_be_graded_is_said():
     assert summary(rollouts, []).avg == 0.25
     assert summary(rollouts, []).ungraded == 0.25
     assert str(summary(rollouts, [])).endswith(", 25.0% not graded")
+
+
+def test_no_two_data_sets_share_a_file():
+    names = ["a/b", "a b", "a_b", "x" * 300, "x" * 299, "é", "addition", "../up"]
+    files = [file_name(name) for name in names]
+    assert len(set(files)) == len(names) and all(len(f) < 120 and "/" not in f for f in files)
+    assert file_name("addition") == "addition.jsonl"

@@ -70,6 +70,7 @@ def test_leaves_import_nothing_of_the_project() -> None:
         assert imports(ROOT / "bupo" / name) == set(), name
     for file in sources("config"):
         assert not {name for name in imports(file) if not name.startswith("bupo.config")}, file
+    assert {name.split(".")[1] for name in imports(ROOT / "bupo/hub.py")} == {"config"}
     worker = imports(ROOT / "bupo/rl/math_worker.py")
     assert worker == {"bupo.rl.boxed", "bupo.rl.boxed.last_boxed"}, "it starts fast"
     for file in sources("rl/report"):

@@ -419,3 +419,24 @@ def test_where_the_time_went_in_one_line():
         {"step": 2, "time/step": 4.0, "time/rollout": 1.0, "time/update": 2.0},
     ]
     assert time_line(rows) == "2 steps in 10 s: rollout 40%, rest 40%, update 20%"
+
+
+def test_json_is_strict_at_any_depth(tmp_path):
+    row = {"a": [1.5, math.nan, [-math.inf]], "b": {"c": (math.inf, "NaN")}, "d": None, "e": True}
+    want = {"a": [1.5, None, [None]], "b": {"c": [None, "NaN"]}, "d": None, "e": True}
+    metrics.append_rows(tmp_path / "rows.jsonl", [row])
+    recorder = metrics.Recorder(tmp_path, 0)
+    recorder.step({"step": 1} | row)
+    recorder.diagnostics({"step": 1} | row)
+    recorder.rollouts(1, [row])
+    recorder.close()
+    for name in ("rows", "metrics", "diagnostics", "rollouts/step_000001"):
+        (line,) = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        found = json.loads(line, parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
+        assert {k: v for k, v in found.items() if k != "step"} == want
+
+
+def test_rows_of_an_older_run_become_strict(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x": [NaN, 2]}\n')
+    metrics.Recorder(tmp_path, 1).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "x": [null, 2]}\n'

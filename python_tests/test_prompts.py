@@ -147,6 +147,8 @@ def test_a_chat_needs_a_template(tmp_path, tokenizer):
         ({"prompt": 5, "answer": "1"}, "row 1 of .* a string or a list of chat messages"),
         ({"prompt": ["hi"], "answer": "1"}, "row 1 of .* a string or a list of chat messages"),
         ({"prompt": "", "answer": "1"}, "row 1 of .* empty prompt"),
+        ({"prompt": "x", "answer": ["1"]}, r"row 1 of .* a text or a number, got a list: \['1'\]"),
+        ({"prompt": "x", "reward_model": {"ground_truth": {"a": 1}}}, "number, got an object"),
         (5, "row 1 of"),
         (None, "row 1 of"),
         ("prompt", "row 1 of"),
@@ -174,6 +176,30 @@ def test_a_bad_file_is_named(tmp_path, tokenizer, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         load_prompts([str(tmp_path / name)], tokenizer, DataConfig())
+
+
+def test_a_template_that_is_no_text(tmp_path, tokenizer):
+    template = tmp_path / "template.jinja"
+    template.write_bytes(b"\xff")
+    file = write_jsonl(tmp_path / "a.jsonl", [{"prompt": chat("s", "u"), "answer": "1"}])
+    with pytest.raises(ConfigError, match=r"data\.chat_template=.*jinja is not UTF-8 text"):
+        load_prompts([file], tokenizer, DataConfig(chat_template=str(template)))
+
+
+def test_evaluation_files_of_one_name(tmp_path, tokenizer):
+    """Rows that say what they are of may be joined, those of another file by chance may not."""
+    row, files = {"prompt": "x", "answer": "1"}, []
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        files.append(write_jsonl(tmp_path / folder / "test.jsonl", [row]))
+    with pytest.raises(ConfigError, match=r"a/test\.jsonl and .*b/test\.jsonl would be one"):
+        load_prompts(files, tokenizer, DataConfig(), apart=True)
+    assert len(load_prompts(files, tokenizer, DataConfig())[0]) == 2, "training does not mind"
+    named = write_jsonl(tmp_path / "c.jsonl", [row | {"data_source": "test"}])
+    with pytest.raises(ConfigError, match="would be one data set, test: "):
+        load_prompts([named, files[0]], tokenizer, DataConfig(), apart=True)
+    again = write_jsonl(tmp_path / "d.jsonl", [row | {"data_source": "test"}])
+    assert len(load_prompts([named, again], tokenizer, DataConfig(), apart=True)[0]) == 2
 
 
 def test_no_files_is_an_error(tokenizer):

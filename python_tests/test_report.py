@@ -507,5 +507,11 @@ def test_command_line(tmp_path):
     assert (run / "report.html").exists()
     done = subprocess.run([*command, tmp_path / "absent"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "no such run directory" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr == f"bupo.rl.report: no such run directory: {tmp_path / 'absent'}\n"
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run([*command, run, tmp_path / "empty"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"bupo.rl.report: {tmp_path / 'empty'} holds no run: ")
+    assert len(done.stderr.splitlines()) == 1 and not list((tmp_path / "empty").iterdir())
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert done.stdout.startswith("usage: python -m bupo.rl.report ")

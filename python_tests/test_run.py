@@ -13,6 +13,7 @@ from run_samples import arguments
 
 from bupo import config
 from bupo.config import shipped
+from bupo.rl import checkpoint
 from bupo.rl.rollouts import HFEngine
 from bupo.rl.schedule import Schedule
 from bupo.run import main
@@ -39,7 +40,29 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 BAD = {
     "unknown key": (["rollout.sample=3"], "key rollout.sample; did you mean rollout.samples?"),
-    "unknown group": (["optimiser.lr=1"], "unknown key optimiser; did you mean optimizer"),
+    "unknown group": (
+        ["optimiser.lr=1"], "unknown key optimiser.lr; did you mean optimizer.lr?"
+    ),
+    "key as it was typed": (
+        ["rolout.prompts=3"], "unknown key rolout.prompts; did you mean rollout.prompts?"
+    ),
+    "key in a group": (
+        ["optimizer={lrr: 1}"], "unknown key optimizer.lrr; did you mean optimizer.lr?"
+    ),
+    "key without its group": (["gamma=1"], "unknown key gamma; did you mean critic.gamma?"),
+    "cut by the shell": (
+        ["data.columns={prompt:", "question}"],
+        "in a shell, quote what has spaces or braces: 'data.columns={prompt: question}'",
+    ),
+    "clip": (["loss.clip_low=1.5"], "loss.clip_low must be at most 1"),
+    "entropy": (["loss.entropy_coef=-0.1"], "loss.entropy_coef must be at least 0"),
+    "long warm-up": (
+        ["optimizer.warmup_steps=7"], "optimizer.warmup_steps (7) exceeds steps (6)"
+    ),
+    "nothing to evaluate on": (
+        ["task=null", "model.path=a/b", "data.train=[x.jsonl]"],
+        "eval.every=2, but there is nothing to evaluate on: set eval.files, or eval.every=0",
+    ),
     "wrong type": (["steps=many"], "steps: Value 'many'"),
     "no assignment": (["steps"], "expected key=value, got 'steps'"),
     "algorithm": (["algorithm=bup"], "must be one of bupo, grpo, internal, custom, got 'bup'"),
@@ -104,16 +127,36 @@ BAD = {
     "weight": (["data.weights=[0]"], "data.weights must be positive"),
     "column": (["data.columns={question: x}"], "data.columns' names must be one of prompt, answer"),
     "hub": (
-        ["task=null", "model.path=a/b", "data.train=[owner/no-such]"],
+        ["task=null", "model.path=a/b", "data.train=[owner/no-such]", "eval.every=0"],
         "from the Hugging Face hub, install the package datasets",
     ),
     "prompt too long": (["data.max_prompt_tokens=5"], "data.max_prompt_tokens=5 (longest 6)"),
     "task": (["task=bupo.tasks.nothing"], "task=bupo.tasks.nothing cannot be imported"),
     "task option": (["task_options={wide: 3}"], "unknown task_options: ['wide']"),
+    "task option's type": (
+        ["task_options.layers=two"], "task_options.layers must be of type int, got 'two'"
+    ),
+    "task option's truth": (
+        ["task_options.layers=true"], "task_options.layers must be of type int, got True"
+    ),
+    "task option below 1": (["task_options.layers=-1"], "layers must be at least 1, got -1"),
+    "task option 0": (["task_options.width=0"], "task_options.width must be at least 1, got 0"),
+    "task option nan": (["task_options.warm_lr=.nan"], "warm_lr must be at least 0, got nan"),
+    "task option's multiple": (
+        ["task_options.width=12"], "task_options.width must be a multiple of 8, got 12"
+    ),
+    "all held out": (
+        ["task_options.eval_problems=8100"], "must leave some of 8100 problems for training"
+    ),
+    "long name of out": (["out=" + 300 * "x"], "File name too long; change that, or name another"),
+    "long name of template": (["data.chat_template=" + 300 * "x"], "File name too long"),
     "task is no task": (["task=os"], "task=os is not a task"),
     "task with data": (["data.train=[x.parquet]"], "data.train is set, but task="),
     "model": (["model.path=/nowhere/model"], "model.path=/nowhere/model: folder not found"),
-    "model name": (["model.path=nobody/ no"], "model.path=nobody/ no cannot be read"),
+    "model name": (["model.path=nobody/ no"], "model.path=nobody/ no: folder not found"),
+    "model of a run": (
+        ["model.path=runs/x/checkpoints/y"], "model.path=runs/x/checkpoints/y: folder not found"
+    ),
     "context": (["rollout.max_new_tokens=1000000"], "does not fit the model's context of 256"),
     "out in a file": (["out=/dev/null/run"], "out=/dev/null/run: /dev/null is a file"),
     "out in proc": (["out=/proc/run"], "out=/proc/run: /proc cannot be written to"),
@@ -181,6 +224,23 @@ def test_configuration_file_that_is_none(
     assert len(errors.strip().splitlines()) == 1 and errors.startswith("bupo.run: "), errors
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rollot: {top_p: 1}", "unknown key rollot; did you mean rollout?"),
+        ("rollout: {topp: 1}", "unknown key rollout.topp; did you mean rollout.top_p?"),
+        ("1: 2", "unknown key 1"),
+    ],
+)
+def test_an_unknown_key_of_a_file(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert main(["--config", str(file)]) == 2
+    assert capsys.readouterr().err == f"bupo.run: {message}\n"
+
+
 @pytest.mark.parametrize("advantage", config.ADVANTAGES)
 def test_every_advantage_composes_with_both_phases(advantage: str, tmp_path: Path) -> None:
     settings = [f"advantage={advantage}", "steps=2", "bupo.steps=1", "loss.tis_cap=2"]
@@ -242,10 +302,109 @@ def test_resume_with_other_settings_is_refused(
     assert "holds a run with other settings (" in errors and change.split("=")[0][:8] in errors
     assert main(arguments(out, "steps=5", "bupo.steps=3", "resume=auto", change)) == 2
     assert main(arguments(out, "steps=3", "bupo.steps=2", "resume=auto")) == 2
-    for checkpoint in (out / "checkpoints").iterdir():  # still refused: the numbers are kept
-        shutil.rmtree(checkpoint)
+    for folder in (out / "checkpoints").iterdir():  # still refused: the numbers are kept
+        shutil.rmtree(folder)
     assert main(arguments(out, "steps=6", "resume=auto", change)) == 2
     assert all(p.read_bytes() == x for p, x in before.items() if "checkpoints" not in str(p))
+
+
+def test_resume_without_the_earlier_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(out, "steps=2", "bupo.steps=1")) == 0
+    settings = (out / "config.yaml").read_text()
+    (out / "config.yaml").unlink()
+    capsys.readouterr()
+    assert main(arguments(out, "steps=2", "bupo.steps=1", "resume=auto", "optimizer.lr=1")) == 2
+    assert "holds a run, but not its config.yaml" in capsys.readouterr().err
+    assert not (out / "config.yaml").exists()
+    (out / "config.yaml").write_text(settings)
+    assert main(arguments(out, "steps=2", "bupo.steps=1", "resume=auto")) == 0
+
+
+@pytest.mark.parametrize(("schedule", "status"), [("linear", 2), ("constant", 0)])
+def test_resume_with_other_steps(
+    schedule: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A linear schedule ends at the last step: another one changes every rate before it."""
+    settings = ["bupo.steps=1", f"optimizer.schedule={schedule}"]
+    assert main(arguments(tmp_path / "run", "steps=2", *settings)) == 0
+    capsys.readouterr()
+    assert main(arguments(tmp_path / "run", "steps=3", *settings, "resume=auto")) == status
+    said = "steps: 2 -> 3 (of which optimizer.schedule=linear makes every step's learning rate)"
+    assert (said in capsys.readouterr().err) == (status == 2)
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("two") / "run"
+    assert main(arguments(out, *TWO_STEPS)) == 0
+    return out
+
+
+TWO_STEPS = ["steps=2", "bupo.steps=1", "checkpoint.every=1", "eval.every=0", "advantage=ppo"]
+STATE = "optimizer/state.safetensors"
+
+
+@pytest.mark.parametrize(
+    "file", ["trainer.json", STATE, "model.safetensors", "critic/critic.safetensors"]
+)
+@pytest.mark.parametrize("length", [0, 9])
+def test_a_cut_checkpoint_says_how_to_do_without(
+    file: str, length: int, two_steps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(two_steps, out)
+    newest = out / "checkpoints/step_000002"
+    (newest / file).write_bytes((newest / file).read_bytes()[:length])
+    assert main(arguments(out, *TWO_STEPS, "resume=auto")) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"bupo.run: the checkpoint {newest} is damaged: "), last
+    assert "remove that folder, and resume=auto goes on from the one before it" in last
+    shutil.rmtree(newest)
+    assert main(arguments(out, *TWO_STEPS, "resume=auto")) == 0
+
+
+@pytest.mark.parametrize("text", ["[]", '{"step": 2}', '{"step": "2", "drawn": 0}'])
+def test_a_checkpoint_without_its_numbers(text: str, tmp_path: Path) -> None:
+    (tmp_path / "trainer.json").write_text(text)
+    with pytest.raises(config.ConfigError, match=r"damaged: trainer\.json does not tell step and"):
+        checkpoint.load_state(tmp_path)
+
+
+def test_a_setting_that_is_wrong_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(config.ConfigError, match=r"^no flash$"), checkpoint.reading(tmp_path):
+        raise config.ConfigError("no flash")
+
+
+@pytest.mark.parametrize("where", ["make_plan", "execute", "load_model"])
+def test_ctrl_c_before_training(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"bupo.run.{where}", interrupt)
+    assert main(arguments(tmp_path / "run")) == 130
+    assert capsys.readouterr().err.endswith("\nstopped before training began\n")
+
+
+def test_an_out_that_may_not_be_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where os.access did not tell, as on some network file systems."""
+    mkdir, out = Path.mkdir, tmp_path / "run"
+
+    def refuse(self: Path, *arguments: Any, **options: Any) -> None:
+        if self == out:
+            raise PermissionError(13, "Permission denied", str(self))
+        mkdir(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert main(arguments(out)) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"bupo.run: {out}: Permission denied; change that, or name another place"
 
 
 def test_missing_configuration_file(capsys: pytest.CaptureFixture[str], no_model: None) -> None:
@@ -288,6 +447,10 @@ def test_dry_run_prints_the_plan_and_writes_no_run(
     text = capsys.readouterr().err
     assert "steps 1-3 train layer 1 of 2, then the final policy to step 6" in text
     assert "4 prompts x 4 responses = 16" in text
+    for more in ([], ["bupo.auto_layer=true"]):
+        settings = [*arguments(tmp_path / "run"), "bupo.auto_stop=0.1", *more]
+        assert main([*settings, "--dry_run"]) == 0
+        assert "steps 1-3 (fewer where bupo.auto_stop says so) train" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -296,6 +459,7 @@ def test_help_teaches_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
+    assert config.QUOTES in " ".join(text.split())
     for key in config.all_keys(config.Config):
         assert f"  {key} = " in text
     assert all(help_text for _, _, help_text in config.describe(config.Config))

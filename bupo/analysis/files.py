@@ -15,7 +15,7 @@ from bupo.analysis.texts import Measured
 from bupo.config import AnalysisConfig
 from bupo.internal import Analysis, tables
 from bupo.internal.report import write_report
-from bupo.rl.metrics import replace_text
+from bupo.rl.metrics import json_lines, replace_text
 
 OWN_TOKENS = (
     "The two models have different tokenizers: each was measured on its own tokens of the same "
@@ -36,8 +36,7 @@ def write_texts(out: Path, texts: Sequence[Measured]) -> None:
         }
         for n, m in enumerate(texts)
     ]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_text(out / "texts.jsonl", lines)
+    replace_text(out / "texts.jsonl", json_lines(rows, ascii_only=False))
 
 
 def write_results(
@@ -67,7 +66,9 @@ def write_results(
         "temperature": config.temperature,
         "models": [each.summary() for each in found],
     }
-    replace_text(out / "summary.json", json.dumps(_plain(summary), indent=1) + "\n")
+    replace_text(
+        out / "summary.json", json.dumps(_plain(summary), indent=1, allow_nan=False) + "\n"
+    )
     write_report(out, found, facts, notes)
 
 

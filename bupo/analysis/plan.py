@@ -10,7 +10,8 @@ from typing import Any
 
 from bupo import config as configuration
 from bupo.config import AnalysisConfig, Config, ConfigError
-from bupo.inputs import Sources, check_out, find_sources, read_model
+from bupo.inputs import Sources, check_out, find_sources
+from bupo.models import ModelFacts, check_place, read_model
 from bupo.sizes import measure
 
 
@@ -20,14 +21,26 @@ class Subject:
 
     name: str
     """Short, for figures and tables"""
-    source: str
-    """Folder or hub name"""
-    tokenizer: Any
-    depth: int
-    positions: int | None
-    """Longest text, where the model has a limit"""
+    facts: ModelFacts
     own_tokens: bool = False
     """It is compared with a model of another tokenizer"""
+
+    @property
+    def source(self) -> str:
+        return self.facts.source
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.facts.tokenizer
+
+    def measurable(self, texts: Sequence[Any]) -> list[Any]:
+        """Those that it can be measured on. Raises ConfigError where there is none, and for one
+        that its positions or its vocabulary do not cover."""
+        from bupo.analysis.texts import measurable
+
+        kept = measurable(texts, self.facts.positions)
+        self.facts.check_tokens(max(max(m.text.token_ids) for m in kept))
+        return kept
 
 
 @dataclass
@@ -72,7 +85,7 @@ def make_plan(config: AnalysisConfig, out: Path) -> Plan:
     if not sources.train:
         raise ConfigError("no data: --data FILE (parquet, JSON lines or .txt)")
 
-    from bupo.analysis.texts import again, choose_rows, measurable, tokenise
+    from bupo.analysis.texts import again, choose_rows, tokenise
 
     rows, how, available = choose_rows(config, sources.train)
     run = config_of_files.as_run(how == "generate")
@@ -82,15 +95,15 @@ def make_plan(config: AnalysisConfig, out: Path) -> Plan:
         names[0] = str(config.task).rpartition(".")[2]
     subjects = _subjects(run, paths, names)
     texts = tokenise(rows, config, subjects[0].tokenizer, how)
-    if how != "generate":
-        texts = measurable(texts, subjects[0].positions)
+    if how == "generate":
+        for subject in subjects:
+            own = tokenise(rows, config, subject.tokenizer, how) if subject.own_tokens else texts
+            subject.facts.check(own, config.rollout.max_new_tokens)
+    else:
+        texts = subjects[0].measurable(texts)
         for other in subjects[1:]:
-            theirs = again(texts, rows, config, other.tokenizer) if other.own_tokens else texts
-            measurable(theirs, other.positions)
-    longest = max(len(p.token_ids) for p in texts) if how == "generate" else 0
-    for subject in subjects:
-        if how == "generate" and subject.positions is not None:
-            _check_context(config, longest, subject)
+            own = again(texts, rows, config, other.tokenizer) if other.own_tokens else texts
+            other.measurable(own)
     return Plan(config, run, out, sources, subjects, rows, texts, how, available)
 
 
@@ -107,16 +120,10 @@ def newest(model: str) -> str:
 
 
 def _subjects(run: Config, paths: Sequence[str], names: list[str]) -> list[Subject]:
-    from transformers import AutoConfig
-
     found: list[Subject] = []
     for path, name in zip(paths, names):
-        if path.startswith(("/", ".")) and not Path(path).is_dir():
-            raise ConfigError(f"{path}: folder not found")
-        tokenizer, depth = read_model(run, path)
-        text = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
-        positions = getattr(text, "max_position_embeddings", None)
-        found.append(Subject(name, path, tokenizer, depth, positions))
+        check_place("model" if not found else "compare", path)
+        found.append(Subject(name, read_model(run, path)))
     for other in found[1:]:
         other.own_tokens = other.tokenizer.get_vocab() != found[0].tokenizer.get_vocab()
     if len(found) == 2 and found[0].name == found[1].name:
@@ -133,16 +140,6 @@ def label(path: str) -> str:
     if place.parent.name == "checkpoints":  # RUN/checkpoints/step_000300
         return f"{place.parent.parent.name}/{place.name}"
     return place.parent.name if place.name == "model" else place.name
-
-
-def _check_context(config: AnalysisConfig, longest: int, subject: Subject) -> None:
-    assert subject.positions is not None
-    if longest + config.rollout.max_new_tokens > subject.positions:
-        raise ConfigError(
-            f"a prompt of {longest} tokens and rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens} exceed the {subject.positions} positions of "
-            f"{subject.source}"
-        )
 
 
 def print_plan(plan: Plan) -> None:

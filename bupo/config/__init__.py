@@ -5,11 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from bupo.config.analysis import AnalysisConfig
-from bupo.config.errors import ConfigError, RunError
+from bupo.config.errors import BrokenError, ConfigError, RunError, first_line, readable
 from bupo.config.inputs import DataConfig, ModelConfig
 from bupo.config.objective import ADVANTAGES, CriticConfig, LossConfig, OptimizerConfig
 from bupo.config.phases import BupoConfig, PhaseConfig
-from bupo.config.reading import all_keys, changes_since, describe, dump, read, shipped, values
+from bupo.config.reading import (
+    QUOTES,
+    all_keys,
+    changes_since,
+    describe,
+    dump,
+    read,
+    shipped,
+    values,
+)
 from bupo.config.sampling import EvalConfig, RewardConfig, RolloutConfig
 from bupo.config.settings import (
     MAY_CHANGE,
@@ -22,7 +31,9 @@ from bupo.config.settings import (
 __all__ = [
     "ADVANTAGES",
     "MAY_CHANGE",
+    "QUOTES",
     "AnalysisConfig",
+    "BrokenError",
     "BupoConfig",
     "CheckpointConfig",
     "Config",
@@ -43,8 +54,10 @@ __all__ = [
     "changes_since",
     "describe",
     "dump",
+    "first_line",
     "load",
     "read",
+    "readable",
     "shipped",
     "values",
 ]

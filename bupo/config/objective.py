@@ -54,6 +54,14 @@ class LossConfig:
         )
         require(self.tis_cap is None or self.tis_cap > 0, "loss.tis_cap must be > 0 or null")
         require(self.clip_low >= 0 and self.clip_high >= 0, "loss.clip_* must be at least 0")
+        require(
+            self.clip_low <= 1,
+            f"loss.clip_low must be at most 1, where the ratio has no bound, got {self.clip_low}",
+        )
+        require(
+            not self.entropy_coef < 0,
+            f"loss.entropy_coef must be at least 0, for it is a bonus, got {self.entropy_coef}",
+        )
         require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip must be > 1 or null")
 
 

@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from bupo.config.errors import ConfigError, require
 
 Settings = TypeVar("Settings")
 """A dataclass of settings: values, and dataclasses as groups of them"""
+
+
+QUOTES = "in a shell, quote what has spaces or braces: 'data.columns={prompt: question}'"
+"""For errors, and for the help of key=value"""
 
 
 def shipped(name: str) -> Path:
@@ -66,24 +70,22 @@ def read(file: Path | None, overrides: list[str], schema: type[Settings]) -> Set
         if file is not None:
             if not file.is_file():
                 raise ConfigError(f"configuration file not found: {file}")
-            merged = OmegaConf.merge(merged, OmegaConf.load(file))
+            given = OmegaConf.load(file)
+            _check_names(OmegaConf.to_container(given), schema, schema)
+            merged = OmegaConf.merge(merged, given)
         for text in overrides:
             reading = text
-            require(text.find("=") > 0, f"expected key=value, got {text!r}")
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]))
+            require(text.find("=") > 0, f"expected key=value, got {text!r}{_split_by_shell(text)}")
+            given = OmegaConf.from_dotlist([text])
+            _check_names(OmegaConf.to_container(given), schema, schema, text.partition("=")[0])
+            merged = OmegaConf.merge(merged, given)
         config = OmegaConf.to_object(merged)
-    except ConfigKeyError as error:
-        lists = {_elements(schema, f): f"{f.name}[]." for f in fields(schema)}  # type: ignore[arg-type]
-        name = lists.get(error.object_type, "") + str(error.full_key)
-        near = difflib.get_close_matches(name, all_keys(schema), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"unknown key {name}{hint}") from None
     except OmegaConfBaseException as error:
         first_line = str(error).splitlines()[0]
         raise ConfigError(f"{getattr(error, 'full_key', None) or reading}: {first_line}") from None
     except (YAMLError, UnicodeDecodeError, OSError) as error:
         text = " ".join(str(error).split())
-        raise ConfigError(f"{reading} cannot be read: {text}") from None
+        raise ConfigError(f"{reading} cannot be read: {text}{_split_by_shell(reading)}") from None
     except (ValueError, TypeError) as error:  # from OmegaConf: a value of the wrong structure
         if isinstance(error, ConfigError):
             raise
@@ -93,6 +95,43 @@ def read(file: Path | None, overrides: list[str], schema: type[Settings]) -> Set
         if isinstance(value, float) and not math.isfinite(value) and "clip" not in key:
             raise ConfigError(f"{key} must be finite, got {value}")
     return config
+
+
+def _check_names(
+    given: Any, schema: type, root: type, typed: str | None = None, prefix: str = ""
+) -> None:
+    """Raises ConfigError for a key that is none, naming the nearest: of the dotted key as it was
+    typed, else of the group or key of a file."""
+    if not isinstance(given, dict):  # OmegaConf says what is wrong with that
+        return
+    known = {f.name: f for f in fields(schema)}
+    for key, value in given.items():
+        name = f"{prefix}{key}"
+        f = known.get(key)
+        if f is None:
+            whole = typed if typed and typed.startswith(name) else name
+            near = _nearest(whole, root)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"unknown key {whole}{hint}")
+        elements = _elements(schema, f)
+        if is_dataclass(_default(f)):
+            _check_names(value, type(_default(f)), root, typed, f"{name}.")
+        elif elements:
+            for each in value if isinstance(value, list) else []:
+                _check_names(each, elements, root, None, f"{name}[].")
+
+
+def _nearest(name: str, schema: type) -> list[str]:
+    keys = all_keys(schema)
+    in_groups = [key for key in keys if key.rpartition(".")[2] == name]
+    groups = {key.rpartition(".")[0] for key in keys if "." in key and "[]" not in key}
+    return in_groups or difflib.get_close_matches(name, [*keys, *groups], n=1, cutoff=0.5)
+
+
+def _split_by_shell(text: str) -> str:
+    """A hint for a list or object that was cut at its spaces, and for what was cut off."""
+    opened, closed = (sum(map(text.count, brackets)) for brackets in ("[{", "]}"))
+    return "" if opened == closed else f"; {QUOTES}"
 
 
 def values(config: Any, prefix: str = "") -> dict[str, Any]:

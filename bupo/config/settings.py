@@ -130,6 +130,10 @@ class Config:
             f"optimizer.updates_per_step ({self.optimizer.updates_per_step})",
         )
         require(
+            self.optimizer.warmup_steps <= self.steps,
+            f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds steps ({self.steps})",
+        )
+        require(
             self.algorithm != "bupo" or self.bupo.steps < self.steps,
             f"bupo.steps ({self.bupo.steps}) must be less than steps ({self.steps})",
         )

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bupo.config import RunError
+from bupo.config import BrokenError, ConfigError, RunError, first_line
 from bupo.rl.optimizer import AdamW
 
 _PREFIX = "step_"
@@ -76,9 +76,31 @@ def save(
     return final
 
 
+@contextmanager
+def reading(folder: Path | None) -> Iterator[None]:
+    """Around what reads a checkpoint, or nothing else if there is none to read: a damaged one is a
+    ConfigError that says how to do without it."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        settings = isinstance(error, ConfigError) and not isinstance(error, BrokenError)
+        if folder is None or settings:
+            raise
+        raise ConfigError(
+            f"the checkpoint {folder} is damaged: {first_line(error)}; remove that folder, and "
+            "resume=auto goes on from the one before it, or starts again without one"
+        ) from None
+
+
 def load_state(checkpoint: Path) -> dict[str, int]:
-    """step: how many are done; drawn: see PromptStream."""
-    state: dict[str, int] = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+    """step: how many are done; drawn: see PromptStream. Raises ConfigError, as all that reads."""
+    file = checkpoint / "trainer.json"
+    with reading(checkpoint):
+        state: dict[str, int] = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or not all(
+            isinstance(state.get(key), int) for key in ("step", "drawn")
+        ):
+            raise ValueError(f"{file.name} does not tell step and drawn")
     return state
 
 
@@ -93,9 +115,8 @@ def writing(run: Path, step: int) -> Iterator[None]:
         for leftover in folder.glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
         earlier = ", ".join(p.name for p in complete(run)) or "none"
-        first = str(error).strip().splitlines()[0]
         raise RunError(
-            f"the checkpoint of step {step} cannot be written to {folder}: {first} "
+            f"the checkpoint of step {step} cannot be written to {folder}: {first_line(error)} "
             f"({shutil.disk_usage(run).free >> 20} MiB free without it); whole ones there: "
             f"{earlier}; resume=auto goes on from the newest"
         ) from error
@@ -106,9 +127,11 @@ def load_step(checkpoint: Path) -> int:
 
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: AdamW) -> None:
-    """Restores the moments of every parameter. Raises ValueError if some are missing or left over:
-    a checkpoint holds all of them in every phase."""
-    optimizer.load_flat_state(dict(model.named_parameters()), load_file(checkpoint / OPTIMIZER))
+    """Restores the moments of every parameter. Some that are missing or left over are damage too: a
+    checkpoint holds all of them in every phase."""
+    with reading(checkpoint):
+        moments = load_file(checkpoint / OPTIMIZER)
+        optimizer.load_flat_state(dict(model.named_parameters()), moments)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bupo.config import ConfigError
+from bupo import hub
+from bupo.config import ConfigError, first_line, readable
 
 Rows = list[dict[str, Any]]
-_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_OURS = {"prompt", "answer", "reward_model", "data_source"}
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 
 
 def check(name: str) -> None:
     """Raises ConfigError unless rows can be read from there; looks at no content."""
-    place, _ = _split(name)
-    if Path(place).exists():
-        return
-    if not _HUB.fullmatch(place) or Path(place).suffix in _READERS:
+    with readable(name):
+        place, _ = _split(name)
+        if Path(place).exists():
+            return
+    if not hub.is_name(place, owner=True) or Path(place).suffix in _READERS:
         raise ConfigError(f"data file not found: {name}")
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError(
@@ -44,6 +45,11 @@ def stem(name: str) -> str:
 def read(name: str) -> Rows:
     """All rows of a file, folder or hub name; raises ConfigError, one line."""
     check(name)
+    with readable(name):
+        return _read(name)
+
+
+def _read(name: str) -> Rows:
     place, split = _split(name)
     path = Path(place)
     if not path.exists():
@@ -66,18 +72,29 @@ def _parquet(file: Path) -> Rows:
     import pyarrow.parquet as pq
 
     try:
-        rows: Rows = pq.read_table(file).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these
-        raise ConfigError(f"{file} is not a parquet file: {error}") from None
+        table = pq.ParquetFile(file).read()
+    except ValueError as error:  # pyarrow's errors are of these
+        raise ConfigError(f"{file} is not a parquet file: {first_line(error)}") from None
+    names = table.column_names
+    twice = {name for name in names if names.count(name) > 1}
+    if ours := sorted(twice & _OURS):
+        raise ConfigError(f"{file} has more than one column {ours[0]}; keep one of them")
+    rows: Rows = table.select([n for n, x in enumerate(names) if x not in twice]).to_pylist()
     return rows
 
 
 def _json_lines(file: Path) -> Rows:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line.strip()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not JSON lines: {error}") from None
+    rows: Rows = []
+    for n, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        try:
+            if text := line.decode("utf-8").strip():
+                rows.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            reason = f"line {n}: {error.msg} at character {error.pos + 1}"
+            raise ConfigError(f"{file} is not JSON lines: {reason}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file} is not JSON lines: line {n}: {error}") from None
+    return rows
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {".parquet": _parquet, ".jsonl": _json_lines}
@@ -123,7 +140,8 @@ def _saved(folder: Path) -> Rows:
             with pa.memory_map(str(folder / name)) as source:
                 rows += pa.ipc.open_stream(source).read_all().to_pylist()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder / name} is not a saved dataset: {error}") from None
+            reason = first_line(error)
+            raise ConfigError(f"{folder / name} is not a saved dataset: {reason}") from None
     return rows
 
 
@@ -131,7 +149,7 @@ def _object(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} is not a saved dataset: {error}") from None
+        raise ConfigError(f"{file} is not a saved dataset: {first_line(error)}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{file} is not a saved dataset")
     return found
@@ -142,7 +160,9 @@ def _from_hub(name: str, split: str) -> Rows:
 
     configuration, _, part = split.rpartition("/")
     try:
-        return [dict(row) for row in datasets.load_dataset(name, configuration or None, split=part)]
+        with hub.quiet():
+            rows = datasets.load_dataset(name, configuration or None, split=part)
+            return [dict(row) for row in rows]
     except Exception as error:  # of many kinds: no network, no such set, no such split
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{name}:{split} cannot be read from the hub: {first}") from None
+        reason = hub.reason(error)
+        raise ConfigError(f"{name}:{split} cannot be read from the hub: {reason}") from None

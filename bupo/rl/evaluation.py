@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -109,8 +110,12 @@ def by_dataset(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
 
 
 def file_name(dataset: str) -> str:
-    """Of a data set's rows."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in dataset) + ".jsonl"
+    """Of a data set's rows: its name, where that cannot be a file's with a mark of the whole of
+    it, so that no two share one."""
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in dataset)[:100]
+    if name != dataset:
+        name += "-" + hashlib.sha256(dataset.encode()).hexdigest()[:8]
+    return name + ".jsonl"
 
 
 def evaluate(

@@ -28,10 +28,24 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def json_lines(rows: Sequence[dict[str, Any]], ascii_only: bool = True) -> str:
+    """A line a row, strict JSON: null for what is not finite, wherever it stands."""
+    dumped = (json.dumps(_plain(r), ensure_ascii=ascii_only, allow_nan=False) for r in rows)
+    return "".join(line + "\n" for line in dumped)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return finite_or_none(value) if isinstance(value, float) else value
+
+
 def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Lines at the end of a JSON lines file, handed to the system at once."""
     with file.open("a", encoding="utf-8") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
+        out.write(json_lines(rows))
 
 
 def replace_text(file: Path, text: str) -> None:
@@ -39,10 +53,6 @@ def replace_text(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
-
-
-def _plain(value: Any) -> Any:
-    return finite_or_none(value) if isinstance(value, float) else value
 
 
 class Recorder:
@@ -55,7 +65,7 @@ class Recorder:
         self._run = run
         for file in ("metrics.jsonl", "eval.jsonl", "diagnostics.jsonl"):
             rows = [r for r in read_rows(run / file) if r["step"] <= keep_until_step]
-            replace_text(run / file, "".join(json.dumps(r) + "\n" for r in rows))
+            replace_text(run / file, json_lines(rows))
         self._mirrors = Mirrors(run, keep_until_step, wandb, name)
 
     def step(self, row: dict[str, Any]) -> None:
@@ -81,12 +91,11 @@ class Recorder:
     def rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
         folder = self._run / "rollouts"
         folder.mkdir(exist_ok=True)
-        lines = [{k: _plain(v) for k, v in row.items()} for row in rows]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines)
+        text = json_lines(rows, ascii_only=False)
         (folder / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        append_rows(self._run / name, [{k: _plain(v) for k, v in row.items()}])
+        append_rows(self._run / name, [row])
 
     def close(self) -> None:
         self._mirrors.close()

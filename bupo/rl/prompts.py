@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from bupo.config import ConfigError, DataConfig, shipped
+from bupo.config import ConfigError, DataConfig, readable, shipped
 from bupo.rl import data_files
 from bupo.rl.types import Prompt
 
@@ -21,18 +21,23 @@ def _column(row: dict[str, Any], name: str, config: DataConfig) -> Any:
 
 
 def _answer(row: dict[str, Any], config: DataConfig, where: str) -> str:
-    if row.get(config.columns.get("answer", "")) is not None:
-        return str(_column(row, "answer", config))
     model = row.get("reward_model") or {}
     if not isinstance(model, dict):
         raise ConfigError(
             f"{where}: reward_model must be an object with ground_truth, got {model!r}"
         )
-    truth = model.get("ground_truth", row.get("answer"))
+    truth = row.get(config.columns.get("answer", ""))
+    if truth is None:
+        truth = model.get("ground_truth", row.get("answer"))
     if truth is None:
         raise ConfigError(
             f"{where} has neither reward_model.ground_truth nor answer, but {_names(row)}; "
             "data.columns can name another"
+        )
+    if isinstance(truth, (list, dict)):
+        kind = "a list" if isinstance(truth, list) else "an object"
+        raise ConfigError(
+            f"{where}: the answer must be a text or a number, got {kind}: {str(truth)[:80]}"
         )
     return str(truth)
 
@@ -63,7 +68,8 @@ def _text(prompt: Any, tokenizer: Any, config: DataConfig, where: str) -> str:
         )
     template = None
     if config.chat_template is not None:
-        template = shipped(config.chat_template).read_text(encoding="utf-8")
+        with readable(f"data.chat_template={config.chat_template}"):
+            template = shipped(config.chat_template).read_text(encoding="utf-8")
     elif not tokenizer.chat_template:
         raise ConfigError(
             f"{where} is a chat, but the model's tokenizer has no chat template; set "
@@ -108,14 +114,17 @@ def load_prompts(
     config: DataConfig,
     limit: int | None = None,
     share: Callable[[float], object] = lambda share: None,
+    apart: bool = False,
 ) -> tuple[list[Prompt], int]:
     """All prompts of the files, and how many were dropped for their length. share is called with
     the share done.
 
     Raises ConfigError for a missing or malformed file, an empty set, or a prompt over
-    data.max_prompt_tokens unless data.overlong=drop.
+    data.max_prompt_tokens unless data.overlong=drop; with `apart`, as in evaluations, also where
+    rows without data_source would join a data set of another file that has its name by chance.
     """
     prompts: list[Prompt] = []
+    named: dict[str, int] = {}
     longest, overlong = 0, 0
     for place, file in enumerate(files):
         rows = data_files.read(file)[:limit]
@@ -126,9 +135,19 @@ def load_prompts(
             if len(ids) > config.max_prompt_tokens:
                 overlong, longest = overlong + 1, max(longest, len(ids))
                 continue
-            source = str(_column(row, "data_source", config) or data_files.stem(file))
+            source = str(_column(row, "data_source", config) or "")
+            if not source:
+                source = data_files.stem(file)
+                named.setdefault(source, place)
             answer = _answer(row, config, where)
             prompts.append(Prompt(len(prompts), source, text, ids, answer, place))
+    for prompt in prompts if apart else []:
+        if (place := named.get(prompt.source, prompt.file)) != prompt.file:
+            raise ConfigError(
+                f"rows of {files[place]} and {files[prompt.file]} would be one data set, "
+                f"{prompt.source}: rows without data_source are called like their file; give them "
+                "one, or rename a file"
+            )
     if overlong and config.overlong == "error":
         raise ConfigError(
             f"{overlong} of {overlong + len(prompts)} prompts exceed data.max_prompt_tokens="

@@ -27,6 +27,7 @@ class Schedule:
 
     def __init__(self, config: Config) -> None:
         self._phases = _phases(config)
+        self._may_stop = config.bupo.auto_stop is not None
         self._policies: list[Policy] = []
         self._last: list[int] = []
         for _, phase in self._phases:
@@ -81,7 +82,8 @@ class Schedule:
             if policy.layer is None:
                 parts.append(f"the final policy{where} to step {last}")
             elif not parts:
-                parts.append(f"steps 1-{last} train layer {policy.layer} of {depth}{where}")
+                fewer = " (fewer where bupo.auto_stop says so)" if self._may_stop else ""
+                parts.append(f"steps 1-{last}{fewer} train layer {policy.layer} of {depth}{where}")
             else:
                 parts.append(f"layer {policy.layer}{where} to step {last}")
         return ", then ".join(parts)

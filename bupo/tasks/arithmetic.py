@@ -17,10 +17,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bupo.tasks import TaskFiles, task_options
+from bupo.config import ConfigError
+from bupo.tasks import TaskFiles, check_width, task_options
 
 SYMBOLS = "0123456789+=;#"
 NOISE = 0.2
+PROBLEMS = 90 * 90
 DEFAULTS = {
     "layers": 6,
     "width": 128,
@@ -66,9 +68,20 @@ def _problems(seed: int, held_out: int) -> tuple[list[tuple[int, int]], list[tup
     return pairs[held_out:], pairs[:held_out]
 
 
+def _options(options: dict[str, Any]) -> dict[str, Any]:
+    settings = task_options(options, DEFAULTS)
+    check_width(settings["width"])
+    if settings["eval_problems"] >= PROBLEMS:
+        raise ConfigError(
+            f"task_options.eval_problems must leave some of {PROBLEMS} problems for training, got "
+            f"{settings['eval_problems']}"
+        )
+    return settings
+
+
 def prepare(options: dict[str, Any], cache: Path) -> TaskFiles:
     """Tokenizer, model configuration and data, in a folder named after the options."""
-    settings = task_options(options, DEFAULTS)
+    settings = _options(options)
     name = "arithmetic-" + "-".join(str(settings[key]) for key in DEFAULTS)
     folder = cache / name
     files = TaskFiles(folder / "model", [folder / "train.jsonl"], [folder / "eval.jsonl"])
@@ -127,7 +140,7 @@ def build(options: dict[str, Any], files: TaskFiles) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    settings = task_options(options, DEFAULTS)
+    settings = _options(options)
     torch.manual_seed(settings["seed"])
     model = AutoModelForCausalLM.from_config(_config(settings)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["warm_lr"], weight_decay=0.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.config import ConfigError
-from bupo.tasks import TaskFiles, task_options
+from bupo.tasks import TaskFiles, check_width, task_options
 
 DEFAULTS = {"family": "qwen3", "layers": 4, "width": 64, "tied": True, "seed": 0}
 """task_options. family: qwen3 or llama; tied: one matrix for embedding and unembedding."""
@@ -26,6 +26,7 @@ PADDED_ROWS = 16
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
     settings = task_options(options, DEFAULTS)
+    check_width(settings["width"])
     if settings["family"] not in ("qwen3", "llama"):
         raise ConfigError(f"task_options.family must be qwen3 or llama, got {settings['family']}")
     return settings

@@ -103,7 +103,7 @@ def pass_ks(rows: list[dict]) -> list[int]:
 
 def read_run(run_dir: Path, name: str) -> Run:
     if not run_dir.is_dir():
-        raise FileNotFoundError(f"report: no such run directory: {run_dir}")
+        raise FileNotFoundError(f"no such run directory: {run_dir}")
     notes: list[str] = []
     evals = {}  # here and in rows, of what a resumed run wrote twice the later counts
     rows = {row["step"]: row for row in _read(run_dir / "metrics.jsonl", notes)}

@@ -1,0 +1,44 @@
+"""Names on the Hugging Face hub, and its libraries kept quiet: what goes wrong is one line of ours.
+
+Fast to import.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from bupo.config import first_line
+
+_NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
+_OFFLINE = (
+    "without a network give a folder, or fill the hub's cache where there is one and set "
+    "HF_HUB_OFFLINE=1"
+)
+
+
+def is_name(text: str, owner: bool = False) -> bool:
+    """Whether a repository can be called that: [OWNER/]NAME; owner: only OWNER/NAME."""
+    return _NAME.fullmatch(text) is not None and ("/" in text or not owner)
+
+
+def reason(error: Exception) -> str:
+    """What the libraries say, and what to do where they cannot reach the hub."""
+    text = first_line(error).rstrip(".")
+    return f"{text}; {_OFFLINE}" if "connect" in text.lower() else text
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, the libraries log errors only: no retry lines, no reports of many lines."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

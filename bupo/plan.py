@@ -1,0 +1,154 @@
+"""All that can be known of a training run, and go wrong, before its weights are loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bupo import config as configuration
+from bupo.config import Config, ConfigError
+from bupo.inputs import Sources, check_out, find_sources
+from bupo.models import read_model
+from bupo.sizes import Sizes, measure
+
+
+@dataclass
+class Plan:
+    """All that can be known, and go wrong, before weights are loaded."""
+
+    config: Config
+    out: Path
+    resume_from: Path | None
+    sources: Sources
+    tokenizer: Any
+    layers: int
+    sizes: Sizes
+    train_prompts: list[Any]
+    eval_prompts: list[Any]
+    dropped: int
+
+
+def make_plan(config: Config) -> Plan:
+    """Checks paths, model configuration, layer, tokenizer and prompts.
+
+    Raises ConfigError with one line; has written nothing but a task's cached files.
+    """
+    now = time.strftime("%Y%m%d-%H%M%S")
+    out = Path(config.out or f"runs/{config.name}-{config.algorithm}-{now}")
+    check_out(out)
+    resume_from = _resume_point(config, out)
+    sources = find_sources(config)
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"wandb={config.wandb} needs the package wandb, which is not installed")
+
+    from bupo.rl.progress import Progress
+    from bupo.rl.prompts import PromptOrder, load_prompts  # slow, so after the cheap checks
+    from bupo.rl.rewards import check_sources
+    from bupo.rl.schedule import Schedule
+
+    facts = read_model(config, sources.model)
+    tokenizer, layers = facts.tokenizer, facts.layers
+    schedule = Schedule(config)
+    if not config.bupo.auto_layer:
+        schedule.check(layers, sources.model)
+    with Progress(1, 0).waiting("reading prompts") as share:
+        prompts, dropped = load_prompts(
+            sources.train, tokenizer, config.data, config.data.limit, share
+        )
+    PromptOrder(prompts, config.rollout.prompts, config.seed, config.data.weights)
+    eval_prompts, eval_dropped = (
+        load_prompts(sources.held_out, tokenizer, config.data, config.eval.limit, apart=True)
+        if sources.held_out
+        else ([], 0)
+    )
+    check_sources(config.reward, [*prompts, *eval_prompts])
+    facts.check([*prompts, *eval_prompts], config.rollout.max_new_tokens)
+    return Plan(
+        config=config,
+        out=out,
+        resume_from=resume_from,
+        sources=sources,
+        tokenizer=tokenizer,
+        layers=layers,
+        sizes=measure(
+            config,
+            sources.model,
+            max(len(p.token_ids) for p in prompts),
+            None if config.bupo.auto_layer else max(schedule.layers(), default=None),
+        ),
+        train_prompts=prompts,
+        eval_prompts=eval_prompts,
+        dropped=dropped + eval_dropped,
+    )
+
+
+def _resume_point(config: Config, out: Path) -> Path | None:
+    """The checkpoint to go on from. A folder that holds another run is refused, so no result is
+    lost or continued under other settings."""
+    from bupo.rl.checkpoint import complete, load_step
+
+    if config.resume == "auto":
+        points, earlier = complete(out), out / "config.yaml"
+        if points or (out / "metrics.jsonl").exists():
+            if not earlier.is_file():
+                raise ConfigError(
+                    f"resume=auto: out={out} holds a run, but not its config.yaml, so nothing "
+                    "tells whether the settings are the same; put it back or choose another out"
+                )
+            free: tuple[str, ...] = configuration.MAY_CHANGE
+            if points and config.optimizer.schedule == "linear":
+                free = tuple(key for key in free if key != "steps")
+            changed = configuration.changes_since(earlier, config, free)
+            why = " (of which optimizer.schedule=linear makes every step's learning rate)"
+            changed = [text + why * text.startswith("steps: ") for text in changed]
+            if changed:
+                raise ConfigError(
+                    f"resume=auto: out={out} holds a run with other settings ("
+                    + "; ".join(changed)
+                    + "); restore them or choose another out"
+                )
+        done = load_step(points[-1]) if points else 0
+        if done > config.steps:
+            raise ConfigError(f"resume=auto: out={out} has done {done} steps, steps={config.steps}")
+        return points[-1] if points else None
+    if (out / "metrics.jsonl").exists() or (out / "checkpoints").exists():
+        raise ConfigError(f"out={out} holds a run; continue it with resume=auto or choose another")
+    return None
+
+
+def print_plan(plan: Plan) -> None:
+    """What --dry_run shows, and every run begins with."""
+    from bupo.rl.schedule import Schedule
+
+    config, size = plan.config, plan.config.rollout
+    responses = size.prompts * size.samples
+    sizes, responses_each = plan.sizes, responses // config.optimizer.updates_per_step
+    trained = f" ({sizes.internal / sizes.parameters:.0%} of the parameters)"
+    fewer = " (fewer where bupo.auto_stop says so)" if config.bupo.auto_stop else ""
+    phases = (
+        f"steps 1-{config.bupo.steps}{fewer} train a layer that is measured before them, then the "
+        f"final policy to step {config.steps}"
+        if config.bupo.auto_layer
+        else Schedule(config).describe(plan.layers)
+    )
+    print(
+        f"{config.name}: {config.algorithm}, {config.advantage} advantages, on "
+        f"{plan.sources.model}\n"
+        f"  model    {sizes.model_line()}\n"
+        f"  phases   {phases}{trained if sizes.internal else ''}\n"
+        f"  step     {size.prompts} prompts x {size.samples} responses = {responses}, "
+        f"{config.optimizer.updates_per_step} updates of "
+        f"{responses_each} responses ({size.prompts // config.optimizer.updates_per_step} "
+        f"prompts), at most {size.max_new_tokens} new tokens each\n"
+        f"  data     {len(plan.train_prompts)} training prompts, {len(plan.eval_prompts)} for "
+        f"evaluation x {config.eval.samples}, {plan.dropped} dropped for length\n"
+        f"  memory   {sizes.memory_line()}\n"
+        f"  rollouts {sizes.engine_line(config)}\n"
+        f"  disk     {sizes.disk_line(config)}\n"
+        f"  out      {plan.out}" + (f" (continues {plan.resume_from})" if plan.resume_from else ""),
+        file=sys.stderr,
+    )
