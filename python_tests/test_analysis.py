@@ -244,13 +244,14 @@ def test_a_frame_for_pandas() -> None:
 
 def test_a_violated_identity_is_named() -> None:
     flow = analysed().flow
-    assert len(identities(flow, torch.float32)) == 4
+    assert len(identities(flow, torch.float32)) == 5
     for change, name in (
         ({"decomposition_error": 1e-3}, r"\|H\^0 \+ sum A \+ sum F - H\^L\| / \|H\^L\|"),
         ({"last_layer_error": 0.5}, "last layer with final norm = the model"),
         ({"final_entropy": flow.final_entropy + 5}, "entropy <= ln V"),
         ({"embedding_entropy": flow.embedding_entropy * -1}, "entropy >= 0"),
-        ({"embedding_entropy": flow.embedding_entropy * np.nan}, "entropy <= ln V"),
+        ({"embedding_entropy": flow.embedding_entropy * np.nan}, "no finite numbers"),
+        ({"norm": flow.norm | {"ffn": flow.norm["ffn"] * np.inf}}, "no finite numbers"),
     ):
         before = {key: getattr(flow, key) for key in change}
         for key, value in change.items():

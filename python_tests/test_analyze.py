@@ -113,7 +113,7 @@ def test_the_summary_is_that_of_the_table(whole: Path) -> None:
     assert curve["se"][1] == pytest.approx(np.std(means, ddof=1) / math.sqrt(12), abs=1e-5)
     assert of_model["boundary"]["curve"] == pytest.approx(curve["mean"], abs=1e-5)
     assert of_model["tokens"] == len(table.filter(pc.field("policy") == "final"))
-    assert len(of_model["checks"]) == 4
+    assert len(of_model["checks"]) == 5
     assert all(c["value"] <= c["limit"] for c in of_model["checks"])
     assert summary["responses"] == "generate" and summary["same_tokens"]
 

@@ -14,6 +14,7 @@ from run_samples import rows
 from torch import Tensor
 
 from bupo.config import RolloutConfig, load
+from bupo.rl.optimizer import AdamW
 from bupo.rl.rollouts import VllmEngine
 from bupo.rl.types import Policy, Rollout
 from bupo.rl.update import Trainer
@@ -177,3 +178,19 @@ def test_probes_of_another_run_are_not_taken(tmp_path: Path) -> None:
     assert run_samples.run(tmp_path / "clean", *SHORT[:3]) == 0
     made = [(tmp_path / name / "probes.jsonl").read_text() for name in ("run", "clean")]
     assert made[0] == made[1]
+
+
+def test_optimizer_state_of_another_model_is_refused() -> None:
+    one, other = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
+    settings = load(None, []).optimizer
+
+    def optimizer(model: torch.nn.Module) -> AdamW:
+        return AdamW(dict(model.named_parameters()), {}, settings, settings.lr)
+
+    saved = optimizer(one).flat_state(dict(one.named_parameters()))
+    parameters = dict(other.named_parameters())
+    with pytest.raises(ValueError, match=r"weight/\w+ has shape \[2, 3\], its parameter \[2, 2\]"):
+        optimizer(other).load_flat_state(parameters, saved)
+    del saved[next(iter(saved))]
+    with pytest.raises(ValueError, match="missing or of no parameter"):
+        optimizer(one).load_flat_state(dict(one.named_parameters()), saved)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bupo.internal.entropy_flow import EntropyFlow
 
@@ -33,8 +34,12 @@ class Check:
         return self.value <= self.limit  # nan does not
 
 
+def _bad(values: NDArray[np.float32]) -> int:
+    return values.size - int(np.isfinite(values).sum())
+
+
 def identities(flow: EntropyFlow, dtype: torch.dtype) -> list[Check]:
-    """Of a model that ran in that dtype: decomposition, last layer, bounds of the entropies.
+    """Of a model that ran in that dtype: finite, decomposition, last layer, bounds of entropies.
 
     Raises IdentityError naming the first that is violated.
     """
@@ -44,7 +49,9 @@ def identities(flow: EntropyFlow, dtype: torch.dtype) -> list[Check]:
     lowest = float(np.min([x.min() for x in everything]))
     bound = math.log(flow.vocab)
     last = LAST_LAYER.get(dtype, 0.1)
+    figures = [*everything, *flow.logprob.values(), *flow.norm.values(), *flow.cosine.values()]
     checks = [
+        Check("figures that are no finite numbers", sum(_bad(x) for x in figures), 0),
         Check(
             "|H^0 + sum A + sum F - H^L| / |H^L|",
             flow.decomposition_error,

@@ -246,6 +246,6 @@ def _joined(parts: list[EntropyFlow]) -> EntropyFlow:
         cosine=tables("cosine"),
         vocab=parts[0].vocab,
         parallel=parts[0].parallel,
-        decomposition_error=max(p.decomposition_error for p in parts),
-        last_layer_error=max(p.last_layer_error for p in parts),
+        decomposition_error=float(np.max([p.decomposition_error for p in parts])),  # nan is kept
+        last_layer_error=float(np.max([p.last_layer_error for p in parts])),
     )
