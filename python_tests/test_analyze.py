@@ -225,7 +225,7 @@ def test_a_comparison_on_the_same_tokens(model: str, chats: str, tmp_path: Path)
     second = table.filter(pc.field("model") == names[1])
     np.testing.assert_array_equal(second["entropy"], tokens_of(alone)["entropy"])
     page = (out / "report.html").read_text()
-    assert page.count("holds</tr>") == 4 and "different tokenizers" not in page
+    assert page.count("holds</tr>") == 5 and "different tokenizers" not in page
 
 
 def test_a_comparison_of_two_tokenizers_says_so(whole: Path, tmp_path: Path) -> None:
