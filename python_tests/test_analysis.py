@@ -1,7 +1,7 @@
 """bupo.internal.analyse: every column of its tables against whole logits in float64."""
 
-import importlib.util
 import math
+import sys
 from typing import Any
 
 import families
@@ -232,14 +232,19 @@ def analysed() -> Analysis:
     return analyse(build("llama"), texts())
 
 
-def test_a_frame_for_pandas() -> None:
-    """Which nothing here needs."""
+def test_a_frame_for_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the command does not need."""
     found = analysed()
-    if importlib.util.find_spec("pandas") is None:
-        with pytest.raises(ImportError):
-            found.frame()
-    else:
-        assert found.frame().shape == found.table().shape
+    frame, table = found.frame(), found.table()
+    assert list(frame.columns) == table.column_names
+    for name in ("token", "layer", "policy", "entropy"):
+        values = frame[name].tolist()
+        assert [None if v != v else v for v in values] == [
+            None if v != v else v for v in table[name].to_pylist()
+        ], name
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError):
+        found.frame()
 
 
 def test_a_violated_identity_is_named() -> None:
