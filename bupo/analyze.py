@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     return ended(
         "bupo.analyze",
         act,
-        lambda: f"what was written to {out} before is kept, go on with the same command",
+        lambda: f"what was written to {out} before is kept, go on with --out {out}",
         lambda: f"stopped; {out} holds what was written",
     )
 

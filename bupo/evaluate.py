@@ -6,7 +6,7 @@
 
 Writes a directory: config.yaml, responses/DATASET.jsonl (a line a problem: its responses, their
 rewards and final answers), eval.jsonl (the figures with standard errors, the problem as the unit)
-and pass_at_k.png. The same command again continues where it was stopped. Settings are those of
+and pass_at_k.png. The same command with --out DIR continues where it was stopped. Settings are those of
 bupo.run; what only training needs is ignored.
 """
 
@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ from bupo.inputs import (
 )
 from bupo.models import read_model
 from bupo.sizes import measure
+
+_TRAINING = (
+    *("name", "out", "resume", "steps", "algorithm", "advantage", "phases", "max_bad_steps"),
+    *("bupo.", "loss.", "critic.", "optimizer.", "checkpoint.", "watchdog.", "diagnostics."),
+    *("data.train", "data.weights", "data.limit", "rollout.prompts", "rollout.samples", "wandb"),
+)
+"""Settings that no evaluation reads"""
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -73,9 +81,7 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     with allowed():
         check_out(out)
         changed = (
-            configuration.changes_since(earlier, config, ("name", "out", "resume", "steps"))
-            if earlier.is_file()
-            else []
+            configuration.changes_since(earlier, config, _TRAINING) if earlier.is_file() else []
         )
         sources = find_sources(config, training=False)
     if changed:
@@ -90,8 +96,9 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     from bupo.rl.metrics import append_rows, json_lines, replace_text
     from bupo.rl.progress import Progress
     from bupo.rl.prompts import load_prompts
-    from bupo.rl.rewards import check_sources, make_reward
+    from bupo.rl.rewards import check_functions, check_sources, make_reward
 
+    check_functions(config.reward)
     facts = read_model(config, sources.model)
     tokenizer = facts.tokenizer
     with Progress(1, 0).waiting("reading prompts") as share:
@@ -115,15 +122,16 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     if dry_run:
         return []
     build_task(config, sources)
-    reward = make_reward(config.reward)
-    progress = Progress(1, 0)
-    with progress.working(f"loading {sources.model} into {config.rollout.engine}"):
-        engine = make_engine(config, sources.model, None, tokenizer, prompts)
     with allowed():
         (out / "responses").mkdir(parents=True, exist_ok=True)
         replace_text(earlier, configuration.dump(config))
-    results = []
-    try:
+    progress, results = Progress(1, 0), []
+    with ExitStack() as parts:
+        reward = make_reward(config.reward)
+        parts.callback(reward.close)
+        with progress.working(f"loading {sources.model} into {config.rollout.engine}"):
+            engine = make_engine(config, sources.model, None, tokenizer, prompts)
+        parts.callback(engine.close)
         for name, problems in sets.items():
             file = out / "responses" / evaluation.file_name(name)
             done = _rows_done(file, problems, config)
@@ -141,9 +149,6 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
                     share,
                 )
             results.append(result)
-    finally:
-        engine.close()
-        reward.close()
     replace_text(out / "eval.jsonl", json_lines([result.row() for result in results]))
     _draw(results, out / "pass_at_k.png")
     return results
@@ -215,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     return ended(
         "bupo.evaluate",
         act,
-        lambda: f"what was written to {out} before is kept, go on with the same command",
+        lambda: f"what was written to {out} before is kept, go on with --out {out}",
         lambda: f"stopped; the same command with --out {out} continues",
     )
 

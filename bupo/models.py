@@ -59,16 +59,11 @@ def check_place(key: str, model: str) -> None:
 
 
 def read_model(config: Config, model: str) -> ModelFacts:
-    """Tokenizer and sizes; also checks what needs a model's configuration, and the reward
-    functions."""
+    """Tokenizer and sizes; also checks what needs a model's configuration."""
     from transformers import AutoConfig, AutoTokenizer
 
     from bupo.rl.progress import Progress
-    from bupo.rl.rewards import FunctionReward
 
-    for name in config.reward.functions:
-        if name != "math":
-            FunctionReward(name)
     try:
         with hub.quiet(), Progress(1, 0).working(f"reading what {model} is"):
             model_config = AutoConfig.from_pretrained(model)

@@ -47,9 +47,10 @@ def make_plan(config: Config) -> Plan:
 
     from bupo.rl.progress import Progress
     from bupo.rl.prompts import PromptOrder, load_prompts  # slow, so after the cheap checks
-    from bupo.rl.rewards import check_sources
+    from bupo.rl.rewards import check_functions, check_sources
     from bupo.rl.schedule import Schedule
 
+    check_functions(config.reward)
     facts = read_model(config, sources.model)
     tokenizer, layers = facts.tokenizer, facts.layers
     schedule = Schedule(config)

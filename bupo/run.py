@@ -177,7 +177,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def kept() -> str:
         up_to = f"all up to the newest checkpoint in {plan.out}" if plan else "what was there"
-        return f"{up_to} is kept, go on with the same command with resume=auto"
+        way = f"--out {plan.out} resume=auto" if plan else "the same command"
+        return f"{up_to} is kept, go on with {way}"
 
     def stopped() -> str:
         if plan is None or not (plan.out / "metrics.jsonl").exists():

@@ -284,8 +284,7 @@ def test_a_disk_that_is_full_when_a_row_is_written(
     assert run(out, "checkpoint.every=2") == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "No space left on device" in last and last.endswith(
-        f"all up to the newest checkpoint in {out} is kept, go on with the same command with "
-        "resume=auto"
+        f"all up to the newest checkpoint in {out} is kept, go on with --out {out} resume=auto"
     )
     monkeypatch.setattr(metrics, "append_rows", original)
     assert run(out, "checkpoint.every=2", "resume=auto") == 0

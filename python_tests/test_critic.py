@@ -184,6 +184,16 @@ def test_numbers_that_are_not_finite_are_skipped():
     assert all(p.isfinite().all() for p in critic.parameters().values())
 
 
+def test_a_gradient_that_is_not_finite_is_named():
+    """And not one that it was spread to by clipping."""
+    critic = make_critic(updates=1, lr=1e-3)
+    critic.update(prepared(), 1)  # a head of zeros hands no gradient down
+    name = "backbone.model.layers.1.mlp.down_proj.weight"
+    critic.parameters()[name].register_hook(lambda g: g * math.nan)
+    assert critic.update(prepared(), 2)["critic/skipped_updates"] == 1
+    assert critic.skipped[0].startswith(f"critic update 1 of 1: gradient of critic {name}: ")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_saved_and_loaded(tmp_path, tied):
     rollouts = prepared()

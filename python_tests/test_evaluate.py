@@ -13,6 +13,7 @@ import pytest
 
 from bupo.evaluate import main
 from bupo.rl import metrics
+from bupo.rl.rollouts import HFEngine
 
 SIZES = "task_options={layers: 2, width: 32, warm_steps: 4, eval_problems: 40}"
 SETTINGS = [
@@ -113,9 +114,11 @@ def test_a_killed_evaluation_is_continued_exactly(whole: Path, tmp_path: Path) -
     assert files(out) == files(whole)
 
 
-def test_done_work_is_not_done_again(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_done_work_is_not_done_again(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(whole)
-    assert main(arguments(whole)) == 0
+    monkeypatch.setattr(HFEngine, "generate", lambda *args: pytest.fail("made again"))
+    training = ("optimizer.lr=1", "bupo.layer=2", "loss.clip_high=0.28", "wandb=mine")
+    assert main(arguments(whole, *training)) == 0, "what no evaluation reads may differ"
     assert files(whole) == before
 
 

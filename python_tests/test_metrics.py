@@ -78,7 +78,7 @@ def test_what_is_not_finite_becomes_null(tmp_path):
     recorder.step(row_of(1, **{"policy/loss": math.nan, "a/b": math.inf, "c/d": -math.inf}))
     passes = {1: (0.5, math.nan), 4: None}
     result = EvalResult("set", 1, 2, 0.5, math.nan, passes, None, 7.0, 0.25, 0.5)
-    shown = recorder.evaluation(1, "before", result)
+    recorder.evaluation(1, "before", result)
     recorder.close()
     (row,) = strict_lines(tmp_path / "metrics.jsonl")
     assert row == row_of(1, **{"policy/loss": None, "a/b": None, "c/d": None})
@@ -101,7 +101,6 @@ def test_what_is_not_finite_becomes_null(tmp_path):
         "pass@4": None,
         "pass@4_se": None,
     }
-    assert set(shown) == set(row)
 
 
 def test_rollouts_of_a_step(tmp_path):

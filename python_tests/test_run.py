@@ -301,11 +301,20 @@ def test_resume_with_other_settings_is_refused(
     errors = capsys.readouterr().err
     assert "holds a run with other settings (" in errors and change.split("=")[0][:8] in errors
     assert main(arguments(out, "steps=5", "bupo.steps=3", "resume=auto", change)) == 2
-    assert main(arguments(out, "steps=3", "bupo.steps=2", "resume=auto")) == 2
     for folder in (out / "checkpoints").iterdir():  # still refused: the numbers are kept
         shutil.rmtree(folder)
     assert main(arguments(out, "steps=6", "resume=auto", change)) == 2
     assert all(p.read_bytes() == x for p, x in before.items() if "checkpoints" not in str(p))
+
+
+def test_resume_with_fewer_steps_than_are_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, same = tmp_path / "run", ("bupo.steps=1", "eval.limit=1", "resume=auto")
+    assert main(arguments(out, "steps=3", *same)) == 0
+    capsys.readouterr()
+    assert main(arguments(out, "steps=2", *same)) == 2
+    assert f"out={out} has done 3 steps, steps=2" in capsys.readouterr().err
 
 
 def test_resume_without_the_earlier_settings(

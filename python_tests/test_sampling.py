@@ -7,7 +7,7 @@ import pytest
 from rl_samples import prompt, rewarded
 
 from bupo.rl.prompts import PromptOrder
-from bupo.rl.sampling import PromptStream, collect
+from bupo.rl.sampling import PromptStream, _flat, collect
 from bupo.rl.types import RewardReport
 
 
@@ -47,6 +47,15 @@ def test_without_refills_a_step_is_the_orders():
         assert indices(r.prompt for r in sample.rollouts) == [i for i in expected for _ in "ab"]
         assert sample.drawn == sample.discarded == 0
         assert sample.report == RewardReport(8, 1)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_reward_that_is_no_number_is_no_reason_to_replace_a_group(place):
+    """It is named and skipped by the update, wherever it stands."""
+    group = [rewarded(0, 0.5) for _ in range(3)]
+    assert _flat(group)
+    group[place].reward = math.nan
+    assert not _flat(group)
 
 
 def test_flat_groups_are_replaced_by_the_next_prompts():

@@ -2,7 +2,8 @@
 
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import torch
 from run_samples import rows
 from torch import Tensor
 
-from bupo.config import RolloutConfig, load
+from bupo.config import RewardConfig, RolloutConfig, load
+from bupo.rl.loop import Run
+from bupo.rl.monitor import Monitor
 from bupo.rl.optimizer import AdamW
+from bupo.rl.rewards import MathReward
 from bupo.rl.rollouts import VllmEngine
 from bupo.rl.types import Policy, Rollout
 from bupo.rl.update import Trainer
@@ -156,7 +160,8 @@ def test_weights_for_other_processes_can_be_sent_to_them(ranks: int) -> None:
 
 
 def test_probes_that_are_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """auto_stop compares with them; without it they are made anew."""
+    """auto_stop compares with them; without it nothing is looked at any more: those of a trained
+    policy would be others."""
     out = tmp_path / "run"
     options = ("bupo.auto_stop=100", "bupo.steps=4")
     assert run_samples.run(out, *options, stop=3) == 143
@@ -167,8 +172,10 @@ def test_probes_that_are_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     other = tmp_path / "other"
     assert run_samples.run(other, stop=3) == 143
     (other / "probes.jsonl").unlink()
+    looked = (other / "diagnostics.jsonl").read_text()
     assert run_samples.run(other, "resume=auto") == 0
-    assert (other / "probes.jsonl").is_file()
+    assert not (other / "probes.jsonl").exists()
+    assert (other / "diagnostics.jsonl").read_text() == looked
 
 
 def test_probes_of_another_run_are_not_taken(tmp_path: Path) -> None:
@@ -178,6 +185,68 @@ def test_probes_of_another_run_are_not_taken(tmp_path: Path) -> None:
     assert run_samples.run(tmp_path / "clean", *SHORT[:3]) == 0
     made = [(tmp_path / name / "probes.jsonl").read_text() for name in ("run", "clean")]
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("who", ["trainer", "critic", "reference", "reward"])
+def test_every_stage_tells_the_watchdog_that_it_gets_on(
+    who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or watchdog.kill would end a healthy run whose critic takes long."""
+    shares: dict[str, list[float]] = {}
+    alive: list[float] = []
+
+    def spy(self: Monitor, done: float) -> None:
+        alive.append(done)
+
+    monkeypatch.setattr(Monitor, "share", spy)
+    train = Run.train
+
+    def note(self: Run) -> Any:
+        result = train(self)
+        part = getattr(self, who)
+        hook = part.share if who == "reward" else part.forward.share
+        before = len(alive)
+        hook(0.5)
+        shares[who] = alive[before:]
+        return result
+
+    monkeypatch.setattr(Run, "train", note)
+    settings = ("advantage=ppo", "loss.kl_coef=0.1", "reward.function=math")
+    assert run_samples.run(tmp_path / "run", *SHORT, *settings) == 0
+    assert shares == {who: [0.5]}
+
+
+def test_the_math_reward_says_how_far_it_is() -> None:
+    reward = MathReward(RewardConfig(workers=1))
+    shares: list[float] = []
+    reward.share = shares.append
+    try:
+        reward.grade([("\\boxed{1}", "1")] * 4)
+    finally:
+        reward.close()
+    assert shares == sorted(shares) and len(shares) >= 3 and max(shares) < 1
+
+
+def test_a_part_of_an_evaluation_does_not_show_its_share_as_that_of_the_whole(
+    tmp_path: Path,
+) -> None:
+    shown: list[float] = []
+    monitor = Monitor(load(None, []), tmp_path, 0)
+    try:
+
+        @contextmanager
+        def waiting(what: str) -> Iterator[Any]:
+            yield shown.append
+
+        monitor.progress.waiting = waiting  # type: ignore[method-assign]
+        with monitor.watched("evaluation", "evaluation", whole=True) as share:
+            monitor.share(0.9)
+            share(0.1)
+        with monitor.watched("update", "update"):
+            monitor.share(0.5)
+    finally:
+        monitor.release()
+    assert shown == [0.1, 0.5]
 
 
 def test_optimizer_state_of_another_model_is_refused() -> None:

@@ -89,7 +89,8 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Linear warm-up over training steps."""
     schedule: str = "constant"
-    """After the warm-up: constant (the paper), or linear down to 0 at the last step."""
+    """After the warm-up: constant (the paper), or linear, so that 0 would come one step
+    after the last."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moments."""
     weight_decay: float = 0.01

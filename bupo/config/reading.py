@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bupo.config.errors import ConfigError, require
+from bupo.config.errors import ConfigError, first_line, require
 
 Settings = TypeVar("Settings")
 """A dataclass of settings: values, and dataclasses as groups of them"""
@@ -81,15 +81,15 @@ def read(file: Path | None, overrides: list[str], schema: type[Settings]) -> Set
             merged = OmegaConf.merge(merged, given)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(f"{getattr(error, 'full_key', None) or reading}: {first_line}") from None
+        where = getattr(error, "full_key", None) or reading
+        raise ConfigError(f"{where}: {first_line(error)}") from None
     except (YAMLError, UnicodeDecodeError, OSError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"{reading} cannot be read: {text}{_split_by_shell(reading)}") from None
     except (ValueError, TypeError) as error:  # from OmegaConf: a value of the wrong structure
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{reading}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{reading}: {first_line(error)}") from None
     assert isinstance(config, schema)
     for key, value in values(config).items():
         if isinstance(value, float) and not math.isfinite(value) and "clip" not in key:

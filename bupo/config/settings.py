@@ -35,7 +35,7 @@ class CheckpointConfig:
 @dataclass
 class WatchdogConfig:
     seconds: float = 1800.0
-    """A stage (rollout, reward, old_logprobs, update, sync, evaluation, save) that gets no further
+    """A stage (rollout, reward, update, evaluation, ...) that gets no further
     for so long is named, and the stacks of all threads go to stalls.txt; 0: never."""
     kill: bool = False
     """Then end the process, for a supervisor that starts it again with resume=auto."""
@@ -48,7 +48,8 @@ class WatchdogConfig:
 class DiagnosticsConfig:
     every: int = 10
     """Steps between looks at the policies of all layers, on probes: responses that the model gives
-    before step 1 to 32 prompts. diagnostics.jsonl and the report have them. 0: never."""
+    before step 1 to 32 prompts. diagnostics.jsonl and the report have them. 0: never; a run
+    that began so has no probes to look at later."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "diagnostics.every must be at least 0")

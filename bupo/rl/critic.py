@@ -15,7 +15,7 @@ from bupo.config import Config
 from bupo.policy import parameter_layers, unembedding
 from bupo.rl.finite import first_bad
 from bupo.rl.forward import Forward, MicroBatch, mini_batches
-from bupo.rl.optimizer import AdamW, learning_rate
+from bupo.rl.optimizer import AdamW, clip_gradients, learning_rate
 from bupo.rl.types import Policy, Rollout
 
 _FINAL = Policy(None)
@@ -74,15 +74,14 @@ class Critic:
         for number, indices in enumerate(parts, start=1):
             count = max(sum(len(rollouts[i].token_ids) for i in indices), 1)
             loss = 0.0
-            for batch in self.forward.batches(rollouts, indices):
+            for batch in self.forward.batches(rollouts, indices, number - 1, len(parts)):
                 part, cut = self._loss(batch, rollouts)
                 part = part / count
                 loss += float(part.detach())
                 if math.isfinite(float(part.detach())):
                     part.backward()
                 clipped, tokens = clipped + cut, tokens + len(batch.targets)
-            parameters = self.parameters().values()
-            norm = float(nn.utils.clip_grad_norm_(parameters, settings.grad_clip))
+            norm = clip_gradients(self.parameters().values(), settings.grad_clip)
             if math.isfinite(loss) and math.isfinite(norm):
                 self.optimizer.step()
                 losses.append(loss)

@@ -54,9 +54,9 @@ class Diagnostics:
         generate: Callable[[Sequence[Prompt]], list[Rollout]],
         prompts: Sequence[Prompt],
     ) -> None:
-        """Makes the probes, one response each to prompts from all over the list, or, where `start`
-        steps are done, reads those that the run began with. Raises RunError if they are lost and
-        auto_stop compares with them."""
+        """Makes the probes before the first step, one response each to prompts from all over the
+        list; later reads those that the run began with, and looks no more where there are none.
+        Raises RunError if they are lost and auto_stop compares with them."""
         watched = self._config.bupo.auto_stop is not None
         if not self._config.diagnostics.every and not watched:
             return
@@ -66,7 +66,7 @@ class Diagnostics:
                 f"bupo.auto_stop: {file} is lost, the responses that it began with; restore it, or "
                 "begin a new run"
             )
-        if not start or not file.is_file():
+        if not start and not (self._rows and file.is_file()):
             chosen = prompts[:: max(1, len(prompts) // PROBES)][:PROBES]
             rows = [
                 {"prompt": r.prompt.token_ids, "response": r.token_ids[:PROBE_TOKENS]}

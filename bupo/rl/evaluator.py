@@ -52,7 +52,7 @@ class Evaluator:
             if dataset in recorded:
                 continue
             shown = f"evaluation on {dataset}"
-            with self.monitor.watched(f"step {step}, stage {shown}", shown):
+            with self.monitor.watched(f"step {step}, stage {shown}", shown, whole=True) as share:
                 result = evaluation.evaluate(
                     dataset,
                     problems,
@@ -60,7 +60,7 @@ class Evaluator:
                     self.generate,
                     self.reward,
                     self.recorder.problems(step, evaluation.file_name(dataset)),
-                    share=self.monitor.share,
+                    share=share,
                 )
             self.recorder.evaluation(step, when, result)
             self.monitor.progress.say(

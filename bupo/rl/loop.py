@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bupo.config import Config, RunError
@@ -31,18 +32,17 @@ from bupo.rl.sampling import PromptStream, Sample, collect
 from bupo.rl.schedule import Schedule
 from bupo.rl.step_metrics import (
     bad_steps_at_end,
-    logprob_gap,
     rollout_metrics,
     rollout_row,
     time_line,
 )
 from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
 from bupo.rl.update import Trainer
-from bupo.rl.weight_sync import WeightSync, check
+from bupo.rl.weight_sync import WeightSync, check, gap
 
 FINAL_ROLLOUTS, FINAL_SHARE = 8, 16
-"""In phase 1 the final policy is evaluated on one of so many rollouts of a step, and on at least so
-many of them, for metrics only"""
+"""In phase 1 the final policy is evaluated on 1 / FINAL_SHARE of the rollouts, at least
+FINAL_ROLLOUTS: for metrics, and to see that the engine has its weights"""
 
 SYNC_ROLLOUTS, SYNC_TOKENS = 4, 32
 """After each update engine and trainer are compared on this many responses, this far"""
@@ -81,7 +81,10 @@ class Run:
         self.sync = WeightSync(self.engine, self.model, config.rollout.max_logprob_gap)
         self.recorder = Recorder(self.out, self.start, config.wandb, self.out.name)
         self.monitor = Monitor(config, self.out, self.start)
-        self.trainer.share = self.monitor.share
+        for part in (self.trainer, self.reference, self.critic):
+            if part is not None:
+                part.forward.share = self.monitor.share
+        self.reward.share = self.monitor.share
         self.evaluator = Evaluator(
             config, self.out, self.schedule, self.eval_prompts, self._generate_for_evaluation,
             self.reward, self.recorder, self.monitor,
@@ -151,8 +154,8 @@ class Run:
         with self.monitor.stage("old_logprobs", step, watch):
             old = self.trainer.token_stats(rollouts, policy)
             probe, final = self._final_policy(rollouts, policy, old)
-            mismatch = logprob_gap(probe, final.logprobs)
-            if config.rollout.top_p == 1:  # else the engine's are of the nucleus
+            mismatch = gap([torch.tensor(r.logprobs) for r in probe], final.logprobs)
+            if config.rollout.engine == "hf" or config.rollout.top_p == 1:  # vllm's: of the nucleus
                 check(mismatch, config.rollout.max_logprob_gap, "log-probs of sampled tokens")
             reference = self.reference
             kl = reference.compare(rollouts, policy, old.logprobs) if reference else {}
@@ -176,7 +179,7 @@ class Run:
         skipped = [*self.trainer.skipped, *(self.critic.skipped if self.critic else [])]
         self._count_bad_steps(step, skipped)
         with self.monitor.stage("sync", step, watch):
-            gap = self.sync(self.trainer.changed, _short(rollouts), self._final_logprobs)
+            synced = self.sync(self.trainer.changed, _short(rollouts), self._final_logprobs)
         looked: dict[str, float] = {}
         if self.diagnostics.due(step):
             with self.monitor.stage("diagnostics", step, watch):
@@ -200,7 +203,7 @@ class Run:
             **update,
             **({"policy/skipped_why": skipped[0]} if skipped else {}),
             "rollout/logprob_gap": mismatch,
-            "sync/logprob_gap": mismatch if gap is None else gap,
+            "sync/logprob_gap": mismatch if synced is None else synced,
             **looked,
             **{f"time/{name}": seconds for name, seconds in watch.seconds.items()},
             "time/step": watch.total(),

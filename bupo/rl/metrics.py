@@ -72,11 +72,10 @@ class Recorder:
         self._append("metrics.jsonl", row)
         self._mirrors.scalars(row["step"], {k: v for k, v in row.items() if "/" in k or "_" in k})
 
-    def evaluation(self, step: int, when: str, result: EvalResult) -> dict[str, Any]:
+    def evaluation(self, step: int, when: str, result: EvalResult) -> None:
         row = {"step": step, "when": when, **result.row()}
         self._append("eval.jsonl", row)
         self._mirrors.scalars(step, {f"eval/{result.dataset}/avg@{result.samples}": result.avg})
-        return row
 
     def diagnostics(self, row: dict[str, Any]) -> None:
         self._append("diagnostics.jsonl", row)

@@ -17,6 +17,10 @@ class Stopped(Exception):
     """Leaves what has not changed the state of the run."""
 
 
+def _nothing(share: float) -> None:
+    """Nobody is shown this share."""
+
+
 class Monitor:
     """Progress on the terminal, the watchdog and the request to stop, together."""
 
@@ -25,7 +29,7 @@ class Monitor:
         self._watchdog = Watchdog(out, config.watchdog.seconds, config.watchdog.kill)
         self.progress = Progress(config.steps, start)
         self.stop = StopRequest()
-        self._share: Callable[[float], object] = lambda share: None
+        self._share: Callable[[float], object] = _nothing
 
     def share(self, done: float) -> None:
         """The present stage is so far."""
@@ -41,12 +45,21 @@ class Monitor:
             yield
 
     @contextmanager
-    def watched(self, name: str, shown: str) -> Iterator[None]:
-        """name: for the watchdog, shown: on the terminal."""
+    def watched(
+        self, name: str, shown: str, whole: bool = False
+    ) -> Iterator[Callable[[float], None]]:
+        """name: for the watchdog, shown: on the terminal. Yields what to call with the share done;
+        in a `whole`, which is made of others, share() of those keeps the watchdog quiet only."""
         outer = self._share
-        with self._watchdog.stage(name), self.progress.waiting(shown) as self._share:
+        with self._watchdog.stage(name), self.progress.waiting(shown) as show:
+
+            def share(done: float) -> None:
+                self._watchdog.alive()
+                show(done)
+
+            self._share = _nothing if whole else show
             try:
-                yield
+                yield share
             finally:
                 self._share = outer
 

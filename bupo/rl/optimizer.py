@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,16 @@ class AdamW(torch.optim.AdamW):
         for key, old in expected.items():
             name, _, field = key.rpartition("/")
             self.state[parameters[name]][field] = flat[key].to(old.device)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
+    """The norm of the gradients, which are then scaled to at most this one. A norm that is not
+    finite leaves them alone: it would spread to all, and hide where it came from."""
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if math.isfinite(float(norm)):
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return float(norm)
 
 
 def learning_rate(config: Config, step: int, peak: float) -> float:

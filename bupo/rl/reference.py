@@ -18,14 +18,14 @@ class Reference:
     phase 1 has no gradient above that layer."""
 
     def __init__(self, model: Any, config: Config, pad: int) -> None:
-        self._forward = Forward(model.eval().requires_grad_(False), config, pad)
+        self.forward = Forward(model.eval().requires_grad_(False), config, pad)
         self._settings = config.loss
 
     def compare(
         self, rollouts: Sequence[Rollout], policy: Policy, logprobs: Sequence[Tensor]
     ) -> dict[str, float]:
         """Sets ref_logprobs; logprobs are those of the policy that is trained."""
-        stats = self._forward.token_stats(rollouts, policy)
+        stats = self.forward.token_stats(rollouts, policy)
         for rollout, ref in zip(rollouts, stats.logprobs):
             rollout.ref_logprobs = ref
         return {"policy/kl": mean_kl(logprobs, rollouts)}

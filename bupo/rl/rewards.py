@@ -35,6 +35,9 @@ STRICT = "bupo.rl.boxed:strict"
 class Reward(Protocol):
     """What the loop needs of a reward."""
 
+    share: Callable[[float], object]
+    """Called with the share of the responses that is graded"""
+
     def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
         """Sets rollout.reward of each, and rollout.ungraded where that is none."""
         ...
@@ -100,8 +103,15 @@ class MathReward:
     """The last \\boxed{} against the ground truth, by Math-Verify in killed-at-deadline workers."""
 
     def __init__(self, config: RewardConfig) -> None:
+        self.share: Callable[[float], object] = lambda share: None
         self._timeout = config.timeout
-        self._workers = [self._start() for _ in range(config.workers)]
+        self._workers: list[_Worker] = []
+        try:
+            for _ in range(config.workers):
+                self._workers.append(self._start())
+        except ConfigError:
+            self.close()
+            raise
         rewards, report = self.grade([g[:2] for g in GOLDEN])
         wrong = [g for g, r in zip(GOLDEN, rewards) if r != g[2]]
         if wrong or report.errors or report.timeouts:
@@ -129,6 +139,7 @@ class MathReward:
         rewards = [0.0] * len(pairs)
         report = RewardReport()
         waiting = list(range(len(pairs)))[::-1]
+        done = 0
         while waiting or any(w.item is not None for w in self._workers):
             for n, worker in enumerate(self._workers):
                 if worker.item is None and waiting:
@@ -141,6 +152,10 @@ class MathReward:
                 continue
             soonest = min((w.deadline for w in busy), default=math.inf)
             ready = wait([w.stdout for w in busy], max(0.0, soonest - time.monotonic()))
+            left = len(waiting) + len(busy)
+            if len(pairs) - left > done:
+                done = len(pairs) - left
+                self.share(done / len(pairs))
             for n, worker in enumerate(self._workers):
                 if worker.item is None:
                     continue
@@ -174,6 +189,7 @@ class FunctionReward:
     """A user's module:function over the whole batch."""
 
     def __init__(self, name: str) -> None:
+        self.share: Callable[[float], object] = lambda share: None
         place = STRICT if name == "strict" else name
         module, _, attribute = place.partition(":")
         try:
@@ -225,6 +241,16 @@ class SourceReward:
     def __init__(self, rewards: dict[str, Reward]) -> None:
         self._rewards = rewards
 
+    @property
+    def share(self) -> Callable[[float], object]:
+        """Of one source after the other."""
+        return self._each()[0].share
+
+    @share.setter
+    def share(self, share: Callable[[float], object]) -> None:
+        for reward in self._each():
+            reward.share = share
+
     def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
         report = RewardReport()
         for reward in self._each():
@@ -248,6 +274,13 @@ class SourceReward:
     def close(self) -> None:
         for reward in self._each():
             reward.close()
+
+
+def check_functions(config: RewardConfig) -> None:
+    """Raises ConfigError for a function that cannot be called with responses and answers."""
+    for name in config.functions:
+        if name != "math":
+            FunctionReward(name)
 
 
 def check_sources(config: RewardConfig, prompts: Sequence[Prompt]) -> None:

@@ -3,6 +3,7 @@ those whose responses all have one reward (DAPO, arXiv 2503.14476, eq. 11)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -99,4 +100,5 @@ def collect(
 
 def _flat(group: Sequence[Rollout]) -> bool:
     rewards = [r.reward for r in group]
-    return not rewards or max(rewards) - min(rewards) <= REWARD_TOLERANCE
+    finite = all(map(math.isfinite, rewards))  # nan is for the update to name, not to be replaced
+    return not rewards or (finite and max(rewards) - min(rewards) <= REWARD_TOLERANCE)

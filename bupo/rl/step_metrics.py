@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from bupo.rl.types import RewardReport, Rollout
 
 
@@ -25,12 +22,6 @@ def rollout_metrics(rollouts: Sequence[Rollout], report: RewardReport) -> dict[s
         "response/length": fmean(len(r.token_ids) for r in rollouts),
         "response/truncated": fmean(r.finish_reason == "length" for r in rollouts),
     }
-
-
-def logprob_gap(rollouts: Sequence[Rollout], logprobs: Sequence[Tensor]) -> float:
-    """Mean absolute difference, in nats, between engine and trainer on the sampled tokens."""
-    engine = torch.tensor([x for r in rollouts for x in r.logprobs])
-    return float((engine - torch.cat(list(logprobs))).abs().mean())
 
 
 def rollout_row(rollout: Rollout) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -16,7 +16,7 @@ from bupo.policy import parameter_layers
 from bupo.rl.finite import first_bad
 from bupo.rl.forward import Forward, MicroBatch, TokenStats, mini_batches
 from bupo.rl.objective import gspo_loss, token_weights
-from bupo.rl.optimizer import AdamW, learning_rate
+from bupo.rl.optimizer import AdamW, clip_gradients, learning_rate
 from bupo.rl.types import Policy, Rollout
 
 
@@ -32,15 +32,6 @@ class Trainer:
         """Why: of each optimiser update of the last step that was skipped"""
         parameters, places = dict(model.named_parameters()), parameter_layers(model)
         self.optimizer = AdamW(parameters, places, config.optimizer, config.optimizer.lr)
-
-    @property
-    def share(self) -> Callable[[float], object]:
-        """Called with the share of a pass that is done."""
-        return self.forward.share
-
-    @share.setter
-    def share(self, share: Callable[[float], object]) -> None:
-        self.forward.share = share
 
     def token_stats(
         self, rollouts: Sequence[Rollout], policy: Policy, temperature: float | None = None
@@ -90,7 +81,7 @@ class Trainer:
                 largest_ratio = max(largest_ratio, values["ratio_max"])
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + value * len(batch.targets)
-            norm = self._gradient_norm()
+            norm = clip_gradients(self.model.parameters(), self._config.optimizer.grad_clip)
             if math.isfinite(loss) and math.isfinite(norm):
                 self.optimizer.step()
                 self.changed |= {
@@ -111,15 +102,6 @@ class Trainer:
             "policy/skipped_updates": len(parts) - len(losses),
             "policy/lr": lr,
         }
-
-    def _gradient_norm(self) -> float:
-        """Before clipping, which a norm that is not finite would spread to every gradient."""
-        parameters = list(self.model.parameters())
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if math.isfinite(float(norm)):
-            limit = self._config.optimizer.grad_clip
-            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        return float(norm)
 
     def _bad_gradient(self) -> str | None:
         parameters = self.model.named_parameters()

@@ -6,6 +6,7 @@ Byte-level tokenizer and ChatML template; the weights are random, so the reward 
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,4 +91,7 @@ def build(options: dict[str, Any], files: TaskFiles) -> None:
 
     torch.manual_seed(_options(options)["seed"])
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.model))
-    model.save_pretrained(files.model)
+    partial = files.model.with_name(".weights")
+    model.save_pretrained(partial)
+    (partial / "model.safetensors").replace(files.model / "model.safetensors")
+    shutil.rmtree(partial)

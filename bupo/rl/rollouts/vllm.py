@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bupo.config import ConfigError, RolloutConfig
+from bupo.config import ConfigError, RolloutConfig, first_line
 from bupo.rl.rollouts.engine import Decoder, seed_of
 from bupo.rl.types import Prompt, Rollout
 
@@ -84,8 +84,8 @@ class VllmEngine:
             # Compiles and fills what the first call needs, and meets what this device cannot do.
             self._run([[0, 1]], [SamplingParams(max_tokens=1, detokenize=False)])
         except (ValueError, RuntimeError) as error:  # a device or a family that it does not know
-            first = str(error).strip().splitlines()[0]
-            raise ConfigError(f"rollout.engine=vllm cannot serve {model}: {first}") from None
+            why = first_line(error)
+            raise ConfigError(f"rollout.engine=vllm cannot serve {model}: {why}") from None
         rows = self._llm.model_config.get_vocab_size()
         self._allowed = list(range(self._decoder.vocab)) if rows > self._decoder.vocab else None
         self._asleep = False
