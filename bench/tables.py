@@ -135,28 +135,7 @@ def internal_table() -> str:
     return "\n".join([*lines, "", f"{where}."])
 
 
-def others_table() -> str:
-    """Ratios of the programs to what others use, each from the newest run of its benchmark."""
-    step = {row["name"]: row for row in newest("train_step_cpu")}
-    flow = {row["name"]: row for row in newest("internal_cpu")}
-    trl, phase = step["TRL GRPOTrainer"], step["bupo, phase 1"]
-    hooks, ours = flow["hooks and softmax"], flow["entropy_flow"]
-    layer = f"layer {phase['layer']} of {phase['layers']}"
-    rows = [
-        ("training step, TRL 1.16's GRPOTrainer / bupo", trl["x_bupo_step"]),
-        ("the same without generation", trl["x_bupo_without_rollout"]),
-        ("the same, peak memory", trl["x_bupo_peak_mib"]),
-        (f"phase 1 ({layer}) / full step, without generation", phase["x_bupo_without_rollout"]),
-        ("entropies of all internal policies, hooks and softmax / bupo", hooks["x_ours"]),
-        ("the same, peak memory", hooks["x_ours_peak_mib"]),
-        ("the same, bupo / bare GEMMs with the head", ours["x_gemms"]),
-    ]
-    lines = ["| on two cores | ratio |", "|---|---:|"]
-    return "\n".join([*lines, *(f"| {name} | {value:.2f} |" for name, value in rows)])
-
-
 TABLES = {
-    "others": others_table,
     "cpu": cpu_table,
     "cuda": cuda_table,
     "train_step": train_step_table,

@@ -96,9 +96,15 @@ def execute(plan: Plan) -> list[Any]:
     for n, subject in enumerate(plan.subjects):
         if n:
             model = None  # its memory first
+            before = {m.where for m in texts}
             if subject.own_tokens:
                 texts = again(texts, plan.rows, config, subject.tokenizer)
             texts = subject.measurable(texts)
+            if lost := before - {m.where for m in texts}:
+                raise ConfigError(
+                    f"{min(lost)} can be measured by {first.name}, but not by {subject.name}: too "
+                    "long, or a single token; both have to have the same texts, so choose others"
+                )
         model = model if model is not None else _loaded(plan, subject)
         with progress.waiting(f"measuring {subject.name}") as share:
             found.append(_measured(config, subject, model, [m.text for m in texts], share))
@@ -211,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     return ended(
         "bupo.analyze",
         act,
-        lambda: f"what was written to {out} before is kept, go on with --out {out}",
+        lambda: f"what was written to {out} before is kept; it begins anew with --out {out}",
         lambda: f"stopped; {out} holds what was written",
     )
 

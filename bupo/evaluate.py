@@ -6,8 +6,8 @@
 
 Writes a directory: config.yaml, responses/DATASET.jsonl (a line a problem: its responses, their
 rewards and final answers), eval.jsonl (the figures with standard errors, the problem as the unit)
-and pass_at_k.png. The same command with --out DIR continues where it was stopped. Settings are those of
-bupo.run; what only training needs is ignored.
+and pass_at_k.png. The same command with --out DIR continues where it was stopped. Settings are
+those of bupo.run; what only training needs is ignored.
 """
 
 from __future__ import annotations

@@ -244,6 +244,20 @@ def test_a_comparison_of_two_tokenizers_says_so(whole: Path, tmp_path: Path) -> 
     assert len(pc.unique(table["token_id"])) > 4, "two vocabularies"
 
 
+def test_a_comparison_on_fewer_texts_than_the_first_had_is_refused(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their numbers would be those of other texts: the second tokenizer takes bytes."""
+    other, file = tiny_model(tmp_path, layers=1), tmp_path / "sums.jsonl"
+    rows = [{"prompt": "é3=", "response": "17#"}, {"prompt": "3=", "response": "3"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--model", source_of(whole), "--data", str(file), f"compare={other}"]
+    limit = ["data.max_prompt_tokens=3", "data.overlong=drop"]
+    assert main(["--out", str(tmp_path / "out"), *command, *limit]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "row 0 of" in error and "can be measured by" in error and "but not by" in error
+
+
 def test_a_run_and_its_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run directory is its newest checkpoint; its rollouts are measured as they were."""
     run, out = tmp_path / "mine", tmp_path / "out"

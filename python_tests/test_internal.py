@@ -1,6 +1,7 @@
 """Internal policies read: decomposition, entropies against literal float64, the boundary rule."""
 
 import math
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -17,9 +18,12 @@ from bupo.internal import (
     boundary_layer,
     convergence,
     entropy_flow,
+    identities,
     lens,
 )
 from bupo.internal.boundary import segments
+from bupo.internal.decomposition import rounding
+from bupo.internal.log_probs import log_probs
 from bupo.policy import decoder_stack, unembedding
 
 VOCAB = families.VOCAB
@@ -298,3 +302,69 @@ def test_segments_and_convergence() -> None:
     assert convergence(np.array([10.0, 9.9, 9.8, 9.7, 2.0, 1.0]))[0] == "sudden"
     assert convergence(np.linspace(10, 1, 20))[0] == "progressive"
     assert convergence(np.array([1.0, 2.0, 3.0]))[0] == "none"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_write_that_is_lost_is_noticed(dtype: torch.dtype) -> None:
+    """In 16 bits too, where rounding alone is a per cent: a third of the sum is none."""
+    model = build("qwen3").to(dtype)
+    with torch.no_grad():  # writes that are as large as the stream
+        for layer in decoder_stack(model).layers:
+            layer.mlp.down_proj.weight.mul_(30)  # type: ignore[union-attr]
+    flow = entropy_flow(model, [Text(ids(1, 12)[0].tolist(), 1)])
+    assert flow.decomposition_error < rounding(dtype) / 4
+    identities(flow, dtype)
+    found = layers_of(model, ids(1, 12))
+    whole = found[-1].after.double()
+    lost = (found[-1].ffn.double().norm() / whole.norm()).item()
+    assert lost > 2 * rounding(dtype), "the limit is far below one write"
+
+
+def test_log_probs_of_a_head_in_16_bits_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("gemma2").to(torch.bfloat16)  # with a softcap
+    head, generator = unembedding(model), torch.Generator().manual_seed(2)
+    head = head._replace(bias=torch.randn(len(head.weight), generator=generator).to(torch.bfloat16))
+    hidden = torch.randn(5, head.weight.shape[1], generator=generator).to(torch.bfloat16)
+    assert head.bias is not None
+    wide = head._replace(weight=head.weight.double(), bias=head.bias.double())
+    exact = wide.logits(hidden.double())
+    expected = (exact / 0.7).log_softmax(-1)
+    for block in (8192, 7):
+        monkeypatch.setattr("bupo.internal.log_probs.BLOCK", block)
+        torch.testing.assert_close(
+            log_probs(head, hidden, 0.7).double(), expected, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_a_call_of_the_op_may_hold_part_of_a_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = build("qwen3"), [Text(ids(1, 12)[0].tolist(), 2)]
+    whole = entropy_flow(model, texts)
+    for rows in (3, 10, 25):  # less than a vector, one, and two
+        monkeypatch.setattr(sys.modules["bupo.internal.entropy_flow"], "ROWS", rows)
+        split = entropy_flow(model, texts)
+        for name, values in whole.entropy.items():
+            np.testing.assert_allclose(split.entropy[name], values, rtol=1e-5, atol=1e-6)
+            if name in whole.logprob:
+                pair = (split.logprob[name], whole.logprob[name])
+                np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_last_two_layers_fall_is_from_the_highest_of_them() -> None:
+    assert convergence(np.array([5, 5, 5, 5, 10, 4.0])) == ("sudden", 1.0)
+    assert convergence(np.array([9, 8, 6, 4, 3, 2.0])) == ("progressive", pytest.approx(2 / 7))
+
+
+def test_the_tolerance_moves_the_boundary() -> None:
+    curve = np.array([[1.0, 0.8, 0.3, 0.02, -0.5]]).T @ np.ones((1, 4))
+    assert [boundary_layer(curve, t).layer for t in (0.01, 0.1, 0.5)] == [4, 3, 2]
+
+
+def test_similarity_of_two_layers() -> None:
+    model, texts = build("llama"), [Text(ids(1, 9)[0].tolist(), 1)]
+    streams = [layer.after[0, :-1].double() for layer in layers_of(model, ids(1, 9))]
+    found = lens(model, texts, 1, ["layer"]).similarity
+    for i, a in enumerate(streams):
+        for j, b in enumerate(streams):
+            expected = float(nn.functional.cosine_similarity(a, b, dim=-1).mean())
+            assert found[i, j] == pytest.approx(expected, abs=1e-5)
+    assert found[0, 1] < 0.999

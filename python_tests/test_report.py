@@ -163,7 +163,7 @@ def test_looks_that_show_nothing_make_no_picture(tmp_path, rows):
     assert "could not be drawn" not in page.read_text()
 
 
-def test_looks_of_another_depth_or_anchor_are_left_out(tmp_path):
+def test_looks_of_another_depth_are_left_out(tmp_path):
     run = write_run(tmp_path / "run")
     lines(run / "diagnostics.jsonl", [*looks([0, 5]), *looks([9, 12], depth=7), *looks([20, 30])])
     assert "layers" in pictures(report.write_report(run))

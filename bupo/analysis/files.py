@@ -47,8 +47,8 @@ def write_results(
     own_tokens: bool,
     facts: Sequence[str] = (),
 ) -> None:
-    """Tables, summary, figures and report of the models measured so far; each file is replaced in
-    one piece. facts: what was analysed, for the page."""
+    """Tables, summary, figures and report of the models measured so far; each file but the figures
+    is replaced in one piece. facts: what was analysed, for the page."""
     notes = [OWN_TOKENS] if own_tokens else []
     _write_table(
         out / "tokens.parquet",

@@ -132,8 +132,16 @@ def analyse(
 
     flow = entropy_flow(model, texts, temperature, batch_tokens, part(0))
     checks = identities(flow, weight.dtype)
-    wide = lens(model, texts, 1, temperature=temperature, layers=layers, share=part(1))
-    near = lens(model, looked, top_k, CLOSER, temperature, layers, part(2))
+    wide = lens(
+        model,
+        texts,
+        1,
+        temperature=temperature,
+        layers=layers,
+        share=part(1),
+        batch_tokens=batch_tokens,
+    )
+    near = lens(model, looked, top_k, CLOSER, temperature, layers, part(2), batch_tokens)
     found = Analysis(
         name=name,
         texts=list(texts),

@@ -116,10 +116,11 @@ def segments(curve: NDArray[np.floating], limit: float) -> list[tuple[str, int, 
 
 def convergence(entropy: NDArray[np.floating]) -> tuple[str, float]:
     """progressive or sudden, and the share of the fall of a mean entropy curve [layer], from its
-    largest value to the last layer, that the last two layers make. "none" if it does not fall."""
+    largest value to the last layer, that the last two layers make: what it falls from the largest
+    of the last three. "none" if it does not fall."""
     entropy = np.asarray(entropy, dtype=np.float64)
     fall = float(entropy.max() - entropy[-1])
     if fall <= 0 or len(entropy) < 3:
         return "none", 0.0
-    share = float(max(entropy[-3] - entropy[-1], 0.0)) / fall
+    share = float(entropy[-3:].max() - entropy[-1]) / fall
     return ("sudden" if share > SUDDEN else "progressive"), share

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bupo.internal.decomposition import rounding
 from bupo.internal.entropy_flow import EntropyFlow
 
-DECOMPOSITION = 64
-"""Largest |H^0 + sum A + sum F - H^L| / |H^L|, in units of the dtype's eps"""
 LAST_LAYER = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest difference of two ways to the model's own log-probs, in nats; 0.1 in 16 bits"""
 
@@ -55,7 +54,7 @@ def identities(flow: EntropyFlow, dtype: torch.dtype) -> list[Check]:
         Check(
             "|H^0 + sum A + sum F - H^L| / |H^L|",
             flow.decomposition_error,
-            DECOMPOSITION * torch.finfo(dtype).eps,
+            rounding(dtype),
         ),
         Check("last layer with final norm = the model, nats", flow.last_layer_error, last),
         Check("entropy <= ln V, nats above it", highest - bound, 1e-4 * bound),

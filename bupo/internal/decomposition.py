@@ -148,6 +148,13 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.data_ptr() == b.data_ptr() and a.numel() == b.numel())
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """How far a sum of writes may be off, relative, in a model of that dtype: 64 eps, 8 in 16 bits,
+    where 64 would be half of everything."""
+    info = torch.finfo(dtype)
+    return (8 if info.bits == 16 else 64) * info.eps
+
+
 def _take_apart(trace: _Trace, after: Tensor, index: int, where: str) -> Layer:
     before = trace.before
     assert before is not None
@@ -168,7 +175,7 @@ def _take_apart(trace: _Trace, after: Tensor, index: int, where: str) -> Layer:
         fed = _written(ffn, norms, after - read_by_ffn)
     rebuilt = before.double() + wrote.double() + fed.double()
     error = float((rebuilt - after.double()).norm() / after.double().norm().clamp(min=1e-30))
-    if not error <= 64 * torch.finfo(after.dtype).eps:
+    if not error <= rounding(after.dtype):
         raise DecompositionError(
             f"{where}: expected H^(l-1) + A^l + F^l = H^l, came {error:.1e} off, relative"
         )

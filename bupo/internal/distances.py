@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bupo.internal.decomposition import first_tensor
-from bupo.internal.divergence import CHUNK, kl_rows
+from bupo.internal.log_probs import CHUNK, evaluating, kl_rows, log_probs
 from bupo.internal.texts import Batch, Text, batches_of
 from bupo.policy import decoder_stack, hidden_states, num_layers, unembedding
 
@@ -66,13 +66,8 @@ def distances(
     for name, value in asked:
         if not 1 <= value <= depth:
             raise ValueError(f"distances: {name}: expected 1..{depth}, came {value}")
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return _Measure(model, texts, anchor, wanted, temperature, final_norm).run()
-    finally:
-        model.train(training)
+    with evaluating(model):
+        return _Measure(model, texts, anchor, wanted, temperature, final_norm).run()
 
 
 class _Measure:
@@ -110,12 +105,13 @@ class _Measure:
         )
 
     def _chunk(self, batch: Batch, final: Tensor, streams: dict[int, Tensor], rows: slice) -> None:
-        model = self._logp(final)
-        anchor = self._logp(self.norm(streams[self.anchor])) if self.anchor else None
+        model = log_probs(self.head, final, self.temperature)
+        anchor = self._policy(streams[self.anchor]) if self.anchor else None
         token = model.gather(1, batch.targets[rows, None])
         self.final += torch.stack([_entropy(model), -token.double().sum()])
         for place, m in enumerate(self.layers):
-            policy = self._logp(self.norm(streams[m]))
+            known = anchor if m == self.anchor else None
+            policy = self._policy(streams[m]) if known is None else known
             found = [_entropy(policy), kl_rows(policy, model).double().sum()]
             if self.anchor and anchor is not None:
                 pair = (streams[self.anchor].float(), streams[m].float())
@@ -123,10 +119,9 @@ class _Measure:
                 found += [kl_rows(anchor, policy).double().sum(), cosine]
             self.sums[: len(found), place] += torch.stack(found)
 
-    def _logp(self, hidden: Tensor) -> Tensor:
+    def _policy(self, stream: Tensor) -> Tensor:
         """[n, D] -> [n, V]"""
-        logits = self.head.logits(hidden.to(self.head.weight.dtype)).float()
-        return (logits / self.temperature).log_softmax(-1)
+        return log_probs(self.head, self.norm(stream), self.temperature)
 
 
 def _entropy(logp: Tensor) -> Tensor:

@@ -14,11 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bupo.internal.log_probs import CHUNK, evaluating, kl_rows, log_probs
 from bupo.internal.texts import Text, batches_of
 from bupo.policy import hidden_states, internal_policy, unembedding
-
-CHUNK = 64
-"""Tokens whose logits are in memory at once"""
 
 
 def kl_between(
@@ -39,34 +37,18 @@ def kl_between(
     if not texts:
         raise ValueError("kl_between: texts: expected at least one, came none")
     head = unembedding(model)
-    training = model.training
-    model.eval()
-
-    def logp(rows: Tensor) -> Tensor:
-        return (head.logits(rows.to(head.weight.dtype)).float() / temperature).log_softmax(-1)
-
     found: list[Tensor] = []
     text, position = [], []
-    try:
-        with torch.no_grad():
-            for batch in batches_of(texts, batch_tokens, head.weight.device):
-                streams = []
-                for layer in (l, m):
-                    with internal_policy(model, layer, final_norm):
-                        streams.append(batch.pick(hidden_states(model, batch.ids)))
-                for ours, theirs in zip(*(s.split(CHUNK) for s in streams)):
-                    found.append(kl_rows(logp(ours), logp(theirs)).cpu())
-                text.append(batch.text)
-                position.append(batch.position)
-    finally:
-        model.train(training)
+    with evaluating(model):
+        for batch in batches_of(texts, batch_tokens, head.weight.device):
+            streams = []
+            for layer in (l, m):
+                with internal_policy(model, layer, final_norm):
+                    streams.append(batch.pick(hidden_states(model, batch.ids)))
+            for pair in zip(*(s.split(CHUNK) for s in streams)):
+                ours, theirs = (log_probs(head, x, temperature) for x in pair)
+                found.append(kl_rows(ours, theirs).cpu())
+            text.append(batch.text)
+            position.append(batch.position)
     order = np.lexsort((np.concatenate(position), np.concatenate(text)))
     return np.asarray(torch.cat(found).numpy()[order], dtype=np.float32)
-
-
-def kl_rows(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p || q) of each row, [n, V], [n, V] -> [n]. An entry of probability 0 adds nothing, where
-    the head's bias has masked it in both."""
-    p = logp.exp()
-    gap = torch.where(p > 0, logp - logq, torch.zeros((), device=p.device))
-    return (p * gap).sum(-1).clamp(min=0)

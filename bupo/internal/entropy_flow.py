@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bupo import ops
 from bupo.internal.decomposition import Layer, decomposed
+from bupo.internal.log_probs import evaluating
 from bupo.internal.texts import Batch, Text, batches_of
 from bupo.policy import Unembedding, decoder_stack, hidden_states, num_layers, unembedding
 
@@ -111,16 +112,9 @@ def entropy_flow(
         done += size
         return sweep.run()
 
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            parts = [
-                of_batch(batch)
-                for batch in batches_of(texts, batch_tokens, unembedding(model).weight.device)
-            ]
-    finally:
-        model.train(training)
+    with evaluating(model):
+        device = unembedding(model).weight.device
+        parts = [of_batch(batch) for batch in batches_of(texts, batch_tokens, device)]
     return _joined(parts)
 
 

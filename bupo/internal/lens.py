@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bupo.internal.decomposition import Layer, decomposed
-from bupo.internal.divergence import CHUNK, kl_rows
+from bupo.internal.log_probs import CHUNK, evaluating, kl_rows, log_probs
 from bupo.internal.texts import Batch, Text, batches_of
 from bupo.policy import decoder_stack, hidden_states, num_layers, unembedding
 
 VIEWS = ("layer", "attention", "ffn", "layer_normed", "attention_normed", "ffn_normed")
-COMPARED = 4096
+COMPARED = 256
 """Tokens of a batch, evenly spaced, whose H^1..H^L are kept for the cosines between layers"""
 
 
@@ -61,6 +61,7 @@ def lens(
     temperature: float = 1.0,
     layers: Sequence[int] | None = None,
     share: Callable[[float], object] = lambda share: None,
+    batch_tokens: int = 1024,
 ) -> Lens:
     """Ranks, distances and top tokens of layers' policies over the measured tokens.
 
@@ -89,14 +90,9 @@ def lens(
         done += size
         return look.run()
 
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            batches = list(batches_of(texts, 4096, head.weight.device))
-            parts = [of_batch(b) for b in batches]
-    finally:
-        model.train(training)
+    with evaluating(model):
+        batches = list(batches_of(texts, batch_tokens, head.weight.device))
+        parts = [of_batch(b) for b in batches]
     found = _joined(parts, [len(b.text) for b in batches])
     found.layers = chosen
     return found
@@ -145,9 +141,7 @@ class _Look:
         return look
 
     def _logp(self, hidden: Tensor) -> Tensor:
-        """[n, D] -> [n, V]"""
-        logits = self.head.logits(hidden.to(self.head.weight.dtype)).float()
-        return (logits / self.temperature).log_softmax(-1)
+        return log_probs(self.head, hidden, self.temperature)
 
     def _visit(self, layer: Layer) -> None:
         vectors = {n: self.batch.pick(getattr(layer, n)) for n in ("after", "attention", "ffn")}
@@ -160,7 +154,10 @@ class _Look:
         pieces: dict[str, dict[str, list[Tensor]]] = {}
         for first in range(0, len(self.batch.targets), CHUNK):
             rows = slice(first, first + CHUNK)
-            final, target = self._logp(self.final[rows]), self.batch.targets[rows, None]
+            final, target = (
+                self._logp(self.final[rows]),
+                self.batch.targets[rows, None],
+            )
             for view in self.views:
                 for kind, values in self._compare(vectors[view][rows], final, target).items():
                     pieces.setdefault(kind, {}).setdefault(view, []).append(values.cpu())

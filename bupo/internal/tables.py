@@ -47,11 +47,12 @@ TOP_TOKENS = pa.schema(
 
 def token_rows(found: Analysis) -> Iterator[pa.RecordBatch]:
     """Rows of TOKENS, a batch a text, ordered by place, layer and policy."""
+    change = {name: found.flow.change(name) for name in POLICIES}
     for number in range(len(found.texts)):
-        yield _token_rows(found, number)
+        yield _token_rows(found, number, change)
 
 
-def _token_rows(found: Analysis, number: int) -> pa.RecordBatch:
+def _token_rows(found: Analysis, number: int, change: dict[str, NDArray]) -> pa.RecordBatch:
     flow, mine = found.flow, found.flow.text == number
     count, depth = int(mine.sum()), flow.layers
     policies = ["embedding", *POLICIES * depth, "final"]
@@ -73,7 +74,6 @@ def _token_rows(found: Analysis, number: int) -> pa.RecordBatch:
             if name + suffix in table
         ]
 
-    change = {name: flow.change(name) for name in POLICIES}
     of_model = {"entropy": flow.final_entropy, "logprob": flow.final_logprob}
     columns: dict[str, list] = {}
     for kind in ("entropy", "logprob"):

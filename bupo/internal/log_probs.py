@@ -1,0 +1,54 @@
+"""Whole rows of a policy's log-probs, a few tokens at a time, and what is made of them.
+
+The fused ops give log-probs of targets and entropies without such rows; ranks, top tokens and
+divergences need them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bupo.policy import Unembedding
+
+CHUNK = 64
+"""Tokens whose rows are in memory at once"""
+BLOCK = 8192
+"""Entries of the vocabulary whose weights are widened at once"""
+
+
+def log_probs(head: Unembedding, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax of hidden [n, D] through a head, [n, V], float32: products of a head in 16 bits
+    are summed and kept in float32, as by the fused ops."""
+    exact = torch.promote_types(head.weight.dtype, torch.float32)
+    biases = [None] * len(head.weight) if head.bias is None else head.bias.split(BLOCK)
+    logits = [
+        head._replace(weight=w.to(exact), bias=None if b is None else b.to(exact)).logits(
+            hidden.to(exact)
+        )
+        for w, b in zip(head.weight.split(BLOCK), biases)
+    ]
+    return (torch.cat(logits, dim=-1).float() / temperature).log_softmax(-1)
+
+
+def kl_rows(logp: Tensor, logq: Tensor) -> Tensor:
+    """KL(p || q) of each row, [n, V], [n, V] -> [n]. An entry of probability 0 adds nothing, where
+    the head's bias has masked it in both."""
+    p = logp.exp()
+    gap = torch.where(p > 0, logp - logq, torch.zeros((), device=p.device))
+    return (p * gap).sum(-1).clamp(min=0)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, without gradient and in evaluation mode; then as it was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
