@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import emulation
 import pytest
@@ -55,3 +56,19 @@ def task_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def emulated() -> Path:
     """The CUDA operators, compiled for the host."""
     return emulation.build()
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading or making weights fails the test; a model on the meta device has none."""
+    import transformers
+
+    original = transformers.AutoModelForCausalLM.from_config
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        if torch.get_default_device().type == "meta" and not options:
+            return original(*arguments)
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", refuse)
