@@ -35,6 +35,16 @@ def check_width(width: int) -> None:
         raise ConfigError(f"task_options.width must be a multiple of 8, got {width}")
 
 
+def save_model(model: Any, folder: Path) -> None:
+    """All that save_pretrained writes (a configuration that names the architecture, which vLLM
+    reads), the weights last and whole: a folder that has them is complete."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    model.save_pretrained(partial)
+    for file in sorted(partial.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+        file.replace(folder / file.name)
+    partial.rmdir()
+
+
 @dataclass(frozen=True)
 class TaskFiles:
     """Where a task put things; the run then treats them like anybody's."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.config import ConfigError
-from bupo.tasks import TaskFiles, check_width, task_options
+from bupo.tasks import TaskFiles, check_width, save_model, task_options
 
 SYMBOLS = "0123456789+=;#"
 NOISE = 0.2
@@ -163,14 +162,7 @@ def build(options: dict[str, Any], files: TaskFiles) -> None:
                 file=sys.stderr,
                 flush=True,
             )
-    partial = files.model.with_name("model.partial")
-    shutil.copytree(files.model, partial, dirs_exist_ok=True)
-    model.save_pretrained(partial)
-    for file in partial.iterdir():
-        if file.name != "model.safetensors":
-            file.replace(files.model / file.name)
-    (partial / "model.safetensors").replace(files.model / "model.safetensors")
-    shutil.rmtree(partial)
+    save_model(model, files.model)
 
 
 def _demonstrations(settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:

@@ -6,12 +6,11 @@ Byte-level tokenizer and ChatML template; the weights are random, so the reward 
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from bupo.config import ConfigError
-from bupo.tasks import TaskFiles, check_width, task_options
+from bupo.tasks import TaskFiles, check_width, save_model, task_options
 
 DEFAULTS = {"family": "qwen3", "layers": 4, "width": 64, "tied": True, "seed": 0}
 """task_options. family: qwen3 or llama; tied: one matrix for embedding and unembedding."""
@@ -91,7 +90,4 @@ def build(options: dict[str, Any], files: TaskFiles) -> None:
 
     torch.manual_seed(_options(options)["seed"])
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.model))
-    partial = files.model.with_name(".weights")
-    model.save_pretrained(partial)
-    (partial / "model.safetensors").replace(files.model / "model.safetensors")
-    shutil.rmtree(partial)
+    save_model(model, files.model)

@@ -70,6 +70,7 @@ class VllmEngine:
         try:
             self._llm: Any = engine(
                 model=model,
+                runner="generate",  # said, not guessed from the name of an architecture
                 dtype=dtype,
                 seed=seed % 2**31,
                 max_model_len=max_prompt_tokens + config.max_new_tokens,
