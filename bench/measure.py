@@ -188,7 +188,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
             "driver": driver.splitlines()[0] if driver else "unknown",
             "cuda": torch.version.cuda,
             "python": platform.python_version(),
-            "build": {k: v for k, v in ops.build_info().items() if k != "cpu_products"},
+            "build": {k: v for k, v in ops.build_info().items() if not k.startswith("cpu_")},
         }
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -196,5 +196,6 @@ def environment(device: str, threads: int) -> dict[str, Any]:
     return run | {
         "cpu": models[0] if models else platform.processor(),
         "products": ops.build_info()["cpu_products"],
+        "vector_bits": ops.build_info()["cpu_vectors"],
         "threads": threads,
     }

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/library.h"
+#include "cpu/vector_math.h"
 #include "cuda/choose.h"
 #include "workspace.h"
 
@@ -34,6 +35,7 @@ PYBIND11_MODULE(_C, m) {
     info["cpu_products"] =
         py::dict(py::arg("float32") = products(bupo::cpu::block_kernel<float>().call),
                  py::arg("bfloat16") = products(bupo::cpu::block_kernel<uint16_t>().call));
+    info["cpu_vectors"] = 8 * bupo::cpu::vector_bytes();
     return info;
   });
   m.def("set_workspace_bytes", [](int64_t bytes) { bupo::workspace_bytes = bytes; });

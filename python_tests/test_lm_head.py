@@ -50,14 +50,17 @@ def test_any_shape_and_options(arguments: dict, dtype: torch.dtype) -> None:
     check_three_way(Sample(f"fuzz {arguments.keys()}", OP, arguments), dtype)
 
 
-def test_without_block_products() -> None:
-    """The fallback is chosen when the extension loads, so it needs a process of its own."""
+@pytest.mark.parametrize(
+    "variable", ["BUPO_CPU_PRODUCTS=library", "BUPO_CPU_VECTORS=128", "BUPO_CPU_VECTORS=256"]
+)
+def test_what_other_cpus_run(variable: str) -> None:
+    """Products and vectors are chosen when the extension loads, hence a process of its own."""
     shapes = "batch or width or rows or buffers or tile or everything or term"
     numbers = "digits or float32_sums or another_row"
     chosen = f"build_info or ((bfloat16 or float32) and ({numbers} or (gradients and ({shapes}))))"
     files = ["test_lm_head.py", "test_policy_loss.py", "test_ops_tensors.py::test_build_info"]
     command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", chosen]
-    environment = os.environ | {"BUPO_CPU_PRODUCTS": "library"}
+    environment = os.environ | dict([variable.split("=")])
     here = Path(__file__).parent
     files = [str(here / name) for name in files]
     done = subprocess.run(

@@ -696,3 +696,5 @@ def test_build_info() -> None:
     forced = os.environ.get("BUPO_CPU_PRODUCTS") == "library"
     assert info["cpu_products"].keys() == {"float32", "bfloat16"}
     assert set(info["cpu_products"].values()) <= ({"library"} if forced else {"library", "block"})
+    assert info["cpu_vectors"] in (128, 256, 512)
+    assert info["cpu_vectors"] <= int(os.environ.get("BUPO_CPU_VECTORS", 512))

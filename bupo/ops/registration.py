@@ -36,8 +36,9 @@ def build_info() -> dict[str, Any]:
     Keys: ``version``; ``cuda``, the build mode (OFF, CHECK, ON); ``archs``, the CUDA architectures;
     ``torch_target``, the oldest torch it runs on; ``devices``, where ops are implemented;
     ``cpu_products``, for float32 and bfloat16: "block" (oneDNN's block product; AVX-512 and, for
-    bfloat16, AVX512_BF16 or AMX) or "library" (torch's BLAS in fp32, slower); ``cuda_paths``, which
-    CUDA calls are served by which kernels; ``workspace_bytes``, see :func:`set_workspace_bytes`.
+    bfloat16, AVX512_BF16 or AMX) or "library" (torch's BLAS in fp32, slower); ``cpu_vectors``, the
+    bits of a vector of the rest; ``cuda_paths``, which CUDA calls are served by which kernels;
+    ``workspace_bytes``, see :func:`set_workspace_bytes`.
     """
     return dict(_C.build_info())
 

@@ -223,7 +223,7 @@ class Gradients {
     }
 
     void pad() {
-      const size_t size = round_up(static_cast<int64_t>(column.size()), kLanes<Acc>);
+      const size_t size = round_up(static_cast<int64_t>(column.size()), kColumnPad);
       column.resize(size, 0);
       for (auto* v : {&max, &log_total, &mean, &on_p, &on_gap, &scale}) v->resize(size, Acc(0));
     }

@@ -1,104 +1,149 @@
 // exp and tanh on small vectors of float or double, written with the compiler's vector extension so
 // that one source serves every instruction set. Errors: exp 2 ulp, tanh 3 ulp (float).
+//
+// A vector is as wide as a register of the CPU: GCC turns comparisons and selections of wider ones
+// into one scalar instruction an element.
 
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
-// Compiled for several x86 levels and chosen at load time; elsewhere the compiler's default.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define BUPO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define BUPO_CLONES
-#endif
 #define BUPO_INLINE inline __attribute__((always_inline))
 
 namespace bupo::cpu {
 
-inline constexpr int kVectorBytes = 64;
-
-template <class T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float Values __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+template <class T, int kBytes>
+struct VectorOf {
+  typedef T Values __attribute__((vector_size(kBytes)));
 };
-template <>
-struct VectorOf<double> {
-  typedef double Values __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
-};
-template <class T>
-using Vec = typename VectorOf<T>::Values;
-template <class T>
-inline constexpr int kLanes = kVectorBytes / sizeof(T);
+template <class T, int kBytes>
+using Vec = typename VectorOf<T, kBytes>::Values;
+// Integers of the same width and number, as comparisons give them.
+template <class V>
+using BitsOf = decltype(V{} < V{});
+template <class V>
+using ElementOf = std::remove_reference_t<decltype(V{}[0])>;
+template <class V>
+inline constexpr int kLanes = sizeof(V) / sizeof(ElementOf<V>);
 
-template <class T>
-BUPO_INLINE Vec<T> load(const T* p) {
-  Vec<T> v;
+// body(std::integral_constant<int, bytes>) compiled for several levels of x86, each with vectors of
+// its width; called is the best one that this CPU has. body is inlined into each.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+template <class Body>
+__attribute__((target("arch=x86-64-v4"))) void with_512_bits(const Body& body) {
+  body(std::integral_constant<int, 64>{});
+}
+
+template <class Body>
+__attribute__((target("arch=x86-64-v3"))) void with_256_bits(const Body& body) {
+  body(std::integral_constant<int, 32>{});
+}
+
+// BUPO_CPU_VECTORS, in bits, bounds it: for tests of the others.
+inline int vector_bytes() {
+  static const int bytes = [] {
+    const auto all = [](auto... has) { return (has && ...); };
+    const bool v3 = all(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"),
+                        __builtin_cpu_supports("bmi"), __builtin_cpu_supports("bmi2"));
+    const bool v4 = all(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
+                        __builtin_cpu_supports("avx512cd"), __builtin_cpu_supports("avx512dq"),
+                        __builtin_cpu_supports("avx512vl"));
+    const char* wanted = std::getenv("BUPO_CPU_VECTORS");
+    const int limit = wanted ? std::atoi(wanted) / 8 : 64;
+    return v3 && v4 && limit >= 64 ? 64 : v3 && limit >= 32 ? 32 : 16;
+  }();
+  return bytes;
+}
+
+template <class Body>
+void with_vectors(const Body& body) {
+  switch (vector_bytes()) {
+    case 64:
+      return with_512_bits(body);
+    case 32:
+      return with_256_bits(body);
+    default:
+      return body(std::integral_constant<int, 16>{});
+  }
+}
+#else
+inline int vector_bytes() { return 16; }
+
+template <class Body>
+void with_vectors(const Body& body) {
+  body(std::integral_constant<int, 16>{});
+}
+#endif
+
+template <class V>
+BUPO_INLINE V load(const ElementOf<V>* p) {
+  V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-template <class T>
-BUPO_INLINE void store(T* p, const Vec<T>& v) {
+template <class V>
+BUPO_INLINE void store(ElementOf<V>* p, const V& v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-template <class T>
-BUPO_INLINE Vec<T> fill(T x) {
-  return x - Vec<T>{};
+template <class V>
+BUPO_INLINE V fill(ElementOf<V> x) {
+  return x - V{};
 }
 
 // e^x for x <= 0 (0 below the smallest normal number); nan stays nan.
-BUPO_INLINE Vec<float> exp_nonpositive(const Vec<float>& x) {
-  using Bits = VectorOf<float>::Bits;
-  const Vec<float> floor = fill(-87.3f);
-  const Vec<float> y = x < floor ? floor : x;
-  const Vec<float> magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec<float> shifted = y * 1.44269504088896341f + magic;
-  const Vec<float> n = shifted - magic;
-  Vec<float> r = y - n * 0.693359375f;  // ln 2 in two parts, the first exact in float
-  r = r + n * 2.12194440e-4f;
-  Vec<float> poly = fill(1.9875691500e-4f);
-  poly = poly * r + 1.3981999507e-3f;
-  poly = poly * r + 8.3334519073e-3f;
-  poly = poly * r + 4.1665795894e-2f;
-  poly = poly * r + 1.6666665459e-1f;
-  poly = poly * r + 5.0000001201e-1f;
-  poly = poly * (r * r) + r + 1.0f;
-  const Bits exponent = ((Bits)shifted - (Bits)magic + 127) << 23;  // 2^n, n in [-126, 0]
-  const Vec<float> result = poly * (Vec<float>)exponent;
-  return x < floor ? Vec<float>{} : result;
+template <class V>
+BUPO_INLINE V exp_nonpositive(const V& x) {
+  if constexpr (std::is_same_v<ElementOf<V>, double>) {
+    V y;
+    for (int l = 0; l < kLanes<V>; ++l) y[l] = std::exp(x[l]);
+    return y;
+  } else {
+    using Bits = BitsOf<V>;
+    const V floor = fill<V>(-87.3f);
+    const V y = x < floor ? floor : x;
+    const V magic = fill<V>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const V shifted = y * 1.44269504088896341f + magic;
+    const V n = shifted - magic;
+    V r = y - n * 0.693359375f;  // ln 2 in two parts, the first exact in float
+    r = r + n * 2.12194440e-4f;
+    V poly = fill<V>(1.9875691500e-4f);
+    poly = poly * r + 1.3981999507e-3f;
+    poly = poly * r + 8.3334519073e-3f;
+    poly = poly * r + 4.1665795894e-2f;
+    poly = poly * r + 1.6666665459e-1f;
+    poly = poly * r + 5.0000001201e-1f;
+    poly = poly * (r * r) + r + 1.0f;
+    const Bits exponent = ((Bits)shifted - (Bits)magic + 127) << 23;  // 2^n, n in [-126, 0]
+    const V result = poly * (V)exponent;
+    return x < floor ? V{} : result;
+  }
 }
 
-BUPO_INLINE Vec<double> exp_nonpositive(const Vec<double>& x) {
-  Vec<double> y;
-  for (int l = 0; l < kLanes<double>; ++l) y[l] = std::exp(x[l]);
-  return y;
-}
-
-BUPO_INLINE Vec<float> tanh(const Vec<float>& x) {
-  const Vec<float> magnitude = x < 0.0f ? -x : x;
-  const Vec<float> e = exp_nonpositive(magnitude * -2.0f);
-  const Vec<float> large = (1.0f - e) / (1.0f + e);
-  const Vec<float> q = x * x;
-  Vec<float> poly = fill(-5.70498872745e-3f);
-  poly = poly * q + 2.06390887954e-2f;
-  poly = poly * q - 5.37397155531e-2f;
-  poly = poly * q + 1.33314422036e-1f;
-  poly = poly * q - 3.33332819422e-1f;
-  const Vec<float> small = poly * q * x + x;
-  return magnitude < 0.625f ? small : (x < 0.0f ? -large : large);
-}
-
-BUPO_INLINE Vec<double> tanh(const Vec<double>& x) {
-  Vec<double> y;
-  for (int l = 0; l < kLanes<double>; ++l) y[l] = std::tanh(x[l]);
-  return y;
+template <class V>
+BUPO_INLINE V tanh(const V& x) {
+  if constexpr (std::is_same_v<ElementOf<V>, double>) {
+    V y;
+    for (int l = 0; l < kLanes<V>; ++l) y[l] = std::tanh(x[l]);
+    return y;
+  } else {
+    const V magnitude = x < 0.0f ? -x : x;
+    const V e = exp_nonpositive<V>(magnitude * -2.0f);
+    const V large = (1.0f - e) / (1.0f + e);
+    const V q = x * x;
+    V poly = fill<V>(-5.70498872745e-3f);
+    poly = poly * q + 2.06390887954e-2f;
+    poly = poly * q - 5.37397155531e-2f;
+    poly = poly * q + 1.33314422036e-1f;
+    poly = poly * q - 3.33332819422e-1f;
+    const V small = poly * q * x + x;
+    return magnitude < 0.625f ? small : (x < 0.0f ? -large : large);
+  }
 }
 
 // Round to nearest even; nan stays nan.
@@ -109,9 +154,10 @@ BUPO_INLINE uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-BUPO_INLINE void store_bfloat16(uint16_t* p, const Vec<float>& v) {
-  using Bits = VectorOf<float>::Bits;
-  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+template <class V>
+BUPO_INLINE void store_bfloat16(uint16_t* p, const V& v) {
+  using Bits = BitsOf<V>;
+  using Half = Vec<uint16_t, sizeof(V) / 2>;
   const Bits bits = (Bits)v;
   Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   rounded = v != v ? Bits{} + 0x7fc0 : rounded;

@@ -11,91 +11,83 @@ namespace {
 // not lost one by one.
 constexpr int64_t kShortSum = 16;
 
-template <class T>
+template <class V, class T>
 BUPO_INLINE void map_logits(T* tile, int64_t ld, int64_t rows, int64_t i, const LogitMap<T>& map) {
-  const Vec<T> scale = map.scale ? load(map.scale + i) : fill(T(1));
+  const V scale = map.scale ? load<V>(map.scale + i) : fill<V>(T(1));
   for (int64_t j = 0; j < rows; ++j) {
     T* p = tile + j * ld + i;
-    Vec<T> z = load(p);
+    V z = load<V>(p);
     if (map.bias) z = z + map.bias[j];
-    store(p, map.softcap != T(0) ? tanh(z / map.softcap) : z * scale);
+    store(p, map.softcap != T(0) ? tanh<V>(z / map.softcap) : z * scale);
   }
 }
 
-template <class T>
+template <class V, class T>
 BUPO_INLINE void stats(T* tile, int64_t ld, int64_t rows, int64_t columns, const LogitMap<T>& map,
                        int64_t first, const int64_t* targets, T* targets_kept, RowSums<T>* sums) {
   constexpr T inf = T(INFINITY);
   const bool capped = map.softcap != T(0);
-  for (int64_t i = 0; i < columns; i += kLanes<T>) {
-    if (map.bias || map.scale || capped) map_logits(tile, ld, rows, i, map);
-    for (int64_t l = i; l < i + kLanes<T> && l < columns; ++l) {
+  for (int64_t i = 0; i < columns; i += kLanes<V>) {
+    if (map.bias || map.scale || capped) map_logits<V>(tile, ld, rows, i, map);
+    for (int64_t l = i; l < i + kLanes<V> && l < columns; ++l) {
       const int64_t target = targets[l] - first;
       if (target < 0 || target >= rows) continue;
       T* place = tile + target * ld + l;
       targets_kept[l] = *place;
       *place = -inf;
     }
-    const Vec<T> scale = capped && map.scale ? load(map.scale + i) : fill(T(1));
-    Vec<T> max = fill(-inf);
+    const V scale = capped && map.scale ? load<V>(map.scale + i) : fill<V>(T(1));
+    V max = fill<V>(-inf);
     for (int64_t j = 0; j < rows; ++j) {
-      const Vec<T> z = load(tile + j * ld + i);
+      const V z = load<V>(tile + j * ld + i);
       max = z > max ? z : max;
     }
     max = max * scale;  // scales are positive
     // A column of -inf only has no maximum to subtract; shift 0 makes its sum 0 instead of nan.
-    const Vec<T> shift = max == -inf ? Vec<T>{} : max;
-    Vec<T> sum{}, dot{};
+    const V shift = max == -inf ? V{} : max;
+    V sum{}, dot{};
     for (int64_t start = 0; start < rows; start += kShortSum) {
       const int64_t stop = start + kShortSum < rows ? start + kShortSum : rows;
-      Vec<T> short_sum{}, short_dot{};
+      V short_sum{}, short_dot{};
       for (int64_t j = start; j < stop; ++j) {
-        Vec<T> d = load(tile + j * ld + i) * scale - shift;
-        d = d < T(-800) ? fill(T(-800)) : d;  // e^-800 = 0; keeps 0 * -inf out of the dot
-        const Vec<T> e = exp_nonpositive(d);
+        V d = load<V>(tile + j * ld + i) * scale - shift;
+        d = d < T(-800) ? fill<V>(T(-800)) : d;  // e^-800 = 0; keeps 0 * -inf out of the dot
+        const V e = exp_nonpositive<V>(d);
         short_sum = short_sum + e;
         short_dot = short_dot + e * d;
       }
       sum = sum + short_sum;
       dot = dot + short_dot;
     }
-    for (int64_t l = 0; l < kLanes<T> && i + l < columns; ++l)
+    for (int64_t l = 0; l < kLanes<V> && i + l < columns; ++l)
       sums[i + l] = {max[l], sum[l], dot[l]};
   }
 }
 
-template <class T>
-BUPO_INLINE void store_gradient(T* row, int64_t at, const Vec<T>& v, std::false_type) {
-  store(row + at, v);
-}
-
-BUPO_INLINE void store_gradient(float* row, int64_t at, const Vec<float>& v, std::true_type) {
-  store_bfloat16(reinterpret_cast<uint16_t*>(row) + at, v);
-}
-
-template <class T, class Bf16>
+template <class V, bool kBfloat16, class T>
 BUPO_INLINE void gradient(T* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
-                          const GradientColumns<T>& c, double* row_sums, Bf16 bf16) {
-  constexpr int kW = kLanes<T>;
+                          const GradientColumns<T>& c, double* row_sums) {
+  constexpr int kW = kLanes<V>;
   for (int64_t i = 0; i < c.count; i += kW) {
     const int64_t valid = c.count - i < kW ? c.count - i : kW;
     const bool whole = valid == kW && c.column[i + kW - 1] - c.column[i] == kW - 1;
-    const Vec<T> max = load(c.max + i), log_total = load(c.log_total + i), mean = load(c.mean + i);
-    const Vec<T> on_p = load(c.on_p + i), on_gap = load(c.on_gap + i);
-    const Vec<T> scale = c.scale ? load(c.scale + i) : fill(T(1));
+    const V max = load<V>(c.max + i), log_total = load<V>(c.log_total + i),
+            mean = load<V>(c.mean + i);
+    const V on_p = load<V>(c.on_p + i), on_gap = load<V>(c.on_gap + i);
+    const V scale = c.scale ? load<V>(c.scale + i) : fill<V>(T(1));
     for (int64_t j = 0; j < rows; ++j) {
       T* row = tile + j * ld;
-      Vec<T> kept = max;
+      V kept = max;
       if (whole) {
-        kept = load(row + base + c.column[i]);
+        kept = load<V>(row + base + c.column[i]);
       } else {
         for (int64_t l = 0; l < valid; ++l) kept[l] = row[base + c.column[i + l]];
       }
-      Vec<T> d = kept * scale - max;
-      d = d < T(-800) ? fill(T(-800)) : d;
-      Vec<T> dz = exp_nonpositive(d - log_total) * (on_p + on_gap * (d - mean));
+      V d = kept * scale - max;
+      d = d < T(-800) ? fill<V>(T(-800)) : d;
+      V dz = exp_nonpositive<V>(d - log_total) * (on_p + on_gap * (d - mean));
       if (c.scale) {
-        const Vec<T> u = d == T(-800) ? Vec<T>{} : kept;  // no -inf * 0
+        const V u = d == T(-800) ? V{} : kept;  // no -inf * 0
         dz = dz - dz * u * u;
       }
       if (row_sums) {
@@ -103,17 +95,22 @@ BUPO_INLINE void gradient(T* tile, int64_t ld, int64_t rows, int64_t base, int64
         for (int64_t l = 0; l < valid; ++l) total += dz[l];
         row_sums[j] += static_cast<double>(total);
       }
-      store_gradient(row, out + i, dz, bf16);
+      if constexpr (kBfloat16) {
+        store_bfloat16(reinterpret_cast<uint16_t*>(row) + out + i, dz);
+      } else {
+        store(row + out + i, dz);
+      }
     }
   }
 }
 
-// One 16 x 16 block: in stage s, entries whose row and column differ in bit s change places.
+// One square block: in stage s, entries whose row and column differ in bit s change places.
+template <class V>
 BUPO_INLINE void transpose_square(const float* in, int64_t ld, float* out, int64_t out_ld) {
-  using Bits = VectorOf<float>::Bits;
-  constexpr int kSide = kLanes<float>;
-  Vec<float> row[kSide];
-  for (int r = 0; r < kSide; ++r) row[r] = load(in + r * ld);
+  using Bits = BitsOf<V>;
+  constexpr int kSide = kLanes<V>;
+  V row[kSide];
+  for (int r = 0; r < kSide; ++r) row[r] = load<V>(in + r * ld);
 #pragma GCC unroll 4
   for (int s = 1; s < kSide; s *= 2) {
     Bits low, high;  // lanes of the two rows laid end to end
@@ -124,7 +121,7 @@ BUPO_INLINE void transpose_square(const float* in, int64_t ld, float* out, int64
 #pragma GCC unroll 16
     for (int r = 0; r < kSide; ++r) {
       if (r & s) continue;
-      const Vec<float> a = row[r], b = row[r + s];
+      const V a = row[r], b = row[r + s];
       row[r] = __builtin_shuffle(a, b, low);
       row[r + s] = __builtin_shuffle(a, b, high);
     }
@@ -132,15 +129,14 @@ BUPO_INLINE void transpose_square(const float* in, int64_t ld, float* out, int64
   for (int r = 0; r < kSide; ++r) store(out + r * out_ld, row[r]);
 }
 
-}  // namespace
-
-BUPO_CLONES void transpose(const float* in, int64_t ld, int64_t rows, int64_t columns, float* out,
-                           int64_t out_ld) {
-  constexpr int64_t kSide = kLanes<float>;
+template <class V>
+BUPO_INLINE void transpose_blocks(const float* in, int64_t ld, int64_t rows, int64_t columns,
+                                  float* out, int64_t out_ld) {
+  constexpr int64_t kSide = kLanes<V>;
   for (int64_t j = 0; j < rows; j += kSide) {
     for (int64_t i = 0; i < columns; i += kSide) {
       if (j + kSide <= rows && i + kSide <= columns) {
-        transpose_square(in + j * ld + i, ld, out + i * out_ld + j, out_ld);
+        transpose_square<V>(in + j * ld + i, ld, out + i * out_ld + j, out_ld);
         continue;
       }
       for (int64_t r = j; r < rows && r < j + kSide; ++r)
@@ -149,38 +145,59 @@ BUPO_CLONES void transpose(const float* in, int64_t ld, int64_t rows, int64_t co
   }
 }
 
-BUPO_CLONES void tile_stats(float* tile, int64_t ld, int64_t rows, int64_t columns,
-                            const LogitMap<float>& map, int64_t first, const int64_t* targets,
-                            float* targets_kept, RowSums<float>* sums) {
-  stats(tile, ld, rows, columns, map, first, targets, targets_kept, sums);
+}  // namespace
+
+#define BUPO_EACH [&](auto bytes) __attribute__((always_inline))
+
+void transpose(const float* in, int64_t ld, int64_t rows, int64_t columns, float* out,
+               int64_t out_ld) {
+  with_vectors(
+      BUPO_EACH { transpose_blocks<Vec<float, bytes>>(in, ld, rows, columns, out, out_ld); });
 }
 
-BUPO_CLONES void tile_stats(double* tile, int64_t ld, int64_t rows, int64_t columns,
-                            const LogitMap<double>& map, int64_t first, const int64_t* targets,
-                            double* targets_kept, RowSums<double>* sums) {
-  stats(tile, ld, rows, columns, map, first, targets, targets_kept, sums);
+void tile_stats(float* tile, int64_t ld, int64_t rows, int64_t columns, const LogitMap<float>& map,
+                int64_t first, const int64_t* targets, float* targets_kept, RowSums<float>* sums) {
+  with_vectors(BUPO_EACH {
+    stats<Vec<float, bytes>>(tile, ld, rows, columns, map, first, targets, targets_kept, sums);
+  });
 }
 
-BUPO_CLONES void tile_gradient(float* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
-                               const GradientColumns<float>& columns, double* row_sums) {
-  gradient(tile, ld, rows, base, out, columns, row_sums, std::false_type{});
+void tile_stats(double* tile, int64_t ld, int64_t rows, int64_t columns,
+                const LogitMap<double>& map, int64_t first, const int64_t* targets,
+                double* targets_kept, RowSums<double>* sums) {
+  with_vectors(BUPO_EACH {
+    stats<Vec<double, bytes>>(tile, ld, rows, columns, map, first, targets, targets_kept, sums);
+  });
 }
 
-BUPO_CLONES void tile_gradient_bfloat16(float* tile, int64_t ld, int64_t rows, int64_t base,
-                                        int64_t out, const GradientColumns<float>& columns,
-                                        double* row_sums) {
-  gradient(tile, ld, rows, base, out, columns, row_sums, std::true_type{});
+void tile_gradient(float* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
+                   const GradientColumns<float>& columns, double* row_sums) {
+  with_vectors(BUPO_EACH {
+    gradient<Vec<float, bytes>, false>(tile, ld, rows, base, out, columns, row_sums);
+  });
 }
 
-BUPO_CLONES void tile_gradient(double* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
-                               const GradientColumns<double>& columns, double* row_sums) {
-  gradient(tile, ld, rows, base, out, columns, row_sums, std::false_type{});
+void tile_gradient_bfloat16(float* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
+                            const GradientColumns<float>& columns, double* row_sums) {
+  with_vectors(BUPO_EACH {
+    gradient<Vec<float, bytes>, true>(tile, ld, rows, base, out, columns, row_sums);
+  });
 }
 
-BUPO_CLONES void round_to_bfloat16(const float* from, uint16_t* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes<float> <= count; i += kLanes<float>) store_bfloat16(to + i, load(from + i));
-  for (; i < count; ++i) to[i] = to_bfloat16(from[i]);
+void tile_gradient(double* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
+                   const GradientColumns<double>& columns, double* row_sums) {
+  with_vectors(BUPO_EACH {
+    gradient<Vec<double, bytes>, false>(tile, ld, rows, base, out, columns, row_sums);
+  });
+}
+
+void round_to_bfloat16(const float* from, uint16_t* to, int64_t count) {
+  with_vectors(BUPO_EACH {
+    using V = Vec<float, bytes>;
+    int64_t i = 0;
+    for (; i + kLanes<V> <= count; i += kLanes<V>) store_bfloat16(to + i, load<V>(from + i));
+    for (; i < count; ++i) to[i] = to_bfloat16(from[i]);
+  });
 }
 
 }  // namespace bupo::cpu

@@ -1,5 +1,5 @@
 // The element-wise work on one tile of logits: rows are vocabulary entries, columns are tokens, so
-// that one vector instruction advances sixteen tokens and no horizontal sum is needed.
+// that one vector instruction advances up to sixteen tokens and no horizontal sum is needed.
 //
 // tile_stats     raw products -> logits in place, and each token's RowSums over the tile
 // tile_gradient  logits -> dLoss/dz of the chosen tokens, in place and packed to the left
@@ -39,7 +39,7 @@ void tile_stats(double* tile, int64_t ld, int64_t rows, int64_t columns,
 
 // One token's part in the gradient: dz_j = p_j (on_p + on_gap (d_j - mean)) f'(z_j), where
 // d_j = z_j - max, p_j = e^{d_j - log_total} and f' = 1 - u_j^2 with a softcap, arrays of a
-// multiple of kLanes tokens. `column` is where its logits stand in the tile, ascending.
+// multiple of kColumnPad tokens. `column` is where its logits stand in the tile, ascending.
 template <class T>
 struct GradientColumns {
   const int32_t* column;
