@@ -32,7 +32,7 @@ from bupo.ending import allowed, ended
 from bupo.inputs import build_task, make_engine
 from bupo.models import load_model
 
-IGNORED = "data.weights, rollout.prompts, .samples, .refills, .max_logprob_gap, .sleep"
+IGNORED = "data.weights, rollout.prompts, .samples, .refills, .max_logprob_gap"
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -74,9 +74,9 @@ def _measure(
     ]
     with progress.working(f"auto_layer: entropies of {len(texts)} responses"):
         flow = entropy_flow(model, texts, config.rollout.temperature, share=lambda share: alive())
-    found = boundary_layer(
-        flow.by_text(flow.change("ffn")), config.bupo.auto_tolerance, config.seed
-    )
+    tolerance = config.bupo.auto_layer
+    assert tolerance is not None
+    found = boundary_layer(flow.by_text(flow.change("ffn")), tolerance, config.seed)
     tokens = len(flow.token)
     record = {"responses": len(texts), "tokens": tokens, **asdict(found)}
     if found.layer is None:
@@ -85,7 +85,7 @@ def _measure(
         raise RunError(
             f"bupo.auto_layer: no clear boundary in {len(texts)} responses ({found.reason}; the "
             f"rule gives {chosen}); see {file.with_suffix('.failed.json')} and set bupo.layer, "
-            "bupo.auto_layer=false"
+            "bupo.auto_layer=null"
         )
     replace_text(file, json.dumps(record, indent=1) + "\n")
     progress.say(

@@ -28,6 +28,8 @@ class ModelFacts:
     """Longest text, where the model has a limit"""
     vocabulary: int | None
     """Rows of the embedding, where the configuration tells them"""
+    tied: bool
+    """The head is the embedding"""
 
     def check(self, prompts: Sequence[Any], new_tokens: int) -> None:
         """Raises ConfigError unless the model takes every prompt and so many tokens more."""
@@ -79,7 +81,9 @@ def read_model(config: Config, model: str) -> ModelFacts:
             f"context of {positions} tokens"
         )
     vocabulary = getattr(text_config, "vocab_size", None)
-    return ModelFacts(model, tokenizer, text_config.num_hidden_layers, positions, vocabulary)
+    tied = bool(getattr(text_config, "tie_word_embeddings", False))
+    layers = text_config.num_hidden_layers
+    return ModelFacts(model, tokenizer, layers, positions, vocabulary, tied)
 
 
 def _check_causal(model: str, model_config: Any) -> None:

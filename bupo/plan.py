@@ -54,8 +54,9 @@ def make_plan(config: Config) -> Plan:
     facts = read_model(config, sources.model)
     tokenizer, layers = facts.tokenizer, facts.layers
     schedule = Schedule(config)
-    if not config.bupo.auto_layer:
-        schedule.check(layers, sources.model)
+    measured = config.bupo.auto_layer is not None
+    if not measured:
+        schedule.check(layers, sources.model, facts.tied)
     with Progress(1, 0).waiting("reading prompts") as share:
         prompts, dropped = load_prompts(
             sources.train, tokenizer, config.data, config.data.limit, share
@@ -79,7 +80,7 @@ def make_plan(config: Config) -> Plan:
             config,
             sources.model,
             max(len(p.token_ids) for p in prompts),
-            None if config.bupo.auto_layer else max(schedule.layers(), default=None),
+            None if measured else max(schedule.layers(), default=None),
         ),
         train_prompts=prompts,
         eval_prompts=eval_prompts,
@@ -133,7 +134,7 @@ def print_plan(plan: Plan) -> None:
     phases = (
         f"steps 1-{config.bupo.steps}{fewer} train a layer that is measured before them, then the "
         f"final policy to step {config.steps}"
-        if config.bupo.auto_layer
+        if config.bupo.auto_layer is not None
         else Schedule(config).describe(plan.layers)
     )
     print(

@@ -113,7 +113,8 @@ def execute(plan: Plan) -> int | None:
     source = str(plan.resume_from or plan.sources.model)
     with checkpoint.reading(plan.resume_from), Progress(1, 0).working(f"loading {source}"):
         model = _model_to_train(config, source)
-    trained = None if config.bupo.auto_layer else Schedule(config).layers() or plan.layers
+    measured = config.bupo.auto_layer is not None
+    trained = None if measured else Schedule(config).layers() or plan.layers
     try:
         check_internal_policy(model, trained)
     except (TypeError, ValueError) as error:
@@ -139,7 +140,7 @@ def execute(plan: Plan) -> int | None:
         with watchdog.stage(start), Progress(1, 0).working(start):
             engine = make_engine(config, source, model, tokenizer, prompts)
         parts.callback(engine.close)
-        if config.bupo.auto_layer:
+        if measured:
             with watchdog.stage("auto_layer"):
                 config = with_measured_layer(
                     config, plan.out, model, engine, plan.train_prompts, state["step"],

@@ -46,10 +46,8 @@ class Sizes:
     def engine_line(self, config: Config) -> str:
         if self.engine:
             return f"about {_size(self.engine)} for {config.rollout.engine}"
-        share = config.rollout.gpu_memory_utilization
-        return (
-            f"{share:.0%} of the GPU for {config.rollout.engine} (rollout.gpu_memory_utilization)"
-        )
+        share = config.rollout.vllm_options(gpu=True)["gpu_memory_utilization"]
+        return f"{share:.0%} of the GPU for vllm (rollout.vllm.gpu_memory_utilization)"
 
     def disk_line(self, config: Config) -> str:
         kept = config.checkpoint.keep_last
@@ -160,7 +158,8 @@ def _engine(config: Config, text: Any, total: int, prompt: int, gpu: bool) -> in
     rollout = config.rollout
     if rollout.engine == "vllm":
         element = 2 if config.model.compute_dtype == "bfloat16" else 4
-        return 0 if gpu else element * total + rollout.kv_cache_gib * GIB
+        options = rollout.vllm_options(gpu)
+        return 0 if gpu else element * total + int(options["kv_cache_memory_bytes"])
     responses = min(rollout.batch_size, rollout.prompts * rollout.samples)
     of_token = 2 * text.num_hidden_layers * _cache_width(text) * 4
     return responses * (prompt + rollout.max_new_tokens) * of_token

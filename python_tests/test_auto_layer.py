@@ -11,7 +11,7 @@ from run_samples import assert_same_run, rows, run
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SETTINGS = ["steps=3", "bupo.steps=2", "bupo.auto_layer=true", "eval.every=0", "data.limit=40"]
+SETTINGS = ["steps=3", "bupo.steps=2", "bupo.auto_layer=0.1", "eval.every=0", "data.limit=40"]
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_no_clear_boundary_stops_with_the_reason(
     assert run(tmp_path / "run", *SETTINGS) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "bupo.auto_layer: no clear boundary in 40 responses (the FFN of the last layer" in last
-    assert "set bupo.layer, bupo.auto_layer=false" in last
+    assert "set bupo.layer, bupo.auto_layer=null" in last
     assert json.loads((tmp_path / "run/auto_layer.failed.json").read_text())["layer"] is None
     assert not (tmp_path / "run/auto_layer.json").exists()
 

@@ -56,9 +56,11 @@ BAD = {
         ["algorithm=custom", "phases=[{layer: 1, steps: 1}, {layer: 3}]"],
         "phases[1].layer=3 is out of range",
     ),
-    "boundary over L": (
-        ["algorithm=custom", "phases=[{boundary: 3, lr_above: 0}]"],
-        "phases[0].boundary=3 is out of range",
+    "rate of a layer over L": (
+        ["algorithm=custom", "phases=[{lr: {1-3: 0}}]"], "phases[0].lr=3 is out of range"
+    ),
+    "rate from a layer over L": (
+        ["algorithm=custom", "phases=[{lr: {3-: 0}}]"], "phases[0].lr=3 is out of range"
     ),
     "open phase first": (
         ["algorithm=custom", "phases=[{layer: 1}, {}]"], "only the last may leave out steps"
@@ -70,16 +72,40 @@ BAD = {
         ["algorithm=custom", "phases=[{steps: 6}, {}]"],
         "phases have 6 steps before the last, steps=6",
     ),
-    "factor without boundary": (
-        ["algorithm=custom", "phases=[{lr_above: 0}]"], "need phases[].boundary"
+    "rate of what is no part": (
+        ["algorithm=custom", "phases=[{lr: {embeddings: 0}}]"],
+        "expected embedding, head, others, a layer (6) or layers (1-6, 7-), got 'embeddings'",
+    ),
+    "rate of layers backwards": (
+        ["algorithm=custom", "phases=[{lr: {2-1: 0}}]"], "or layers (1-6, 7-), got '2-1'"
+    ),
+    "rate of a layer twice": (
+        ["algorithm=custom", "phases=[{lr: {1-: 0, 2: 1}}]"], "phases[].lr names layer 2 twice"
+    ),
+    "rate below 0": (
+        ["algorithm=custom", "phases=[{lr: {2: -1}}]"], "phases[].lr.2 must be at least 0"
     ),
     "everything frozen": (
-        ["algorithm=custom", "phases=[{boundary: 1, lr_above: 0, lr_below: 0}]"],
-        "nothing would be trained",
+        ["algorithm=custom", "phases=[{lr: {others: 0}}]"],
+        "phases[0].lr freezes the embedding and all layers of the final policy",
     ),
     "policy frozen": (
-        ["algorithm=custom", "phases=[{layer: 1, boundary: 1, lr_below: 0}]"],
-        "lr_below=0 freezes all layers of the policy of layer 1",
+        ["algorithm=custom", "phases=[{layer: 1, lr: {embedding: 0, 1: 0}}]"],
+        "phases[0].lr freezes the embedding and all layers of layer 1",
+    ),
+    "auto_layer on": (
+        ["bupo.auto_layer=true"], "bupo.auto_layer"
+    ),
+    "vllm's cache": (
+        ["rollout.vllm={kv_cache_memory_bytes: 1e9}"],
+        "rollout.vllm.kv_cache_memory_bytes must be an integer over 0, got 1000000000.0",
+    ),
+    "vllm's share": (
+        ["rollout.vllm={gpu_memory_utilization: 40}"],
+        "rollout.vllm.gpu_memory_utilization must be in (0, 1), got 40",
+    ),
+    "vllm option that follows": (
+        ["rollout.vllm={seed: 1}"], "rollout.vllm.seed: bupo sets it (seed)"
     ),
     "kl in the reward": (
         ["loss.kl_estimator=k1_reward"], "loss.kl_estimator=k1_reward needs advantage=reinforce_pp"

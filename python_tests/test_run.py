@@ -236,7 +236,7 @@ def test_dry_run_prints_the_plan_and_writes_no_run(
     text = capsys.readouterr().err
     assert "steps 1-3 train layer 1 of 2, then the final policy to step 6" in text
     assert "4 prompts x 4 responses = 16" in text
-    for more in ([], ["bupo.auto_layer=true"]):
+    for more in ([], ["bupo.auto_layer=0.1"]):
         settings = [*arguments(tmp_path / "run"), "bupo.auto_stop=0.1", *more]
         assert main([*settings, "--dry_run"]) == 0
         assert "steps 1-3 (fewer where bupo.auto_stop says so) train" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """bupo.rl.schedule: the phases of a run, what each leaves alone, and resuming across switches."""
 
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from rl_samples import DEPTH, random_rollouts, small_model
 from run_samples import assert_same_run, rows, run
-from test_update import FINAL, gradients_of, make_trainer, moved, name_of, parameters
+from test_update import FINAL, gradients_of, make_trainer, moved, parameters
 
 from bupo.config import BupoConfig, Config, ConfigError, PhaseConfig
 from bupo.policy import parameter_layers
@@ -52,12 +53,14 @@ def test_shorthands():
 
 
 def test_rates_of_a_phase():
-    schedule = custom(PhaseConfig(boundary=2, lr_above=0.1, lr_below=0.5))
-    rates = schedule.policy(1).rates
-    assert [rates.factor(place) for place in (0, 1, 2, 3, 7, None)] == [0.5, 0.5, 0.5, 0.1, 0.1, 1]
+    schedule = custom(PhaseConfig(lr={"embedding": 0.5, "1-2": 0.25, "4-": 0.1}))
+    factors = [schedule.policy(1).rates.factor(place) for place in (0, 1, 2, 3, 4, 7, None)]
+    assert factors == [0.5, 0.25, 0.25, 1, 0.1, 0.1, 1]
+    one = custom(PhaseConfig(lr={"3": 1.0, "others": 0.0})).policy(1).rates
+    assert [one.factor(place) for place in (0, 1, 2, 3, 4, 7, None)] == [0, 0, 0, 1, 0, 0, 0]
     assert {Rates().factor(place) for place in (0, 2, None)} == {1.0}
     assert schedule.describe(6) == (
-        "the final policy for 10 steps (to layer 2 x0.5, above layer 2 x0.1)"
+        "the final policy for 10 steps (learning rate of embedding x0.5, 1-2 x0.25, 4- x0.1)"
     )
 
 
@@ -66,8 +69,8 @@ def test_rates_of_a_phase():
     [
         (Config(algorithm="internal", bupo=BupoConfig(layer=7)), r"bupo\.layer=7 .* 1\.\.6"),
         (
-            Config(algorithm="custom", phases=[PhaseConfig(boundary=7, lr_above=0)]),
-            r"phases\[0\]\.boundary=7 .* 1\.\.6",
+            Config(algorithm="custom", phases=[PhaseConfig(lr={"2-7": 0.0})]),
+            r"phases\[0\]\.lr=7 .* 1\.\.6",
         ),
     ],
 )
@@ -77,21 +80,33 @@ def test_layers_that_the_model_has_not(config, message):
     Schedule(config).check(7, "MODEL")
 
 
+def test_a_tied_head_has_no_rate_of_its_own():
+    schedule = custom(PhaseConfig(lr={"head": 0.0}))
+    schedule.check(6, "MODEL")
+    with pytest.raises(ConfigError, match=r"phases\[0\]\.lr\.head: the head of MODEL is its"):
+        schedule.check(6, "MODEL", tied=True)
+    only_the_head = custom(PhaseConfig(lr={"head": 1.0, "others": 0.0}))
+    only_the_head.check(6, "MODEL")
+
+
 # What a frozen parameter is
 
-FREEZING = [
-    Policy(None, rates=Rates(1, above=0.0)),
-    Policy(None, rates=Rates(1, below=0.0)),
-    Policy(2, rates=Rates(1, below=0.0)),
-    Policy(2, rates=Rates(1, above=0.0)),
-    Policy(None, rates=Rates(DEPTH, below=0.0)),
-]
+ABOVE_1 = Rates(layers=((2, math.inf, 0.0),))
+TO_1 = Rates(embedding=0.0, layers=((1, 1, 0.0),))
+TO_THE_LAST = Rates(embedding=0.0, layers=((1, DEPTH, 0.0),))
+ONLY_2 = Rates(embedding=0.0, head=0.0, layers=((2, 2, 1.0),), others=0.0)
+FREEZING = {
+    "above 1": Policy(None, rates=ABOVE_1),
+    "to 1": Policy(None, rates=TO_1),
+    "to 1, of layer 2": Policy(2, rates=TO_1),
+    "above 1, of layer 2": Policy(2, rates=ABOVE_1),
+    "to the last": Policy(None, rates=TO_THE_LAST),
+    "but 2": Policy(None, rates=ONLY_2),
+}
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(
-    "policy", FREEZING, ids=lambda p: f"{name_of(p)}-{p.rates.below:g}-{p.rates.above:g}"
-)
+@pytest.mark.parametrize("policy", FREEZING.values(), ids=list(FREEZING))
 def test_frozen_tensors_do_not_move_a_bit(policy, tied):
     """With momentum and weight decay waiting. The others get the gradient that they always had."""
     model, rollouts = small_model(tied=tied), random_rollouts()
@@ -127,7 +142,7 @@ def test_a_tied_head_is_the_embedding():
     for tied, expected in ((False, {"lm_head.weight"}), (True, set())):
         model, rollouts = small_model(tied=tied), random_rollouts()
         trainer = make_trainer(model)
-        policy = Policy(None, rates=Rates(DEPTH, below=0.0))
+        policy = Policy(None, rates=TO_THE_LAST)
         trainer.update(rollouts, trainer.token_stats(rollouts, policy).logprobs, policy, 1)
         assert trainer.changed == expected | {"model.norm.weight"}
 
@@ -136,7 +151,8 @@ def test_learning_rate_factors():
     """The first update of Adam moves an entry by its learning rate."""
     model, rollouts = small_model(), random_rollouts()
     trainer, start = make_trainer(model, lr=1e-3), parameters(model)
-    policy = Policy(None, rates=Rates(1, below=2.0, above=0.1))
+    rates = Rates(embedding=2.0, layers=((1, 1, 0.5), (2, math.inf, 0.1)))
+    policy = Policy(None, rates=rates)
     trainer.update(rollouts, trainer.token_stats(rollouts, policy).logprobs, policy, 1)
     for name, p in model.named_parameters():
         factor = policy.rates.factor(parameter_layers(model)[name])
@@ -146,7 +162,7 @@ def test_learning_rate_factors():
 
 def test_with_gradient_checkpointing_and_frozen_embeddings():
     model, rollouts = small_model(), random_rollouts()
-    trainer, policy = make_trainer(model, lr=1e-30), Policy(None, rates=Rates(1, below=0.0))
+    trainer, policy = make_trainer(model, lr=1e-30), Policy(None, rates=TO_1)
     old = trainer.token_stats(rollouts, policy).logprobs
     (expected,), _ = gradients_of(trainer, rollouts, old, policy, 1)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -159,8 +175,8 @@ def test_with_gradient_checkpointing_and_frozen_embeddings():
 # Runs
 
 PHASES = (
-    "phases=[{layer: 1, steps: 2}, {layer: 2, steps: 1, boundary: 1, lr_below: 0}, "
-    "{steps: 1, boundary: 1, lr_above: 0}, {boundary: 1, lr_above: 0.1}]"
+    "phases=[{layer: 1, steps: 2}, {layer: 2, steps: 1, lr: {embedding: 0, 1: 0}}, "
+    "{steps: 1, lr: {2-: 0}}, {lr: {2-: 0.1}}]"
 )
 SETTINGS = ["algorithm=custom", PHASES, "eval.every=0", "checkpoint.every=1", "eval.samples=1"]
 SETTINGS += ["eval.pass_k=[1]", "checkpoint.keep_last=9"]
@@ -216,7 +232,7 @@ def test_stopped_at_a_switch_and_continued(
 def test_other_phases_are_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert run(out, *SETTINGS, stop=3) == 128 + signal.SIGTERM
-    other = PHASES.replace("lr_above: 0.1", "lr_above: 0.2")
+    other = PHASES.replace("0.1", "0.2")
     assert run(out, *SETTINGS, other, "resume=auto") == 2
     assert "holds a run with other settings (phases: " in capsys.readouterr().err
     assert json.loads((checkpoint.complete(out)[-1] / "trainer.json").read_text())["step"] == 1

@@ -2,6 +2,8 @@
 new weights? One engine for the file; each test leaves it with the model's weights."""
 
 import copy
+import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -14,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bupo.config import Config, ConfigError, RolloutConfig
+from bupo.config.sampling import OWN
 from bupo.rl.rollouts import VllmEngine
 from bupo.rl.types import Policy, Prompt
 from bupo.rl.update import Trainer
@@ -211,22 +214,65 @@ except ConfigError as error:
     assert "refused: rollout.engine=vllm cannot serve" in done.stdout, done.stderr[-2000:]
 
 
+def test_options_of_every_device_are_vllms():
+    """Names that vLLM drops or renames are noticed here, those of a GPU too."""
+    from vllm import LLM, EngineArgs
+
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    config = RolloutConfig(vllm={"tensor_parallel_size": 2})
+    for gpu in (False, True):
+        assert config.vllm_options(gpu).keys() <= known
+    assert OWN.keys() <= known
+    assert "level" in inspect.signature(LLM.sleep).parameters and callable(LLM.wake_up)
+
+
+def test_an_option_that_vllm_has_not_is_named(parts):
+    model, tokenizer = parts[1].config._name_or_path, parts[2]
+    config = dataclasses.replace(CONFIG, vllm={"tensor_paralel_size": 2})
+    with pytest.raises(ConfigError, match=r"^rollout\.vllm: .*'tensor_paralel_size'"):
+        VllmEngine(model, tokenizer, config, 64, "float32", seed=0)
+
+
+def test_its_memory_is_lent_between_rollouts_and_new_weights(parts, monkeypatch):
+    """On a GPU; here the engine stays, and what it is told is written down."""
+    engine, model, tokenizer = parts
+    told = []
+    monkeypatch.setattr(engine, "_sleeps", True)
+    monkeypatch.setattr(engine._llm, "sleep", lambda level: told.append(f"sleep {level}"))
+    monkeypatch.setattr(engine._llm, "wake_up", lambda: told.append("wake"))
+    prompt = [Prompt(0, "s", "a", tokenizer("a").input_ids, "0")]
+    rollouts = engine.generate(prompt, 1, "s", lambda: False)
+    assert told == ["sleep 1"], "weights are kept, for only what changed is sent"
+    engine.load(changed_tensors(model, {"model.norm.weight"}))
+    engine.score(rollouts)
+    assert told == ["sleep 1", "wake"]
+    engine.generate(prompt, 1, "s", lambda: True)
+    assert told == ["sleep 1", "wake", "sleep 1"]
+    engine.score(rollouts)
+
+
+def run(out, *overrides):
+    """A program of its own."""
+    sizes = "task_options={layers: 2, width: 128, warm_steps: 4, eval_problems: 4}"
+    settings = [sizes, "rollout.engine=vllm", "optimizer.schedule=constant", "bupo.steps=1"]
+    command = [sys.executable, "-m", "bupo.run", *run_samples.arguments(out), *settings]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([*command, *overrides], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_share_a_model(tmp_path):
+    """Tensor parallel: weights are sent to each, and the engine's log-probs are the trainer's."""
+    rows = run(tmp_path / "run", "steps=3", "rollout.vllm={tensor_parallel_size: 2}")
+    assert [r["phase"] for r in rows] == ["internal", "final", "final"]
+    assert all(r["sync/logprob_gap"] < NEAR and r["rollout/logprob_gap"] < NEAR for r in rows)
+
+
 def test_a_run_is_resumed_exactly(tmp_path):
-    """A program of its own each time: two steps and two more are four, tokens and parameters."""
-
-    def run(out, *overrides):
-        sizes = "task_options={layers: 2, width: 128, warm_steps: 4, eval_problems: 4}"
-        settings = [sizes, "rollout.engine=vllm", "optimizer.schedule=constant", "bupo.steps=1"]
-        command = [sys.executable, "-m", "bupo.run", *run_samples.arguments(out), *settings]
-        here = Path(__file__).parent
-        environment = os.environ | {"PYTHONPATH": str(here)}
-        done = subprocess.run(
-            [*command, *overrides], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-
+    """Two steps and two more are four, tokens and parameters."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(whole, "steps=4")
+    rows = run(whole, "steps=4")
     run(parts, "steps=2")
     run(parts, "steps=4", "resume=auto")
     for step in range(1, 5):
@@ -234,7 +280,6 @@ def test_a_run_is_resumed_exactly(tmp_path):
         assert (whole / name).read_text() == (parts / name).read_text(), name
     weights = "checkpoints/step_000004/model.safetensors"
     assert (whole / weights).read_bytes() == (parts / weights).read_bytes()
-    rows = [json.loads(x) for x in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [r["phase"] for r in rows] == ["internal", "final", "final", "final"]
     assert all(r["sync/logprob_gap"] < NEAR and r["rollout/logprob_gap"] < NEAR for r in rows)
 

@@ -14,7 +14,7 @@ import torch
 from run_samples import rows
 from torch import Tensor
 
-from bupo.config import RewardConfig, RolloutConfig, load
+from bupo.config import RewardConfig, load
 from bupo.rl.loop import Run
 from bupo.rl.monitor import Monitor
 from bupo.rl.optimizer import AdamW
@@ -148,11 +148,7 @@ def test_weights_for_other_processes_can_be_sent_to_them(ranks: int) -> None:
         def reset_prefix_cache(self) -> None: ...
 
     engine = VllmEngine.__new__(VllmEngine)
-    engine._config, engine._llm, engine._asleep = (
-        RolloutConfig(tensor_parallel=ranks),
-        Model(),
-        False,
-    )
+    engine._ranks, engine._llm, engine._asleep = ranks, Model(), False
     engine.load((f"layer.{n}", torch.full((2,), float(n))) for n in range(3))
     if ranks > 1:
         sent = [pickle.loads(pickle.dumps(sent[0]))]

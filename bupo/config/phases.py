@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 from bupo.config.errors import require
+
+_LAYERS = re.compile(r"(\d+)(?:(-)(\d+)?)?")
 
 
 @dataclass
@@ -16,11 +21,11 @@ class BupoConfig:
     """Steps of phase 1, s_inter of the paper; then the final policy is trained."""
     final_norm: bool = False
     """Apply the model's final norm to H^l before the unembedding (the paper does not)."""
-    auto_layer: bool = False
+    auto_layer: float | None = None
     """Measure the layer before step 1 instead: where the FFNs of the model leave exploration, on 64
-    responses of its own (algorithm=bupo; auto_layer.json in the run directory has the curve)."""
-    auto_tolerance: float = 0.1
-    """Share of the largest rise of entropy by an FFN below which a layer no longer explores."""
+    responses of its own. The value is the share of the largest rise of entropy by an FFN below
+    which a layer no longer explores, e.g. 0.1; null: bupo.layer is given (algorithm=bupo;
+    auto_layer.json in the run directory has the curve)."""
     auto_stop: float | None = None
     """End phase 1 before bupo.steps where it has stopped helping: when the final policy's log
     perplexity of the probes (see diagnostics.every) has risen by so many nats, e.g. 0.1, or
@@ -30,7 +35,10 @@ class BupoConfig:
         require(self.layer >= 1, f"bupo.layer counts from 1, got {self.layer}")
         require(self.steps >= 0, f"bupo.steps must be at least 0, got {self.steps}")
         require(self.auto_stop is None or self.auto_stop > 0, "bupo.auto_stop must be > 0 or null")
-        require(0 <= self.auto_tolerance < 1, "bupo.auto_tolerance must be in [0, 1)")
+        require(
+            self.auto_layer is None or 0 <= self.auto_layer < 1,
+            f"bupo.auto_layer must be a share in [0, 1), e.g. 0.1, or null, got {self.auto_layer}",
+        )
 
 
 @dataclass
@@ -39,28 +47,38 @@ class PhaseConfig:
     """The internal policy that the phase trains, counted from 1; null: the final policy."""
     steps: int | None = None
     """Steps of the phase; null, in the last phase: all that remain."""
-    boundary: int | None = None
-    """A layer that parts the model: 1..boundary and the embeddings are below, the others and the
-    final norm above; the head is neither (a tied head is the embedding)."""
-    lr_below: float = 1.0
-    """Factor of the learning rate below the boundary; 0 freezes."""
-    lr_above: float = 1.0
-    """Factor of the learning rate above the boundary; 0 freezes."""
+    lr: dict[Any, float] = field(default_factory=dict)
+    """Factors of the learning rate; 0 freezes. Of embedding, head (unless it is the embedding), a
+    layer (6), layers (1-6), layers to the last and the final norm (7-), and others: what is not
+    named, 1 if not given. {7-: 0} trains up to layer 6; {6: 1, others: 0} layer 6 alone."""
 
     def __post_init__(self) -> None:
-        for key in ("layer", "steps", "boundary"):
+        for key in ("layer", "steps"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"phases[].{key} must be at least 1, got {value}")
-        rates = (self.lr_below, self.lr_above)
-        require(
-            all(0 <= rate < math.inf for rate in rates), "phases[].lr_* must be at least 0, finite"
-        )
-        require(
-            self.boundary is not None or rates == (1, 1),
-            "phases[].lr_below and .lr_above need phases[].boundary",
-        )
-        require(any(rates), "phases[].lr_below and .lr_above are both 0: nothing would be trained")
-        require(
-            self.layer is None or self.lr_below > 0 or self.layer > (self.boundary or 0),
-            f"phases[]: lr_below=0 freezes all layers of the policy of layer {self.layer}",
-        )
+        self.lr = {str(key): factor for key, factor in self.lr.items()}  # YAML reads 6 as a number
+        for key, factor in self.lr.items():
+            require(
+                0 <= factor < math.inf,
+                f"phases[].lr.{key} must be at least 0 and finite, got {factor}",
+            )
+        ranges = sorted(self.lr_of_layers())
+        for (_, last, _), (first, _, _) in pairwise(ranges):
+            require(last < first, f"phases[].lr names layer {first} twice: {self.lr}")
+
+    def lr_of_layers(self) -> list[tuple[int, float, float]]:
+        """First layer, last layer (infinity where open), factor; as given."""
+        found = []
+        for key, factor in self.lr.items():
+            if key in ("embedding", "head", "others"):
+                continue
+            match = _LAYERS.fullmatch(key)
+            first = int(match[1]) if match else 0
+            last = float(match[3] or (math.inf if match[2] else first)) if match else 0
+            require(
+                1 <= first <= last,
+                "phases[].lr: expected embedding, head, others, a layer (6) or layers (1-6, 7-), "
+                f"got {key!r}",
+            )
+            found.append((first, last, factor))
+        return found

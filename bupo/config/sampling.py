@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from bupo.config.errors import one_of, require
+
+OWN = {
+    "model": "model.path",
+    "runner": "rollouts are generated",
+    "dtype": "model.compute_dtype",
+    "seed": "seed",
+    "max_model_len": "data.max_prompt_tokens + rollout.max_new_tokens",
+    "max_num_seqs": "rollout.batch_size",
+    "logprobs_mode": "training uses the log-probs of the sampled policy",
+    "generation_config": "a model's own defaults would bend the policy",
+}
+"""Options of vLLM that follow from other settings, or that training relies on, and from what"""
 
 
 @dataclass
@@ -28,27 +41,40 @@ class RolloutConfig:
     """Responses generated at once."""
     max_logprob_gap: float = 0.1
     """Engine and trainer may differ by this much per token (nats, mean); more stops the run."""
-    kv_cache_gib: int = 1
-    """vllm on a CPU: memory of its cache."""
-    gpu_memory_utilization: float = 0.4
-    """vllm on a GPU: its share of the memory, the trainer's aside."""
-    tensor_parallel: int = 1
-    """vllm on GPUs: how many share one model."""
-    sleep: bool = True
-    """vllm on a GPU: give its memory back during the update."""
+    vllm: dict[str, Any] = field(default_factory=dict)
+    """Arguments of vLLM's LLM, e.g. {tensor_parallel_size: 2}, over the defaults: on a GPU
+    {gpu_memory_utilization: 0.4, enable_sleep_mode: true}, which lends its memory to the update, on
+    a CPU {kv_cache_memory_bytes: 1073741824}."""
 
     def __post_init__(self) -> None:
         one_of("rollout.engine", self.engine, ("hf", "vllm"))
-        counts = ("prompts", "samples", "max_new_tokens", "batch_size", "kv_cache_gib")
-        for key in (*counts, "tensor_parallel"):
+        for key in ("prompts", "samples", "max_new_tokens", "batch_size"):
             require(getattr(self, key) > 0, f"rollout.{key} must be positive")
         require(self.refills >= 0, "rollout.refills must be at least 0")
         require(self.temperature > 0, f"rollout.temperature must be > 0, got {self.temperature}")
         require(self.max_logprob_gap > 0, "rollout.max_logprob_gap must be > 0")
-        require(
-            0 < self.gpu_memory_utilization < 1, "rollout.gpu_memory_utilization must be in (0, 1)"
-        )
         require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], got {self.top_p}")
+        for key in self.vllm:
+            require(key not in OWN, f"rollout.vllm.{key}: bupo sets it ({OWN.get(key)})")
+
+        share = self.vllm.get("gpu_memory_utilization", 0.4)
+        require(
+            type(share) is float and 0 < share < 1,
+            f"rollout.vllm.gpu_memory_utilization must be in (0, 1), got {share!r}",
+        )
+        cache = self.vllm.get("kv_cache_memory_bytes", 1)
+        require(
+            type(cache) is int and cache > 0,
+            f"rollout.vllm.kv_cache_memory_bytes must be an integer over 0, got {cache!r}",
+        )
+
+    def vllm_options(self, gpu: bool) -> dict[str, Any]:
+        """For a device: those given, over the defaults."""
+        of_device: dict[str, Any] = {"kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
+        if gpu:
+            of_device = {"gpu_memory_utilization": 0.4, "enable_sleep_mode": True}
+        everywhere = {"enable_prefix_caching": True, "disable_log_stats": True}
+        return everywhere | of_device | self.vllm
 
 
 @dataclass

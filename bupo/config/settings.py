@@ -15,8 +15,8 @@ from bupo.config.sampling import EvalConfig, RewardConfig, RolloutConfig
 
 MAY_CHANGE = (
     *("steps", "name", "out", "resume", "eval.", "checkpoint.", "reward.workers"),
-    *("rollout.max_logprob_gap", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
-    *("rollout.sleep", "max_bad_steps", "wandb", "watchdog.", "diagnostics."),
+    *("rollout.max_logprob_gap", "rollout.vllm", "max_bad_steps", "wandb", "watchdog."),
+    "diagnostics.",
 )
 """Settings that a resumed run may have otherwise than the run it continues."""
 
@@ -64,7 +64,7 @@ class Config:
     internal: the internal policy only. custom: the given `phases`."""
     phases: list[PhaseConfig] = field(default_factory=list)
     """For algorithm=custom, e.g. from the bottom up: [{layer: 2, steps: 10}, {layer: 4, steps: 10},
-    {}]; only layers up to 6, under the final objective: [{boundary: 6, lr_above: 0}]."""
+    {}]; only layers up to 6, under the final objective: [{lr: {7-: 0}}]."""
     advantage: str = "grpo"
     """grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, or ppo, which trains a critic
     (bupo/rl/advantages.py)."""
@@ -139,7 +139,7 @@ class Config:
             f"bupo.steps ({self.bupo.steps}) must be less than steps ({self.steps})",
         )
         require(
-            not self.bupo.auto_layer or self.algorithm == "bupo",
+            self.bupo.auto_layer is None or self.algorithm == "bupo",
             "bupo.auto_layer needs algorithm=bupo",
         )
         require(

@@ -5,6 +5,8 @@ J_BuPO (arXiv 2512.19673) is two of them: pi^l for s_inter steps, then pi.
 
 from __future__ import annotations
 
+import math
+
 from bupo.config import Config, ConfigError, PhaseConfig
 from bupo.rl.types import Policy, Rates
 
@@ -22,6 +24,16 @@ def _phases(config: Config) -> list[tuple[str, PhaseConfig]]:
     return [final]
 
 
+def _rates(phase: PhaseConfig) -> Rates:
+    others = phase.lr.get("others", 1.0)
+    return Rates(
+        embedding=phase.lr.get("embedding", others),
+        head=phase.lr.get("head", others),
+        layers=tuple(phase.lr_of_layers()),
+        others=others,
+    )
+
+
 class Schedule:
     """Phases, one after the other, over the steps of a run."""
 
@@ -34,8 +46,7 @@ class Schedule:
             first = self._last[-1] if self._last else 0
             self._last.append(config.steps if phase.steps is None else first + phase.steps)
             norm = phase.layer is not None and config.bupo.final_norm
-            rates = Rates(phase.boundary, phase.lr_below, phase.lr_above)
-            self._policies.append(Policy(phase.layer, norm, rates))
+            self._policies.append(Policy(phase.layer, norm, _rates(phase)))
 
     def policy(self, step: int) -> Policy:
         """Of step 1, 2, ..."""
@@ -56,25 +67,35 @@ class Schedule:
         """The internal policies of the run, lowest first."""
         return sorted({p.layer for p in self._policies if p.layer is not None})
 
-    def check(self, depth: int, model: str) -> None:
-        """Raises ConfigError for a layer that a model of this many layers has not."""
-        for key, phase in self._phases:
-            for name in ("layer", "boundary"):
-                value = getattr(phase, name)
-                if value is not None and value > depth:
+    def check(self, depth: int, model: str, tied: bool = False) -> None:
+        """Raises ConfigError for what a model of this many layers, whose head may be tied to the
+        embedding, has not, and for a phase that would train nothing."""
+        for (key, phase), policy in zip(self._phases, self._policies):
+            ends = [last if last < math.inf else first for first, last, _ in policy.rates.layers]
+            own: list[float] = [phase.layer] if phase.layer else []
+            named = {"layer": own, "lr": ends}
+            for name, layers in named.items():
+                for layer in (n for n in layers if n > depth):
                     raise ConfigError(
-                        f"{key}.{name}={value} is out of range: {model} has layers 1..{depth}"
+                        f"{key}.{name}={layer:g} is out of range: {model} has layers 1..{depth}"
                     )
+            if tied and "head" in phase.lr:
+                raise ConfigError(
+                    f"{key}.lr.head: the head of {model} is its embedding; set {key}.lr.embedding"
+                )
+            places: list[int | None] = [*range((policy.layer or depth + 1) + 1)]
+            if policy.layer is None and not tied:
+                places.append(None)
+            if not any(policy.rates.factor(place) for place in places):
+                whose = "the final policy" if policy.layer is None else f"layer {policy.layer}"
+                raise ConfigError(f"{key}.lr freezes the embedding and all layers of {whose}")
 
     def describe(self, depth: int) -> str:
         """In words, for people."""
         parts: list[str] = []
-        for policy, last in zip(self._policies, self._last):
-            rates, where = policy.rates, ""
-            if rates.boundary is not None:
-                sides = (("to", rates.below), ("above", rates.above))
-                changed = [f"{side} layer {rates.boundary} x{f:g}" for side, f in sides if f != 1]
-                where = f" ({', '.join(changed)})" if changed else ""
+        for (_, phase), policy, last in zip(self._phases, self._policies, self._last):
+            changed = [f"{key} x{factor:g}" for key, factor in phase.lr.items()]
+            where = f" (learning rate of {', '.join(changed)})" if changed else ""
             if len(self._policies) == 1:
                 whose = "the final policy" if policy.layer is None else f"layer {policy.layer}"
                 of = "" if policy.layer is None else f" of {depth}"

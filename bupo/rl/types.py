@@ -94,20 +94,24 @@ class RewardReport:
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast the parameters below and above a layer are trained, as factors of the learning
-    rate; 0 freezes. The head is neither below nor above, unless it is the embedding."""
+    """How fast the parameters of each place are trained, as factors of the learning rate; 0
+    freezes. A tied head is the embedding."""
 
-    boundary: int | None = None
-    """Layers 1..boundary and the embeddings are below, the others and the final norm above; None:
-    the factors are not used"""
-    below: float = 1.0
-    above: float = 1.0
+    embedding: float = 1.0
+    head: float = 1.0
+    layers: tuple[tuple[int, float, float], ...] = ()
+    """First layer, last layer, factor; the final norm lies above the last layer"""
+    others: float = 1.0
+    """Of layers and the final norm that no range has"""
 
     def factor(self, place: int | None) -> float:
         """Of the parameters at a place, as bupo.policy.parameter_layers has them."""
-        if self.boundary is None or place is None:
-            return 1.0
-        return self.below if place <= self.boundary else self.above
+        if place is None:
+            return self.head
+        if place == 0:
+            return self.embedding
+        of_layer = (f for first, last, f in self.layers if first <= place <= last)
+        return next(of_layer, self.others)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,6 @@ class VllmEngine:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._gpu = torch.cuda.is_available()
-        if not self._gpu:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of its own imports
@@ -59,13 +57,9 @@ class VllmEngine:
         except OSError:  # no generation_config.json
             eos = AutoConfig.from_pretrained(model).get_text_config(decoder=True).eos_token_id
         self._decoder = Decoder(tokenizer, eos)
-        options: dict[str, Any] = {}
-        if self._gpu:
-            options = {
-                "gpu_memory_utilization": config.gpu_memory_utilization,
-                "tensor_parallel_size": config.tensor_parallel,
-                "enable_sleep_mode": config.sleep,
-            }
+        options = config.vllm_options(self._gpu)
+        self._sleeps = bool(options.get("enable_sleep_mode"))
+        self._ranks = int(options.get("tensor_parallel_size", 1))
         engine: Any = LLM
         try:
             self._llm: Any = engine(
@@ -76,14 +70,15 @@ class VllmEngine:
                 max_model_len=max_prompt_tokens + config.max_new_tokens,
                 max_num_seqs=config.batch_size,
                 logprobs_mode="processed_logprobs",  # with the temperature
-                enable_prefix_caching=True,
-                enforce_eager=not self._gpu,
                 generation_config="vllm",  # a model's own defaults would bend the policy
-                disable_log_stats=True,
                 **options,
             )
             # Compiles and fills what the first call needs, and meets what this device cannot do.
             self._run([[0, 1]], [SamplingParams(max_tokens=1, detokenize=False)])
+        except TypeError as error:
+            if not config.vllm:
+                raise
+            raise ConfigError(f"rollout.vllm: {first_line(error)}") from None
         except (ValueError, RuntimeError) as error:  # a device or a family that it does not know
             why = first_line(error)
             raise ConfigError(f"rollout.engine=vllm cannot serve {model}: {why}") from None
@@ -133,7 +128,7 @@ class VllmEngine:
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         self._wake()
         weights: Iterable[tuple[str, Tensor]] = iter(tensors)
-        if self._config.tensor_parallel > 1:  # to other processes: an iterator cannot go there
+        if self._ranks > 1:  # to other processes: an iterator cannot go there
             weights = [(name, tensor.cpu()) for name, tensor in weights]
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.reset_prefix_cache()
@@ -164,7 +159,7 @@ class VllmEngine:
 
     def _sleep(self) -> None:
         """Lends the GPU's memory to the update: weights go to the host, the cache is dropped."""
-        if self._gpu and self._config.sleep and not self._asleep:
+        if self._sleeps and not self._asleep:
             self._llm.sleep(level=1)
             self._asleep = True
 
