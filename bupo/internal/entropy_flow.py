@@ -1,4 +1,4 @@
-"""Entropy of every internal policy, token by token, from two forwards and one sweep of the head.
+"""Entropy of every internal policy, token by token, from one forward and one sweep of the head.
 
     pi^l_Layer = softmax(H^l E_u^T)   pi^l_ATTN = softmax(A^l E_u^T)   pi^l_FFN = softmax(F^l E_u^T)
     dH_Layer = H(H^l) - H(H^{l-1})    dH_ATTN = H(A^l) - H(input)      dH_FFN = H(F^l) - H(input)
@@ -29,8 +29,9 @@ from bupo.policy import Unembedding, decoder_stack, hidden_states, num_layers, u
 Array = NDArray[np.float32]
 POLICIES = ("layer", "attention", "ffn")
 MODULE_INPUTS = ("attention_input", "ffn_input")
-ROWS = 8192
-"""Hidden states that one call of the op takes, so that memory does not grow with the text"""
+ROWS = 1024
+"""Hidden states that one call of the op takes: many of short texts, and memory does not grow with
+long ones"""
 
 
 @dataclass
@@ -138,11 +139,10 @@ class _Sweep:
 
     def run(self) -> EntropyFlow:
         flow = self.flow
-        final = self.batch.pick(hidden_states(self.model, self.batch.ids))
+        with decomposed(self.model, self._visit):
+            final = self.batch.pick(hidden_states(self.model, self.batch.ids))
         for _, flow.final_logprob, flow.final_entropy in self._policies([("final", final)]):
             del final
-        with decomposed(self.model, self._visit):
-            hidden_states(self.model, self.batch.ids)
         for kind, columns in self.found.items():
             getattr(flow, kind).update({name: np.stack(x) for name, x in columns.items()})
         gap = flow.logprob["layer_normed"][-1] - flow.final_logprob
@@ -193,7 +193,8 @@ class _Sweep:
         as many of them in one call of the op as ROWS holds."""
         count, left = len(self.batch.targets), iter(vectors)
         while group := list(islice(left, max(1, ROWS // count))):
-            stacked = torch.cat([x.to(self.head.weight.dtype) for _, x in group])
+            states = [x.to(self.head.weight.dtype) for _, x in group]
+            stacked = states[0] if len(states) == 1 else torch.cat(states)
             targets = self.batch.targets.repeat(len(group))
             found = np.empty((2, len(stacked)), np.float32)
             for first in range(0, len(stacked), ROWS):

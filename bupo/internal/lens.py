@@ -154,26 +154,30 @@ class _Look:
         pieces: dict[str, dict[str, list[Tensor]]] = {}
         for first in range(0, len(self.batch.targets), CHUNK):
             rows = slice(first, first + CHUNK)
-            final, target = (
-                self._logp(self.final[rows]),
-                self.batch.targets[rows, None],
-            )
+            final = self._logp(self.final[rows])
+            said, target = final.argmax(-1), self.batch.targets[rows, None]
             for view in self.views:
-                for kind, values in self._compare(vectors[view][rows], final, target).items():
+                logp = self._logp(vectors[view][rows])
+                for kind, values in self._compare(logp, final, said, target).items():
                     pieces.setdefault(kind, {}).setdefault(view, []).append(values.cpu())
         for kind, columns in pieces.items():
             for view, parts in columns.items():
                 self.found.setdefault(kind, {}).setdefault(view, []).append(torch.cat(parts))
 
-    def _compare(self, hidden: Tensor, final: Tensor, target: Tensor) -> dict[str, Tensor]:
-        logp = self._logp(hidden)
-        top = logp.topk(self.top_k, dim=-1)
+    def _compare(
+        self, logp: Tensor, final: Tensor, said: Tensor, target: Tensor
+    ) -> dict[str, Tensor]:
+        """Of policies [n, V] to the model's, whose likeliest tokens are said."""
+        if self.top_k > 1:
+            best, first = logp.topk(self.top_k, dim=-1)
+        else:  # much cheaper
+            best, first = logp.max(-1, keepdim=True)
         return {
             "rank": (logp > logp.gather(1, target)).sum(-1),
             "kl": kl_rows(logp, final),
-            "agrees": top.indices[:, 0] == final.argmax(-1),
-            "top_tokens": top.indices,
-            "top_logprobs": top.values,
+            "agrees": first[:, 0] == said,
+            "top_tokens": first,
+            "top_logprobs": best,
         }
 
 

@@ -24,14 +24,17 @@ def log_probs(head: Unembedding, hidden: Tensor, temperature: float = 1.0) -> Te
     """log softmax of hidden [n, D] through a head, [n, V], float32: products of a head in 16 bits
     are summed and kept in float32, as by the fused ops."""
     exact = torch.promote_types(head.weight.dtype, torch.float32)
-    biases = [None] * len(head.weight) if head.bias is None else head.bias.split(BLOCK)
+    block = len(head.weight) if head.weight.dtype == exact else BLOCK
+    weights = head.weight.split(block)
+    biases = [None] * len(weights) if head.bias is None else head.bias.split(block)
     logits = [
         head._replace(weight=w.to(exact), bias=None if b is None else b.to(exact)).logits(
             hidden.to(exact)
         )
-        for w, b in zip(head.weight.split(BLOCK), biases)
+        for w, b in zip(weights, biases)
     ]
-    return (torch.cat(logits, dim=-1).float() / temperature).log_softmax(-1)
+    rows = (logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)).float()
+    return (rows if temperature == 1 else rows / temperature).log_softmax(-1)
 
 
 def kl_rows(logp: Tensor, logq: Tensor) -> Tensor:
