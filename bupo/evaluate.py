@@ -29,6 +29,7 @@ from bupo.config import Config, ConfigError
 from bupo.ending import allowed, ended
 from bupo.inputs import (
     build_task,
+    check_engine,
     check_out,
     find_sources,
     make_engine,
@@ -84,6 +85,7 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
             configuration.changes_since(earlier, config, _TRAINING) if earlier.is_file() else []
         )
         sources = find_sources(config, training=False)
+        check_engine(config)
     if changed:
         raise ConfigError(
             f"out={out} holds an evaluation with other settings ({'; '.join(changed)}); "

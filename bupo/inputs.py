@@ -3,7 +3,7 @@ task, the directory to write. bupo.models has the model itself."""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +62,15 @@ def find_sources(config: Config, training: bool = True) -> Sources:
         raise ConfigError(f"data.chat_template={template}: file not found")
     check_place("model.path", model)
     return Sources(model, train, held_out, files)
+
+
+def check_engine(config: Config) -> None:
+    """Names of vLLM's options, where there are any and the package is here."""
+    rollout = config.rollout
+    if rollout.engine == "vllm" and rollout.vllm and importlib.util.find_spec("vllm"):
+        from bupo.rl.rollouts.vllm import check_options
+
+        check_options(rollout)
 
 
 def make_engine(

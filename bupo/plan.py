@@ -11,7 +11,7 @@ from typing import Any
 
 from bupo import config as configuration
 from bupo.config import Config, ConfigError
-from bupo.inputs import Sources, check_out, find_sources
+from bupo.inputs import Sources, check_engine, check_out, find_sources
 from bupo.models import read_model
 from bupo.sizes import Sizes, measure
 
@@ -42,6 +42,7 @@ def make_plan(config: Config) -> Plan:
     check_out(out)
     resume_from = _resume_point(config, out)
     sources = find_sources(config)
+    check_engine(config)
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"wandb={config.wandb} needs the package wandb, which is not installed")
 

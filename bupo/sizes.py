@@ -46,7 +46,11 @@ class Sizes:
     def engine_line(self, config: Config) -> str:
         if self.engine:
             return f"about {_size(self.engine)} for {config.rollout.engine}"
-        share = config.rollout.vllm_options(gpu=True)["gpu_memory_utilization"]
+        options = config.rollout.vllm_options(gpu=True)
+        if "kv_cache_memory_bytes" in options:  # vLLM then looks at nothing else
+            cache = _size(options["kv_cache_memory_bytes"])
+            return f"weights and {cache} of cache for vllm (rollout.vllm.kv_cache_memory_bytes)"
+        share = options["gpu_memory_utilization"]
         return f"{share:.0%} of the GPU for vllm (rollout.vllm.gpu_memory_utilization)"
 
     def disk_line(self, config: Config) -> str:
@@ -159,7 +163,8 @@ def _engine(config: Config, text: Any, total: int, prompt: int, gpu: bool) -> in
     if rollout.engine == "vllm":
         element = 2 if config.model.compute_dtype == "bfloat16" else 4
         options = rollout.vllm_options(gpu)
-        return 0 if gpu else element * total + int(options["kv_cache_memory_bytes"])
+        ranks = int(options.get("tensor_parallel_size", 1))
+        return 0 if gpu else element * total + ranks * int(options["kv_cache_memory_bytes"])
     responses = min(rollout.batch_size, rollout.prompts * rollout.samples)
     of_token = 2 * text.num_hidden_layers * _cache_width(text) * 4
     return responses * (prompt + rollout.max_new_tokens) * of_token

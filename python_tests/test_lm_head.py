@@ -60,7 +60,10 @@ def test_what_other_cpus_run(variable: str) -> None:
     chosen = f"build_info or ((bfloat16 or float32) and ({numbers} or (gradients and ({shapes}))))"
     files = ["test_lm_head.py", "test_policy_loss.py", "test_ops_tensors.py::test_build_info"]
     command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", chosen]
-    environment = os.environ | dict([variable.split("=")])
+    name, value = variable.split("=")
+    if name == "BUPO_CPU_VECTORS" and int(value) >= ops.build_info()["cpu_vectors"]:
+        pytest.skip("is what this CPU runs anyway")
+    environment = os.environ | {name: value}
     here = Path(__file__).parent
     files = [str(here / name) for name in files]
     done = subprocess.run(

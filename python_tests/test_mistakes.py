@@ -57,10 +57,10 @@ BAD = {
         "phases[1].layer=3 is out of range",
     ),
     "rate of a layer over L": (
-        ["algorithm=custom", "phases=[{lr: {1-3: 0}}]"], "phases[0].lr=3 is out of range"
+        ["algorithm=custom", "phases=[{lr: {1-3: 0}}]"], "phases[0].lr.1-3 is out of range: "
     ),
     "rate from a layer over L": (
-        ["algorithm=custom", "phases=[{lr: {3-: 0}}]"], "phases[0].lr=3 is out of range"
+        ["algorithm=custom", "phases=[{lr: {3-: 0}}]"], "phases[0].lr.3- is out of range: "
     ),
     "open phase first": (
         ["algorithm=custom", "phases=[{layer: 1}, {}]"], "only the last may leave out steps"
@@ -87,14 +87,25 @@ BAD = {
     ),
     "everything frozen": (
         ["algorithm=custom", "phases=[{lr: {others: 0}}]"],
-        "phases[0].lr freezes the embedding and all layers of the final policy",
+        "phases[0].lr freezes all of the final policy",
     ),
     "policy frozen": (
-        ["algorithm=custom", "phases=[{layer: 1, lr: {embedding: 0, 1: 0}}]"],
-        "phases[0].lr freezes the embedding and all layers of layer 1",
+        ["algorithm=custom", "phases=[{layer: 1, lr: {2: 1, others: 0}}]"],
+        "phases[0].lr freezes all of pi^1",
     ),
     "auto_layer on": (
-        ["bupo.auto_layer=true"], "bupo.auto_layer"
+        ["bupo.auto_layer=true"], "bupo.auto_layer: Value 'True' of type 'bool' could not be"
+    ),
+    "auto_layer of more than all": (
+        ["bupo.auto_layer=1"], "bupo.auto_layer must be a share in [0, 1), e.g. 0.1, or null"
+    ),
+    "an option that vllm has not": (
+        ["rollout.engine=vllm", "rollout.vllm={tensor_paralel_size: 2}"],
+        "no argument 'tensor_paralel_size'; did you mean tensor_parallel_size?",
+    ),
+    "vllm's ranks": (
+        ["rollout.vllm={tensor_parallel_size: null}"],
+        "rollout.vllm.tensor_parallel_size must be an integer over 0, got None",
     ),
     "vllm's cache": (
         ["rollout.vllm={kv_cache_memory_bytes: 1e9}"],

@@ -86,6 +86,17 @@ def test_resume_with_other_settings_is_refused(
     assert all(p.read_bytes() == x for p, x in before.items() if "checkpoints" not in str(p))
 
 
+def test_a_run_of_another_version_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    """Its config.yaml has a key that is none any more, which nobody typed."""
+    (tmp_path / "config.yaml").write_text("rollout: {kv_cache_gib: 1}\n")
+    (tmp_path / "metrics.jsonl").touch()
+    assert main(arguments(tmp_path, "resume=auto")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path}/config.yaml, which is compared with, cannot be read: unknown key" in error
+
+
 def test_resume_with_fewer_steps_than_are_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

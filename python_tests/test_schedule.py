@@ -70,7 +70,7 @@ def test_rates_of_a_phase():
         (Config(algorithm="internal", bupo=BupoConfig(layer=7)), r"bupo\.layer=7 .* 1\.\.6"),
         (
             Config(algorithm="custom", phases=[PhaseConfig(lr={"2-7": 0.0})]),
-            r"phases\[0\]\.lr=7 .* 1\.\.6",
+            r"phases\[0\]\.lr\.2-7 is .* 1\.\.6",
         ),
     ],
 )
@@ -85,8 +85,18 @@ def test_a_tied_head_has_no_rate_of_its_own():
     schedule.check(6, "MODEL")
     with pytest.raises(ConfigError, match=r"phases\[0\]\.lr\.head: the head of MODEL is its"):
         schedule.check(6, "MODEL", tied=True)
-    only_the_head = custom(PhaseConfig(lr={"head": 1.0, "others": 0.0}))
-    only_the_head.check(6, "MODEL")
+
+
+def test_a_head_may_be_trained_alone():
+    """Of any policy, if it is no embedding."""
+    rates = {"head": 1.0, "others": 0.0}
+    schedule = custom(PhaseConfig(layer=2, steps=1, lr=rates), PhaseConfig(lr=rates))
+    schedule.check(6, "MODEL")
+    for policy in (schedule.policy(1), schedule.policy(2)):
+        model, rollouts = small_model(), random_rollouts()
+        trainer = make_trainer(model)
+        trainer.update(rollouts, trainer.token_stats(rollouts, policy).logprobs, policy, 1)
+        assert trainer.changed == {"lm_head.weight"}
 
 
 # What a frozen parameter is

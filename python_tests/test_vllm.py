@@ -229,7 +229,10 @@ def test_options_of_every_device_are_vllms():
 def test_an_option_that_vllm_has_not_is_named(parts):
     model, tokenizer = parts[1].config._name_or_path, parts[2]
     config = dataclasses.replace(CONFIG, vllm={"tensor_paralel_size": 2})
-    with pytest.raises(ConfigError, match=r"^rollout\.vllm: .*'tensor_paralel_size'"):
+    with pytest.raises(ConfigError, match="no argument 'tensor_paralel_size'; did you mean"):
+        VllmEngine(model, tokenizer, config, 64, "float32", seed=0)
+    config = dataclasses.replace(CONFIG, vllm={"kv_cache_dtype": "x"})
+    with pytest.raises(ConfigError, match=r"with rollout\.vllm=.*: cache_dtype: Input should be"):
         VllmEngine(model, tokenizer, config, 64, "float32", seed=0)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from bupo import config as configuration
 from bupo.config import AnalysisConfig, Config, ConfigError
-from bupo.inputs import Sources, check_out, find_sources
+from bupo.inputs import Sources, check_engine, check_out, find_sources
 from bupo.models import ModelFacts, check_place, read_model
 from bupo.sizes import measure
 
@@ -82,6 +82,7 @@ def make_plan(config: AnalysisConfig, out: Path) -> Plan:
     path = config.model.path and newest(config.model.path)
     config_of_files = replace(config, model=replace(config.model, path=path))
     sources = find_sources(config_of_files.as_run())
+    check_engine(config_of_files.as_run())
     if not sources.train:
         raise ConfigError("no data: --data FILE (parquet, JSON lines or .txt)")
 

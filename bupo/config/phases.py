@@ -62,13 +62,13 @@ class PhaseConfig:
                 0 <= factor < math.inf,
                 f"phases[].lr.{key} must be at least 0 and finite, got {factor}",
             )
-        ranges = sorted(self.lr_of_layers())
+        ranges = sorted(self.lr_of_layers().values())
         for (_, last, _), (first, _, _) in pairwise(ranges):
             require(last < first, f"phases[].lr names layer {first} twice: {self.lr}")
 
-    def lr_of_layers(self) -> list[tuple[int, float, float]]:
-        """First layer, last layer (infinity where open), factor; as given."""
-        found = []
+    def lr_of_layers(self) -> dict[str, tuple[int, float, float]]:
+        """First layer, last layer (infinity where open), factor, by how they are named."""
+        found = {}
         for key, factor in self.lr.items():
             if key in ("embedding", "head", "others"):
                 continue
@@ -80,5 +80,5 @@ class PhaseConfig:
                 "phases[].lr: expected embedding, head, others, a layer (6) or layers (1-6, 7-), "
                 f"got {key!r}",
             )
-            found.append((first, last, factor))
+            found[key] = (first, last, factor)
         return found

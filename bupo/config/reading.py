@@ -149,7 +149,10 @@ def values(config: Any, prefix: str = "") -> dict[str, Any]:
 def changes_since(file: Path, config: Any, may_change: tuple[str, ...]) -> list[str]:
     """`key: old -> new` of the settings, others than those that may change, that differ from a file
     of such settings."""
-    old = values(read(file, [], type(config)))
+    try:
+        old = values(read(file, [], type(config)))
+    except ConfigError as error:
+        raise ConfigError(f"{file}, which is compared with, cannot be read: {error}") from None
     return [
         f"{key}: {old[key]} -> {value}"
         for key, value in values(config).items()

@@ -56,17 +56,17 @@ class RolloutConfig:
         require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], got {self.top_p}")
         for key in self.vllm:
             require(key not in OWN, f"rollout.vllm.{key}: bupo sets it ({OWN.get(key)})")
-
         share = self.vllm.get("gpu_memory_utilization", 0.4)
         require(
             type(share) is float and 0 < share < 1,
             f"rollout.vllm.gpu_memory_utilization must be in (0, 1), got {share!r}",
         )
-        cache = self.vllm.get("kv_cache_memory_bytes", 1)
-        require(
-            type(cache) is int and cache > 0,
-            f"rollout.vllm.kv_cache_memory_bytes must be an integer over 0, got {cache!r}",
-        )
+        for key in ("kv_cache_memory_bytes", "tensor_parallel_size"):
+            count = self.vllm.get(key, 1)
+            require(
+                type(count) is int and count > 0,
+                f"rollout.vllm.{key} must be an integer over 0, got {count!r}",
+            )
 
     def vllm_options(self, gpu: bool) -> dict[str, Any]:
         """For a device: those given, over the defaults."""

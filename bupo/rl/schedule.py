@@ -29,7 +29,7 @@ def _rates(phase: PhaseConfig) -> Rates:
     return Rates(
         embedding=phase.lr.get("embedding", others),
         head=phase.lr.get("head", others),
-        layers=tuple(phase.lr_of_layers()),
+        layers=tuple(phase.lr_of_layers().values()),
         others=others,
     )
 
@@ -71,24 +71,23 @@ class Schedule:
         """Raises ConfigError for what a model of this many layers, whose head may be tied to the
         embedding, has not, and for a phase that would train nothing."""
         for (key, phase), policy in zip(self._phases, self._policies):
-            ends = [last if last < math.inf else first for first, last, _ in policy.rates.layers]
-            own: list[float] = [phase.layer] if phase.layer else []
-            named = {"layer": own, "lr": ends}
-            for name, layers in named.items():
-                for layer in (n for n in layers if n > depth):
+            if phase.layer is not None and phase.layer > depth:
+                raise ConfigError(
+                    f"{key}.layer={phase.layer} is out of range: {model} has layers 1..{depth}"
+                )
+            for name, (first, last, _) in phase.lr_of_layers().items():
+                if max(first, last if last < math.inf else 0) > depth:
                     raise ConfigError(
-                        f"{key}.{name}={layer:g} is out of range: {model} has layers 1..{depth}"
+                        f"{key}.lr.{name} is out of range: {model} has layers 1..{depth}"
                     )
             if tied and "head" in phase.lr:
                 raise ConfigError(
                     f"{key}.lr.head: the head of {model} is its embedding; set {key}.lr.embedding"
                 )
-            places: list[int | None] = [*range((policy.layer or depth + 1) + 1)]
-            if policy.layer is None and not tied:
-                places.append(None)
+            places = [*range((policy.layer or depth + 1) + 1), *([] if tied else [None])]
             if not any(policy.rates.factor(place) for place in places):
-                whose = "the final policy" if policy.layer is None else f"layer {policy.layer}"
-                raise ConfigError(f"{key}.lr freezes the embedding and all layers of {whose}")
+                of = "the final policy" if policy.layer is None else f"pi^{policy.layer}"
+                raise ConfigError(f"{key}.lr freezes all of {of}")
 
     def describe(self, depth: int) -> str:
         """In words, for people."""

@@ -43,18 +43,13 @@ __attribute__((target("arch=x86-64-v3"))) void with_256_bits(const Body& body) {
   body(std::integral_constant<int, 32>{});
 }
 
-// BUPO_CPU_VECTORS, in bits, bounds it: for tests of the others.
+// BUPO_CPU_VECTORS=128 or 256 bounds it: for tests of the others.
 inline int vector_bytes() {
   static const int bytes = [] {
-    const auto all = [](auto... has) { return (has && ...); };
-    const bool v3 = all(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"),
-                        __builtin_cpu_supports("bmi"), __builtin_cpu_supports("bmi2"));
-    const bool v4 = all(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
-                        __builtin_cpu_supports("avx512cd"), __builtin_cpu_supports("avx512dq"),
-                        __builtin_cpu_supports("avx512vl"));
-    const char* wanted = std::getenv("BUPO_CPU_VECTORS");
-    const int limit = wanted ? std::atoi(wanted) / 8 : 64;
-    return v3 && v4 && limit >= 64 ? 64 : v3 && limit >= 32 ? 32 : 16;
+    const char* given = std::getenv("BUPO_CPU_VECTORS");
+    const auto bound = [&](const char* bits) { return given && std::strcmp(given, bits) == 0; };
+    if (bound("128") || !__builtin_cpu_supports("x86-64-v3")) return 16;
+    return bound("256") || !__builtin_cpu_supports("x86-64-v4") ? 32 : 64;
   }();
   return bytes;
 }

