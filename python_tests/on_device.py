@@ -16,7 +16,7 @@ DEVICE = os.environ.get("BUPO_TEST_DEVICE", "cpu")
 
 # What the CUDA operators do otherwise, by the name of the test (with or without its parameters).
 NOT_ON_CUDA = {
-    "test_without_block_products": "is about the CPU's products",
+    "test_what_other_cpus_run": "is about the CPU's products and vectors",
     "test_log_probs_do_not_depend_on_the_number_of_threads": "is about CPU threads",
     "test_dtensor_weight_is_refused": "makes a mesh of CPU processes",
     "test_autocast_to_float16_is_refused": "CUDA takes float16",

@@ -18,7 +18,7 @@ from emulation import HERE, ROOT, run_script
 
 POLICY, HEAD = "test_policy_loss.py", "test_lm_head.py"
 # What takes minutes here, or is about the CPU's own products.
-SLOW = "micro_batches or many or more_logits or number_of_threads or buffers or without_block"
+SLOW = "micro_batches or many or more_logits or number_of_threads or buffers or what_other"
 SMALL, LARGE = 300_000, 1 << 24
 
 
