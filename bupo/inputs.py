@@ -65,7 +65,8 @@ def find_sources(config: Config, training: bool = True) -> Sources:
 
 
 def check_engine(config: Config) -> None:
-    """Names of vLLM's options, where there are any and the package is here."""
+    """Raises ConfigError for an argument in rollout.vllm that vLLM has not, where it is installed;
+    else the engine does."""
     rollout = config.rollout
     if rollout.engine == "vllm" and rollout.vllm and importlib.util.find_spec("vllm"):
         from bupo.rl.rollouts.vllm import check_options

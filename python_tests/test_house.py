@@ -1,6 +1,9 @@
 """Who may import whom, checked from the syntax tree (the picture is in CONTRIBUTING.md)."""
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +54,32 @@ def test_there_are_sources_to_check() -> None:
     assert len(sources("")) > 20
     assert reaches(ROOT / "bupo/run.py", "bupo.rl")
     assert reaches(ROOT / "bupo/rl/forward.py", "bupo.policy")
+
+
+def needed_at_import(file: Path) -> set[str]:
+    """Packages of others that a file imports outside of functions."""
+    found, left = set(), list(ast.parse(file.read_text(encoding="utf-8")).body)
+    while left:
+        node: ast.AST = left.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).partition(".")[0])
+        elif not isinstance(node, ast.FunctionDef):
+            left += ast.iter_child_nodes(node)  # type: ignore[arg-type]
+    return found - sys.stdlib_module_names - {"bupo"}
+
+
+def test_what_is_imported_at_once_is_a_dependency() -> None:
+    """What comes with an extra, or with a package that it brings, is imported where it is used."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[<>=;\[ ]", text)[0] for text in project["dependencies"]}
+    names = {"yaml": "pyyaml"}
+    needed = {
+        names.get(name, name): file for file in sources("") for name in needed_at_import(file)
+    }
+    assert {"torch", "numpy", "pyyaml"} <= needed.keys()
+    assert not {name: file for name, file in needed.items() if name not in declared}
 
 
 def test_ops_and_policy_stand_on_the_ground() -> None:

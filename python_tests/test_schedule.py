@@ -60,7 +60,8 @@ def test_rates_of_a_phase():
     assert [one.factor(place) for place in (0, 1, 2, 3, 4, 7, None)] == [0, 0, 0, 1, 0, 0, 0]
     assert {Rates().factor(place) for place in (0, 2, None)} == {1.0}
     assert schedule.describe(6) == (
-        "the final policy for 10 steps (learning rate of embedding x0.5, 1-2 x0.25, 4- x0.1)"
+        "the final policy for 10 steps (learning rate of embedding x0.5, layers 1-2 x0.25, "
+        "layers 4- x0.1)"
     )
 
 

@@ -260,8 +260,11 @@ def run(out, *overrides):
     settings = [sizes, "rollout.engine=vllm", "optimizer.schedule=constant", "bupo.steps=1"]
     command = [sys.executable, "-m", "bupo.run", *run_samples.arguments(out), *settings]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment |= {"VLLM_LOGGING_LEVEL": "INFO"}
     done = subprocess.run([*command, *overrides], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    ranks = 2 if "rollout.vllm={tensor_parallel_size: 2}" in overrides else 1
+    assert f"tensor_parallel_size={ranks}," in done.stdout + done.stderr
     return [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -34,6 +34,10 @@ def _rates(phase: PhaseConfig) -> Rates:
     )
 
 
+def _named(part: str) -> str:
+    return part if part.isalpha() else f"layer{'s' * ('-' in part)} {part}"
+
+
 class Schedule:
     """Phases, one after the other, over the steps of a run."""
 
@@ -93,7 +97,7 @@ class Schedule:
         """In words, for people."""
         parts: list[str] = []
         for (_, phase), policy, last in zip(self._phases, self._policies, self._last):
-            changed = [f"{key} x{factor:g}" for key, factor in phase.lr.items()]
+            changed = [f"{_named(key)} x{factor:g}" for key, factor in phase.lr.items()]
             where = f" (learning rate of {', '.join(changed)})" if changed else ""
             if len(self._policies) == 1:
                 whose = "the final policy" if policy.layer is None else f"layer {policy.layer}"

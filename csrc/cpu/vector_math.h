@@ -91,13 +91,18 @@ BUPO_INLINE V fill(ElementOf<V> x) {
   return x - V{};
 }
 
+template <class V, class Function>
+BUPO_INLINE V each(const V& x, const Function& function) {
+  V y;
+  for (int l = 0; l < kLanes<V>; ++l) y[l] = function(x[l]);
+  return y;
+}
+
 // e^x for x <= 0 (0 below the smallest normal number); nan stays nan.
 template <class V>
 BUPO_INLINE V exp_nonpositive(const V& x) {
   if constexpr (std::is_same_v<ElementOf<V>, double>) {
-    V y;
-    for (int l = 0; l < kLanes<V>; ++l) y[l] = std::exp(x[l]);
-    return y;
+    return each(x, [](double d) { return std::exp(d); });
   } else {
     using Bits = BitsOf<V>;
     const V floor = fill<V>(-87.3f);
@@ -123,9 +128,7 @@ BUPO_INLINE V exp_nonpositive(const V& x) {
 template <class V>
 BUPO_INLINE V tanh(const V& x) {
   if constexpr (std::is_same_v<ElementOf<V>, double>) {
-    V y;
-    for (int l = 0; l < kLanes<V>; ++l) y[l] = std::tanh(x[l]);
-    return y;
+    return each(x, [](double d) { return std::tanh(d); });
   } else {
     const V magnitude = x < 0.0f ? -x : x;
     const V e = exp_nonpositive<V>(magnitude * -2.0f);

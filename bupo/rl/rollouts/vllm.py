@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from bupo.config import ConfigError, RolloutConfig, first_line
@@ -54,9 +53,10 @@ def check_options(config: RolloutConfig) -> None:
 
 def _reason(error: Exception) -> str:
     """One line; of pydantic's several, the first that says something."""
-    if not isinstance(error, ValidationError):
+    details: Any = getattr(error, "errors", None)
+    if not callable(details):
         return first_line(error)
-    first = error.errors()[0]
+    first = details()[0]
     return ": ".join([*map(str, first["loc"]), first["msg"]])
 
 
