@@ -23,9 +23,13 @@ def newest(name: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["date"] == rows[-1]["date"]]
 
 
-def cpu_table() -> str:
+PRODUCTS = {"block": "block products, AVX-512", "library": "torch's BLAS"}
+"""In words, what build_info() calls the products of a CPU"""
+
+
+def cpu_table(name: str = "cpu") -> str:
     """The LM-head ops on the CPU against bare GEMMs and plain torch."""
-    rows = newest("cpu")
+    rows = newest(name)
     run = rows[0]
     lines = [
         "| | dtype | x three bare GEMMs | x `policy_loss` | peak MiB | rel. error dW |",
@@ -39,7 +43,8 @@ def cpu_table() -> str:
         )
     where = (
         f"N={run['tokens']}, D={run['width']}, V={run['vocab']}, {run['threads']} threads of "
-        f"{run['cpu']}, torch {run['torch']}, {run['date'][:10]}; ratios of medians in one run"
+        f"{run['cpu']} ({PRODUCTS[run['products']['float32']]}), torch {run['torch']}, "
+        f"{run['date'][:10]}; ratios of medians in one run"
     )
     return "\n".join([*lines, "", f"{where}."])
 
@@ -137,6 +142,7 @@ def internal_table() -> str:
 
 TABLES = {
     "cpu": cpu_table,
+    "cpu_avx2": lambda: cpu_table("cpu_avx2"),
     "cuda": cuda_table,
     "train_step": train_step_table,
     "internal": internal_table,
