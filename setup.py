@@ -9,8 +9,13 @@ from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # its words for this: "2 matches found"
+    found = f"setuptools {setuptools.__version__} is here, 77 or newer is needed"
+    sys.exit(f"{found}: pip install -U 'setuptools>=77'")
 
 ROOT = Path(__file__).resolve().parent
 CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
