@@ -4,6 +4,7 @@ build     the extension with its CUDA ops, in place, by this interpreter
 test      the tests of the CPU operators on the GPU, and those that need one
 sanitize  compute-sanitizer's memcheck and racecheck over small calls of every op
 bench     bench_lm_head.py --device cuda against every peer that can be imported
+models    bench_models.py: whole models, against plain torch and the fastest peer of the bench
 profile   the kernels of one large call: Nsight Compute if it works, and torch.profiler
 
 Works without a network: `--list-wheels` prints the commands that fill a folder, on another
@@ -32,6 +33,8 @@ SCRATCH = ROOT / "build" / "gpu-check-scratch"
 OPERATOR_TESTS = ["test_ops_tensors.py", "test_policy_loss.py", "test_lm_head.py"]
 GPU_TESTS = ["test_gpu.py", "test_gpu_sizes.py"]
 
+POLICY = "policy_loss fwd+bwd"
+"""as in implementations.py, which needs the extension"""
 NEEDED_BY_TESTS = ("pytest", "pytest_timeout", "hypothesis")
 
 
@@ -134,6 +137,26 @@ def bench(job: Job, out: Path, arguments: list[str]) -> str:
     )
 
 
+def fastest_peer(results: Path) -> str | None:
+    """Of those with a right gradient, at the most important shape that has figures."""
+    if not results.exists():
+        return None
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    named = [r["best_peer"] for r in rows if r["name"] == POLICY and "best_peer" in r]
+    return named[0].removesuffix(" fwd+bwd") if named else None
+
+
+def models(job: Job, out: Path) -> str:
+    results = out.resolve() / "models.jsonl"
+    results.unlink(missing_ok=True)
+    command = [PYTHON, "bench/bench_models.py", "--json", str(results)]
+    best = fastest_peer(out / "bench.jsonl")
+    if best:  # without a benchmark all of them run
+        command += ["--peers", *dict.fromkeys(("eager", best))]
+    job.check([*command, "--minutes", f"{0.9 * job.left() / 60:.2f}"])
+    return "" if job.dry_run else f"{results}; fastest peer: {best or 'not known'}"
+
+
 PROFILED = ["--shape", "2048", "4096", "151936"]
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats")
 
@@ -173,7 +196,8 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
         Stage("build", 240, functools.partial(build, wheels=args.wheels, site=site), needed=True),
         Stage("test", 240, test, reserve=250),
         Stage("sanitize", 120, sanitize, reserve=200),
-        Stage("bench", 3600, functools.partial(bench, out=out, arguments=args.bench), reserve=45),
+        Stage("bench", 3600, functools.partial(bench, out=out, arguments=args.bench), reserve=165),
+        Stage("models", 3600, functools.partial(models, out=out), reserve=45),
         Stage("profile", 90, profile),
     ]
     return [stage for stage in every if stage.name in args.stages]
@@ -198,7 +222,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ["build", "test", "sanitize", "bench", "profile"]
+    names = ["build", "test", "sanitize", "bench", "models", "profile"]
     add = parser.add_argument
     add("--stages", nargs="+", choices=names, default=names, help="default: all")
     add("--out", type=Path, default=ROOT / "build" / "gpu-check", help="default: %(default)s")

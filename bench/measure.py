@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,25 +51,44 @@ class Case:
     def quantile(self, q: float) -> float:
         return float(torch.tensor(self.milliseconds).quantile(q))
 
+    def milliseconds_of(self, turn: int) -> float:
+        """Of one call, from no gradients to none."""
+        batch = self.batch(turn)
+        batch.clear_gradients()
+        elapsed = milliseconds_of(lambda: self.implementation.run(batch), self.device)
+        batch.clear_gradients()
+        return elapsed
 
-def milliseconds_of(case: Case, turn: int) -> float:
+
+def milliseconds_of(run: Callable[[], object], device: torch.device) -> float:
     """One call, by CUDA events or by the clock."""
-    batch = case.batch(turn)
-    batch.clear_gradients()
-    if case.device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        case.implementation.run(batch)
-        end.record()
-        end.synchronize()
-        elapsed = start.elapsed_time(end)
-    else:
+    if device.type != "cuda":
         began = time.perf_counter()
-        case.implementation.run(batch)
-        elapsed = 1e3 * (time.perf_counter() - began)
-    batch.clear_gradients()
-    return elapsed
+        run()
+        return 1e3 * (time.perf_counter() - began)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def peak_mib_of(run: Callable[[], object], device: torch.device) -> float:
+    """The highest memory during one call less that before it: torch's allocations on a GPU,
+    resident memory elsewhere."""
+    gc.collect()
+    if device.type != "cuda":
+        memory = PeakMemory()
+        memory.start()
+        run()
+        return memory.peak()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
 def time_rounds(cases: list[Case], rounds: int, warm_up: int = 1) -> None:
@@ -78,7 +98,7 @@ def time_rounds(cases: list[Case], rounds: int, warm_up: int = 1) -> None:
             if case.failed or _slow_peer(case, cases[0]):
                 continue
             try:
-                elapsed = milliseconds_of(case, turn)
+                elapsed = case.milliseconds_of(turn)
                 if turn == 0 and case.device.type == "cuda":
                     print(f"  {case.name}: first call {elapsed / 1e3:.1f} s", flush=True)
                 if turn >= warm_up:
@@ -109,24 +129,14 @@ def release(case: Case) -> None:
 
 
 def memory_of(case: Case) -> dict[str, float]:
-    """peak_mib: the highest during one call less that before it, gradients included; extra_mib:
-    without the gradients it leaves (GPU only, where allocations can be counted)."""
+    """peak_mib: of one call, gradients included; extra_mib: without the gradients it leaves (GPU
+    only, where allocations can be counted)."""
     batch = case.batch(0)
     batch.clear_gradients()
-    gc.collect()
+    found = {"peak_mib": peak_mib_of(lambda: case.implementation.run(batch), case.device)}
     if case.device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        case.implementation.run(batch)
-        peak = (torch.cuda.max_memory_allocated() - before) / MIB
         left = [g for g in (batch.hidden.grad, batch.weight.grad) if g is not None]
-        found = {"peak_mib": peak, "extra_mib": peak - sum(g.nbytes for g in left) / MIB}
-    else:
-        memory = PeakMemory()
-        memory.start()
-        case.implementation.run(batch)
-        found = {"peak_mib": memory.peak()}
+        found["extra_mib"] = found["peak_mib"] - sum(g.nbytes for g in left) / MIB
     batch.clear_gradients()
     return found
 
@@ -151,6 +161,29 @@ def errors_of(case: Case, batch: Batch, truth: Truth) -> dict[str, float]:
         found["error_d_weight"] = relative_error(batch.weight.grad[truth.entries], d_weight)
     batch.clear_gradients()
     return found
+
+
+# ---- the machine -------------------------------------------------------------------------------
+
+
+def ceilings(device: str, dtype: str) -> dict[str, Any]:
+    """What the roofline is made of: GB/s of a copy in memory, read and written bytes counted, and
+    TFLOP/s of a square product of random numbers. Medians."""
+    cuda = device == "cuda"
+    source = torch.rand(1 << (29 if cuda else 26), device=device)
+    target = torch.empty_like(source)
+    seconds = _median_seconds(lambda: target.copy_(source), source.device)
+    copy = 2e-9 * source.nbytes / seconds
+    size = 8192 if cuda else 2048
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    out = torch.empty_like(a)
+    seconds = _median_seconds(lambda: torch.mm(a, b, out=out), source.device)
+    return {"copy_gb_s": copy, "gemm_tflops": {dtype: 2e-12 * size**3 / seconds}}
+
+
+def _median_seconds(run: Callable[[], object], device: torch.device) -> float:
+    times = [milliseconds_of(run, device) for _ in range(7)]
+    return sorted(times[2:])[2] / 1e3  # after two to warm up
 
 
 # ---- where a figure comes from -----------------------------------------------------------------

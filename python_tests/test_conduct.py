@@ -9,6 +9,7 @@ from typing import Any
 
 import conduct
 import gpu_check
+import implementations
 import pytest
 import torch
 import wheels
@@ -86,8 +87,8 @@ def test_the_plan_can_be_read_without_a_gpu(tmp_path: Path) -> None:
     for part in ("build_ext --inplace", "BUPO_TEST_DEVICE=cuda", "memcheck", "racecheck"):
         assert part in done.stdout, part
     assert "bench_lm_head.py --device cuda" in done.stdout and "--rounds 3" in done.stdout
-    assert "--clock-control none" in done.stdout
-    assert done.stdout.count("planned") == 2 * 5
+    assert "bench_models.py" in done.stdout and "--clock-control none" in done.stdout
+    assert done.stdout.count("planned") == 2 * 6
     assert not (tmp_path / "out" / "summary.jsonl").exists()
 
 
@@ -99,6 +100,17 @@ def test_without_a_gpu_nothing_passes(tmp_path: Path, capsys: pytest.CaptureFixt
     rows = [json.loads(x) for x in (tmp_path / "summary.jsonl").read_text().splitlines()]
     assert [row["verdict"] for row in rows] == ["FAILED", "not run"]
     assert all(row["date"] and row["commit"] and row["torch"] for row in rows)
+
+
+def test_models_meet_the_fastest_peer_of_the_bench(tmp_path: Path) -> None:
+    file = tmp_path / "bench.jsonl"
+    assert gpu_check.fastest_peer(file) is None
+    policy = {"name": gpu_check.POLICY}
+    rows = [{"name": "eager fwd+bwd", "best_peer": "x fwd+bwd"}, policy | {"failed": "no memory"}]
+    rows += [policy | {"best_peer": "cce_exact fwd+bwd"}, policy | {"best_peer": "trl fwd+bwd"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert gpu_check.fastest_peer(file) == "cce_exact"
+    assert implementations.POLICY == gpu_check.POLICY
 
 
 def test_wheels_are_named_and_installed_apart(tmp_path: Path) -> None:
