@@ -30,7 +30,17 @@ from implementations import (
     on_the_other_path,
     ours,
 )
-from measure import MIB, Case, environment, errors_of, memory_of, reason, release, time_rounds
+from measure import (
+    MIB,
+    Case,
+    ceilings,
+    environment,
+    errors_of,
+    memory_of,
+    reason,
+    release,
+    time_rounds,
+)
 from report import cuda_bars, print_cpu_bars, print_table, row_of
 from rows import Row, add_best_peer
 from truth import Truth
@@ -240,7 +250,7 @@ def main() -> int:
     """Exit status 1 if an implementation of ours failed."""
     args = parse()
     torch.set_num_threads(args.threads)
-    run = environment(args.device, args.threads)
+    run = environment(args.device, args.threads) | ceilings(args.device, args.dtypes[0])
     others, missing = peers.load(args.peers, args.device)
     shown = run
     if args.device == "cpu":

@@ -44,14 +44,11 @@ def row_of(case: Case, reference: dict[str, float]) -> Row:
         "ms_p20": case.quantile(0.2),
         "ms_p80": case.quantile(0.8),
         "gflops": 1e-6 * flop / ms,
+        "gb_s": 1e-6 * bytes_of(case) / ms,
+        "products": case.implementation.products,
+        "live": case.implementation.live,
+        "peer": case.implementation.peer,
     }
-    if case.device.type == "cuda":
-        row |= {
-            "gb_s": 1e-6 * bytes_of(case) / ms,
-            "products": case.implementation.products,
-            "live": case.implementation.live,
-            "peer": case.implementation.peer,
-        }
     floors = {"x_one_gemm": ONE, "x_three_gemms": THREE, "x_ours": POLICY}
     if SWEEP_GEMM in reference:
         floors = {"x_one_gemm": SWEEP_GEMM}

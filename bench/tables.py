@@ -13,14 +13,21 @@ from typing import Any
 from rows import gradient_is_right
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "bench/README.md")
+DOCUMENTS = ("README.md", "docs/performance.md")
 RESULTS = ROOT / "bench" / "results"
 
 
 def newest(name: str) -> list[dict[str, Any]]:
-    """The rows of the last run in a results file."""
-    rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    """The rows of the last run in a results file; none without the file."""
+    file = RESULTS / f"{name}.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines]
     return [row for row in rows if row["date"] == rows[-1]["date"]]
+
+
+def not_measured(name: str) -> str:
+    """In place of a table whose results are not there."""
+    return f"Not measured yet: there is no bench/results/{name}.jsonl."
 
 
 PRODUCTS = {"block": "block products, AVX-512", "library": "torch's BLAS"}
@@ -49,21 +56,40 @@ def cpu_table(name: str = "cpu") -> str:
     return "\n".join([*lines, "", f"{where}."])
 
 
+def pictures() -> str:
+    """What roofline.py has drawn."""
+    names = sorted(file.name for file in (ROOT / "docs").glob("roofline_*.png"))
+    links = [f"![rates against bandwidth and peak]({name})" for name in names]
+    return "\n\n".join(links) or "No picture yet: no run has measured its machine's ceilings."
+
+
+def shape_of(row: dict[str, Any]) -> tuple[int, ...]:
+    """N, D, V"""
+    return tuple(row[k] for k in ("tokens", "width", "vocab"))
+
+
 def cuda_table() -> str:
-    """The same on a GPU, at the first shape of the protocol; peers whose gradient is wrong, and
-    what could not be timed, with the reason in place of figures."""
+    """The same on a GPU, at the first shape of the protocol."""
     rows = newest("cuda")
-    shape = tuple(rows[0][k] for k in ("tokens", "width", "vocab"))
-    rows = [r for r in rows if tuple(r[k] for k in ("tokens", "width", "vocab")) == shape]
+    return _cuda_shape(rows, shape_of(rows[0])) if rows else not_measured("cuda")
+
+
+def cuda_shapes_table() -> str:
+    """At all of them."""
+    rows = newest("cuda")
+    shapes = dict.fromkeys(shape_of(row) for row in rows)
+    return "\n\n".join(_cuda_shape(rows, s) for s in shapes) or not_measured("cuda")
+
+
+def _cuda_shape(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> str:
+    """Peers whose gradient is wrong, and what could not be timed, with the reason in place of
+    figures."""
+    rows = [row for row in rows if shape_of(row) == shape]
     run = rows[0]
     lines = [
         "| | ms | x one bare GEMM | x three | x best peer | peak MiB | rel. error dW |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-
-    def figure(row: dict[str, Any], key: str, form: str) -> str:
-        return "" if row.get(key) is None else f"{row[key]:{form}}"
-
     for row in rows:
         why = row.get("missing") or row.get("failed")
         if not why and row.get("peer") and row["products"] == 3 and not gradient_is_right(row):
@@ -75,9 +101,43 @@ def cuda_table() -> str:
         cells += [figure(row, k, ".2f") for k in ("x_one_gemm", "x_three_gemms", "x_best_peer")]
         cells += [figure(row, "peak_mib", ".0f"), figure(row, "error_d_weight", ".1e")]
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    where = f"N={shape[0]}, D={shape[1]}, V={shape[2]}, {_gpu(run)}; medians of one run"
+    return "\n".join([*lines, "", f"{where}."])
+
+
+def figure(row: dict[str, Any], key: str, form: str) -> str:
+    return "" if row.get(key) is None else f"{row[key]:{form}}"
+
+
+def _gpu(run: dict[str, Any]) -> str:
+    return (
+        f"{run['gpu']}, driver {run['driver']}, torch {run['torch']}, commit {run['commit']}, "
+        f"{run['date'][:10]}"
+    )
+
+
+def models_table() -> str:
+    """Whole models in a training step on a GPU."""
+    rows = newest("models_cuda")
+    if not rows:
+        return not_measured("models_cuda")
+    run = rows[0]
+    lines = [
+        "| | policy | ms | x bupo | x full policy | x bare GEMMs | peak MiB | all MiB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        name = f"{row['model']}: {row['name']} | " + (f"layer {row['layer']}" * bool(row["layer"]))
+        if "failed" in row:
+            lines.append(f"| {name} | {row['failed']} | | | | | |")
+            continue
+        cells = [figure(row, "ms", ".0f")]
+        cells += [figure(row, k, ".2f") for k in ("x_bupo", "x_full", "x_gemms")]
+        cells += [figure(row, k, ".0f") for k in ("peak_mib", "total_mib")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     where = (
-        f"N={shape[0]}, D={shape[1]}, V={shape[2]}, {run['gpu']}, driver {run['driver']}, torch "
-        f"{run['torch']}, commit {run['commit']}, {run['date'][:10]}; medians of one run"
+        f"{run['tokens']} tokens in sequences of {run['length']}, bfloat16, gradient "
+        f"checkpointing, {_gpu(run)}, transformers {run['transformers']}; medians"
     )
     return "\n".join([*lines, "", f"{where}."])
 
@@ -144,6 +204,9 @@ TABLES = {
     "cpu": cpu_table,
     "cpu_avx2": lambda: cpu_table("cpu_avx2"),
     "cuda": cuda_table,
+    "cuda_shapes": cuda_shapes_table,
+    "models": models_table,
+    "rooflines": pictures,
     "train_step": train_step_table,
     "internal": internal_table,
 }

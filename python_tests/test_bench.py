@@ -14,6 +14,7 @@ import peers
 import pytest
 import regression
 import report
+import roofline
 import rows as rows_module
 import tables
 import torch
@@ -185,6 +186,65 @@ def test_the_table_of_a_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert lines[3] == "| wrong fwd+bwd | wrong gradient, error 3.0e-01 | | | | | |"
     assert "out of memory" in lines[4] and "cut_cross_entropy" in lines[5]
     assert lines[-1].startswith("N=8, D=4, V=9, H, driver 1") and len(lines) == 8
+
+
+def test_the_table_of_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.models_table().startswith("Not measured yet")
+    assert tables.cuda_table() == tables.cuda_shapes_table() == tables.not_measured("cuda")
+    run = {"model": "M", "length": 4, "driver": "1", "torch": "2", "commit": "abc"}
+    run |= {"transformers": "5", "layer": None}
+    figures = {"ms": 1000.0, "x_bupo": 1.0, "x_full": 1.0, "peak_mib": 7.0, "total_mib": 9.0}
+    write(
+        tmp_path / "models_cuda.jsonl",
+        run | {"name": "bupo"} | figures,
+        run | {"name": "bupo", "ms": 300.0, "layer": 6, "x_full": 0.3},
+        run | {"name": "eager", "failed": "out of memory"},
+        run | {"name": "entropy_flow", "ms": 11.0, "x_gemms": 1.1},
+    )
+    lines = tables.models_table().splitlines()
+    assert lines[2:6] == [
+        "| M: bupo |  | 1000 | 1.00 | 1.00 |  | 7 | 9 |",
+        "| M: bupo | layer 6 | 300 |  | 0.30 |  |  |  |",
+        "| M: eager |  | out of memory | | | | | |",
+        "| M: entropy_flow |  | 11 |  |  | 1.10 |  |  |",
+    ]
+
+
+# ---- roofline.py -------------------------------------------------------------------------------
+
+
+def test_the_roofline_shows_what_may_be_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(roofline, "DOCS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["roofline.py"])
+    rate = {"gflops": 5e5, "gb_s": 200.0, "live": 1, "copy_gb_s": 4000.0}
+    rate |= {"gemm_tflops": {"bfloat16": 700.0}}
+    rows = [
+        gpu_row("three bare GEMMs", 40.0, **rate),
+        gpu_row("policy_loss fwd+bwd", 42.0, **rate, **right()),
+        gpu_row("policy_loss fwd+bwd, live 0.25", 20.0, **rate | {"live": 0.25}, **right()),
+        gpu_row("wrong fwd+bwd", 20.0, **rate | {"peer": True}, **right(0.3)),
+        gpu_row("right fwd+bwd", 60.0, **rate | {"peer": True}, **right()),
+        gpu_row("right fwd", 20.0, 1, **rate | {"peer": True}),
+        {"name": "eager fwd+bwd", "peer": True, "failed": "out of memory"},
+        gpu_row("policy_loss fwd+bwd", 168.0, tokens=32, **rate),
+    ]
+    picture = tmp_path / "roofline_cuda.png"
+    write(tmp_path / "cuda.jsonl", *rows)
+    shown = [row["name"] for row in roofline.points("cuda")]
+    assert shown == [rows[n]["name"] for n in (0, 1, 4, 5)]
+    assert roofline.main() == 0 and picture.stat().st_size > 10_000
+    monkeypatch.setattr(sys, "argv", ["roofline.py", "--check"])
+    assert roofline.main() == 0
+    write(tmp_path / "cuda.jsonl", *rows[:2])
+    assert roofline.main() == 1, "a picture of other results"
+    picture.unlink()
+    assert roofline.main() == 1, "no picture"
+    write(tmp_path / "cuda.jsonl", *[gpu_row("policy_loss fwd+bwd", 42.0)])
+    assert roofline.main() == 0, "its ceilings are not known"
 
 
 # ---- regression.py -----------------------------------------------------------------------------

@@ -17,8 +17,9 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_tables_are_made_from_the_results() -> None:
-    command = [sys.executable, str(ROOT / "bench/tables.py"), "--check"]
+@pytest.mark.parametrize("program", ["tables.py", "roofline.py"])
+def test_tables_and_pictures_are_made_from_the_results(program: str) -> None:
+    command = [sys.executable, str(ROOT / "bench" / program), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -77,7 +78,7 @@ def test_settings_in_commands_exist(document: Path) -> None:
     if document.name == "internal_policies.md":  # of one command, so every word before = is a key
         used |= {k for p in places for k in re.findall(r"(?<![\w.])([a-z][a-z_.]*)=", p)}
     assert used <= keys, used - keys
-    assert used or document.name in ("ops.md", "CONTRIBUTING.md")
+    assert used or document.name in ("ops.md", "performance.md", "CONTRIBUTING.md")
 
 
 def test_every_column_of_an_analysis_is_explained() -> None:

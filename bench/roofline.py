@@ -1,0 +1,121 @@
+"""Draws the rooflines in docs/ from bench/results: `python bench/roofline.py` (--check only says
+whether a picture is of other results). One of every benchmark whose machine's ceilings are known.
+
+    rate <= min(peak rate, intensity x bandwidth),   intensity = flop / bytes
+
+flop: the products that the mathematics needs. bytes: every input read once, every output written
+once. Both ceilings are measured in the same run: a square product and a copy in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rows import Row, gradient_is_right
+from tables import newest, shape_of
+
+DOCS = Path(__file__).parent.parent / "docs"
+BENCHMARKS = {"cuda": "a GPU", "cpu": "a CPU", "cpu_avx2": "a CPU without AVX-512"}
+KINDS = {"peer": "#9ca3af", "floor": "#1d4ed8", "bupo": "#c2410c"}
+KEY = "results"
+"""in the picture's metadata: a digest of what it shows"""
+
+
+def points(name: str) -> list[Row]:
+    """The rows of one benchmark's first shape and dtype that have a rate, with all tokens live: the
+    others leave out products. A peer with a wrong gradient has none. [] where the ceilings are not
+    known."""
+    rows = newest(name)
+    if not rows or "copy_gb_s" not in rows[0]:
+        return []
+    same = [r for r in rows if shape_of(r) == shape_of(rows[0]) and "gb_s" in r]
+    same = [r for r in same if r["dtype"] == same[0]["dtype"] and r["live"] == 1]
+    return [r for r in same if not (r.get("peer") and r["products"] == 3) or gradient_is_right(r)]
+
+
+def kind_of(row: Row) -> str:
+    if row.get("peer"):
+        return "peer"
+    return "floor" if "GEMM" in row["name"] else "bupo"
+
+
+def digest(rows: list[Row]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def draw(rows: list[Row], title: str) -> Any:
+    """Left the roofline, right the rates by implementation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    run = rows[0]
+    peak, bandwidth = run["gemm_tflops"][run["dtype"]], run["copy_gb_s"] / 1e3
+    rows = sorted(rows, key=lambda row: row["gflops"])
+    rates = [row["gflops"] / 1e3 for row in rows]
+    intensities = [row["gflops"] / row["gb_s"] for row in rows]
+    colors = [KINDS[kind_of(row)] for row in rows]
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 0.25 * len(rows) + 2.2), layout="constrained"
+    )
+    figure.suptitle(title, fontsize=10)
+    ridge = peak / bandwidth
+    low, high = min(ridge, *intensities) / 8, max(ridge, *intensities) * 2
+    left.plot([low, ridge, high], [low * bandwidth, peak, peak], color="#222222", lw=1.2)
+    left.scatter(intensities, rates, c=colors, s=22, zorder=3)
+    roofs = [(f"copy: {run['copy_gb_s']:.0f} GB/s", low * bandwidth)]
+    for text, y in (*roofs, (f"square product: {peak:.3g} TFLOP/s", peak)):
+        left.annotate(text, (low, y), (4, 6), textcoords="offset points", fontsize=8)
+    left.set(xscale="log", yscale="log", xlabel="flop / byte", ylabel="TFLOP/s")
+    right.barh([row["name"] for row in rows], rates, color=colors, height=0.7)
+    right.axvline(peak, color="#222222", lw=1.2)
+    right.set(xlabel="TFLOP/s")
+    for y, rate in enumerate(rates):
+        right.annotate(f"{rate:.3g}", (rate, y), (3, -3), textcoords="offset points", fontsize=7)
+    right.tick_params(axis="y", labelsize=8)
+    right.margins(x=0.12)
+    for axes in (left, right):
+        axes.grid(alpha=0.25, lw=0.5)
+        axes.set_axisbelow(True)
+    return figure
+
+
+def shown(picture: Path) -> str:
+    """The digest of the results that a picture was made from; "" if there is none."""
+    from PIL import Image
+
+    if not picture.exists():
+        return ""
+    with Image.open(picture) as image:
+        return str(image.info.get(KEY, ""))
+
+
+def main() -> int:
+    """Exit status 1 if --check finds a picture that is missing or of other results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="draw nothing")
+    check, stale = parser.parse_args().check, []
+    for name, machine in BENCHMARKS.items():
+        rows, picture = points(name), DOCS / f"roofline_{name}.png"
+        if not rows or shown(picture) == digest(rows):
+            continue
+        stale.append(picture.name)
+        if not check:
+            tokens, width, vocab = shape_of(rows[0])
+            title = f"LM-head ops on {machine}, {rows[0]['dtype']}, N={tokens} D={width} V={vocab}"
+            figure = draw(rows, title)
+            figure.savefig(picture, dpi=110, metadata={KEY: digest(rows)})
+    print("\n".join(f"docs/{name}: {'differs' if check else 'drawn'}" for name in stale))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
