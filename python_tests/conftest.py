@@ -55,7 +55,8 @@ def task_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def emulated() -> Path:
     """The CUDA operators, compiled for the host."""
-    return emulation.build()
+    emulation.build("bupo_emulated")
+    return emulation.BUILD / "libbupo_emulated.so"
 
 
 @pytest.fixture

@@ -9,15 +9,24 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 
 
-def build() -> Path:
-    """The library that takes over the operators' CPU key, built if it is not."""
-    tools = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    build = ROOT / "build" / "emulated"
-    configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DBUPO_PYTHON={sys.executable}"]
-    for command in (configure, ["cmake", "--build", build, "--target", "bupo_emulated"]):
-        done = subprocess.run(command, env=tools, capture_output=True, text=True)
+BUILD = ROOT / "build" / "emulated"
+PATH = os.pathsep.join(
+    [
+        str(Path(sys.executable).parent),
+        os.environ["PATH"],
+        f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin",
+    ]
+)
+
+
+def build(target: str) -> None:
+    """Builds it if it is not. bupo_emulated: the library that takes over the operators' CPU key."""
+    configure = ["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DBUPO_PYTHON={sys.executable}"]
+    for command in (configure, ["cmake", "--build", BUILD, "--target", target]):
+        done = subprocess.run(
+            command, env=os.environ | {"PATH": PATH}, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return build / "libbupo_emulated.so"
 
 
 SCRIPT = """

@@ -174,6 +174,7 @@ extern "C" int missed() {
             "-std=c++20",
             "-shared",
             "-fPIC",
+            "-U_FORTIFY_SOURCE",
             f"-I{HERE / 'emulator'}",
             source,
             "-o",

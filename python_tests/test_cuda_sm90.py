@@ -1,6 +1,7 @@
 """The Hopper path without a GPU: all of csrc/cuda/sm90 but the product itself, which a plain loop
-replaces (emulator/head_scan.cpp). test_cuda_emulated.py runs the operators' own tests on it; here
-is what only this path has: references, places, E kept for the backward.
+replaces (emulator/head_scan.cpp; test_head_scan.py runs the real one). test_cuda_emulated.py runs
+the operators' own tests on it; here is what only this path has: references, places, E kept for the
+backward.
 """
 
 from pathlib import Path

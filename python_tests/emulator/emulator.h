@@ -1,123 +1,52 @@
-// A CUDA block on the host, for tests: every thread is a fiber, and barriers, shuffles and ballots
-// switch between them. Enough of the language for csrc/cuda/portable; slow, and exact about who
-// waits for whom: a barrier that not every thread reaches is an error, as it would be a hang on a
-// GPU.
+// CUDA on the host, for tests: every thread of a block is a fiber (fibers.h), and barriers,
+// shuffles and ballots switch between them. Enough of the language for csrc/cuda/portable; slow,
+// and exact about who waits for whom: a barrier that not every thread reaches is an error, as it
+// would be a hang on a GPU.
 
 #pragma once
 
-#include <ucontext.h>
-
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <exception>
-#include <functional>
-#include <memory>
-#include <stdexcept>
-#include <utility>
-#include <vector>
 
+#include "fibers.h"
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __launch_bounds__
 #define __global__
 #define __device__
 #define __host__
 #define __shared__ static
 #define __launch_bounds__(...)
 
-using cudaStream_t = void*;
+#ifndef __DRIVER_TYPES_H__  // CUDA's own, in hopper_head_scan.cpp
+using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0 };
+#endif
 
 struct Index {
-  int64_t x;
+  int64_t x, y, z;
 };
-inline Index threadIdx, blockIdx;
+inline Index threadIdx, blockIdx, gridDim;
 
 namespace emulator {
 
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  int64_t id;
-  int64_t block_waits = 0, warp_waits = 0;  // barriers passed
-  bool done = false;
-};
+inline std::vector<char*> dynamic_memory;  // of each block that runs
+inline char* dynamic_shared_memory() { return dynamic_memory[static_cast<size_t>(current->block)]; }
 
-inline std::vector<Fiber> fibers;
-inline Fiber* current;
-inline ucontext_t scheduler;
-inline std::function<void()> body;
-inline std::vector<uint64_t> lanes;  // what each thread offers to its warp
-
-inline void yield() {
-  Fiber* self = current;
-  swapcontext(&self->context, &scheduler);
-  current = self;
-  threadIdx.x = self->id;
+// Blocks first, first + 1, ... of the grid, at the same time.
+inline void run_together(int64_t first, int64_t blocks, int64_t threads,
+                         const std::function<void()>& kernel) {
+  run_fibers(blocks, threads, kernel, [first] {
+    threadIdx.x = current->thread;
+    blockIdx.x = first + current->block;
+  });
 }
 
-// Waits until all fibers in [first, last) have passed as many barriers of this kind.
-inline void wait(int64_t Fiber::* count, size_t first, size_t last) {
-  const int64_t mine = ++(current->*count);
-  for (;;) {
-    bool ready = true;
-    for (size_t i = first; i < last; ++i) {
-      if (fibers[i].*count >= mine) continue;
-      if (fibers[i].done) throw std::logic_error("a thread left before a barrier of its block");
-      ready = false;
-    }
-    if (ready) return;
-    yield();
-  }
-}
-
-inline void warp_wait() {
-  const size_t first = static_cast<size_t>(current->id) / 32 * 32;
-  wait(&Fiber::warp_waits, first, std::min(first + 32, fibers.size()));
-}
-
-inline std::exception_ptr failure;  // exceptions do not cross fibers by themselves
-
-inline void enter() {
-  try {
-    body();
-  } catch (...) {
-    failure = std::current_exception();
-  }
-  current->done = true;
-  swapcontext(&current->context, &scheduler);
-}
-
-inline void run(int64_t blocks, int threads, std::function<void()> kernel) {
-  body = std::move(kernel);
-  for (int64_t block = 0; block < blocks; ++block) {
-    blockIdx.x = block;
-    fibers.resize(static_cast<size_t>(threads));
-    lanes.assign(static_cast<size_t>(threads), 0);
-    for (int64_t i = 0; i < threads; ++i) {
-      Fiber& fiber = fibers[static_cast<size_t>(i)];
-      constexpr size_t kStack = 64 << 10;
-      if (!fiber.stack) fiber.stack.reset(new char[kStack]);
-      fiber.id = i;
-      fiber.block_waits = fiber.warp_waits = 0;
-      fiber.done = false;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, enter, 0);
-    }
-    for (bool left = true; left;) {
-      left = false;
-      for (Fiber& fiber : fibers) {
-        if (fiber.done) continue;
-        left = true;
-        current = &fiber;
-        threadIdx.x = fiber.id;
-        swapcontext(&scheduler, &fiber.context);
-        if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
-      }
-    }
-  }
+inline void run(int64_t blocks, int threads, const std::function<void()>& kernel) {
+  gridDim.x = blocks;
+  for (int64_t block = 0; block < blocks; ++block) run_together(block, 1, threads, kernel);
 }
 
 inline uint16_t to_bfloat16(float x) {
@@ -125,6 +54,13 @@ inline uint16_t to_bfloat16(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline float from_bfloat16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, sizeof x);
+  return x;
 }
 
 inline uint16_t to_half(float x) {
@@ -140,57 +76,57 @@ inline float from_half(uint16_t bits) {
   return static_cast<float>(y);
 }
 
+// All lanes of a warp offer a value; returns where they are. There are two such places, in turn: no
+// lane offers a third time before everyone has read the first.
+inline const uint64_t* offer(uint64_t value, const char* what) {
+  Warp& warp = warps[current->warp];
+  uint64_t* offers = warp.offers + warp.meeting.held % 2 * 32;
+  offers[current->thread % 32] = value;
+  meet(warp.meeting, what);
+  return offers;
+}
+
+// The value that lane `from` offers.
+template <class T>
+T trade(T value, int64_t from, const char* what) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  std::memcpy(&value, offer(bits, what) + from, sizeof value);
+  return value;
+}
+
 }  // namespace emulator
 
 inline void __syncthreads() {
-  emulator::wait(&emulator::Fiber::block_waits, 0, emulator::fibers.size());
+  emulator::meet(emulator::block_meetings[static_cast<size_t>(emulator::current->block)],
+                 "__syncthreads");
 }
+inline void __syncwarp() { emulator::offer(0, "__syncwarp"); }
 
 template <class T>
 T __shfl_down_sync(unsigned, T value, int offset) {
-  static_assert(sizeof(T) <= 8);
-  const int64_t me = emulator::current->id, lane = me % 32;
-  std::memcpy(&emulator::lanes[static_cast<size_t>(me)], &value, sizeof value);
-  emulator::warp_wait();
-  if (lane + offset < 32)
-    std::memcpy(&value, &emulator::lanes[static_cast<size_t>(me + offset)], sizeof value);
-  emulator::warp_wait();
-  return value;
+  const int64_t lane = emulator::current->thread % 32, from = lane + offset;
+  return emulator::trade(value, from < 32 ? from : lane, "__shfl_down_sync");
 }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  static_assert(sizeof(T) <= 8);
-  const int64_t me = emulator::current->id;
-  std::memcpy(&emulator::lanes[static_cast<size_t>(me)], &value, sizeof value);
-  emulator::warp_wait();
-  std::memcpy(&value, &emulator::lanes[static_cast<size_t>(me ^ mask)], sizeof value);
-  emulator::warp_wait();
-  return value;
+  return emulator::trade(value, emulator::current->thread % 32 ^ mask, "__shfl_xor_sync");
 }
 
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
-  static_assert(sizeof(T) <= 8);
-  const int64_t me = emulator::current->id;
-  std::memcpy(&emulator::lanes[static_cast<size_t>(me)], &value, sizeof value);
-  emulator::warp_wait();
-  std::memcpy(&value, &emulator::lanes[static_cast<size_t>(me / 32 * 32 + lane)], sizeof value);
-  emulator::warp_wait();
-  return value;
+  return emulator::trade(value, lane, "__shfl_sync");
 }
 
 inline unsigned __ballot_sync(unsigned, bool vote) {
-  const int64_t me = emulator::current->id, first = me / 32 * 32;
-  emulator::lanes[static_cast<size_t>(me)] = vote;
-  emulator::warp_wait();
+  const uint64_t* votes = emulator::offer(vote, "__ballot_sync");
   unsigned result = 0;
-  for (int64_t i = 0; i < 32; ++i)
-    if (emulator::lanes[static_cast<size_t>(first + i)]) result |= 1u << i;
-  emulator::warp_wait();
+  for (int i = 0; i < 32; ++i)
+    if (votes[i]) result |= 1u << i;
   return result;
 }
 
-inline void __syncwarp() { emulator::warp_wait(); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -1,5 +1,5 @@
-// csrc/cuda/sm90/head_scan.cu on the host: the same walk over the same tiles, with a plain product in
-// place of the tensor cores, into registers laid out as theirs. tile_scan.cuh is the real one.
+// csrc/cuda/sm90/head_scan.cu on the host: the same walk over the same tiles, with a plain product
+// in place of the tensor cores, into registers laid out as theirs. tile_scan.cuh is the real one.
 
 #include <vector>
 

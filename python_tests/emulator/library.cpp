@@ -35,10 +35,7 @@ float element(const Matrix& m, int64_t i) {
   if (m.number == Number::kFloat) return static_cast<const float*>(m.data)[i];
   const uint16_t bits = static_cast<const uint16_t*>(m.data)[i];
   if (m.number == Number::kFloat16) return emulator::from_half(bits);
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float x;
-  std::memcpy(&x, &wide, sizeof x);
-  return x;
+  return emulator::from_bfloat16(bits);
 }
 
 std::vector<float> copy(const Matrix& m) {

@@ -1,7 +1,7 @@
 // What every kernel uses of a device: 16-bit numbers as stored bits, block-wide reductions, launch.
 //
-// With BUPO_EMULATED the same kernel sources compile for the host (python_tests/emulator.h runs a
-// block's threads one after another), so that CI executes every line of them without a GPU.
+// With BUPO_EMULATED the same kernel sources compile for the host (python_tests/emulator/emulator.h
+// runs threads as fibers), so that CI executes every line of them without a GPU.
 
 #pragma once
 
@@ -82,6 +82,16 @@ __device__ inline float max_nan(float a, float b) {
   float c;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
+#endif
+}
+
+// The block's dynamic shared memory, aligned for TMA, whose swizzle repeats every 1024 bytes.
+__device__ inline char* dynamic_shared_memory() {
+#ifdef BUPO_EMULATED
+  return emulator::dynamic_shared_memory();
+#else
+  extern __shared__ __align__(1024) char memory[];
+  return memory;
 #endif
 }
 

@@ -13,8 +13,8 @@
 // between them, so that partial results are few. Neither the walk nor a row's place reaches a row's
 // numbers: they are the same bits in any batch.
 //
-// Tests: python_tests/test_cuda_emulated.py runs tile_scan.cuh and all around it on the host; the
-// kernel itself needs a GPU. Bench: bench/bench_lm_head.py.
+// Tests: python_tests/test_head_scan.py runs this file on the host, test_cuda_emulated.py
+// tile_scan.cuh and all around it. Bench: bench/bench_lm_head.py.
 
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
@@ -104,8 +104,7 @@ template <bool kStore, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 1)
     head_scan_kernel(const __grid_constant__ Mainloop::Params mainloop_params,
                      const __grid_constant__ ScanArgs args) {
-  extern __shared__ __align__(1024) char memory[];  // TMA's swizzle repeats every 1024 bytes
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
   const int warpgroup = cutlass::canonical_warp_group_idx();
   const int warp = cutlass::canonical_warp_idx_sync();
   const bool loads = warpgroup == 0;

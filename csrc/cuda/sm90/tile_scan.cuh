@@ -17,7 +17,7 @@
 // No CUTLASS here: python_tests/emulator runs this file on the host. That wgmma's layout is the one
 // above is a static_assert of head_scan.cu.
 //
-// Tests: python_tests/test_cuda_emulated.py.
+// Tests: python_tests/test_cuda_emulated.py, test_head_scan.py.
 
 #pragma once
 
