@@ -1,0 +1,198 @@
+"""Variants of the Hopper kernels, built side by side and timed in turns: what a change would bring,
+and, by leaving a part out, what that part costs.
+
+Every variant is a copy of the sources with a few lines replaced; each runs bench_lm_head.py in a
+process of its own, at one shape, without peers. Its figures are ratios to the bare products of its
+own process. Predictions and outcomes: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+from rows import Row
+
+ROOT = Path(__file__).resolve().parent.parent
+SCAN, TILE, LAUNCH = (f"csrc/cuda/sm90/{n}" for n in ("head_scan.cu", "tile_scan.cuh", "launch.h"))
+BUILT = ("csrc", "python_tests/emulator", "CMakeLists.txt", "setup.py", "pyproject.toml")
+COPIED = (*BUILT, "bench", "bupo", "recipes")
+POLICY = "policy_loss fwd+bwd"
+FIGURES = {
+    "lm_head_logprobs fwd": "x_one_gemm",
+    POLICY: "x_three_gemms",
+    f"{POLICY}, live 0.25": "x_three_gemms",
+}
+"""What is timed, and over what"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    changes: tuple[tuple[str, str, str], ...] = ()
+    """file, what stands there once, what takes its place"""
+    right: bool = True
+    """False: its numbers are wrong on purpose, only its time says something"""
+
+
+def resident(mib: int) -> Variant:
+    return Variant(((SCAN, "kResident = 16 << 20;", f"kResident = {mib} << 20;"),))
+
+
+def late(steps: int) -> Variant:
+    """The second warpgroup begins when so many more steps are loaded than it needs. At its own
+    pace it stays behind, and multiplies while the first one reduces."""
+    begin = "Mainloop::PipelineState state;"
+    wait = f"""
+    if (warpgroup == 2 && blockIdx.x / kCluster < units.count()) {{
+      auto later = state;
+      later.advance(min({steps}, steps - 1));
+      pipeline.consumer_wait(later);
+    }}"""
+    return Variant(((SCAN, begin, begin + wait),))
+
+
+STORE = "const bool store = kStore && row_tile * kTileRows < stored;"
+ADD = "{}.template add<{}>(args, sums.data(), thread, tile, store);"
+NEVER = "if (sums(0) == 1e30f) "
+VARIANTS = {
+    "as it is": Variant(),
+    "one step late": late(1),
+    "two steps late": late(2),
+    "three steps late": late(3),
+    "8 MiB in L2": resident(8),
+    "32 MiB in L2": resident(32),
+    "splits of 2048": Variant(
+        ((LAUNCH, "constexpr int kSplitColumns = 1024;", "constexpr int kSplitColumns = 2048;"),)
+    ),
+    "no exponentials": Variant(
+        ((TILE, "const float e = exp2_fast(d);", "const float e = d;"),), right=False
+    ),
+    "no epilogue": Variant(
+        tuple(
+            (SCAN, ADD.format(*row), NEVER + ADD.format(*row))
+            for row in (("upper", 0), ("lower", 1))
+        ),
+        right=False,
+    ),
+    "E not stored": Variant(((SCAN, STORE, "const bool store = false;"),), right=False),
+}
+
+
+def lay_out(name: str, folder: Path) -> Path:
+    """The variant's own tree."""
+    tree = folder / name.replace(" ", "_")
+    for item in COPIED:
+        if (ROOT / item).is_dir():
+            ignored = shutil.ignore_patterns("_C*.so", "__pycache__", "results")
+            shutil.copytree(ROOT / item, tree / item, ignore=ignored, dirs_exist_ok=True)
+        else:
+            shutil.copy2(ROOT / item, tree / item)
+    for file, old, new in VARIANTS[name].changes:
+        text = (tree / file).read_text()
+        if text.count(old) != 1:
+            raise SystemExit(f"{name}: expected once in {file}, came {text.count(old)} x: {old}")
+        (tree / file).write_text(text.replace(old, new))
+    return tree
+
+
+def build(tree: Path) -> str:
+    """What went wrong, or nothing."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = os.environ | {"BUPO_CUDA": "ON"}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    return "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
+
+
+def run(tree: Path, shape: list[int], rounds: int) -> list[Row]:
+    file = tree / "rows.jsonl"
+    file.unlink(missing_ok=True)
+    command = [sys.executable, "bench/bench_lm_head.py", "--device", "cuda", "--json", str(file)]
+    command += [f"--{k}={n}" for k, n in zip(("tokens", "width", "vocab"), shape, strict=True)]
+    environment = os.environ | {"PYTHONPATH": f"{tree}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [*command, f"--rounds={rounds}", "--peers"],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if not file.exists():
+        raise SystemExit(f"{tree.name}: {(done.stdout + done.stderr)[-2000:]}")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def summary(found: dict[str, list[Row]]) -> list[Row]:
+    """A row for each variant: medians over its processes, of the ratios of FIGURES."""
+    rows = []
+    for name, measured in found.items():
+        timed = [r for r in measured if "ms" in r]
+        row: Row = {"name": name, "right": VARIANTS[name].right}
+        for figure, ratio in FIGURES.items():
+            values = [r[ratio] for r in timed if r["name"] == figure]
+            row[figure] = median(values) if values else None
+            row[f"{figure}, range"] = [min(values), max(values)] if values else None
+        errors = [r["error_d_weight"] for r in timed if r["name"] == POLICY]
+        rows.append(row | {"error_d_weight": max(errors, default=None)})
+    return rows
+
+
+def print_rows(rows: list[Row]) -> None:
+    print(f"| {'':16} | " + " | ".join(f"{figure:>30}" for figure in FIGURES) + " | error dW |")
+    for row in rows:
+        cells = []
+        for figure in FIGURES:
+            low, high = row[f"{figure}, range"] or (None, None)
+            text = "-" if low is None else f"{row[figure]:.3f} ({low:.3f}-{high:.3f})"
+            cells.append(f"{text:>30}")
+        error = row["error_d_weight"]
+        cells.append("     any" if not row["right"] else "-" if error is None else f"{error:8.1e}")
+        print(f"| {row['name']:16} | " + " | ".join(cells) + " |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    add("--shape", type=int, nargs=3, default=[8192, 4096, 151936], metavar=("N", "D", "V"))
+    add("--turns", type=int, default=2, help="processes of each variant; default: %(default)s")
+    add("--rounds", type=int, default=5, help="of a process; default: %(default)s")
+    add("--jobs", type=int, default=4, help="builds at a time; default: %(default)s")
+    add("--folder", type=Path, default=ROOT / "build" / "variants")
+    add("--build_only", action="store_true")
+    add("--json", type=Path, help="append a line per variant")
+    args = parser.parse_args()
+    trees = {name: lay_out(name, args.folder.resolve()) for name in args.only}
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for name, wrong in zip(trees, pool.map(build, trees.values()), strict=True):
+            print(f"{name}: {wrong or 'built'}", flush=True)
+            if wrong:
+                return 1
+    if args.build_only:
+        return 0
+    found: dict[str, list[Row]] = {name: [] for name in trees}
+    for _ in range(args.turns):
+        for name, tree in trees.items():
+            found[name] += run(tree, args.shape, args.rounds)
+            print(f"  {name}: done", flush=True)
+    rows = summary(found)
+    print_rows(rows)
+    if args.json:
+        same = ("date", "commit", "torch", "gpu", "driver", "tokens", "width", "vocab")
+        where = {key: found[args.only[0]][0].get(key) for key in same}
+        with args.json.open("a") as out:
+            out.writelines(json.dumps(where | row) + "\n" for row in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The variants of the Hopper kernels: each can still be made, and how their figures are read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import variants
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_a_variant_changes_what_it_says(name: str, tmp_path: Path) -> None:
+    tree = variants.lay_out(name, tmp_path)
+    changes = variants.VARIANTS[name].changes
+    changed = {file for file, _, _ in changes}
+    assert len({new for _, _, new in changes}) == len(changes)
+    for file in sorted(tree.rglob("csrc/**/*.*")):
+        path = str(file.relative_to(tree))
+        assert (file.read_text() != (ROOT / path).read_text()) == (path in changed), path
+    for file, _, new in changes:
+        assert new in (tree / file).read_text()
+    assert (tree / "CMakeLists.txt").exists() and not list(tree.rglob("_C*.so"))
+
+
+def test_a_change_that_no_longer_fits_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = variants.Variant(((variants.SCAN, "no such line", "x"),))
+    monkeypatch.setitem(variants.VARIANTS, "gone", gone)
+    with pytest.raises(SystemExit, match=r"gone: expected once .* came 0 x: no such"):
+        variants.lay_out("gone", tmp_path)
+
+
+def row(name: str, ratio: float, **more: Any) -> dict[str, Any]:
+    figures = {"ms": 1.0, "x_one_gemm": ratio, "x_three_gemms": ratio, "error_d_weight": 1e-3}
+    return {"name": name} | figures | more
+
+
+def test_figures_of_several_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    forward, policy = "lm_head_logprobs fwd", variants.POLICY
+    found = {
+        "as it is": [row(forward, x) for x in (1.1, 1.2, 1.0)] + [row(policy, 1.3)],
+        "no exponentials": [row(policy, 1.0, error_d_weight=float("nan"))],
+        "one step late": [row(forward, 1.0), {"name": policy, "failed": "out of memory"}],
+    }
+    rows = variants.summary(found)
+    assert rows[0][forward] == 1.1 and rows[0][f"{forward}, range"] == [1.0, 1.2]
+    assert rows[0][f"{policy}, live 0.25"] is None and rows[2][policy] is None
+    variants.print_rows(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert "1.100 (1.000-1.200)" in lines[1] and "1.0e-03" in lines[1]
+    assert lines[2].rstrip(" |").endswith("any"), "a variant that leaves something out"
