@@ -228,7 +228,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return run | {
         "cpu": models[0] if models else platform.processor(),
-        "products": ops.build_info()["cpu_products"],
+        "cpu_products": ops.build_info()["cpu_products"],
         "vector_bits": ops.build_info()["cpu_vectors"],
         "threads": threads,
     }

@@ -50,7 +50,7 @@ def cpu_table(name: str = "cpu") -> str:
         )
     where = (
         f"N={run['tokens']}, D={run['width']}, V={run['vocab']}, {run['threads']} threads of "
-        f"{run['cpu']} ({PRODUCTS[run['products']['float32']]}), torch {run['torch']}, "
+        f"{run['cpu']} ({PRODUCTS[run['cpu_products']['float32']]}), torch {run['torch']}, "
         f"{run['date'][:10]}; ratios of medians in one run"
     )
     return "\n".join([*lines, "", f"{where}."])
