@@ -22,6 +22,7 @@ from tables import newest, shape_of
 DOCS = Path(__file__).parent.parent / "docs"
 BENCHMARKS = {"cuda": "a GPU", "cpu": "a CPU", "cpu_avx2": "a CPU without AVX-512"}
 KINDS = {"peer": "#9ca3af", "floor": "#1d4ed8", "bupo": "#c2410c"}
+SMALL: dict[str, Any] = {"fontsize": 8}
 KEY = "results"
 """in the picture's metadata: a digest of what it shows"""
 
@@ -71,15 +72,15 @@ def draw(rows: list[Row], title: str) -> Any:
     left.scatter(intensities, rates, c=colors, s=22, zorder=3)
     roofs = [(f"copy: {run['copy_gb_s']:.0f} GB/s", low * bandwidth)]
     for text, y in (*roofs, (f"square product: {peak:.3g} TFLOP/s", peak)):
-        left.annotate(text, (low, y), (4, 6), textcoords="offset points", fontsize=8)
+        left.annotate(text, (low, y), (6, 5), textcoords="offset points", **SMALL)
     left.set(xscale="log", yscale="log", xlabel="flop / byte", ylabel="TFLOP/s")
+    left.margins(y=0.12)
     right.barh([row["name"] for row in rows], rates, color=colors, height=0.7)
     right.axvline(peak, color="#222222", lw=1.2)
-    right.set(xlabel="TFLOP/s")
+    right.set(xlabel="TFLOP/s", xlim=(0, 1.05 * max(peak, *rates)))
     for y, rate in enumerate(rates):
-        right.annotate(f"{rate:.3g}", (rate, y), (3, -3), textcoords="offset points", fontsize=7)
+        right.annotate(f"{rate:.3g} ", (rate, y), color="white", ha="right", va="center", **SMALL)
     right.tick_params(axis="y", labelsize=8)
-    right.margins(x=0.12)
     for axes in (left, right):
         axes.grid(alpha=0.25, lw=0.5)
         axes.set_axisbelow(True)
