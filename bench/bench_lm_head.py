@@ -38,7 +38,6 @@ from measure import (
     errors_of,
     memory_of,
     reason,
-    release,
     time_rounds,
 )
 from report import cuda_bars, print_cpu_bars, print_table, row_of
@@ -126,7 +125,7 @@ def measure(found: list[Case], rounds: int, error_tokens: int, entries: int) -> 
             except Exception as error:
                 case.failed = reason(error)
         if case.failed:
-            release(case)
+            case.release()
             row = {"name": case.name, "dtype": row["dtype"], "failed": case.failed}
             row["peer"] = case.implementation.peer
         rows.append(row)

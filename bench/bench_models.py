@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
 import sys
 import time
@@ -20,24 +19,23 @@ from statistics import median
 import peers
 import torch
 import transformers
-from batch import Batch
-from implementations import Gemms, Implementation, policy_loss
-from measure import MIB, environment, milliseconds_of, peak_mib_of, reason
+from implementations import Implementation, policy_loss
+from measure import MIB, Peak, environment, milliseconds_of, reason, release
 from real_models import MODELS, Training, build
-from rows import Row
+from rows import GRADIENT_RIGHT, Row, gradient_is_right
+from torch import Tensor
+from truth import relative_error
 
 from bupo.internal import Text, entropy_flow
 from bupo.policy import num_layers
 
 OURS, ADAMW = "bupo", "bupo, with AdamW"
 SWEEP, SWEEP_GEMMS = "entropy_flow", "bare GEMMs of entropy_flow"
-PEERS = [
-    peer.name
-    for peer in peers.PEERS
-    if peer.gives != "cross entropy" and peer.name != peers.COMPILED  # compiles longer than it runs
-]
-SAME = 0.05
-"""Share by which the norm of a right gradient may differ from that of ours: bfloat16 everywhere"""
+SWEEP_ROWS = 8192
+"""of one bare product of the sweep"""
+POLICY_PEERS = [peer.name for peer in peers.PEERS if peer.gives != "cross entropy"]
+DEFAULT_PEERS = [name for name in POLICY_PEERS if name != peers.COMPILED]
+"""Compiling takes longer than everything else."""
 
 
 @dataclasses.dataclass
@@ -47,17 +45,75 @@ class Case:
     name: str
     layer: int | None
     run: Callable[[], object]
+    gradients: bool = False
+    """whether it leaves those of the policy loss"""
     milliseconds: list[float] = dataclasses.field(default_factory=list)
     figures: Row = dataclasses.field(default_factory=dict)
     failed: str = ""
 
     def row(self) -> Row:
         row: Row = {"name": self.name, "layer": self.layer}
-        if self.failed:
-            return row | {"failed": self.failed}
+        if self.failed or not self.milliseconds:
+            return row | {"failed": self.failed or "no time was left"}
         times = torch.tensor(self.milliseconds)
         spread = {f"ms_p{q}": float(times.quantile(q / 100)) for q in (20, 80)}
         return row | {"ms": median(self.milliseconds)} | spread | self.figures
+
+
+class Group:
+    """Cases that take turns, on one model."""
+
+    def __init__(self, training: Training, cases: list[Case]) -> None:
+        self.training, self.cases = training, cases
+        self.cuda = training.device.type == "cuda"
+        self.truth: dict[int | None, dict[str, Tensor]] = {}
+
+    def measure(self, rounds: int, deadline: float) -> None:
+        """Every case once a round; the first round is a warm-up, in which gradients are compared
+        with ours, and nothing begins after the deadline."""
+        for turn in range(1 + rounds):
+            for case in self.cases:
+                if case.failed or time.monotonic() > deadline:
+                    continue
+                self.training.clear()
+                try:
+                    self._once(case, turn)
+                except Exception as error:  # out of memory, or a peer that cannot do this
+                    case.failed = reason(error)
+                if case.failed:
+                    print(f"  {case.name}, layer {case.layer or 'L'}: {case.failed}", flush=True)
+                    self.training.clear()
+                    release(self.training.device)
+        self.training.clear()
+
+    def _once(self, case: Case, turn: int) -> None:
+        retries = self._retries()
+        with Peak(self.training.device) as peak:
+            elapsed = milliseconds_of(case.run, self.training.device)
+        case.figures |= {"peak_mib": peak.mib}
+        if self.cuda:
+            case.figures |= {"total_mib": torch.cuda.max_memory_allocated() / MIB}
+        if turn:
+            case.milliseconds.append(elapsed)
+            case.figures["retries"] = case.figures.get("retries", 0) + self._retries() - retries
+            return
+        print(f"  {case.name}, layer {case.layer or 'L'}: first {elapsed / 1e3:.1f} s", flush=True)
+        if case.gradients:
+            self._compare(case)
+
+    def _retries(self) -> int:
+        """Of the allocator, each of which gives memory back to the driver and waits."""
+        return int(torch.cuda.memory_stats()["num_alloc_retries"]) if self.cuda else 0
+
+    def _compare(self, case: Case) -> None:
+        """With ours, which goes first."""
+        found = self.training.gradients(case.layer)
+        truth = self.truth.setdefault(case.layer, found)
+        for name, gradient in found.items():
+            error = relative_error(gradient, truth[name].double())
+            case.figures[f"off_{name.replace(' ', '_')}"] = error
+            if not error <= GRADIENT_RIGHT:
+                case.failed = f"its gradient of the {name} is {error:.1%} off ours"
 
 
 def training_cases(
@@ -67,71 +123,37 @@ def training_cases(
 
     def case(layer: int | None, implementation: Implementation) -> Case:
         name = implementation.name.removesuffix(" fwd+bwd")
-        return Case(name, layer, lambda: training.step(layer, implementation))
+        return Case(name, layer, lambda: training.step(layer, implementation), gradients=True)
 
     return [case(layer, x) for layer in layers for x in (mine, *others)]
 
 
-def measure(cases: list[Case], training: Training, rounds: int, adamw: bool = False) -> None:
-    """Every case once a round; the first round is a warm-up, and there memory is measured."""
-    cuda = training.device.type == "cuda"
-    for turn in range(1 + rounds):
-        for case in cases:
-            if case.failed:
-                continue
-            training.clear()
-            try:
-                if turn:
-                    case.milliseconds.append(milliseconds_of(case.run, training.device))
-                else:
-                    case.figures["peak_mib"] = peak_mib_of(case.run, training.device)
-                    if not adamw:
-                        case.figures["gradient_norm"] = training.gradient_norm()
-                    if cuda:
-                        case.figures["total_mib"] = torch.cuda.max_memory_allocated() / MIB
-                    print(f"  {case.name}, layer {case.layer or 'L'}: runs", flush=True)
-            except Exception as error:  # out of memory, or a peer that cannot do this
-                case.failed = reason(error)
-            if case.failed:
-                print(f"  {case.name}, layer {case.layer or 'L'}: {case.failed}", flush=True)
-                training.clear()
-                gc.collect()
-                if cuda:
-                    torch.cuda.empty_cache()
-    training.clear()
-
-
-def adamw_cases(training: Training, layers: list[int | None]) -> list[Case]:
+def adamw_case(training: Training, layer: int | None) -> Case:
     """A whole update: the gradients by our loss, then AdamW, whose state stays. lr = 0: the work
     of an update, and the same numbers in every round."""
     fused = training.device.type == "cuda"
     optimizer = torch.optim.AdamW(training.model.parameters(), lr=0.0, fused=fused)
 
-    def case(layer: int | None) -> Case:
-        def update() -> None:
-            training.step(layer, Implementation(OURS, policy_loss, 3))
-            optimizer.step()
+    def update() -> None:
+        training.step(layer, Implementation(OURS, policy_loss, 3))
+        optimizer.step()
 
-        return Case(ADAMW, layer, update)
-
-    return [case(layer) for layer in layers]
+    return Case(ADAMW, layer, update)
 
 
 def sweep_cases(training: Training, tokens: int) -> list[Case]:
     """Entropies of the layer, attention and FFN policies of every layer, raw and normed, and of
     what the modules read; and the products with the head that these are made of."""
-    model, width = training.model, training.head.weight.shape[1]
+    model, weight = training.model, training.head.weight.detach()
     ids = training.ids.flatten()[: tokens + 1].tolist()
     rows = (8 * num_layers(model) + 2) * (len(ids) - 1)
-    x = torch.randn(8192, width, device=training.device).to(training.head.weight.dtype)
-    given = {k: v[: len(x)] for k, v in training.given.items()}
-    batch = Batch(x, training.head.weight, old_logprobs=training.noise[: len(x)], **given)
-    floor = Gemms(batch)
 
     def bare() -> None:
-        for first in range(0, rows, len(x)):
-            n = min(len(x), rows - first)
-            torch.mm(x[:n], training.head.weight.detach().T, out=floor.z[:n])
+        x = torch.randn(SWEEP_ROWS, weight.shape[1], device=weight.device).to(weight.dtype)
+        logits = torch.empty(SWEEP_ROWS, len(weight), dtype=weight.dtype, device=weight.device)
+        for first in range(0, rows, SWEEP_ROWS):
+            n = min(SWEEP_ROWS, rows - first)
+            torch.mm(x[:n], weight.T, out=logits[:n])
 
     return [
         Case(SWEEP_GEMMS, None, bare, figures={"states": rows}),
@@ -141,42 +163,35 @@ def sweep_cases(training: Training, tokens: int) -> list[Case]:
 
 def add_ratios(rows: list[Row]) -> None:
     """x_bupo: over ours for the same policy. x_full: over the same loss for the full policy.
-    x_gemms: of the sweep. A loss with another gradient than ours says so in `failed`."""
+    x_gemms: of the sweep."""
     times = {(row["name"], row["layer"]): row["ms"] for row in rows if "ms" in row}
-    norms = {
-        row["layer"]: row["gradient_norm"] for row in rows if row["name"] == OURS and "ms" in row
-    }
     for row in rows:
         name, layer = row["name"], row["layer"]
         if "ms" not in row:
             continue
+        floors = {"x_bupo": (OURS, layer), "x_full": (name, None)}
         if name in (SWEEP, SWEEP_GEMMS):
-            row["x_gemms"] = row["ms"] / times.get((SWEEP_GEMMS, None), float("nan"))
-            continue
-        if "gradient_norm" in row and layer in norms:
-            off = row["gradient_norm"] / norms[layer] - 1
-            if not abs(off) <= SAME:
-                row["failed"] = f"its gradient's norm is {off:+.1%} off"
-        if (OURS, layer) in times:
-            row["x_bupo"] = row["ms"] / times[OURS, layer]
-        if (name, None) in times:
-            row["x_full"] = row["ms"] / times[name, None]
+            floors = {"x_gemms": (SWEEP_GEMMS, None)}
+        row |= {key: row["ms"] / times[floor] for key, floor in floors.items() if floor in times}
 
 
 def bars(rows: list[Row]) -> list[str]:
     """Those of Qwen3-4B."""
-    found = []
 
-    def bar(what: str, value: float, limit: float) -> None:
-        verdict = "met" if value <= limit else "NOT MET"
-        found.append(f"{verdict:>7}: {what} = {value:.2f}, bar <= {limit:g}")
+    def bar(name: str, internal: bool, key: str, limit: float, what: str) -> str:
+        found = [
+            r[key] for r in rows if r["name"] == name and bool(r["layer"]) == internal and key in r
+        ]
+        if not found:
+            return f"NO FIGURE: {what}"
+        verdict = "met" if found[0] <= limit else "NOT MET"
+        return f"{verdict:>7}: {what} = {found[0]:.2f}, bar <= {limit:g}"
 
-    for row in rows:
-        if "ms" in row and row["layer"] and row["name"] in (OURS, ADAMW) and "x_full" in row:
-            bar(f"{row['name']}: layer {row['layer']} / full step", row["x_full"], 0.45)
-        if "ms" in row and row["name"] == SWEEP:
-            bar("entropy_flow / its bare GEMMs", row["x_gemms"], 1.15)
-    return found
+    return [
+        bar(OURS, True, "x_full", 0.45, "phase 1 / full step"),
+        bar(ADAMW, True, "x_full", 0.45, "phase 1 / full step, with AdamW"),
+        bar(SWEEP, False, "x_gemms", 1.15, "entropy_flow / its bare GEMMs"),
+    ]
 
 
 def print_rows(rows: list[Row]) -> None:
@@ -193,29 +208,45 @@ def print_rows(rows: list[Row]) -> None:
             print(f"| {row['name']:28} | {' | '.join(cells)} |")
     for row in rows:
         if "failed" in row:
-            print(f"not compared: {row['name']}, layer {row['layer'] or 'all'}: {row['failed']}")
+            print(f"no time: {row['name']}, layer {row['layer'] or 'all'}: {row['failed']}")
 
 
-def bench(name: str, args: argparse.Namespace, others: list[Implementation]) -> list[Row]:
-    """All rows of one model."""
+def bench(
+    name: str, args: argparse.Namespace, others: list[Implementation], deadline: float
+) -> Iterator[list[Row]]:
+    """The rows of one model, group after group: what was measured is not lost with what follows."""
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model = build(name, args.fields, dtype, args.device)
     sequences = max(1, args.tokens // args.length)
     training = Training(model, sequences, min(args.length, args.tokens))
-    layers = [None, min(args.layer, num_layers(model))]
+    internal = min(args.layer, num_layers(model))
 
-    def groups() -> Iterator[tuple[list[Case], bool]]:
-        yield training_cases(training, others, layers), False
+    def groups() -> Iterator[list[Case]]:  # one is gone, with its optimizer, before the next comes
+        yield training_cases(training, others, [None, internal])
         if name == next(iter(MODELS)):
-            yield sweep_cases(training, args.sweep_tokens), True
-        yield adamw_cases(training, layers), True
+            yield sweep_cases(training, args.sweep_tokens)
+        yield [adamw_case(training, None)]
+        yield [adamw_case(training, internal)]
 
-    rows: list[Row] = []
-    for cases, no_gradient in groups():
-        measure(cases, training, args.rounds, no_gradient)
-        rows += [case.row() for case in cases]
-    add_ratios(rows)
-    return rows
+    for cases in groups():
+        group = Group(training, cases)
+        group.measure(args.rounds, deadline)
+        yield [case.row() for case in cases]
+        del cases, group
+        release(training.device)
+
+
+def fastest_peer(file: Path) -> str:
+    """Of a run of bench_lm_head.py, at its first shape: with a right gradient of the same loss."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    shape = [rows[0][k] for k in ("tokens", "width", "vocab")] if rows else []
+    fit = {}
+    for row in rows:
+        name = row["name"].removesuffix(" fwd+bwd")
+        same = [row[k] for k in ("tokens", "width", "vocab")] == shape and "ms" in row
+        if same and name in DEFAULT_PEERS and row["products"] == 3 and gradient_is_right(row):
+            fit[name] = row["ms"]
+    return min(fit, key=lambda name: fit[name]) if fit else peers.EAGER
 
 
 def parse() -> argparse.Namespace:
@@ -230,8 +261,9 @@ def parse() -> argparse.Namespace:
     add("--layer", type=int, default=6, help="the internal policy of phase 1")
     add("--sweep_tokens", type=int, default=2048, help="of the sweep of all internal policies")
     add("--rounds", type=int, default=3, help="timed rounds after the warm-up")
-    add("--peers", nargs="*", default=PEERS, help="that give log-probs or the loss")
-    add("--minutes", type=float, default=60.0, help="models that would take longer are left out")
+    add("--peers", nargs="*", default=DEFAULT_PEERS, choices=POLICY_PEERS, metavar="NAME")
+    add("--fastest", type=Path, metavar="FILE", help="eager and the fastest right peer of this run")
+    add("--minutes", type=float, default=60.0, help="nothing begins after them")
     add("--fields", type=json.loads, default={}, help="JSON: over the models' configurations")
     add("--json", type=Path, metavar="FILE", help="append a line per case")
     args = parser.parse_args()
@@ -243,35 +275,31 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Exit status 1 if a case of ours failed."""
     args = parse()
+    deadline = time.monotonic() + 60 * args.minutes
     run = environment(args.device, torch.get_num_threads())
     run["transformers"] = transformers.__version__
     print(", ".join(f"{key} {value}" for key, value in run.items()), flush=True)
+    if args.fastest:
+        args.peers = list(dict.fromkeys((peers.EAGER, fastest_peer(args.fastest))))
     found, missing = peers.load(args.peers, args.device)
     others = [x for x in found if x.products == 3 and x.loss == "policy"]
     for name, why in missing.items():
         print(f"missing: {name}: {why}")
-    began, longest, good = time.monotonic(), 0.0, True
+    good = True
     for name in args.models:
-        start = time.monotonic()
-        left = 60 * args.minutes - (start - began)
-        if longest > left:
-            why = f"left out: about {longest:.0f} s, {left:.0f} s are left"
-            rows: list[Row] = [{"name": "model", "layer": None, "failed": why}]
-        else:
-            print(f"\n{name}, {args.tokens} tokens", flush=True)
-            rows = bench(name, args, others)
-            gc.collect()
-            if args.device == "cuda":
-                torch.cuda.empty_cache()
+        print(f"\n{name}, {args.tokens} tokens", flush=True)
+        where = run | {"model": name, "tokens": args.tokens, "length": args.length}
+        rows: list[Row] = []
+        for group in bench(name, args, others, deadline):
+            rows += group
+            add_ratios(rows)
+            if args.json:
+                with args.json.open("a") as out:
+                    out.writelines(json.dumps(where | row) + "\n" for row in group)
         print_rows(rows)
         if name == next(iter(MODELS)) and not args.fields:
             print("\n".join(bars(rows)))
-        if args.json:
-            with args.json.open("a") as out:
-                where = run | {"model": name, "tokens": args.tokens, "length": args.length}
-                out.writelines(json.dumps(where | row) + "\n" for row in rows)
         good &= not any("failed" in row for row in rows if row["name"] in (OURS, SWEEP))
-        longest = max(longest, time.monotonic() - start)
     return int(not good)
 
 

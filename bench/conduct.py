@@ -110,8 +110,8 @@ class Stage:
     """returns a remark for the summary; raises Failed or NotRun"""
     needed: bool = False
     """whether later stages make no sense if it fails"""
-    reserve: float = 0.0
-    """seconds that it leaves for the stages after it"""
+    minimum: float = 0.0
+    """seconds that the stages before it leave for it"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +138,10 @@ def conduct(
     end = time.monotonic() + 60 * minutes
     verdicts: list[Verdict] = []
     broken = ""
-    for stage in stages:
+    for number, stage in enumerate(stages, start=1):
         began = time.monotonic()
-        cap = min(stage.seconds, max(end - began - stage.reserve, 0))
+        reserve = sum(later.minimum for later in stages[number:])
+        cap = min(stage.seconds, max(end - began - reserve, 0))
         path = out / f"{stage.name}.log"
         with path.open("w") as log:
             job = Job(stage.name, log, began + cap, environment, folder, dry_run)

@@ -30,11 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 SCRATCH = ROOT / "build" / "gpu-check-scratch"
 """beside the results, not among them: who fetches those wants few files"""
+LAST_BENCH = SCRATCH / "bench.jsonl"
+"""stays where the results are fetched and gone before the next run, which may be of other stages"""
 OPERATOR_TESTS = ["test_ops_tensors.py", "test_policy_loss.py", "test_lm_head.py"]
 GPU_TESTS = ["test_gpu.py", "test_gpu_sizes.py"]
 
-POLICY = "policy_loss fwd+bwd"
-"""as in implementations.py, which needs the extension"""
 NEEDED_BY_TESTS = ("pytest", "pytest_timeout", "hypothesis")
 
 
@@ -129,6 +129,7 @@ def bench(job: Job, out: Path, arguments: list[str]) -> str:
     job.check([*command, "--minutes", f"{0.9 * job.left() / 60:.2f}", *arguments])
     if job.dry_run:
         return ""
+    shutil.copy(results, LAST_BENCH)
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     missing = [row["name"] for row in rows if "missing" in row]
     dropped = [row for row in rows if row["name"] == "shape"]
@@ -137,24 +138,16 @@ def bench(job: Job, out: Path, arguments: list[str]) -> str:
     )
 
 
-def fastest_peer(results: Path) -> str | None:
-    """Of those with a right gradient, at the most important shape that has figures."""
-    if not results.exists():
-        return None
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    named = [r["best_peer"] for r in rows if r["name"] == POLICY and "best_peer" in r]
-    return named[0].removesuffix(" fwd+bwd") if named else None
-
-
 def models(job: Job, out: Path) -> str:
     results = out.resolve() / "models.jsonl"
     results.unlink(missing_ok=True)
     command = [PYTHON, "bench/bench_models.py", "--json", str(results)]
-    best = fastest_peer(out / "bench.jsonl")
-    if best:  # without a benchmark all of them run
-        command += ["--peers", *dict.fromkeys(("eager", best))]
-    job.check([*command, "--minutes", f"{0.9 * job.left() / 60:.2f}"])
-    return "" if job.dry_run else f"{results}; fastest peer: {best or 'not known'}"
+    command += ["--fastest", str(LAST_BENCH)] if LAST_BENCH.exists() else ["--peers", "eager"]
+    minutes = f"{(job.left() - 20) / 60:.2f}"  # what has begun must also end
+    # Cases of very different sizes share the memory: without this, some would wait for the driver.
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    job.check([*command, "--minutes", minutes], **environment)
+    return "" if job.dry_run else str(results)
 
 
 PROFILED = ["--shape", "2048", "4096", "151936"]
@@ -194,11 +187,11 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     out, site = args.out, SCRATCH / "site"
     every = [
         Stage("build", 240, functools.partial(build, wheels=args.wheels, site=site), needed=True),
-        Stage("test", 240, test, reserve=250),
-        Stage("sanitize", 120, sanitize, reserve=200),
-        Stage("bench", 3600, functools.partial(bench, out=out, arguments=args.bench), reserve=165),
-        Stage("models", 3600, functools.partial(models, out=out), reserve=45),
-        Stage("profile", 90, profile),
+        Stage("test", 240, test, minimum=60),
+        Stage("sanitize", 120, sanitize, minimum=40),
+        Stage("bench", 3600, functools.partial(bench, out=out, arguments=args.bench), minimum=150),
+        Stage("models", 3600, functools.partial(models, out=out), minimum=100),
+        Stage("profile", 90, profile, minimum=45),
     ]
     return [stage for stage in every if stage.name in args.stages]
 

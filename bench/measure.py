@@ -59,6 +59,12 @@ class Case:
         batch.clear_gradients()
         return elapsed
 
+    def release(self) -> None:
+        """After a failure."""
+        for batch in self.batches:
+            batch.clear_gradients()
+        release(self.device)
+
 
 def milliseconds_of(run: Callable[[], object], device: torch.device) -> float:
     """One call, by CUDA events or by the clock."""
@@ -75,20 +81,28 @@ def milliseconds_of(run: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
-def peak_mib_of(run: Callable[[], object], device: torch.device) -> float:
-    """The highest memory during one call less that before it: torch's allocations on a GPU,
-    resident memory elsewhere."""
-    gc.collect()
-    if device.type != "cuda":
-        memory = PeakMemory()
-        memory.start()
-        run()
-        return memory.peak()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) / MIB
+class Peak:
+    """`with Peak(device) as peak`: afterwards peak.mib is the highest memory within, less that
+    before: torch's allocations on a GPU, resident memory elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda, self.mib, self._resident = device.type == "cuda", 0.0, PeakMemory()
+
+    def __enter__(self) -> Peak:
+        gc.collect()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            self._resident.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            self.mib = (torch.cuda.max_memory_allocated() - self._before) / MIB
+        else:
+            self.mib = self._resident.peak()
 
 
 def time_rounds(cases: list[Case], rounds: int, warm_up: int = 1) -> None:
@@ -106,7 +120,7 @@ def time_rounds(cases: list[Case], rounds: int, warm_up: int = 1) -> None:
             except Exception as error:  # out of memory, or a peer that cannot do this shape
                 case.failed = reason(error)
             if case.failed:
-                release(case)
+                case.release()
 
 
 def _slow_peer(case: Case, floor: Case) -> bool:
@@ -119,12 +133,10 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:160] if text else ''}"
 
 
-def release(case: Case) -> None:
+def release(device: torch.device) -> None:
     """Gives back what a failed call left. Not within `except`: the error holds its tensors."""
-    for batch in case.batches:
-        batch.clear_gradients()
-    if case.device.type == "cuda":
-        gc.collect()
+    gc.collect()
+    if device.type == "cuda":
         torch.cuda.empty_cache()  # raises again where the GPU itself is lost, and that ends the run
 
 
@@ -133,7 +145,9 @@ def memory_of(case: Case) -> dict[str, float]:
     only, where allocations can be counted)."""
     batch = case.batch(0)
     batch.clear_gradients()
-    found = {"peak_mib": peak_mib_of(lambda: case.implementation.run(batch), case.device)}
+    with Peak(case.device) as peak:
+        case.implementation.run(batch)
+    found = {"peak_mib": peak.mib}
     if case.device.type == "cuda":
         left = [g for g in (batch.hidden.grad, batch.weight.grad) if g is not None]
         found["extra_mib"] = found["peak_mib"] - sum(g.nbytes for g in left) / MIB

@@ -3,6 +3,7 @@ and a batch of random tokens."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ import transformers
 from batch import Batch
 from implementations import Implementation
 from torch import Tensor, nn
+from truth import spread
 
 import bupo.ops as ops
-from bupo.policy import hidden_states, internal_policy, unembedding
+from bupo.policy import decoder_stack, hidden_states, internal_policy, unembedding
 
 QWEN3 = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
 QWEN3 |= {"head_dim": 128, "vocab_size": 151936, "rms_norm_eps": 1e-6}
@@ -46,48 +48,84 @@ def build(name: str, fields: dict[str, Any], dtype: torch.dtype, device: str) ->
     return model.train()
 
 
+SPREAD = 4.0
+"""standard deviation of the logits, as of a trained model: random weights give a flat softmax, and
+no check would miss its part of the gradient"""
+ROWS = 1024
+"""of logits that are in memory at once where a policy is made"""
+
+CHECKED = 2048
+"""entries of the vocabulary whose gradients are compared, and targets"""
+
+
+@dataclasses.dataclass
+class Policy:
+    """A policy of the model, and tokens sampled from it."""
+
+    gain: float
+    """what hidden states are multiplied with, so that logits have their SPREAD"""
+    targets: Tensor
+    old_logprobs: Tensor
+    """near its own, so that ratios are near 1"""
+
+
 class Training:
     """One model and one batch of tokens, all of which have a gradient."""
 
     def __init__(self, model: nn.Module, sequences: int, length: int) -> None:
         self.model, self.head = model, unembedding(model)
         self.device = self.head.weight.device
-        g = torch.Generator(self.device).manual_seed(1)
-        on: dict[str, Any] = {"generator": g, "device": self.device}
-        vocab, tokens = len(self.head.weight), sequences * length
-        self.ids = torch.randint(vocab, (sequences, length), **on)
-        advantages = torch.randn(tokens, **on)
+        self.random = torch.Generator(self.device).manual_seed(1)
+        on: dict[str, Any] = {"generator": self.random, "device": self.device}
+        self.ids = torch.randint(len(self.head.weight), (sequences, length), **on)
+        advantages = torch.randn(self.ids.numel(), **on)
         self.given = {
-            "targets": torch.randint(vocab, (tokens,), **on),
             "advantages": advantages + advantages.sign() * 0.1,
-            "token_weights": torch.full((tokens,), 1 / tokens, device=self.device),
+            "token_weights": torch.full_like(advantages, 1 / len(advantages)),
         }
-        self.noise = 0.05 * torch.randn(tokens, **on)
-        self.old: dict[int | None, Tensor] = {}
+        self.policies: dict[int | None, Policy] = {}
 
     def hidden(self, layer: int | None) -> Tensor:
+        """[N, D], before its gain"""
         with internal_policy(self.model, layer):
             return hidden_states(self.model, self.ids).flatten(0, 1)
 
-    def old_logprobs(self, layer: int | None) -> Tensor:
-        """Near those of the policy, so that ratios are near 1."""
-        if layer not in self.old:
+    def policy(self, layer: int | None) -> Policy:
+        """Made at its first use."""
+        if layer not in self.policies:
             with torch.no_grad():
-                found = ops.lm_head_logprobs(
-                    self.hidden(layer), self.head.weight, self.given["targets"]
-                )
-            self.old[layer] = found.logprobs + self.noise
-        return self.old[layer]
+                self.policies[layer] = self._sample(self.hidden(layer))
+        return self.policies[layer]
+
+    def _sample(self, hidden: Tensor) -> Policy:
+        gain = SPREAD / float(self.head.logits(hidden[:ROWS]).float().std())
+        targets = [
+            torch.multinomial(
+                self.head.logits(part * gain).float().softmax(-1), 1, generator=self.random
+            )
+            for part in hidden.split(ROWS)
+        ]
+        chosen = torch.cat(targets).squeeze(1)
+        logprobs = ops.lm_head_logprobs(hidden * gain, self.head.weight, chosen).logprobs
+        noise = torch.randn(logprobs.shape, generator=self.random, device=self.device)
+        return Policy(gain, chosen, logprobs + 0.05 * noise)
 
     def step(self, layer: int | None, implementation: Implementation) -> None:
         """Gradients of the whole model, of the policy of a layer (None: the full one)."""
-        old = self.old_logprobs(layer)
-        hidden = self.hidden(layer)
-        implementation.run(Batch(hidden, self.head.weight, old_logprobs=old, **self.given))
+        policy = self.policy(layer)
+        hidden = self.hidden(layer) * policy.gain
+        tokens = {"targets": policy.targets, "old_logprobs": policy.old_logprobs}
+        implementation.run(Batch(hidden, self.head.weight, **tokens, **self.given))
 
     def clear(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
-    def gradient_norm(self) -> float:
-        norms = [p.grad.float().norm() for p in self.model.parameters() if p.grad is not None]
-        return float(torch.stack(norms).norm())
+    def gradients(self, layer: int | None) -> dict[str, Tensor]:
+        """What shows most of a loss: of the head, to which all tokens add, rows spread over the
+        vocabulary and some of targets; and of layer 1 one matrix, to which dX has come down."""
+        head, first = self.head.weight.grad, decoder_stack(self.model).layers[0]
+        down = next(first.parameters()).grad
+        assert head is not None and down is not None
+        entries = spread(min(CHECKED, len(head)), len(head), head)
+        entries = torch.cat([entries, self.policy(layer).targets[:CHECKED]]).unique()
+        return {"head": head[entries], "first layer": down}

@@ -123,7 +123,7 @@ def models_table() -> str:
         return not_measured("models_cuda")
     run = rows[0]
     lines = [
-        "| | policy | ms | x bupo | x full policy | x bare GEMMs | peak MiB | all MiB |",
+        "| | policy | ms | x bupo | x full policy | x bare GEMMs | peak MiB | total MiB |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:

@@ -34,6 +34,10 @@ FIGURES = {
 """What is timed, and over what"""
 
 
+SECONDS = 60
+"""that a process may take"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     changes: tuple[tuple[str, str, str], ...] = ()
@@ -84,6 +88,7 @@ VARIANTS = {
     ),
     "E not stored": Variant(((SCAN, STORE, "const bool store = false;"),), right=False),
 }
+DEFAULT = ["as it is", "two steps late", "no epilogue"]
 
 
 def lay_out(name: str, folder: Path) -> Path:
@@ -111,22 +116,23 @@ def build(tree: Path) -> str:
     return "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
 
 
-def run(tree: Path, shape: list[int], rounds: int) -> list[Row]:
+def run(tree: Path, shape: list[int], rounds: int) -> tuple[list[Row], str]:
+    """The rows of one process, and what went wrong: a kernel that waits for ever, say."""
     file = tree / "rows.jsonl"
     file.unlink(missing_ok=True)
     command = [sys.executable, "bench/bench_lm_head.py", "--device", "cuda", "--json", str(file)]
     command += [f"--{k}={n}" for k, n in zip(("tokens", "width", "vocab"), shape, strict=True)]
+    command += [f"--rounds={rounds}", "--peers"]
     environment = os.environ | {"PYTHONPATH": f"{tree}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
-        [*command, f"--rounds={rounds}", "--peers"],
-        cwd=tree,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return [], f"over {SECONDS} s"
     if not file.exists():
-        raise SystemExit(f"{tree.name}: {(done.stdout + done.stderr)[-2000:]}")
-    return [json.loads(line) for line in file.read_text().splitlines()]
+        return [], (done.stdout + done.stderr).strip()[-300:] or f"exit status {done.returncode}"
+    return [json.loads(line) for line in file.read_text().splitlines()], ""
 
 
 def summary(found: dict[str, list[Row]]) -> list[Row]:
@@ -162,36 +168,32 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    add("--only", nargs="+", choices=VARIANTS, default=DEFAULT, help=f"default: {DEFAULT}")
     add("--shape", type=int, nargs=3, default=[8192, 4096, 151936], metavar=("N", "D", "V"))
     add("--turns", type=int, default=2, help="processes of each variant; default: %(default)s")
     add("--rounds", type=int, default=5, help="of a process; default: %(default)s")
     add("--jobs", type=int, default=4, help="builds at a time; default: %(default)s")
     add("--folder", type=Path, default=ROOT / "build" / "variants")
     add("--build_only", action="store_true")
-    add("--json", type=Path, help="append a line per variant")
+    add("--json", type=Path, help="append the rows of every process, with the variant's name")
     args = parser.parse_args()
     trees = {name: lay_out(name, args.folder.resolve()) for name in args.only}
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for name, wrong in zip(trees, pool.map(build, trees.values()), strict=True):
-            print(f"{name}: {wrong or 'built'}", flush=True)
-            if wrong:
-                return 1
-    if args.build_only:
-        return 0
-    found: dict[str, list[Row]] = {name: [] for name in trees}
-    for _ in range(args.turns):
-        for name, tree in trees.items():
-            found[name] += run(tree, args.shape, args.rounds)
-            print(f"  {name}: done", flush=True)
-    rows = summary(found)
-    print_rows(rows)
-    if args.json:
-        same = ("date", "commit", "torch", "gpu", "driver", "tokens", "width", "vocab")
-        where = {key: found[args.only[0]][0].get(key) for key in same}
-        with args.json.open("a") as out:
-            out.writelines(json.dumps(where | row) + "\n" for row in rows)
-    return 0
+        built = dict(zip(trees, pool.map(build, trees.values()), strict=True))
+    for name, wrong in built.items():
+        print(f"{name}: {wrong or 'built'}", flush=True)
+    found: dict[str, list[Row]] = {name: [] for name, wrong in built.items() if not wrong}
+    for turn in range(0 if args.build_only else args.turns):
+        for name in found:
+            rows, wrong = run(trees[name], args.shape, args.rounds)
+            print(f"  {name}, turn {turn + 1}: {wrong or 'done'}", flush=True)
+            found[name] += rows
+            if args.json:
+                with args.json.open("a") as out:
+                    out.writelines(json.dumps({"variant": name} | row) + "\n" for row in rows)
+    if not args.build_only:
+        print_rows(summary(found))
+    return int(any(built.values()))
 
 
 if __name__ == "__main__":

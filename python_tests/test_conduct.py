@@ -1,6 +1,7 @@
 """make gpu-check without a GPU: its stages, caps, plan and wheels."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -9,7 +10,6 @@ from typing import Any
 
 import conduct
 import gpu_check
-import implementations
 import pytest
 import torch
 import wheels
@@ -102,15 +102,44 @@ def test_without_a_gpu_nothing_passes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(row["date"] and row["commit"] and row["torch"] for row in rows)
 
 
-def test_models_meet_the_fastest_peer_of_the_bench(tmp_path: Path) -> None:
-    file = tmp_path / "bench.jsonl"
-    assert gpu_check.fastest_peer(file) is None
-    policy = {"name": gpu_check.POLICY}
-    rows = [{"name": "eager fwd+bwd", "best_peer": "x fwd+bwd"}, policy | {"failed": "no memory"}]
-    rows += [policy | {"best_peer": "cce_exact fwd+bwd"}, policy | {"best_peer": "trl fwd+bwd"}]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert gpu_check.fastest_peer(file) == "cce_exact"
-    assert implementations.POLICY == gpu_check.POLICY
+def test_stages_leave_time_for_those_that_were_chosen(tmp_path: Path) -> None:
+    """Of 9.5 minutes; and models are handed the last benchmark, wherever its results went."""
+
+    def caps(*stages: str) -> dict[str, int]:
+        options = ["--dry_run", "--out", str(tmp_path), "--stages", *stages]
+        command = [sys.executable, "bench/gpu_check.py", *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return {name: int(s) for name, s in re.findall(r"\[(\w+)\] at most (\d+) s", done.stdout)}
+
+    assert caps("bench", "models", "profile")["bench"] == 570 - 145
+    assert caps("build", "test", "bench")["test"] == 240
+    assert caps("bench")["bench"] == 570 and caps("models", "profile")["models"] == 525
+    left = 570 - sum(stage.minimum for stage in gpu_check.stages_of(gpu_check.parse([])))
+    assert left > 150, "for the build, and what stages take beyond their least"
+
+
+def test_models_meet_the_fastest_peer_of_the_bench(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+
+    class Recorded:
+        dry_run = False
+
+        def left(self) -> float:
+            return 140.0
+
+        def check(self, command: list[str], **environment: str) -> None:
+            ran.append((command, environment))
+
+    monkeypatch.setattr(gpu_check, "LAST_BENCH", tmp_path / "bench.jsonl")
+    gpu_check.models(Recorded(), tmp_path / "a")  # type: ignore[arg-type]
+    (tmp_path / "bench.jsonl").touch()
+    gpu_check.models(Recorded(), tmp_path / "b")  # type: ignore[arg-type]
+    (first, environment), (second, _) = ran
+    assert first[-4:] == ["--peers", "eager", "--minutes", "2.00"]
+    assert second[-4:-2] == ["--fastest", str(tmp_path / "bench.jsonl")]
+    assert str(tmp_path / "b" / "models.jsonl") in second and environment
 
 
 def test_wheels_are_named_and_installed_apart(tmp_path: Path) -> None:

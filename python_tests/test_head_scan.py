@@ -15,6 +15,8 @@ import emulation
 import pytest
 from emulation import BUILD, ROOT
 
+pytestmark = pytest.mark.timeout(900)  # CUTLASS is compiled twice, perhaps beside other work
+
 CASES = [
     # One tile in one block of the cluster, the other has no rows; fewer steps than stages.
     "capacity=128 vocab=256 width=64",

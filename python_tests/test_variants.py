@@ -32,6 +32,23 @@ def test_a_change_that_no_longer_fits_says_so(
         variants.lay_out("gone", tmp_path)
 
 
+def test_a_variant_that_hangs_or_breaks_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants, "SECONDS", 1)
+    program = tmp_path / "bench" / "bench_lm_head.py"
+    program.parent.mkdir()
+    for text, wrong in (
+        ("import time; time.sleep(30)", "over 1 s"),
+        ("raise ValueError('no GPU')", "ValueError: no GPU"),
+        ("import sys; open(sys.argv[4], 'w').write('{\"name\": 1}')", ""),
+    ):
+        program.write_text(text)
+        rows, came = variants.run(tmp_path, [1, 2, 3], 1)
+        assert came.endswith(wrong) and bool(came) == bool(wrong)
+        assert rows == ([] if wrong else [{"name": 1}])
+
+
 def row(name: str, ratio: float, **more: Any) -> dict[str, Any]:
     figures = {"ms": 1.0, "x_one_gemm": ratio, "x_three_gemms": ratio, "error_d_weight": 1e-3}
     return {"name": name} | figures | more

@@ -8,8 +8,8 @@
 // Persistent: one block of three warpgroups an SM, in clusters of two that share weight tiles. The
 // first warpgroup loads by TMA; the others each multiply 64 x 256 of a 128 x 256 tile (CUTLASS's
 // collective mainloop) and reduce their accumulators in registers. Meanwhile the loader fills the
-// stages, and the other warpgroup multiplies on by up to kStages steps: so far epilogue and
-// products overlap. A block walks the tiles of one split and keeps the statistics of its rows
+// stages; the other warpgroup multiplies on as far as it is behind, kStages steps at most
+// (docs/performance.md). A block walks the tiles of one split and keeps the statistics of its rows
 // between them, so that partial results are few. Neither the walk nor a row's place reaches a row's
 // numbers: they are the same bits in any batch.
 //
