@@ -1,7 +1,9 @@
 """Who may import whom, checked from the syntax tree (the picture is in CONTRIBUTING.md)."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -211,3 +213,23 @@ def test_csrc_uses_nothing_newer_than_the_oldest_torch() -> None:
     for path in (ROOT / "csrc").rglob("*.*"):
         for name, instead in newer.items():
             assert name not in path.read_text(encoding="utf-8"), f"{path}: use {instead}"
+
+
+def test_setup_pins_torch_by_the_version_that_pip_knows(tmp_path: Path) -> None:
+    """PyPI's CUDA builds say 2.11.0+cu130 of themselves and 2.11.0 in their metadata: pinned by the
+    former, nothing could be installed beside them."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/version.py").write_text("__version__ = '2.11.0+cu130'; cuda = '13.0'")
+    (tmp_path / "torch-2.11.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n"
+    (tmp_path / "torch-2.11.0.dist-info/METADATA").write_text(metadata)
+    script = (ROOT / "tools/setup.sh").read_text()
+    (function,) = re.findall(r"^torch_requirement\(\) \{.*?^\}", script, re.DOTALL | re.MULTILINE)
+    assert 'torch_requirement "$py" >.venv/constraints.txt' in script
+    done = subprocess.run(
+        ["bash", "-c", f"{function}\ntorch_requirement {sys.executable}"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "torch==2.11.0\n", done.stderr

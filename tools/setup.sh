@@ -57,6 +57,10 @@ print(version if recent else "none", facts.get("cuda"), os.path.dirname(folder))
     echo none None
 }
 
+torch_requirement() {  # as pip knows it: PyPI's torch 2.11.0 calls itself 2.11.0+cu130
+  "$1" -c 'from importlib.metadata import version; print("torch==" + version("torch"))'
+}
+
 make_venv() {
   find_python
   local version cuda folder
@@ -106,9 +110,9 @@ facts="$torch $("$py" -VV) $suffix"
 # Build tools, then the extension, then the rest: an error of the compiler is seen first and whole.
 packages="$(hash_of pyproject.toml tools/setup.sh) $facts"
 if ! recorded packages "$packages"; then
-  printf 'torch==%s\n' "${torch%% *}" >.venv/constraints.txt  # no dependency may swap torch
+  torch_requirement "$py" >.venv/constraints.txt  # no dependency may swap torch
   say "installing the build tools (about 10 s)"
-  pip -c .venv/constraints.txt 'setuptools>=77' cmake ninja pybind11
+  pip -c .venv/constraints.txt torch 'setuptools>=77' cmake ninja pybind11
   # Headers of the Hopper kernels, aside: what the package asks for is for its code generator.
   pip --no-deps --upgrade --target .venv/cutlass nvidia-cutlass==4.2.0.0
 fi
