@@ -42,6 +42,6 @@ class OnDevice(TorchFunctionMode):
         if func not in _device_constructors() or kwargs.get("device") is not None:
             return func(*args, **kwargs)
         if kwargs.get("generator") is None:
-            return func(*args, **kwargs, device=self.device)
+            return func(*args, **kwargs | {"device": self.device})
         requires_grad = kwargs.pop("requires_grad", False)
         return func(*args, **kwargs).to(self.device).requires_grad_(requires_grad)

@@ -15,6 +15,7 @@ def test_tensors_are_made_on_the_device() -> None:
             torch.randn(3, generator=generator, requires_grad=True),
             torch.randint(4, (2,), generator=generator),
             torch.zeros(3, requires_grad=True),
+            torch.nn.Linear(2, 3).weight,  # which asks for device=None
         ]
         assert torch.ones(1, device="cpu").device.type == "cpu"
     assert [x.device.type for x in made] == ["meta"] * len(made)
