@@ -143,7 +143,7 @@ def conduct(
         reserve = sum(later.minimum for later in stages[number:])
         cap = min(stage.seconds, max(end - began - reserve, 0))
         path = out / f"{stage.name}.log"
-        with path.open("w") as log:
+        with (Path(os.devnull) if dry_run else path).open("w") as log:
             job = Job(stage.name, log, began + cap, environment, folder, dry_run)
             job.say(f"at most {cap:.0f} s, log {path}")
             try:

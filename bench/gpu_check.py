@@ -122,9 +122,15 @@ def sanitize(job: Job) -> str:
     return f"{' and '.join(done)}: no error"
 
 
+def start_anew(job: Job, *results: Path) -> None:
+    """A stage that fails leaves no older results that could be taken for its own."""
+    for file in () if job.dry_run else results:
+        file.unlink(missing_ok=True)
+
+
 def bench(job: Job, out: Path, arguments: list[str]) -> str:
     results = out.resolve() / "bench.jsonl"
-    results.unlink(missing_ok=True)
+    start_anew(job, results, LAST_BENCH)
     command = [PYTHON, "bench/bench_lm_head.py", "--device", "cuda", "--json", str(results)]
     job.check([*command, "--minutes", f"{0.9 * job.left() / 60:.2f}", *arguments])
     if job.dry_run:
@@ -140,7 +146,7 @@ def bench(job: Job, out: Path, arguments: list[str]) -> str:
 
 def models(job: Job, out: Path) -> str:
     results = out.resolve() / "models.jsonl"
-    results.unlink(missing_ok=True)
+    start_anew(job, results)
     command = [PYTHON, "bench/bench_models.py", "--json", str(results)]
     command += ["--fastest", str(LAST_BENCH)] if LAST_BENCH.exists() else ["--peers", "eager"]
     minutes = f"{(job.left() - 20) / 60:.2f}"  # what has begun must also end

@@ -80,6 +80,10 @@ def test_a_stage_over_its_time_is_killed_with_its_children(tmp_path: Path) -> No
 
 def test_the_plan_can_be_read_without_a_gpu(tmp_path: Path) -> None:
     command = [sys.executable, "bench/gpu_check.py", "--dry_run", "--out", str(tmp_path / "out")]
+    kept = [tmp_path / "out" / name for name in ("bench.jsonl", "models.jsonl", "bench.log")]
+    kept[0].parent.mkdir()
+    for file in kept:
+        file.write_text("of an earlier run")
     done = subprocess.run(
         [*command, "--bench", "--rounds", "3"], cwd=ROOT, capture_output=True, text=True
     )
@@ -89,6 +93,7 @@ def test_the_plan_can_be_read_without_a_gpu(tmp_path: Path) -> None:
     assert "bench_lm_head.py --device cuda" in done.stdout and "--rounds 3" in done.stdout
     assert "bench_models.py" in done.stdout and "--clock-control none" in done.stdout
     assert done.stdout.count("planned") == 2 * 6
+    assert [file.read_text() for file in kept] == ["of an earlier run"] * 3
     assert not (tmp_path / "out" / "summary.jsonl").exists()
 
 
@@ -140,6 +145,30 @@ def test_models_meet_the_fastest_peer_of_the_bench(
     assert first[-4:] == ["--peers", "eager", "--minutes", "2.00"]
     assert second[-4:-2] == ["--fastest", str(tmp_path / "bench.jsonl")]
     assert str(tmp_path / "b" / "models.jsonl") in second and environment
+
+
+def test_a_bench_that_fails_leaves_no_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Job:
+        dry_run, fails = False, False
+
+        def left(self) -> float:
+            return 100.0
+
+        def check(self, command: list[str]) -> None:
+            if self.fails:
+                raise conduct.Failed("exit status 1")
+            (tmp_path / "bench.jsonl").write_text('{"name": "x"}\n')
+
+    job = Job()
+    monkeypatch.setattr(gpu_check, "LAST_BENCH", tmp_path / "last.jsonl")
+    gpu_check.bench(job, tmp_path, [])  # type: ignore[arg-type]
+    assert gpu_check.LAST_BENCH.read_text() == '{"name": "x"}\n'
+    job.fails = True
+    with pytest.raises(conduct.Failed):
+        gpu_check.bench(job, tmp_path, [])  # type: ignore[arg-type]
+    assert not gpu_check.LAST_BENCH.exists()
 
 
 def test_wheels_are_named_and_installed_apart(tmp_path: Path) -> None:
