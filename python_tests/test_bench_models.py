@@ -82,15 +82,18 @@ def without_softmax(batch: Batch) -> dict:
     return {}
 
 
-def test_policies_are_those_of_a_trained_model() -> None:
+def test_a_loss_is_handed_the_policy_of_a_trained_model() -> None:
     given = training()
     for layer in (None, 2):
-        policy = given.policy(layer)
-        logits = given.head.logits(given.hidden(layer) * policy.gain).detach()
+        handed: list[Batch] = []
+        given.step(layer, Implementation("", lambda b, seen=handed: seen.append(b) or {}, 3))
+        (batch,) = handed
+        logits = given.head.logits(batch.hidden).detach()
         assert float(logits.std()) == pytest.approx(real_models.SPREAD, rel=0.05)
-        logprobs = logits.log_softmax(-1).gather(-1, policy.targets[:, None]).squeeze(1)
-        assert float((logprobs - policy.old_logprobs).abs().max()) < 0.3
-        assert float(logprobs.mean()) > float(logits.log_softmax(-1).mean()) + 2, "sampled from it"
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.gather(-1, batch.targets[:, None]).squeeze(1)
+        assert float((chosen - batch.old_logprobs).abs().max()) < 0.3
+        assert float(chosen.mean()) > float(logprobs.mean()) + 2, "sampled from it"
 
 
 def test_a_loss_with_another_gradient_is_refused() -> None:
@@ -102,6 +105,21 @@ def test_a_loss_with_another_gradient_is_refused() -> None:
     for layer in (None, 2):
         assert rows["policy_loss", layer]["off_head"] == 0
         assert "off ours" in rows["without_softmax", layer]["failed"]
+
+
+def test_no_peer_is_compared_with_another_in_place_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(batch: Batch) -> dict:
+        raise RuntimeError("out of memory")
+
+    given = training()
+    peer = Implementation("peer fwd+bwd", policy_loss, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "policy_loss", broken)
+        group = bench.Group(given, bench.training_cases(given, [peer], [None]))
+    group.measure(1, time.monotonic() + 60)
+    ours, other = (case.row() for case in group.cases)
+    assert ours["failed"] == "RuntimeError: out of memory" and "ms" not in other
+    assert other["failed"] == "ours has no gradient to compare it with"
 
 
 def test_a_case_that_runs_out_of_memory_stops_no_other() -> None:

@@ -233,3 +233,21 @@ def test_setup_pins_torch_by_the_version_that_pip_knows(tmp_path: Path) -> None:
         text=True,
     )
     assert done.stdout == "torch==2.11.0\n", done.stderr
+
+
+def test_setup_names_a_setuptools_that_is_too_old(tmp_path: Path) -> None:
+    """What a fresh venv has: its own words for it are "2 matches found", and a schema."""
+    (tmp_path / "setuptools/command").mkdir(parents=True)
+    old = "__version__ = '65.5.0'\nExtension = object\ndef setup(**_): print('built')\n"
+    (tmp_path / "setuptools/__init__.py").write_text(old)
+    (tmp_path / "setuptools/command/__init__.py").touch()
+    (tmp_path / "setuptools/command/build_ext.py").write_text("build_ext = object\n")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "built" not in done.stdout
+    assert done.stderr.startswith("setuptools 65.5.0 is here, 77 or newer is needed"), done.stderr
