@@ -61,7 +61,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _rows_done(file: Path, problems: Sequence[Any], config: Config) -> list[dict[str, Any]]:
+def _rows_done(
+    file: Path, dataset: str, problems: Sequence[Any], config: Config
+) -> list[dict[str, Any]]:
     """The rows of a file that can be kept; the file, which a kill may have cut, then holds these
     alone. They must be of these problems."""
     from bupo.rl.evaluation import whole_batches
@@ -71,7 +73,7 @@ def _rows_done(file: Path, problems: Sequence[Any], config: Config) -> list[dict
     for n, (row, problem) in enumerate(zip(rows, problems)):
         if (row["prompt"], row["answer"]) != (problem.text, problem.answer):
             raise ConfigError(f"{file}: problem {n} is another one now; choose another out")
-    rows = rows[: whole_batches(len(rows), len(problems), config)]
+    rows = rows[: whole_batches(dataset, len(rows), len(problems), config)]
     replace_text(file, json_lines(rows))
     return rows
 
@@ -108,15 +110,17 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
             sources.held_out, tokenizer, config.data, config.eval.limit, share, True
         )
     check_sources(config.reward, prompts)
+    config.eval.check_sources({p.source for p in prompts})
     facts.check(prompts, config.rollout.max_new_tokens)
     sets = evaluation.by_dataset(prompts)
     shown = ", ".join(f"{name} {len(problems)}" for name, problems in sets.items())
+    samples = " or ".join(map(str, sorted({config.eval.samples_of(name) for name in sets})))
     sizes = measure(config, sources.model, max(len(p.token_ids) for p in prompts))
     print(
         f"{config.name}: {sources.model}\n"
         f"  model    {sizes.model_line()}\n"
         f"  problems {shown}; {dropped} dropped for length\n"
-        f"  samples  {config.eval.samples} each, {_sampling(config)}, "
+        f"  samples  {samples} for each problem, {_sampling(config)}, "
         f"at most {config.rollout.max_new_tokens} tokens\n"
         f"  out      {out}",
         file=sys.stderr,
@@ -136,14 +140,14 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
         parts.callback(engine.close)
         for name, problems in sets.items():
             file = out / "responses" / evaluation.file_name(name)
-            done = _rows_done(file, problems, config)
+            done = _rows_done(file, name, problems, config)
             with progress.waiting(f"evaluation on {name}") as share:
                 result = evaluation.evaluate(
                     name,
                     problems,
                     config,
-                    lambda batch, seed: engine.generate(
-                        batch, config.eval.samples, seed, lambda: False, config.eval.temperature
+                    lambda batch, samples, seed: engine.generate(
+                        batch, samples, seed, lambda: False, config.eval.temperature
                     ),
                     reward,
                     partial(append_rows, file),
@@ -194,14 +198,14 @@ def print_table(results: Sequence[Any]) -> None:
     from rich.table import Table
 
     ks = list(results[0].pass_k)
-    table = Table("data set", "problems", f"Avg@{results[0].samples}", *(f"Pass@{k}" for k in ks))
-    for name in (f"maj@{results[0].samples}", "tokens", "truncated", "not graded"):
+    table = Table("data set", "problems", "n", "Avg@n", *(f"Pass@{k}" for k in ks))
+    for name in ("maj@n", "tokens", "truncated", "not graded"):
         table.add_column(name)
     for r in results:
         figures = [(r.avg, r.avg_se), *r.pass_k.values(), r.maj]
         cells = ["-" if p is None else f"{p[0]:.3f} ± {p[1]:.3f}" for p in figures]
         shares = (f"{r.length:.0f}", f"{r.truncated:.1%}", f"{r.ungraded:.1%}")
-        table.add_row(r.dataset, str(r.problems), *cells, *shares)
+        table.add_row(r.dataset, str(r.problems), str(r.samples), *cells, *shares)
     Console(width=max(80, 40 + 18 * (len(ks) + 3))).print(table)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class Plan:
     train_prompts: list[Any]
     eval_prompts: list[Any]
     dropped: int
+    warnings: list[str]
+    """What can be run, but is probably not meant"""
 
 
 def make_plan(config: Config) -> Plan:
@@ -69,6 +72,7 @@ def make_plan(config: Config) -> Plan:
         else ([], 0)
     )
     check_sources(config.reward, [*prompts, *eval_prompts])
+    config.eval.check_sources({p.source for p in eval_prompts})
     facts.check([*prompts, *eval_prompts], config.rollout.max_new_tokens)
     return Plan(
         config=config,
@@ -86,7 +90,22 @@ def make_plan(config: Config) -> Plan:
         train_prompts=prompts,
         eval_prompts=eval_prompts,
         dropped=dropped + eval_dropped,
+        warnings=_warnings(config, tokenizer, [*prompts, *eval_prompts]),
     )
+
+
+def _warnings(config: Config, tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
+    """Settings that are allowed, but probably not what the user means."""
+    found: list[str] = []
+    bos = tokenizer.bos_token_id
+    without = [p for p in prompts if p.token_ids[0] != bos]
+    if bos is not None and without and tokenizer("a")["input_ids"][0] == bos:
+        found.append(
+            f"{len(without)} of {len(prompts)} prompts do not begin with {tokenizer.bos_token}, "
+            "which this tokenizer puts before plain text: a model that was trained with it answers "
+            "worse without; begin data.chat_template with {{ bos_token }}"
+        )
+    return found
 
 
 def _resume_point(config: Config, out: Path) -> Path | None:
@@ -129,7 +148,11 @@ def print_plan(plan: Plan) -> None:
 
     config, size = plan.config, plan.config.rollout
     responses = size.prompts * size.samples
-    sizes, responses_each = plan.sizes, responses // config.optimizer.updates_per_step
+    sizes, optimizer = plan.sizes, config.optimizer
+    parts = optimizer.updates_per_step
+    twice = f" x {optimizer.epochs} epochs" if optimizer.epochs > 1 else ""
+    evaluated = {config.eval.samples_of(p.source) for p in plan.eval_prompts}
+    samples = " or ".join(map(str, sorted(evaluated or {config.eval.samples})))
     trained = f" ({sizes.internal / sizes.parameters:.0%} of the parameters)"
     fewer = " (fewer where bupo.auto_stop says so)" if config.bupo.auto_stop else ""
     phases = (
@@ -144,14 +167,15 @@ def print_plan(plan: Plan) -> None:
         f"  model    {sizes.model_line()}\n"
         f"  phases   {phases}{trained if sizes.internal else ''}\n"
         f"  step     {size.prompts} prompts x {size.samples} responses = {responses}, "
-        f"{config.optimizer.updates_per_step} updates of "
-        f"{responses_each} responses ({size.prompts // config.optimizer.updates_per_step} "
+        f"{parts} updates{twice} of {responses // parts} responses ({size.prompts // parts} "
         f"prompts), at most {size.max_new_tokens} new tokens each\n"
         f"  data     {len(plan.train_prompts)} training prompts, {len(plan.eval_prompts)} for "
-        f"evaluation x {config.eval.samples}, {plan.dropped} dropped for length\n"
+        f"evaluation x {samples}, {plan.dropped} dropped for length\n"
         f"  memory   {sizes.memory_line()}\n"
         f"  rollouts {sizes.engine_line(config)}\n"
         f"  disk     {sizes.disk_line(config)}\n"
-        f"  out      {plan.out}" + (f" (continues {plan.resume_from})" if plan.resume_from else ""),
+        f"  out      {plan.out}"
+        + (f" (continues {plan.resume_from})" if plan.resume_from else "")
+        + "".join(f"\n  warning  {text}" for text in plan.warnings),
         file=sys.stderr,
     )

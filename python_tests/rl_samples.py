@@ -110,9 +110,9 @@ def random_rollouts(groups: int = 4, samples: int = 3, seed: int = 0) -> list[Ro
     return rollouts
 
 
-def data_file(name: str, folder: Path) -> Path:
+def data_file(name: str, folder: Path, source: str = "math_dapo") -> Path:
     """shared/data/NAME.parquet where the project's data lies, in or beside the checkout; otherwise
-    a small file of the same format, written to folder."""
+    a small file of the same format and data source, written to folder."""
     root = Path(__file__).resolve().parents[1]
     for place in (root / "shared", root.parent / "shared"):
         if (place / "data" / f"{name}.parquet").is_file():
@@ -120,7 +120,9 @@ def data_file(name: str, folder: Path) -> Path:
     questions = [
         (f"What is {n} + \\frac{{{n}}}{{2}}? ✓", f"\\frac{{{3 * n}}}{{2}}") for n in range(60)
     ]
-    return write_parquet(folder / f"{name}.parquet", [verl_row(*each) for each in questions])
+    return write_parquet(
+        folder / f"{name}.parquet", [verl_row(*each, source) for each in questions]
+    )
 
 
 def verl_row(question: str, answer: str, source: str = "math_dapo") -> dict[str, Any]:

@@ -64,7 +64,9 @@ def test_majority_and_answers(whole: Path) -> None:
     assert 0 <= result["maj"] <= result["pass@4"] and result["maj_se"] >= 0
 
 
-def test_greedy_and_several_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_greedy_and_several_data_sets(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The likeliest tokens: another seed gives the same, sampling does not."""
     (made,) = Path(os.environ["BUPO_CACHE"]).glob("arithmetic-2-32-4-*-40-0")
     lines = (made / "eval.jsonl").read_text().splitlines()
@@ -89,10 +91,21 @@ def test_greedy_and_several_data_sets(tmp_path: Path, capsys: pytest.CaptureFixt
     assert greedy == responses("b", "eval.temperature=0", "seed=7")
     assert responses("c") != responses("d", "seed=7")
     shown = capsys.readouterr()
-    assert "1 each, greedy, at most 12" in shown.err and "first 6, second 4" in shown.err
-    assert "first" in shown.out and "second" in shown.out and "maj@1" in shown.out
+    assert "1 for each problem, greedy, at most 12" in shown.err
+    assert "first 6, second 4" in shown.err
+    assert "first" in shown.out and "second" in shown.out and "maj@n" in shown.out
     datasets = [json.loads(x)["dataset"] for x in (tmp_path / "a/eval.jsonl").open()]
     assert datasets == ["first", "second"]
+    responses("e", "eval.samples_by_source={second: 3}", "eval.pass_k=[1,3]")
+    first, second = [json.loads(x) for x in (tmp_path / "e/eval.jsonl").open()]
+    assert (first["k_samples"], second["k_samples"]) == (1, 3)
+    assert first["pass@3"] is None and second["pass@3"] is not None
+    assert "1 or 3 for each problem" in capsys.readouterr().err
+    command[-1] = "eval.samples_by_source={third: 3}"
+    assert main(["--out", str(tmp_path / "f"), *command]) == 2
+    assert "names third, but eval.files have the data sources first, second" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_killed_evaluation_is_continued_exactly(whole: Path, tmp_path: Path) -> None:

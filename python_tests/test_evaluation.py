@@ -121,7 +121,8 @@ def test_batches_depend_on_nothing_but_their_place():
     problems = [Prompt(n, "a/b", "", [n], str(n)) for n in range(5)]
     asked, kept, shares = [], [], []
 
-    def generate(batch, seed):
+    def generate(batch, samples, seed):
+        assert samples == 3
         asked.append(([p.index for p in batch], seed))
         return [
             Rollout(p, group, [1], [0.0], "stop", str(2 * p.index + k))

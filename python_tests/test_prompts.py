@@ -1,5 +1,6 @@
 """bupo.rl.prompts: files to token ids, and an order that is a function of seed and step."""
 
+import copy
 import json
 import random
 import re
@@ -367,10 +368,22 @@ def test_columns_and_system_prompt_make_chats_of_questions(tmp_path, tokenizer):
         load_prompts([file], tokenizer, DataConfig())
 
 
-def test_the_octothinker_template_is_a_plain_conversation(tmp_path, tokenizer):
+def test_the_octothinker_template_is_the_papers_figure_10(tmp_path, tokenizer):
+    """With BOS in front, which chat prompts have only where their template has it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = "<|im_start|>"
     talk = [*chat("Reason.", "2+2?"), {"role": "assistant", "content": "4"}]
     talk.append({"role": "user", "content": "Sure?"})
     file = write_jsonl(tmp_path / "a.jsonl", [{"prompt": talk, "answer": "1"}])
     config = DataConfig(chat_template="octothinker.jinja")
     (one,), _ = load_prompts([file], tokenizer, config)
-    assert one.text == "Reason.\nUser: 2+2?\nAssistant: 4\nUser: Sure?\nAssistant:"
+    ask = (
+        " User: You must put your answer inside \\boxed{} and Your final answer will be extracted "
+        "automatically by the \\boxed{} tag.\n"
+    )
+    assert one.text == (
+        "<|im_start|>A conversation between User and Assistant. The user asks a question, and the "
+        "Assistant solves it. The assistant first thinks about the reasoning process in the mind "
+        f"and then provides the user with the answer.{ask}2+2?\nAssistant: 4{ask}Sure?\nAssistant:"
+    )
+    assert one.token_ids[0] == tokenizer.bos_token_id

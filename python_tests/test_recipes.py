@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 from rl_samples import data_file, tiny_tokenizer
-from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from bupo import config, sizes
 from bupo.config import shipped
@@ -53,8 +54,15 @@ MODELS: dict[str, tuple[PretrainedConfig, int, str]] = {
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
-    for name in ("deepmath-5k", "math500", "aime_2024", "aime_2025"):
-        found = data_file(name, folder)
+    sources = {
+        "deepmath-5k": "math_dapo",
+        "math500": "qwen_math500",
+        "aime_2024": "qwen_aime_2024",
+        "aime_2025": "qwen_aime_2025",
+        "amc2023": "qwen_amc2023",
+    }
+    for name, source in sources.items():
+        found = data_file(name, folder, source)
         if found.parent != folder:
             (folder / found.name).symlink_to(found)
     monkeypatch.setenv("BUPO_DATA", str(folder))
@@ -84,6 +92,8 @@ def test_dry_run_of_the_papers_models(
     assert main(command) == 0
     text = capsys.readouterr().err
     assert phases in text, text
+    assert "4 updates of 256 responses (32 prompts)" in text or "rollout.prompts=16" in command
+    assert "for evaluation x 16 or 32," in text and "warning" not in text
     loaded = config.load(shipped(f"{name}.yaml"), [])
     measured = sizes.measure(loaded, str(folder), 1024)
     assert measured.parameters == parameters
@@ -102,8 +112,51 @@ def test_what_the_recipes_share_is_the_papers_setting() -> None:
         assert (loss.clip_low, loss.clip_high, loss.entropy_coef) == (0.2, 0.2, 0)
         assert (loss.aggregation, loss.dual_clip) == ("seq_mean", None)
         assert (optimizer.lr, optimizer.weight_decay, optimizer.grad_clip) == (1e-6, 0.01, 1)
-        assert (optimizer.updates_per_step, optimizer.schedule) == (16, "constant")
+        assert (optimizer.updates_per_step, optimizer.epochs) == (4, 1)
+        assert optimizer.schedule == "constant"
+        sets = ["qwen_aime_2024", "qwen_aime_2025", "qwen_amc2023", "qwen_math500"]
+        assert [loaded.eval.samples_of(each) for each in sets] == [32, 32, 16, 16]
+        assert [Path(file).stem for file in loaded.eval.files] == [
+            "math500", "aime_2024", "aime_2025", "amc2023"
+        ]  # fmt: skip
         assert (loaded.reward.function, loaded.advantage) == ("strict", "grpo")
+
+
+def test_a_missing_data_file_says_where_it_belongs(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "amc2023.parquet").unlink()
+    folder = folder_of(MODELS["qwen3_4b"][0], tmp_path)
+    command = ["--config", str(shipped("qwen3_4b.yaml")), f"model.path={folder}", "--dry_run"]
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert f"data file not found: {data / 'amc2023.parquet'}; put it there, or leave" in message
+    assert "BUPO_DATA" in message and len(message.splitlines()) == 1
+
+
+def test_octothinker_is_asked_as_in_the_paper(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both are Long-Base; a template without the BOS that the tokenizer has is a warning."""
+    for size in ("3b", "8b"):
+        path = config.load(shipped(f"octothinker_{size}.yaml"), []).model.path
+        assert path == f"OctoThinker/OctoThinker-{size.upper()}-Long-Base"
+    folder = folder_of(MODELS["octothinker_3b"][0], tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.bos_token = "<|im_start|>"
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        "<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
+    )
+    tokenizer.save_pretrained(folder)
+    plain = tmp_path / "plain.jinja"
+    plain.write_text("{{ messages[-1]['content'] }}")
+    command = ["--config", str(shipped("octothinker_3b.yaml")), f"model.path={folder}", "--dry_run"]
+    command += ["data.limit=200", "eval.limit=20", "rollout.prompts=16"]
+    assert main(command) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main([*command, f"data.chat_template={plain}"]) == 0
+    assert "prompts do not begin with <|im_start|>, which this" in capsys.readouterr().err
 
 
 def measured(

@@ -814,3 +814,20 @@ def test_logits_are_never_held(monkeypatch):
     monkeypatch.setattr(ops, "lm_head_logprobs", spy)
     make_trainer(model).token_stats(rollouts, FINAL)
     assert seen == [(sum(len(r.token_ids) for r in rollouts), model.config.hidden_size)]
+
+
+def test_epochs_are_passes_over_the_same_mini_batches():
+    """Two epochs of two updates are the two updates twice, against the same old log-probs."""
+    rollouts, policy = random_rollouts(), Policy(2)
+    once = make_trainer(small_model(), updates_per_step=2)
+    old = once.token_stats(rollouts, policy).logprobs
+    for _ in range(2):
+        once.update(rollouts, old, policy, 1)
+    both = make_trainer(small_model(), updates_per_step=2, epochs=2)
+    metrics = both.update(rollouts, old, policy, 1)
+    moved = parameters(small_model())
+    for (name, a), b in zip(parameters(once.model).items(), both.model.parameters()):
+        assert torch.equal(a, b), name
+    assert any(not torch.equal(moved[name], p) for name, p in both.model.named_parameters())
+    assert metrics["policy/skipped_updates"] == 0
+    assert metrics["policy/ratio_max"] > 1.0001, "the second epoch sees moved weights"

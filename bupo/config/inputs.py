@@ -42,8 +42,8 @@ class DataConfig:
     overlong: str = "error"
     """What a longer prompt does: error, or drop (counted and printed)."""
     chat_template: str | None = None
-    """File with a Jinja chat template that replaces the tokenizer's own; octothinker.jinja
-    (User: ... Assistant: ...) comes with bupo."""
+    """File with a Jinja chat template that replaces the tokenizer's own. octothinker.jinja comes
+    with bupo: the paper's prompt for base models (User: ... Assistant:), with BOS."""
     chat_template_options: dict[str, Any] = field(default_factory=dict)
     """Passed to the chat template, e.g. {enable_thinking: false} for Qwen3."""
     limit: int | None = None

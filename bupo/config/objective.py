@@ -98,7 +98,9 @@ class OptimizerConfig:
     grad_clip: float = 1.0
     """Largest gradient norm."""
     updates_per_step: int = 4
-    """Optimiser updates per step: rollout.prompts is split into this many mini-batches."""
+    """Mini-batches that the prompts of a step are split into, one optimiser update each."""
+    epochs: int = 1
+    """Passes over the mini-batches of a step; updates_per_step * epochs updates in all."""
     micro_batch_tokens: int = 16384
     """Tokens (prompt and response, padded) per forward; does not change the result."""
 
@@ -108,5 +110,6 @@ class OptimizerConfig:
         require(self.warmup_steps >= 0, "optimizer.warmup_steps must be at least 0")
         require(self.weight_decay >= 0, "optimizer.weight_decay must be at least 0")
         require(all(0 <= b < 1 for b in self.betas), "optimizer.betas must be in [0, 1)")
-        require(self.updates_per_step > 0, "optimizer.updates_per_step must be positive")
+        for key in ("updates_per_step", "epochs"):
+            require(getattr(self, key) > 0, f"optimizer.{key} must be positive")
         require(self.micro_batch_tokens > 0, "optimizer.micro_batch_tokens must be positive")

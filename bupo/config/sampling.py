@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,6 +118,8 @@ class EvalConfig:
     """Evaluation data, same formats as data.train; empty for none."""
     samples: int = 8
     """Responses per problem, n of Avg@n and of the Pass@K estimator."""
+    samples_by_source: dict[str, int] = field(default_factory=dict)
+    """Another number of responses for some data sources, e.g. {aime_2024: 32}."""
     pass_k: list[int] = field(default_factory=lambda: [1, 4, 8])
     """K of Pass@K; undefined (null) where K > samples."""
     temperature: float | None = None
@@ -128,12 +131,29 @@ class EvalConfig:
     """Use only the first problems of each file."""
 
     def __post_init__(self) -> None:
-        require(self.samples > 0, "eval.samples must be positive")
+        counts = {"samples": self.samples} | {
+            f"samples_by_source.{source}": n for source, n in self.samples_by_source.items()
+        }
+        for key, count in counts.items():
+            require(count > 0, f"eval.{key} must be positive, got {count}")
+            require(
+                self.temperature != 0 or count == 1,
+                f"eval.temperature=0 makes equal samples: set eval.{key}=1, got {count}",
+            )
         require(all(k > 0 for k in self.pass_k), "eval.pass_k must be positive")
         require(self.temperature is None or self.temperature >= 0, "eval.temperature must be >= 0")
-        require(
-            self.temperature != 0 or self.samples == 1,
-            f"eval.temperature=0 makes equal samples: set eval.samples=1, got {self.samples}",
-        )
         require(self.every >= 0, "eval.every must be at least 0")
         require(self.limit is None or self.limit > 0, "eval.limit must be positive or null")
+
+    def samples_of(self, source: str) -> int:
+        """Responses to each problem of a data source."""
+        return self.samples_by_source.get(source, self.samples)
+
+    def check_sources(self, sources: Collection[str]) -> None:
+        """Raises ConfigError where samples_by_source names a set that is not evaluated."""
+        for source in self.samples_by_source:
+            require(
+                source in sources,
+                f"eval.samples_by_source names {source}, but eval.files have the data sources "
+                f"{', '.join(sorted(sources)) or '(none)'}",
+            )

@@ -66,7 +66,7 @@ class Critic:
         settings = self._config.optimizer
         rate = learning_rate(self._config, step, self._config.critic.lr)
         self.optimizer.set_rates(rate, lambda place: 1.0)
-        parts = mini_batches(rollouts, settings.updates_per_step)
+        parts = mini_batches(rollouts, settings.updates_per_step) * settings.epochs
         losses: list[float] = []
         norms: list[float] = []
         clipped = tokens = 0

@@ -28,7 +28,10 @@ def check(name: str) -> None:
         if Path(place).exists():
             return
     if not hub.is_name(place, owner=True) or Path(place).suffix in _READERS:
-        raise ConfigError(f"data file not found: {name}")
+        raise ConfigError(
+            f"data file not found: {name}; put it there, or leave it out of data.train or "
+            "eval.files (the recipes read the folder BUPO_DATA, or data/ without it)"
+        )
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError(
             f"data file not found: {name}; to read it from the Hugging Face hub, install the "

@@ -122,7 +122,7 @@ def evaluate(
     dataset: str,
     problems: Sequence[Prompt],
     config: Config,
-    generate: Callable[[Sequence[Prompt], str], list[Rollout]],
+    generate: Callable[[Sequence[Prompt], int, str], list[Rollout]],
     reward: Any,
     keep: Callable[[list[Row]], object],
     done: Sequence[Row] = (),
@@ -131,16 +131,16 @@ def evaluate(
     """Samples, grades and counts. Training and bupo.evaluate both call this, so a checkpoint has
     the same figures in either.
 
-    generate(problems, seed) is the engine, reward a Reward; keep(rows) stores what is made, batch
-    by batch; done are rows stored before. Batches are the same in every call, and with them the
-    seeds and the responses, so an evaluation that was cut is continued exactly: rows beyond the
-    last whole batch are made again.
+    generate(problems, samples, seed) is the engine, reward a Reward; keep(rows) stores what is
+    made, batch by batch; done are rows stored before. Batches are the same in every call, and with
+    them the seeds and the responses, so an evaluation that was cut is continued exactly: rows
+    beyond the last whole batch are made again.
     """
-    size = max(1, config.rollout.batch_size // config.eval.samples)
-    rows = list(done[: whole_batches(len(done), len(problems), config)])
+    samples, size = config.eval.samples_of(dataset), _batch(dataset, config)
+    rows = list(done[: whole_batches(dataset, len(done), len(problems), config)])
     for start in range(len(rows), len(problems), size):
         seed = f"{config.seed}/eval/{dataset}/{start}"
-        rollouts = generate(problems[start : start + size], seed)
+        rollouts = generate(problems[start : start + size], samples, seed)
         reward(rollouts)
         new = problem_rows(rollouts, reward.answers(rollouts))
         keep(new)
@@ -149,7 +149,12 @@ def evaluate(
     return summarise(dataset, rows, config.eval.pass_k)
 
 
-def whole_batches(done: int, problems: int, config: Config) -> int:
+def _batch(dataset: str, config: Config) -> int:
+    """Problems of a data set that are sampled together."""
+    return max(1, config.rollout.batch_size // config.eval.samples_of(dataset))
+
+
+def whole_batches(dataset: str, done: int, problems: int, config: Config) -> int:
     """How many of the rows that are done can be kept."""
-    size = max(1, config.rollout.batch_size // config.eval.samples)
+    size = _batch(dataset, config)
     return done if done >= problems else done // size * size

@@ -23,8 +23,8 @@ class Evaluator:
     out: Path
     schedule: Schedule
     problems: Sequence[Prompt]
-    generate: Callable[[Sequence[Prompt], str], list[Rollout]]
-    """Responses to problems, the samples of each, by a seed"""
+    generate: Callable[[Sequence[Prompt], int, str], list[Rollout]]
+    """Responses to problems, so many to each, by a seed"""
     reward: Reward
     recorder: Recorder
     monitor: Monitor

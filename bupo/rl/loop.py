@@ -283,9 +283,10 @@ class Run:
     def _final_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         return self.trainer.token_stats(rollouts, Policy(None), temperature=1.0).logprobs
 
-    def _generate_for_evaluation(self, problems: Sequence[Prompt], seed: str) -> list[Rollout]:
-        settings = self.config.eval
-        return self._generate(problems, settings.samples, seed, settings.temperature)
+    def _generate_for_evaluation(
+        self, problems: Sequence[Prompt], samples: int, seed: str
+    ) -> list[Rollout]:
+        return self._generate(problems, samples, seed, self.config.eval.temperature)
 
     def _save(self, step: int) -> None:
         critic = self.critic.parameters().items() if self.critic else ()

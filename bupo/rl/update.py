@@ -56,7 +56,8 @@ class Trainer:
         """
         lr = learning_rate(self._config, step, self._config.optimizer.lr)
         self.optimizer.set_rates(lr, policy.rates.factor)
-        parts = mini_batches(rollouts, self._config.optimizer.updates_per_step)
+        settings = self._config.optimizer
+        parts = mini_batches(rollouts, settings.updates_per_step) * settings.epochs
         sums: dict[str, float] = {}
         tokens = 0
         largest_ratio = 0.0
