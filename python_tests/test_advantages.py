@@ -276,3 +276,24 @@ def test_ppo_whitens_advantages_and_not_returns():
         assert rollout.advantages.tolist() == pytest.approx(white, rel=1e-4, abs=1e-5)
     estimate(rollouts, "reinforce_pp")
     assert all(r.returns is None for r in rollouts)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_a_response_without_a_reward_changes_nothing_for_the_others(name):
+    """As if it had never been sampled; and it has no advantage itself."""
+
+    def responses(rewards):
+        found = [rewarded(n // 3, reward, 2 + n) for n, reward in enumerate(rewards)]
+        for n, rollout in enumerate(found):
+            rollout.dropped = rollout.ungraded
+            rollout.values = torch.linspace(0, 1, 2 + n)
+        return found
+
+    rewards = [1.0, 0.0, math.nan, math.nan, 0.5, 0.25, math.nan, math.nan, math.nan]
+    some = responses(rewards)
+    zero_spread = estimate(some, name)
+    kept = [r for r in responses(rewards) if not r.ungraded]
+    assert zero_spread == estimate(kept, name) == 0, "a group that has no rewards is no group"
+    for a, b in zip([r for r in some if not r.ungraded], kept, strict=True):
+        assert torch.equal(a.advantages, b.advantages)
+    assert all(torch.isfinite(r.advantages).all() for r in some)

@@ -1,6 +1,7 @@
 """nan and infinity: named, skipped, counted; then the end, with everything saved."""
 
 import errno
+import json
 import math
 import resource
 from collections.abc import Iterator, Sequence
@@ -19,23 +20,25 @@ from bupo.rl.types import Policy
 from bupo.rl.update import Trainer
 from bupo.run import main
 
-BAD_CALLS: dict[int, float] = {}
-"""Number of the call of `reward` to the value that its first reward then has"""
+BAD_CALLS: dict[int, float | None] = {}
+"""Number of the call of `reward` to the value that its first rewards then have"""
+BAD_REWARDS = 1
+"""How many"""
 RAISES_AT = 0
 calls = 0
 reported: list[Path] = []
 """Run directories that a report was written to"""
 
 
-def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
+def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
     """That of run_samples; evaluations are off, so call n is step n."""
     global calls
     calls += 1
     if calls == RAISES_AT:
         raise KeyError("a fault of the user's function")
-    values = [float(len(set(r)) + n % 3) for n, r in enumerate(responses)]
+    values: list[float | None] = [float(len(set(r)) + n % 3) for n, r in enumerate(responses)]
     if calls in BAD_CALLS:
-        values[0] = BAD_CALLS[calls]
+        values[:BAD_REWARDS] = [BAD_CALLS[calls]] * BAD_REWARDS
     return values
 
 
@@ -44,6 +47,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bupo.rl.loop.write_report", lambda out: reported.append(out))  # slow
     monkeypatch.setattr("test_bad_steps.calls", 0)
     monkeypatch.setattr("test_bad_steps.BAD_CALLS", {})
+    monkeypatch.setattr("test_bad_steps.BAD_REWARDS", 1)
     monkeypatch.setattr("test_bad_steps.RAISES_AT", 0)
 
 
@@ -106,17 +110,14 @@ def test_a_gradient_is_named_by_its_parameter(trainer: Trainer) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("what", ["reward", "advantages", "old log-probs", "parameter"])
+@pytest.mark.parametrize("what", ["advantages", "old log-probs", "parameter"])
 def test_a_loss_is_named_by_what_goes_into_it(trainer: Trainer, what: str, value: float) -> None:
     rollouts = random_rollouts()
     old = trainer.token_stats(rollouts, Policy(None)).logprobs
     bad = rollouts[0]
     assert bad.advantages is not None
     expected = what
-    if what == "reward":
-        bad.reward = value
-        bad.advantages = torch.full_like(bad.advantages, math.nan)  # as GRPO makes of either
-    elif what == "advantages":
+    if what == "advantages":
         bad.advantages[0] = value
     elif what == "old log-probs":
         old[0][0] = math.nan  # an infinite ratio may be clipped
@@ -129,24 +130,52 @@ def test_a_loss_is_named_by_what_goes_into_it(trainer: Trainer, what: str, value
     assert trainer.skipped[0].startswith(f"update 1 of 2: {expected}"), trainer.skipped
 
 
-def test_a_bad_reward_skips_its_update_and_the_run_goes_on(
+@pytest.mark.parametrize("advantage", ["grpo", "reinforce_pp", "ppo"])
+def test_a_bad_reward_costs_its_response_alone(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    advantage: str,
+) -> None:
+    """Every step has one, and no update is skipped."""
+    no_evaluation(monkeypatch)
+    BAD_CALLS.update({1: math.nan, 2: math.inf, 3: None, 4: -math.inf, 5: math.nan, 6: math.nan})
+    assert run(tmp_path / "run", "max_bad_steps=1", f"advantage={advantage}") == 0
+    found = rows(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
+    for row in found:
+        assert row["policy/skipped_updates"] == 0 and row["policy/grad_norm"] > 0
+        assert row["reward/errors"] == 1
+        assert row["reward/ungraded"] == row["response/dropped"] == 1 / 16
+        assert row["reward/mean"] > 0 and row["reward/std"] > 0, "of those that have one"
+    errors = capsys.readouterr().err
+    assert (
+        "step 2: 0 timeouts and 1 errors of the reward; 1 of 16 responses have none and are left "
+        "out. The first failure: reward.function=test_bad_steps:reward returned inf"
+    ) in errors
+    kept = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000002.jsonl").open()]
+    assert [row["reward"] is None for row in kept] == [True] + [False] * 15
+
+
+def test_a_step_that_is_mostly_without_rewards_ends_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It says so, and nothing before it is lost; then the grader works again."""
     no_evaluation(monkeypatch)
-    BAD_CALLS.update({2: math.nan, 3: math.inf, 5: -math.inf})
-    assert run(tmp_path / "run", "max_bad_steps=3") == 0
-    found = rows(tmp_path / "run/metrics.jsonl")
-    assert [bool(row["policy/skipped_updates"]) for row in found] == [
-        *(False, True, True, False, True, False),
-    ]  # fmt: skip
-    assert [row["reward/errors"] for row in found] == [0, 1, 1, 0, 1, 0]
-    reason = "update 1 of 4: reward: 1 of 4 values are not finite"
-    assert [row.get("policy/skipped_why", "") for row in found] == [
-        *("", reason, reason, "", reason, ""),
-    ]  # fmt: skip
-    errors = capsys.readouterr().err
-    assert "step 2: 0 timeouts and 1 errors of the reward, the first: reward.function=" in errors
-    assert "step 2: skipped update 1 of 4: reward: 1 of 4 values are not finite" in errors
+    out = tmp_path / "run"
+    BAD_CALLS[3] = math.nan
+    monkeypatch.setattr("test_bad_steps.BAD_REWARDS", 9)
+    assert run(out) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == (
+        "bupo.run: step 3: 9 of 16 responses cannot be graded, the first failure: reward.function="
+        f"test_bad_steps:reward returned nan; the state after step 2 is saved in {out}"
+    )
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2]
+    assert checkpoint.load_step(checkpoint.complete(out)[-1]) == 2
+    BAD_CALLS.clear()
+    assert run(out, "resume=auto") == 0
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_too_many_bad_steps_end_the_run_with_everything_saved(
@@ -154,20 +183,27 @@ def test_too_many_bad_steps_end_the_run_with_everything_saved(
 ) -> None:
     """Also where the run was continued in between: the count is in metrics.jsonl."""
     no_evaluation(monkeypatch)
-    out = tmp_path / "run"
-    BAD_CALLS.update({2: math.nan, 3: math.nan, 4: math.nan})
+    out, original, bad = tmp_path / "run", Trainer.update, {2, 3, 4}
+
+    def poisoned(self: Trainer, rollouts: Any, *arguments: Any) -> Any:
+        if arguments[2] in bad:
+            rollouts[0].advantages[0] = math.nan
+        return original(self, rollouts, *arguments)
+
+    monkeypatch.setattr(Trainer, "update", poisoned)
     assert run(out, "max_bad_steps=2") == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == (
+    assert last.startswith(
         "bupo.run: 2 steps in a row with nan or infinity (max_bad_steps), the last: step 3, update "
-        f"1 of 4: reward: 1 of 4 values are not finite; its state is saved in {out}"
+        "1 of 4: advantages: 1 of "
     )
+    assert last.endswith(f"values are not finite; its state is saved in {out}")
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3]
     assert checkpoint.load_step(checkpoint.complete(out)[-1]) == 3
     assert out in reported
     assert run(out, "resume=auto", "max_bad_steps=3") == 1, "one more is the third"
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3, 4]
-    BAD_CALLS.clear()
+    bad.clear()
     assert run(out, "resume=auto") == 0
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 

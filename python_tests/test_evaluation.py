@@ -106,8 +106,7 @@ class OddIsRight:
 
     def __call__(self, rollouts):
         for rollout in rollouts:
-            rollout.reward = float(rollout.text) % 2
-            rollout.ungraded = rollout.text == "8"
+            rollout.reward = math.nan if rollout.text == "8" else float(rollout.text) % 2
 
     def answers(self, rollouts):
         return [r.text[-1] for r in rollouts]
@@ -177,7 +176,7 @@ def test_majority_is_over_problems_and_needs_answers():
 
 def test_what_cannot_be_graded_is_said():
     rollouts = results("x.", "..")
-    rollouts[1].ungraded, rollouts[1].reward = True, math.nan
+    rollouts[1].reward = math.nan
     assert problem_rows(rollouts, None)[0]["rewards"] == [1.0, None], "JSON knows no nan"
     assert summary(rollouts, []).avg == 0.25
     assert summary(rollouts, []).ungraded == 0.25

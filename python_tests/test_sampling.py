@@ -50,12 +50,16 @@ def test_without_refills_a_step_is_the_orders():
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_reward_that_is_no_number_is_no_reason_to_replace_a_group(place):
-    """It is named and skipped by the update, wherever it stands."""
+def test_spread_is_that_of_the_rewards_there_are(place):
+    """Responses without one neither make a group worth keeping nor worth replacing."""
     group = [rewarded(0, 0.5) for _ in range(3)]
     assert _flat(group)
     group[place].reward = math.nan
+    assert _flat(group)
+    group[place - 1].reward = 0.75
     assert not _flat(group)
+    group[place - 2].reward = math.nan
+    assert _flat(group), "one reward has no spread"
 
 
 def test_flat_groups_are_replaced_by_the_next_prompts():

@@ -83,13 +83,14 @@ class RewardConfig:
     function: str = "math"
     """math: 1 if the last \\boxed{} equals the answer by Math-Verify, else 0; strict: by string
     comparison alone, as in the paper; or module:function taking (responses: list[str], answers:
-    list[str]) and returning list[float]. A function extract(response) in that module gives
-    majority votes."""
+    list[str]) and returning list[float | None], None for a response that it cannot grade. A
+    function extract(response) in that module gives majority votes."""
     by_source: dict[str, str] = field(default_factory=dict)
     """A function for each data_source, e.g. {math_dapo: strict, code: my.module:run}, in place of
     reward.function; data of a source that is not named is then an error."""
     timeout: float = 10.0
-    """Seconds for one response before its worker is killed; it then counts as reward/timeouts."""
+    """Seconds for one response before its worker is killed; the response then has no reward, is
+    left out of training and counts as wrong in evaluations (reward/timeouts)."""
     workers: int = 2
     """Worker processes of the math reward."""
     overlong_buffer: int = 0

@@ -77,17 +77,20 @@ def estimate(
     ppo takes rollout.values and sets rollout.returns, which are not whitened.
     Whitening subtracts the mean over tokens and divides by their standard deviation. A group whose
     rewards differ by no more than REWARD_TOLERANCE gets exactly 0 from those that compare within
-    it: the std of equal floats is rounding noise. Returns the share of such groups.
+    it: the std of equal floats is rounding noise. Responses without a reward have no part in any
+    of these statistics, and advantage 0. Returns the share of groups without spread.
     """
     of_group, whiten = ESTIMATORS[name]
-    groups = by_group(rollouts)
+    groups = by_group([r for r in rollouts if not r.ungraded])
     flat = 0
+    if of_group is not None:
+        for rollout in rollouts:
+            rollout.advantages = torch.zeros(len(rollout.token_ids))
     for group in groups:
         rewards = torch.tensor([r.reward - r.penalty for r in group], dtype=torch.float64)
         flat += _flat(rewards)
-        if of_group is not None:
-            values = torch.zeros_like(rewards) if _flat(rewards) else of_group(rewards)
-            for rollout, value in zip(group, values):
+        if of_group is not None and not _flat(rewards):
+            for rollout, value in zip(group, of_group(rewards)):
                 rollout.advantages = torch.full((len(rollout.token_ids),), float(value))
     if of_group is None:
         rewards_of = _token_rewards(rollouts, costs)
@@ -134,7 +137,7 @@ def _token_rewards(rollouts: Sequence[Rollout], costs: Sequence[Tensor] | None) 
     result = []
     for n, rollout in enumerate(rollouts):
         rewards = torch.zeros(len(rollout.token_ids), dtype=torch.float64)
-        rewards[-1:] = rollout.reward - rollout.penalty
+        rewards[-1:] = 0.0 if rollout.ungraded else rollout.reward - rollout.penalty
         result.append(rewards if costs is None else rewards - costs[n].double())
     return result
 

@@ -229,10 +229,18 @@ class Run:
                 return self.reward(rollouts)
 
         sample = collect(self.stream, step, size.prompts, generate, grade, size.refills)
-        if sample.report.first:
+        report, lost = sample.report, sum(r.ungraded for r in sample.rollouts)
+        if report.first:
             self.monitor.progress.say(
-                f"step {step}: {sample.report.timeouts} timeouts and {sample.report.errors} errors "
-                f"of the reward, the first: {sample.report.first}"
+                f"step {step}: {report.timeouts} timeouts and {report.errors} errors of the "
+                f"reward; {lost} of {len(sample.rollouts)} responses have none and are left out. "
+                f"The first failure: {report.first}"
+            )
+        if 2 * lost > len(sample.rollouts):
+            raise RunError(
+                f"step {step}: {lost} of {len(sample.rollouts)} responses cannot be graded, the "
+                f"first failure: {report.first}; the state after step {step - 1} is saved in "
+                f"{self.out}"
             )
         return sample
 

@@ -47,12 +47,12 @@ def drop(
     max_gap: float | None,
     truncated: bool,
 ) -> float:
-    """Marks as dropped the truncated responses if asked for, and those whose mean
-    |log pi - log pi_engine| over tokens is above max_gap, or nan. pi is the final policy, in both
-    phases, for the reason given in importance_weights; it is read with max_gap only. Returns the
-    share of dropped ones."""
+    """Marks as dropped the responses without a reward, the truncated ones if asked for, and those
+    whose mean |log pi - log pi_engine| over tokens is above max_gap, or nan. pi is the final policy
+    in both phases, for the reason given in importance_weights; it is read with max_gap only.
+    Returns the share of dropped ones."""
     for n, rollout in enumerate(rollouts):
-        rollout.dropped = truncated and rollout.finish_reason == "length"
+        rollout.dropped = rollout.ungraded or (truncated and rollout.finish_reason == "length")
         if max_gap is not None and rollout.token_ids:
             gap = (final_logprobs[n] - torch.tensor(rollout.logprobs)).abs().mean()
             rollout.dropped |= not float(gap) <= max_gap

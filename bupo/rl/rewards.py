@@ -39,7 +39,7 @@ class Reward(Protocol):
     """Called with the share of the responses that is graded"""
 
     def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
-        """Sets rollout.reward of each, and rollout.ungraded where that is none."""
+        """Sets rollout.reward of each; nan where it cannot be graded."""
         ...
 
     def answers(self, rollouts: Sequence[Rollout]) -> list[str | None] | None:
@@ -48,13 +48,6 @@ class Reward(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def _give(rollouts: Sequence[Rollout], rewards: Sequence[float], report: RewardReport) -> None:
-    for rollout, reward in zip(rollouts, rewards):
-        rollout.reward = reward
-    for item in report.items:
-        rollouts[item].ungraded = True
 
 
 class _Worker:
@@ -114,9 +107,9 @@ class MathReward:
             raise
         rewards, report = self.grade([g[:2] for g in GOLDEN])
         wrong = [g for g, r in zip(GOLDEN, rewards) if r != g[2]]
-        if wrong or report.errors or report.timeouts:
+        if wrong:
             self.close()
-            raise ConfigError(f"the math reward fails its self-check on {wrong or report}")
+            raise ConfigError(f"the math reward fails its self-check on {report.first or wrong}")
 
     @staticmethod
     def _start() -> _Worker:
@@ -128,15 +121,16 @@ class MathReward:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
         rewards, report = self.grade([(r.text, r.prompt.answer) for r in rollouts])
-        _give(rollouts, rewards, report)
+        for rollout, reward in zip(rollouts, rewards):
+            rollout.reward = reward
         return report
 
     def answers(self, rollouts: Sequence[Rollout]) -> list[str | None]:
         return [boxed.extract(r.text) for r in rollouts]
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[float], RewardReport]:
-        """Rewards of (response, answer) pairs; a timeout or an error counts, and gives 0."""
-        rewards = [0.0] * len(pairs)
+        """Rewards of (response, answer) pairs; a timeout or an error is counted and gives nan."""
+        rewards = [math.nan] * len(pairs)
         report = RewardReport()
         waiting = list(range(len(pairs)))[::-1]
         done = 0
@@ -164,7 +158,7 @@ class MathReward:
                     answer = pairs[worker.item][1]
                     if reply is None or "error" in reply:
                         why = reply["error"] if reply else "its worker died"
-                        report.count("errors", worker.item, f"answer {answer!r}: {why}")
+                        report.count("errors", f"answer {answer!r}: {why}")
                     else:
                         rewards[worker.item] = float(reply["reward"])
                     worker.item = None
@@ -172,7 +166,7 @@ class MathReward:
                         self._replace(n)
                 elif time.monotonic() >= worker.deadline:
                     answer = pairs[worker.item][1]
-                    report.count("timeouts", worker.item, f"answer {answer!r}: timeout")
+                    report.count("timeouts", f"answer {answer!r}: timeout")
                     self._replace(n)
         return rewards, report
 
@@ -193,7 +187,7 @@ class FunctionReward:
         place = STRICT if name == "strict" else name
         module, _, attribute = place.partition(":")
         try:
-            self._function: Callable[[list[str], list[str]], Sequence[float]] = getattr(
+            self._function: Callable[[list[str], list[str]], Sequence[float | None]] = getattr(
                 importlib.import_module(module), attribute
             )
         except (ImportError, AttributeError) as error:
@@ -213,17 +207,20 @@ class FunctionReward:
     def __call__(self, rollouts: Sequence[Rollout]) -> RewardReport:
         rewards = self._rewards([r.text for r in rollouts], [r.prompt.answer for r in rollouts])
         report = RewardReport()
-        for n, reward in enumerate(rewards):
-            if not math.isfinite(reward):
-                report.count("errors", n, f"reward.function={self._name} returned {reward}")
-        _give(rollouts, rewards, report)
+        for rollout, reward in zip(rollouts, rewards):
+            try:
+                rollout.reward = float(reward)
+            except (TypeError, ValueError):  # None, or no number at all
+                rollout.reward = math.nan
+            if rollout.ungraded:
+                report.count("errors", f"reward.function={self._name} returned {reward!r}")
         return report
 
     def answers(self, rollouts: Sequence[Rollout]) -> list[str | None] | None:
         return None if self._extract is None else [self._extract(r.text) for r in rollouts]
 
-    def _rewards(self, responses: list[str], answers: list[str]) -> list[float]:
-        rewards = [float(r) for r in self._function(responses, answers)]
+    def _rewards(self, responses: list[str], answers: list[str]) -> list[Any]:
+        rewards = list(self._function(responses, answers))
         if len(rewards) != len(responses):
             raise ValueError(
                 f"reward.function={self._name} returned {len(rewards)} rewards for "

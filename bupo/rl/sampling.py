@@ -3,7 +3,6 @@ those whose responses all have one reward (DAPO, arXiv 2503.14476, eq. 11)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -49,16 +48,17 @@ class Sample:
     discarded: int = 0
     """Groups replaced, for they had no spread of rewards"""
     reward_sum: float = 0.0
-    responses: int = 0
+    graded: int = 0
+    """Responses that have a reward"""
     drawn: int = 0
     """Prompts taken beyond those of the step"""
 
     def metrics(self) -> dict[str, float]:
-        """reward/mean_drawn is over all responses: that of the step's is of a selection."""
+        """reward/mean_drawn is over all graded responses; that of the step is of a selection."""
         return {
             "groups/discarded": self.discarded / max(self.groups, 1),
             "groups/drawn": self.groups,
-            "reward/mean_drawn": self.reward_sum / max(self.responses, 1),
+            "reward/mean_drawn": self.reward_sum / max(self.graded, 1),
         }
 
 
@@ -82,8 +82,9 @@ def collect(
         sample.report.add(reward(rollouts))
         sample.groups += len(wanted)
         sample.tokens += sum(len(r.token_ids) for r in rollouts)
-        sample.responses += len(rollouts)
-        sample.reward_sum += sum(r.reward for r in rollouts)
+        graded = [r.reward for r in rollouts if not r.ungraded]
+        sample.graded += len(graded)
+        sample.reward_sum += sum(graded)
         for place in wanted:
             groups[place] = []
         for rollout in rollouts:
@@ -99,6 +100,5 @@ def collect(
 
 
 def _flat(group: Sequence[Rollout]) -> bool:
-    rewards = [r.reward for r in group]
-    finite = all(map(math.isfinite, rewards))  # nan is for the update to name, not to be replaced
-    return not rewards or (finite and max(rewards) - min(rewards) <= REWARD_TOLERANCE)
+    rewards = [r.reward for r in group if not r.ungraded]
+    return not rewards or max(rewards) - min(rewards) <= REWARD_TOLERANCE

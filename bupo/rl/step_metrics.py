@@ -12,13 +12,14 @@ from bupo.rl.types import RewardReport, Rollout
 
 def rollout_metrics(rollouts: Sequence[Rollout], report: RewardReport) -> dict[str, float]:
     """Of rewards and responses."""
-    rewards = [r.reward for r in rollouts if math.isfinite(r.reward)] or [math.nan]
+    rewards = [r.reward for r in rollouts if not r.ungraded] or [math.nan]
     return {
         "reward/mean": fmean(rewards),
         "reward/std": pstdev(rewards) if len(rewards) > 1 else math.nan,
         "reward/penalty": fmean(r.penalty for r in rollouts),
         "reward/timeouts": report.timeouts,
         "reward/errors": report.errors,
+        "reward/ungraded": fmean(r.ungraded for r in rollouts),
         "response/length": fmean(len(r.token_ids) for r in rollouts),
         "response/truncated": fmean(r.finish_reason == "length" for r in rollouts),
     }

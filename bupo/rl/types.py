@@ -51,20 +51,24 @@ class Rollout:
     """stop or length"""
     text: str
     reward: float = 0.0
+    """nan: it could not be graded (a timeout, an error, or a reward that is not finite)"""
     penalty: float = 0.0
     """Taken from the reward where advantages are made of it"""
     dropped: bool = False
     """Has no part in the loss and its denominators"""
     ref_logprobs: Tensor | None = None
     """Of the reference under the policy that the step trains, for the KL term"""
-    ungraded: bool = False
-    """The reward is no judgement: a timeout, an error, or not finite"""
     advantages: Tensor | None = None
     """Per token"""
     values: Tensor | None = None
     """By the critic, of the state before each token"""
     returns: Tensor | None = None
     """Per token, what the critic learns"""
+
+    @property
+    def ungraded(self) -> bool:
+        """It has no reward, so nothing can be learnt from it."""
+        return not math.isfinite(self.reward)
 
 
 @dataclass
@@ -73,20 +77,17 @@ class RewardReport:
 
     timeouts: int = 0
     errors: int = 0
-    """Responses that could not be graded, and rewards that are not finite"""
+    """Responses whose grading failed, or gave None, nan or infinity"""
     first: str = field(default="", compare=False)
-    """What the first of them was"""
-    items: list[int] = field(default_factory=list, compare=False)
-    """Which ones they were"""
+    """What went wrong with the first of them"""
 
-    def count(self, kind: str, item: int, what: str) -> None:
-        """One more; kind: timeouts or errors."""
+    def count(self, kind: str, what: str) -> None:
+        """Counts one more failure; kind is `timeouts` or `errors`."""
         setattr(self, kind, getattr(self, kind) + 1)
-        self.items.append(item)
         self.first = self.first or what
 
     def add(self, other: RewardReport) -> None:
-        """Counts of another batch; items are of one batch only."""
+        """Adds the counts of another batch."""
         self.timeouts += other.timeouts
         self.errors += other.errors
         self.first = self.first or other.first

@@ -108,11 +108,10 @@ class Trainer:
         parameters = self.model.named_parameters()
         return first_bad((f"gradient of {name}", p.grad) for name, p in parameters)
 
-    def _bad_input(self, members: Sequence[Rollout], *tensors: tuple[str, Tensor | None]) -> str:
+    def _bad_input(self, *tensors: tuple[str, Tensor | None]) -> str:
         """Where a loss that is not finite comes from: what goes into it, in order."""
-        rewards = torch.tensor([r.reward for r in members])
         parameters = ((f"parameter {n}", p) for n, p in self.model.named_parameters())
-        return first_bad((("reward", rewards), *parameters, *tensors)) or "loss"
+        return first_bad((*parameters, *tensors)) or "loss"
 
     def _backward(
         self,
@@ -167,7 +166,6 @@ class Trainer:
             loss.backward()
         else:
             values["bad"] = self._bad_input(
-                members,
                 ("hidden states", hidden),
                 ("old log-probs", old),
                 ("advantages", advantages),
