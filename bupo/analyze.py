@@ -31,6 +31,7 @@ from bupo.config import AnalysisConfig, ConfigError, RunError
 from bupo.ending import allowed, ended
 from bupo.inputs import build_task, make_engine
 from bupo.models import load_model
+from bupo.run_lock import locked
 
 IGNORED = "data.weights, rollout.prompts, .samples, .refills, .max_logprob_gap"
 
@@ -68,6 +69,13 @@ def _settings(arguments: argparse.Namespace) -> AnalysisConfig:
 
 def execute(plan: Plan) -> list[Any]:
     """Loads the models one after the other, measures and writes; returns the Analyses."""
+    with allowed():
+        plan.out.mkdir(parents=True, exist_ok=True)
+    with locked(plan.out):
+        return _analyse(plan)
+
+
+def _analyse(plan: Plan) -> list[Any]:
     from bupo.analysis.files import write_results, write_texts
     from bupo.analysis.texts import again, generate
     from bupo.rl.metrics import replace_text
@@ -79,7 +87,6 @@ def execute(plan: Plan) -> list[Any]:
     if plan.how != "generate" or config.rollout.engine == "hf":
         model = _loaded(plan, first)
     with allowed():
-        plan.out.mkdir(parents=True, exist_ok=True)
         replace_text(plan.out / "config.yaml", configuration.dump(config))
     texts = plan.texts
     if plan.how == "generate":

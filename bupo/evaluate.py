@@ -35,6 +35,7 @@ from bupo.inputs import (
     make_engine,
 )
 from bupo.models import read_model
+from bupo.run_lock import locked
 from bupo.sizes import measure
 
 _TRAINING = (
@@ -128,11 +129,12 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     if dry_run:
         return []
     build_task(config, sources)
-    with allowed():
-        (out / "responses").mkdir(parents=True, exist_ok=True)
-        replace_text(earlier, configuration.dump(config))
     progress, results = Progress(1, 0), []
     with ExitStack() as parts:
+        with allowed():
+            (out / "responses").mkdir(parents=True, exist_ok=True)
+            parts.enter_context(locked(out))
+            replace_text(earlier, configuration.dump(config))
         reward = make_reward(config.reward)
         parts.callback(reward.close)
         with progress.working(f"loading {sources.model} into {config.rollout.engine}"):

@@ -13,6 +13,7 @@ from typing import Any
 from bupo.config import Config, ConfigError, shipped
 from bupo.models import check_place, load_model
 from bupo.rl import data_files
+from bupo.run_lock import check_one_process
 from bupo.tasks import TaskFiles
 
 
@@ -105,7 +106,8 @@ def _task(config: Config) -> Any:
 
 
 def check_out(out: Path) -> None:
-    """Whether a run directory can be made there."""
+    """Whether this process, and it alone, can make a run directory there."""
+    check_one_process()
     there = out.absolute()
     while not there.exists() and there != there.parent:
         there = there.parent

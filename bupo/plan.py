@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +17,9 @@ from bupo.config import Config, ConfigError
 from bupo.inputs import Sources, check_engine, check_out, find_sources
 from bupo.models import read_model
 from bupo.sizes import Sizes, measure
+
+PROMPTS_FILE = "prompts.sha256"
+"""In the run directory: says whether data that have moved are still the same"""
 
 
 @dataclass
@@ -30,6 +35,8 @@ class Plan:
     sizes: Sizes
     train_prompts: list[Any]
     eval_prompts: list[Any]
+    prompts_hash: str
+    """Of the training prompts and their order"""
     dropped: int
     warnings: list[str]
     """What can be run, but is probably not meant"""
@@ -43,7 +50,7 @@ def make_plan(config: Config) -> Plan:
     now = time.strftime("%Y%m%d-%H%M%S")
     out = Path(config.out or f"runs/{config.name}-{config.algorithm}-{now}")
     check_out(out)
-    resume_from = _resume_point(config, out)
+    resume_from = resume_point(config, out)
     sources = find_sources(config)
     check_engine(config)
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -64,6 +71,13 @@ def make_plan(config: Config) -> Plan:
     with Progress(1, 0).waiting("reading prompts") as share:
         prompts, dropped = load_prompts(
             sources.train, tokenizer, config.data, config.data.limit, share
+        )
+    prompts_hash = _hash_of(prompts, bool(config.reward.by_source))
+    earlier = out / PROMPTS_FILE
+    if resume_from and earlier.is_file() and earlier.read_text().strip() != prompts_hash:
+        raise ConfigError(
+            f"resume=auto: the run in out={out} began with other training prompts: data.train, the "
+            "tokenizer or the chat template has changed; restore them or choose another out"
         )
     PromptOrder(prompts, config.rollout.prompts, config.seed, config.data.weights)
     eval_prompts, eval_dropped = (
@@ -89,9 +103,19 @@ def make_plan(config: Config) -> Plan:
         ),
         train_prompts=prompts,
         eval_prompts=eval_prompts,
+        prompts_hash=prompts_hash,
         dropped=dropped + eval_dropped,
         warnings=_warnings(config, tokenizer, [*prompts, *eval_prompts]),
     )
+
+
+def _hash_of(prompts: Sequence[Any], by_source: bool) -> str:
+    """SHA-256 of what training sees of its prompts, wherever their files lie."""
+    digest = hashlib.sha256()
+    for p in prompts:
+        source = p.source if by_source else ""  # else it may be the name of a file
+        digest.update(json.dumps([p.token_ids, p.answer, source, p.file]).encode())
+    return digest.hexdigest()
 
 
 def _warnings(config: Config, tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
@@ -108,7 +132,7 @@ def _warnings(config: Config, tokenizer: Any, prompts: Sequence[Any]) -> list[st
     return found
 
 
-def _resume_point(config: Config, out: Path) -> Path | None:
+def resume_point(config: Config, out: Path) -> Path | None:
     """The checkpoint to go on from. A folder that holds another run is refused, so no result is
     lost or continued under other settings."""
     from bupo.rl.checkpoint import complete, load_step

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from bupo.config import Config, ConfigError, shipped
 from bupo.ending import allowed, ended
 from bupo.inputs import build_task, make_engine
 from bupo.models import load_model
-from bupo.plan import Plan, make_plan, print_plan
+from bupo.plan import PROMPTS_FILE, Plan, make_plan, print_plan, resume_point
+from bupo.run_lock import locked
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -96,7 +97,24 @@ def _critic(plan: Plan, pad: int) -> Any:
 
 
 def execute(plan: Plan) -> int | None:
-    """Loads the model and trains; returns the stopping signal, if any."""
+    """Loads the model and trains, alone in the run directory; returns the stopping signal, if
+    any."""
+    with allowed():
+        plan.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(plan.out):
+            if resume_point(plan.config, plan.out) != plan.resume_from:
+                raise ConfigError(
+                    f"out={plan.out}: another process has worked there since this one looked; "
+                    "start again"
+                )
+            return _train(plan)
+    finally:
+        with suppress(OSError):  # it holds something
+            plan.out.rmdir()
+
+
+def _train(plan: Plan) -> int | None:
     from bupo.auto_layer import with_measured_layer
     from bupo.policy import check_internal_policy
     from bupo.rl import checkpoint
@@ -129,8 +147,8 @@ def execute(plan: Plan) -> int | None:
         reward = make_reward(config.reward)
         parts.callback(reward.close)
         with allowed():
-            plan.out.mkdir(parents=True, exist_ok=True)
             replace_text(plan.out / "config.yaml", configuration.dump(config))
+            replace_text(plan.out / PROMPTS_FILE, plan.prompts_hash + "\n")
         watchdog = Watchdog(plan.out, config.watchdog.seconds, config.watchdog.kill)
         parts.callback(watchdog.close)
         prompts = [*plan.train_prompts, *plan.eval_prompts]

@@ -54,8 +54,11 @@ class Sizes:
         return f"{share:.0%} of the GPU for vllm (rollout.vllm.gpu_memory_utilization)"
 
     def disk_line(self, config: Config) -> str:
-        kept = config.checkpoint.keep_last
-        return f"{_size(self.checkpoint)} a checkpoint, {kept} kept and one being written"
+        settings = config.checkpoint
+        named = {"switch": "the last of each phase", "best": "the best"}
+        kept = [f"the newest {settings.keep_last}", *(named[kind] for kind in settings.keep)]
+        each = _size(self.checkpoint)
+        return f"{each} a checkpoint; kept: {', '.join(kept)}; one more while it is written"
 
 
 def _count(n: int) -> str:

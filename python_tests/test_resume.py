@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors import safe_open
 
 from bupo import evaluate
 from bupo.rl import checkpoint
+from bupo.rl.checkpoint import complete, load_step
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,10 @@ def test_the_uninterrupted_run_is_what_its_settings_say(whole: Path) -> None:
     assert evals == [
         (0, "before"), (2, "during"), (3, "phase_switch"), (4, "during"), (6, "after"),
     ]  # fmt: skip
-    assert [p.name for p in checkpoint.complete(whole)] == ["step_000004", "step_000006"]
+    averages = {e["step"]: e["avg"] for e in rows(whole / "eval.jsonl") if e["step"]}
+    best = max(averages, key=lambda step: averages[step])
+    kept = sorted({best, 3, 4, 6})  # the best, the end of phase 1, the newest two
+    assert [checkpoint.load_step(p) for p in checkpoint.complete(whole)] == kept
 
 
 def test_same_seed_same_run_and_other_seed_other_run(whole: Path, tmp_path: Path) -> None:
@@ -186,3 +191,71 @@ def test_metrics_are_valid_json_with_the_keys_of_the_contract(whole: Path) -> No
         "config.yaml", "metrics.jsonl", "eval.jsonl", "rollouts", "checkpoints", "tensorboard",
         "report.html", "reward.png", "entropy.png", "ratio.png", "length.png",
     }  # fmt: skip
+
+
+CURES = [
+    "optimizer.micro_batch_tokens=64",
+    "model.gradient_checkpointing=true",
+    "rollout.batch_size=8",
+    "reward.timeout=99",
+    "model.attn_implementation=eager",
+]
+
+
+def test_what_cures_an_out_of_memory_error_may_change(whole: Path, tmp_path: Path) -> None:
+    """It changes the order of sums and nothing else: the run goes on as it would have."""
+    out = tmp_path / "run"
+    assert run(out, stop=6) == 128 + signal.SIGTERM
+    assert run(out, "resume=auto", *CURES) == 0
+    metrics, expected = rows(out / "metrics.jsonl"), rows(whole / "metrics.jsonl")
+    assert [row["reward/mean"] for row in metrics] == [row["reward/mean"] for row in expected]
+    for row, wanted in zip(metrics, expected, strict=True):
+        assert row["policy/loss"] == pytest.approx(wanted["policy/loss"], abs=1e-5)
+
+
+def test_files_may_move_between_two_parts_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Model and data under other names are the same run; other data under any name are not."""
+    assert run(tmp_path / "first", "steps=1", "bupo.steps=0") == 0
+    (made,) = Path(os.environ["BUPO_CACHE"]).glob("arithmetic-2-32-4-*-4-0")
+    lines = (made / "train.jsonl").read_text().splitlines(keepends=True)
+    out, old, new = tmp_path / "run", tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        shutil.copytree(made, folder)
+    (new / "train.jsonl").rename(new / "problems.jsonl")
+
+    def settings(folder: Path, data: str) -> list[str]:
+        return [
+            "task=null", "task_options={}", f"model.path={folder / 'model'}", "steps=2",
+            f"data.train=[{folder / data}]", "eval.every=0", "bupo.steps=1",
+        ]  # fmt: skip
+
+    assert run(out, *settings(old, "train.jsonl"), stop=2) == 128 + signal.SIGTERM
+    shutil.rmtree(old)
+    (new / "other.jsonl").write_text("".join(lines[1:]))
+    assert run(out, *settings(new, "other.jsonl"), "resume=auto") == 2
+    assert "began with other training prompts" in capsys.readouterr().err
+    assert run(out, *settings(new, "problems.jsonl"), "resume=auto") == 0
+    assert run(tmp_path / "whole", *settings(new, "problems.jsonl")) == 0
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_a_checkpoint_is_written_when_the_last_one_is_old(tmp_path: Path) -> None:
+    """By default every half hour; here a step is old at once."""
+    only = ["checkpoint.every=0", "checkpoint.keep=[]", "checkpoint.keep_last=9", "eval.every=0"]
+    assert run(tmp_path / "often", *only, "checkpoint.minutes=1e-9") == 0
+    assert run(tmp_path / "once", *only) == 0
+    steps = [[load_step(p) for p in complete(tmp_path / name)] for name in ("often", "once")]
+    assert steps == [[1, 2, 3, 4, 5, 6], [6]]
+
+
+def test_switch_and_best_outlive_newer_checkpoints(tmp_path: Path) -> None:
+    few = ["checkpoint.every=1", "checkpoint.keep_last=1", "eval.every=1"]
+    assert run(tmp_path / "run", *few) == 0
+    averages = {e["step"]: e["avg"] for e in rows(tmp_path / "run/eval.jsonl") if e["step"]}
+    best = max(averages, key=lambda step: averages[step])
+    kept = [load_step(p) for p in complete(tmp_path / "run")]
+    assert kept == sorted({3, best, 6})
+    assert run(tmp_path / "two", *few, "checkpoint.keep=[]") == 0
+    assert [load_step(p) for p in complete(tmp_path / "two")] == [6]

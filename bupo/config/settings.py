@@ -14,22 +14,36 @@ from bupo.config.phases import BupoConfig, PhaseConfig
 from bupo.config.sampling import EvalConfig, RewardConfig, RolloutConfig
 
 MAY_CHANGE = (
-    *("steps", "name", "out", "resume", "eval.", "checkpoint.", "reward.workers"),
-    *("rollout.max_logprob_gap", "rollout.vllm", "max_bad_steps", "wandb", "watchdog."),
-    "diagnostics.",
+    *("steps", "name", "out", "resume", "max_bad_steps", "wandb", "watchdog.", "diagnostics."),
+    *("eval.", "checkpoint.", "reward.workers", "reward.timeout", "rollout.max_logprob_gap"),
+    # How the same sums are computed: what an out-of-memory error is cured with
+    *("optimizer.micro_batch_tokens", "model.gradient_checkpointing", "model.attn_implementation"),
+    *("rollout.batch_size", "rollout.vllm"),
+    # Places; the weights come from the checkpoint, and the prompts are compared by their contents
+    *("model.path", "data.train", "data.chat_template"),
 )
-"""Settings that a resumed run may have otherwise than the run it continues."""
+"""Settings that may differ between a resumed run and the run that it continues."""
 
 
 @dataclass
 class CheckpointConfig:
+    minutes: float = 30.0
+    """A checkpoint is written at the end of a step when the last one is this old; 0: not for its
+    age. One is always written at the end of the run and on Ctrl-C or SIGTERM."""
     every: int = 0
-    """Steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM."""
+    """Steps between further checkpoints; 0: none."""
     keep_last: int = 2
-    """Older checkpoints are removed."""
+    """This many of the newest checkpoints are kept; older ones are removed, except for `keep`."""
+    keep: list[str] = field(default_factory=lambda: ["switch", "best"])
+    """Checkpoints that are written and kept besides: switch, the end of every phase; best, the step
+    with the highest Avg@n in evaluation (mean over data sets). []: none."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0 and self.keep_last >= 1, "checkpoint.every >= 0, .keep_last >= 1")
+        require(self.minutes >= 0, f"checkpoint.minutes must be at least 0, got {self.minutes}")
+        require(self.every >= 0, f"checkpoint.every must be at least 0, got {self.every}")
+        require(self.keep_last >= 1, f"checkpoint.keep_last must be at least 1: {self.keep_last}")
+        for kind in self.keep:
+            one_of("checkpoint.keep", kind, ("switch", "best"))
 
 
 @dataclass

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,9 @@ def save(
     tokenizer: Any,
     optimizer: AdamW,
     critic: Any,
-    keep: int,
 ) -> Path:
-    """Writes the state after state["step"] steps and removes all but the newest `keep`. state: the
-    numbers that trainer.json holds. critic: one of bupo.rl.critic, or None."""
+    """Writes the state after state["step"] steps. state: the numbers that trainer.json holds.
+    critic: one of bupo.rl.critic, or None."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{_PREFIX}{state['step']:06d}"
@@ -71,9 +70,14 @@ def save(
         _sync(file)
     os.replace(partial, final)
     _sync(folder)
-    for old in complete(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def prune(run: Path, keep_last: int, keep_steps: Collection[int]) -> None:
+    """Removes all checkpoints but the newest `keep_last` and those of some steps."""
+    for old in complete(run)[:-keep_last]:
+        if int(old.name.removeprefix(_PREFIX)) not in keep_steps:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from bupo.config import Config
 from bupo.rl import evaluation
@@ -40,6 +41,16 @@ class Evaluator:
         if self.schedule.switches_after(step):
             return "phase_switch"
         return "during" if self.config.eval.every and step % self.config.eval.every == 0 else None
+
+    def best_step(self) -> int | None:
+        """The step after training began with the highest Avg@n, its mean over data sets; the first
+        of equals. None where nothing has been evaluated yet."""
+        found: dict[int, list[float]] = {}
+        for row in read_rows(self.out / "eval.jsonl"):
+            found.setdefault(row["step"], []).append(row["avg"])
+        sets = len(evaluation.by_dataset(self.problems))
+        whole = {step: fmean(avg) for step, avg in found.items() if step and len(avg) == sets}
+        return max(whole, key=lambda step: whole[step], default=None)
 
     def after(self, step: int) -> None:
         """Evaluates if it is due, on the data sets that the run has no result of yet."""

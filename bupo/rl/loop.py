@@ -4,6 +4,7 @@ log-probs, update, sync, metrics, evaluation, checkpoint."""
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,7 +92,8 @@ class Run:
         )  # fmt: skip
         self.diagnostics = Diagnostics(config, self.out, self.model, self.schedule, self.recorder)
         self.bad_steps = bad_steps_at_end(read_rows(self.out / "metrics.jsonl"))
-        self.saved, self.failure, self.updating = self.start, "", False
+        self.saved, self.saved_at = self.start, time.monotonic()
+        self.failure, self.updating = "", False
         try:
             done = self._steps()
             if done > self.saved or not checkpoint.complete(self.out):
@@ -109,7 +111,7 @@ class Run:
 
     def _steps(self) -> int:
         """All steps, or as many as there are until a stop; returns how many are done."""
-        done, every = self.start, self.config.checkpoint.every
+        done = self.start
         try:
             self._look_first()
             self.evaluator.after(done)
@@ -119,8 +121,10 @@ class Run:
                 done, self.updating = step, False
                 if self.failure:
                     break
+                if self._checkpoint_is_due(step):
+                    self._save(step)  # before the evaluation, which may take long
                 self.evaluator.after(step)
-                if every and step % every == 0:
+                if "best" in self.config.checkpoint.keep and self.evaluator.best_step() == step:
                     self._save(step)
                 if self.monitor.stop():
                     break
@@ -296,6 +300,14 @@ class Run:
     ) -> list[Rollout]:
         return self._generate(problems, samples, seed, self.config.eval.temperature)
 
+    def _checkpoint_is_due(self, step: int) -> bool:
+        settings = self.config.checkpoint
+        return (
+            bool(settings.every and step % settings.every == 0)
+            or bool(settings.minutes and time.monotonic() >= self.saved_at + 60 * settings.minutes)
+            or ("switch" in settings.keep and self.schedule.switches_after(step))
+        )
+
     def _save(self, step: int) -> None:
         critic = self.critic.parameters().items() if self.critic else ()
         bad = first_bad((*self.model.named_parameters(), *((f"critic {n}", p) for n, p in critic)))
@@ -306,11 +318,15 @@ class Run:
                 f"step {step} has left the model with {bad}; no checkpoint is made of that, {kept}"
             )
         with self.monitor.stage("save", step), checkpoint.writing(self.out, step):
-            keep = self.config.checkpoint.keep_last
             state = {"step": step, "drawn": self.stream.drawn}
             parts = (self.model, self.tokenizer, self.trainer.optimizer, self.critic)
-            checkpoint.save(self.out, state, *parts, keep)
-        self.saved = step
+            checkpoint.save(self.out, state, *parts)
+        self.saved, self.saved_at = step, time.monotonic()
+        settings, best = self.config.checkpoint, self.evaluator.best_step()
+        steps = set(self.schedule.switches()) if "switch" in settings.keep else set()
+        if "best" in settings.keep and best is not None:
+            steps.add(best)
+        checkpoint.prune(self.out, settings.keep_last, steps)
 
 
 def _short(rollouts: Sequence[Rollout]) -> list[Rollout]:

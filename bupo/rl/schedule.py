@@ -56,9 +56,13 @@ class Schedule:
         """Of step 1, 2, ..."""
         return next(p for p, last in zip(self._policies, self._last) if step <= last)
 
+    def switches(self) -> list[int]:
+        """The last step of each phase but the last one."""
+        return self._last[:-1]
+
     def switches_after(self, step: int) -> bool:
         """Whether another phase begins after a step."""
-        return step in self._last[:-1]
+        return step in self.switches()
 
     def end_phase(self, step: int) -> None:
         """The phase of a step ends with it; the next one begins that much earlier and, the last

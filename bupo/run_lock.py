@@ -1,0 +1,89 @@
+"""One process a directory: who writes there holds a lock, for as long as it lives."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bupo.config import ConfigError
+
+FILE = "run.lock"
+
+
+def check_one_process() -> None:
+    """Raises ConfigError under torchrun: every process would do the whole work."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world not in ("", "1"):
+        raise ConfigError(
+            f"WORLD_SIZE={world}: bupo does not yet train on several processes; start it with "
+            "python -m, without torchrun"
+        )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a directory for this process. Raises ConfigError, naming the owner, if another process
+    holds it.
+
+    The system drops the lock when its owner ends, by SIGKILL too, so one that is left over never
+    has to be cleared away. A file system without locks is trusted with what the file says.
+    """
+    file = folder / FILE
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(_taken(folder, descriptor)) from None
+        except OSError:  # no locks here
+            if _alive(descriptor):
+                raise ConfigError(_taken(folder, descriptor)) from None
+        if _is(file, descriptor):
+            break
+        os.close(descriptor)  # its owner has removed it meanwhile
+    os.ftruncate(descriptor, 0)
+    owner = {"pid": os.getpid(), "host": socket.gethostname()}
+    os.pwrite(descriptor, json.dumps(owner).encode() + b"\n", 0)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _owner(descriptor: int) -> tuple[int, str] | None:
+    try:
+        record = json.loads(os.pread(descriptor, 4096, 0))
+        return int(record["pid"]), str(record["host"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _taken(folder: Path, descriptor: int) -> str:
+    pid, host = _owner(descriptor) or ("of unknown number", "this host")
+    os.close(descriptor)
+    return (
+        f"out={folder} is in use by process {pid} on {host}; wait for it, end it, or choose "
+        f"another out (if that process is gone for certain, remove {folder / FILE})"
+    )
+
+
+def _alive(descriptor: int) -> bool:
+    """Whether the process that the file names may still run."""
+    owner = _owner(descriptor)
+    if owner is None:
+        return False
+    pid, host = owner
+    return host != socket.gethostname() or Path(f"/proc/{pid}").exists()
+
+
+def _is(file: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(file.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
