@@ -90,7 +90,7 @@ inline TokenGrads token_grads(const char* op, const Inputs& in, const Tensor& lo
   return {data(logprobs), data(entropy), data(logsumexp)};
 }
 
-inline PolicyArgs policy_args(const char* op, const Inputs& in, const PolicySettings& settings,
+inline PolicyArgs policy_args(const char* op, const Inputs& in, const std::vector<double>& values,
                               const Tensor& old_logprobs, const Tensor& advantages,
                               const Tensor& token_weights, const OptionalTensor& ref_logprobs,
                               const OptionalTensor& importance_weights) {
@@ -100,8 +100,12 @@ inline PolicyArgs policy_args(const char* op, const Inputs& in, const PolicySett
   check_vector(op, "advantages", advantages, n, in.acc);
   if (ref_logprobs) check_vector(op, "ref_logprobs", *ref_logprobs, n, in.acc);
   if (importance_weights) check_vector(op, "importance_weights", *importance_weights, n, in.acc);
-  const int type = static_cast<int>(settings.loss_type);
-  const int estimator = static_cast<int>(settings.kl_estimator);
+  require(values.size() == 8, op, ": settings must be 8 numbers, got ", values.size());
+  const int type = static_cast<int>(values[3]), estimator = static_cast<int>(values[5]);
+  const PolicySettings settings{values[0], values[1],
+                                values[2], static_cast<LossType>(type),
+                                values[4], static_cast<KlEstimator>(estimator),
+                                values[6], values[7]};
   require(settings.kl_coef == 0 || ref_logprobs, op,
           ": ref_logprobs is needed when kl_coef is not 0");
   require(type >= 0 && type <= 1, op, ": unknown loss_type ", type);

@@ -1,6 +1,6 @@
 // The table of contents of the extension: every operator schema, and nothing else.
 // Shapes: hidden [N, D], weight [V, D], per-token tensors [N]; kept: bytes that a forward leaves
-// for its backward, possibly none. csrc/cpu and csrc/cuda implement them; bupo/ops/registration.py
+// for its backward, possibly none; settings: PolicySettings, in the order of its fields. csrc/cpu and csrc/cuda implement them; bupo/ops/registration.py
 // adds the fake (shape) functions and the autograd formulas.
 
 #include <torch/csrc/stable/library.h>
@@ -19,9 +19,8 @@ STABLE_TORCH_LIBRARY(bupo, m) {
   m.def(
       "policy_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor old_logprobs,"
       " Tensor advantages, Tensor token_weights, Tensor? bias, Tensor? temperature,"
-      " float softcap, float clip_low, float clip_high, float dual_clip, int loss_type,"
-      " Tensor? ref_logprobs, float kl_coef, int kl_estimator, float entropy_coef,"
-      " Tensor? importance_weights, bool need_hidden, bool need_weight, bool need_bias)"
+      " float softcap, float[] settings, Tensor? ref_logprobs, Tensor? importance_weights,"
+      " bool need_hidden, bool need_weight, bool need_bias)"
       " -> (Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics,"
       " Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
 }

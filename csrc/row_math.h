@@ -88,13 +88,14 @@ BUPO_HOST_DEVICE inline Row<T> finish_row(RowSums<T> others, T target_logit, lon
 enum class LossType : int { kPpo = 0, kCispo = 1 };
 enum class KlEstimator : int { kK1 = 0, kK2 = 1, kK3 = 2 };
 
-// Settings of the per-token loss; dual_clip is infinite when off.
+// Settings of the per-token loss; dual_clip and max_log_ratio are infinite when off.
 struct PolicySettings {
   double clip_low, clip_high, dual_clip;
   LossType loss_type;
   double kl_coef;
   KlEstimator kl_estimator;
   double entropy_coef;
+  double max_log_ratio;
 };
 
 // One token's loss before its weight, and the derivatives that the gradient needs.
@@ -113,6 +114,9 @@ BUPO_HOST_DEVICE inline PolicyToken<T> policy_token(const PolicySettings& s, T l
                                                     T importance) {
   PolicyToken<T> token;
   token.log_ratio = logprob - old_logprob;
+  const T limit = T(s.max_log_ratio);
+  const bool limited = token.log_ratio > limit || token.log_ratio < -limit;
+  if (limited) token.log_ratio = token.log_ratio > limit ? limit : -limit;
   token.ratio = std::exp(token.log_ratio);
   const T low = T(1 - s.clip_low), high = T(1 + s.clip_high), dual = T(s.dual_clip);
   const T r = token.ratio, a = advantage;
@@ -127,12 +131,13 @@ BUPO_HOST_DEVICE inline PolicyToken<T> policy_token(const PolicySettings& s, T l
     token.clipped = (a > T(0) && r > high) || (a < T(0) && r < low);
     const T bounded = r > high ? high : (r < low ? low : r);
     loss = token.clipped ? -bounded * a : -r * a;
-    slope = token.clipped ? T(0) : -r * a;
+    slope = token.clipped || limited ? T(0) : -r * a;  // a limited ratio is constant
     if (a < T(0) && r >= dual) {
       loss = -dual * a;
       slope = r == dual ? slope / 2 : T(0);  // torch.minimum halves the gradient of a tie
       token.clipped = true;
     }
+    token.clipped = token.clipped || (limited && a != T(0));
   }
   if (a == T(0) && r == r) loss = slope = T(0);  // even where the ratio or log-prob is infinite
   loss *= importance;

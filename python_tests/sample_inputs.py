@@ -385,6 +385,9 @@ def _settings() -> dict[str, dict[str, Any]]:
     choices: dict[str, dict[str, Any]] = {
         "clip higher": {"clip_low": 0.2, "clip_high": 0.28},
         "dual clip": {"dual_clip": 1.5},
+        "bounded ratio": {"max_log_ratio": 0.0937},
+        "bounded ratio, dual clip": {"max_log_ratio": 0.3, "dual_clip": 1.1},
+        "bounded ratio, cispo": {"max_log_ratio": 0.0937, "loss_type": "cispo"},
         "cispo": {"loss_type": "cispo"},
         "k1": kl | {"kl_estimator": "k1"},
         "k2": kl | {"kl_estimator": "k2"},
@@ -455,6 +458,7 @@ def fuzzed_policy(draw: st.DrawFn) -> dict[str, Any]:
         "dual_clip": draw(st.sampled_from([None, 1.5])),
         "clip_high": draw(st.sampled_from([0.2, 0.28])),
         "entropy_coef": draw(st.sampled_from([0.0, 0.05])),
+        "max_log_ratio": draw(st.sampled_from([None, 0.0937])),
     }
     if draw(st.booleans()):
         options["importance_weights"] = torch.linspace(0, 2, like.numel()).double().view_as(like)

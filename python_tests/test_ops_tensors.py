@@ -698,3 +698,31 @@ def test_build_info() -> None:
     assert set(info["cpu_products"].values()) <= ({"library"} if forced else {"library", "block"})
     assert info["cpu_vectors"] in (128, 256, 512)
     assert info["cpu_vectors"] <= int(os.environ.get("BUPO_CPU_VECTORS", 512))
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        *(("lm_head_logprobs", name) for name in ("hidden", "weight", "bias")),
+        *(("policy_loss", name) for name in ("hidden", "weight", "bias", "advantages")),
+    ],
+)
+def test_forward_mode_is_refused_not_zero(op: str, name: str) -> None:
+    """torch would answer 0 without a word; the reference has the derivative."""
+    arguments = dict(sample(op, "bias").arguments)
+    primal = arguments.pop(name)
+
+    def first(module: Any, x: Tensor) -> Tensor:
+        return getattr(module, op)(**arguments | {name: x})[0].sum()
+
+    tangent = torch.linspace(0, 1, primal.numel(), dtype=primal.dtype).view_as(primal)
+    with pytest.raises(NotImplementedError, match=f"bupo.ops.{op}: {name} has a forward-mode"):
+        torch.func.jvp(lambda x: first(ops, x), (primal,), (tangent,))
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="which is not supported: use reverse"),
+    ):
+        first(ops, torch.autograd.forward_ad.make_dual(primal, tangent))
+    if op == "lm_head_logprobs":
+        _, derivative = torch.func.jvp(lambda x: first(ops.reference, x), (primal,), (tangent,))
+        assert derivative.abs() > 1e-6

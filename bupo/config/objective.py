@@ -23,6 +23,9 @@ class LossConfig:
     """See clip_low; 0.28 is DAPO's clip-higher."""
     dual_clip: float | None = None
     """Bound c of the loss for negative advantages, e.g. 10; null for none."""
+    max_log_ratio: float | None = 20.0
+    """The log of the ratio is clamped to plus or minus this, as in the paper's code, so that no
+    ratio is infinite; null for no bound."""
     aggregation: str = "token_mean"
     """token_mean over the optimiser step, seq_mean (mean of each response's mean: the paper),
     seq_sum (sum over tokens, mean over responses) or seq_sum_longest (that over max_new_tokens:
@@ -63,6 +66,10 @@ class LossConfig:
             f"loss.entropy_coef must be at least 0, for it is a bonus, got {self.entropy_coef}",
         )
         require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip must be > 1 or null")
+        require(
+            self.max_log_ratio is None or self.max_log_ratio > 0,
+            f"loss.max_log_ratio must be > 0 or null, got {self.max_log_ratio}",
+        )
 
 
 @dataclass

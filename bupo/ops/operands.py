@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bupo.ops.registration import accumulator, build_info
 
@@ -45,6 +46,7 @@ def describe(x: object) -> str:
 
 def per_token(op: str, name: str, x: object, targets: Tensor, dtype: torch.dtype) -> Tensor:
     """A float tensor of the shape of targets, flattened."""
+    _refuse_forward_mode(op, (name, x))
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a float tensor, got {describe(x)}")
     if not x.is_floating_point() and x.dtype not in (torch.bool, torch.int32, torch.int64):
@@ -56,6 +58,20 @@ def per_token(op: str, name: str, x: object, targets: Tensor, dtype: torch.dtype
     if x.device != targets.device:
         raise ValueError(f"{op}: {name} must be on {targets.device}, got {describe(x)}")
     return x.detach().reshape(-1).to(dtype).contiguous()
+
+
+def _refuse_forward_mode(op: str, *tensors: tuple[str, object]) -> None:
+    """torch.library's operators have no forward-mode derivative, and torch would take it for 0."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for name, x in tensors:
+        if not isinstance(x, Tensor):
+            continue
+        if forward_ad.unpack_dual(x, level=0).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError(
+                f"{op}: {name} has a forward-mode tangent (torch.func.jvp, jacfwd, dual tensors), "
+                "which is not supported: use reverse mode, or bupo.ops.reference.lm_head_logprobs"
+            )
 
 
 def _matrix(op: str, name: str, x: object) -> Tensor:
@@ -124,6 +140,8 @@ def prepare(
     softcap: float | None,
 ) -> Operands:
     """Checks everything that can be known without reading the tensors' values."""
+    given = ("hidden", hidden), ("weight", weight), ("bias", bias), ("temperature", temperature)
+    _refuse_forward_mode(op, *given)
     hidden, weight = _matrix(op, "hidden", hidden), _matrix(op, "weight", weight)
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: targets must be an int64 tensor, got {describe(targets)}")

@@ -52,6 +52,7 @@ def policy_loss(
     kl_estimator: str = "k3",
     entropy_coef: float = 0.0,
     importance_weights: Tensor | None = None,
+    max_log_ratio: float | None = None,
 ) -> PolicyLoss:
     """sum_i token_weights_i * loss_i, with its gradient computed in the same pass.
 
@@ -79,6 +80,8 @@ def policy_loss(
         dual_clip: c > 1, or None.
         ref_logprobs: float [...], the reference policy of the KL term.
         importance_weights: float [...], e.g. truncated pi_old / pi_rollout; not on KL and entropy.
+        max_log_ratio: bounds log r_i to [-max_log_ratio, max_log_ratio], so that no ratio is
+            infinite; beyond it, "ppo" has no gradient. None: no bound. verl's is 20.
 
     Returns:
         PolicyLoss(loss, logprobs, entropy, metrics): loss is a float32 scalar (float64 for float64
@@ -99,6 +102,18 @@ def policy_loss(
 
     if kl_coef != 0 and ref_logprobs is None:
         raise ValueError(f"{_OP}: ref_logprobs is needed when kl_coef is not 0, got None")
+    settings = [  # PolicySettings of csrc/row_math.h
+        _number("clip_low", clip_low, 0, "at least 0 (inf: no bound)"),
+        _number("clip_high", clip_high, 0, "at least 0 (inf: no bound)"),
+        math.inf if dual_clip is None else _number("dual_clip", dual_clip, 1, "at least 1 or None"),
+        float(_choice("loss_type", loss_type, LOSS_TYPES)),
+        _number("kl_coef", kl_coef, -_LARGEST, "finite", _LARGEST),
+        float(_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)),
+        _number("entropy_coef", entropy_coef, -_LARGEST, "finite", _LARGEST),
+        math.inf
+        if max_log_ratio is None
+        else _number("max_log_ratio", max_log_ratio, 0, "at least 0 or None"),
+    ]
     grad = torch.is_grad_enabled()
     loss, logprobs, entropy, metrics, *_ = torch.ops.bupo.policy_loss(
         *args[:3],
@@ -106,14 +121,8 @@ def policy_loss(
         token("advantages", advantages),
         token("token_weights", token_weights),
         *args[3:],
-        _number("clip_low", clip_low, 0, "at least 0 (inf: no bound)"),
-        _number("clip_high", clip_high, 0, "at least 0 (inf: no bound)"),
-        math.inf if dual_clip is None else _number("dual_clip", dual_clip, 1, "at least 1 or None"),
-        _choice("loss_type", loss_type, LOSS_TYPES),
+        settings,
         token("ref_logprobs", ref_logprobs),
-        _number("kl_coef", kl_coef, -_LARGEST, "finite", _LARGEST),
-        _choice("kl_estimator", kl_estimator, KL_ESTIMATORS),
-        _number("entropy_coef", entropy_coef, -_LARGEST, "finite", _LARGEST),
         token("importance_weights", importance_weights),
         grad and args.hidden.requires_grad,
         grad and args.weight.requires_grad,

@@ -61,6 +61,7 @@ def policy_loss(
     kl_estimator: str = "k3",
     entropy_coef: float = 0.0,
     importance_weights: Tensor | None = None,
+    max_log_ratio: float | None = None,
 ) -> PolicyLoss:
     """Like :func:`bupo.ops.policy_loss`."""
     keep = token_weights != 0
@@ -82,6 +83,10 @@ def policy_loss(
     def of(logp: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss of each token without its entropy term; clipped; log-ratio; ratio."""
         log_ratio = logp - old_logprobs.to(logp.dtype).where(keep, logp.detach())
+        limited = torch.zeros_like(keep)
+        if max_log_ratio is not None:
+            limited = log_ratio.abs() > max_log_ratio
+            log_ratio = log_ratio.clamp(-max_log_ratio, max_log_ratio)
         moving = (advantages != 0) | log_ratio.isnan()  # an advantage of 0 beats an infinite ratio
         ratio, r = log_ratio.exp(), log_ratio.where(moving, 0).exp()
         if loss_type == "cispo":
@@ -93,6 +98,7 @@ def policy_loss(
             if dual_clip is not None:
                 limit = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
                 loss, clipped = torch.minimum(loss, limit), clipped | (loss >= limit)
+            clipped = clipped | (limited & (advantages != 0))
         if importance_weights is not None:
             loss = loss * kept(importance_weights)
         if kl_coef:

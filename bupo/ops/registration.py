@@ -164,11 +164,11 @@ def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
 def _backward_policy(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     _refuse_double_backward("policy_loss")
     if grad_loss is None:
-        return (None,) * 21
+        return (None,) * 15
     grads = [
         _scaled(g, grad_loss) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs)
     ]
-    return grads[0], grads[1], *(None,) * 4, grads[2], *(None,) * 14
+    return grads[0], grads[1], *(None,) * 4, grads[2], *(None,) * 8
 
 
 torch.library.register_autograd("bupo::policy_loss", _backward_policy, setup_context=_save_policy)

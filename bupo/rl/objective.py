@@ -81,6 +81,7 @@ def gspo_loss(
     kl_estimator: str,
     entropy_coef: float,
     importance_weights: Tensor | None,
+    max_log_ratio: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Group Sequence Policy Optimization (arXiv 2507.18071, eq. 5 to 7), of whole responses::
 
@@ -98,6 +99,8 @@ def gspo_loss(
     log_ratio = logprobs - old_logprobs.to(logprobs)
     sums = log_ratio.new_zeros(len(counts)).index_add(0, response, log_ratio)
     mean = (sums / counts.clamp(min=1))[response]
+    if max_log_ratio is not None:
+        mean = mean.clamp(-max_log_ratio, max_log_ratio)
     moving = (advantages != 0) | mean.isnan()  # an advantage of 0 beats an infinite ratio
     ratio = mean.where(moving, 0).exp()
     free = -ratio * advantages

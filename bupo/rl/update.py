@@ -137,6 +137,7 @@ class Trainer:
             "clip_low": settings.clip_low,
             "clip_high": settings.clip_high,
             "dual_clip": settings.dual_clip,
+            "max_log_ratio": settings.max_log_ratio,
             "ref_logprobs": gather([r.ref_logprobs for r in members]) if in_loss else None,
             "kl_coef": in_loss,
             "kl_estimator": settings.kl_estimator if in_loss else "k3",

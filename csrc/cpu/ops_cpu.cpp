@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <tuple>
+#include <vector>
 
 #include "../operands.h"
 #include "lm_head.h"
@@ -71,15 +72,10 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_logprobs_backward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
     Tensor hidden, Tensor weight, Tensor targets, Tensor old_logprobs, Tensor advantages,
     Tensor token_weights, OptionalTensor bias, OptionalTensor temperature, double softcap,
-    double clip_low, double clip_high, double dual_clip, int64_t loss_type,
-    OptionalTensor ref_logprobs, double kl_coef, int64_t kl_estimator, double entropy_coef,
-    OptionalTensor importance_weights, bool need_hidden, bool need_weight, bool need_bias) {
+    std::vector<double> settings, OptionalTensor ref_logprobs, OptionalTensor importance_weights,
+    bool need_hidden, bool need_weight, bool need_bias) {
   constexpr const char* op = "bupo.ops.policy_loss";
   const Inputs in(op, kDtypes, hidden, weight, targets, bias, temperature, softcap);
-  const PolicySettings settings{clip_low,    clip_high,
-                                dual_clip,   static_cast<LossType>(loss_type),
-                                kl_coef,     static_cast<KlEstimator>(kl_estimator),
-                                entropy_coef};
   const PolicyArgs policy = policy_args(op, in, settings, old_logprobs, advantages, token_weights,
                                         ref_logprobs, importance_weights);
   check_tokens(op, in, [&](int64_t i) { return at(in, policy.token_weights, i) != 0; });
