@@ -83,7 +83,8 @@ def make_engine(
     from bupo.rl.rollouts import HFEngine, VllmEngine
 
     if config.rollout.engine == "hf":
-        return HFEngine(model or load_model(config, source), tokenizer, config.rollout)
+        model = model or load_model(config, source)
+        return HFEngine(model, tokenizer, config.rollout, config.model.compute_dtype)
     longest = max(len(p.token_ids) for p in prompts)
     dtype = config.model.compute_dtype
     return VllmEngine(source, tokenizer, config.rollout, longest, dtype, config.seed)

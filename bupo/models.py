@@ -141,6 +141,37 @@ def load_model(config: Config, source: str) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def silence_noise(model: Any) -> None:
+    """Sets dropout and the jitter of routers to 0 in a model that is to be trained."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if ("drop" in name or "jitter" in name) and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def check_deterministic(model: Any) -> None:
+    """Raises ValueError where two passes of the model, as it is, over the same tokens differ: then
+    the ratio of new to old probabilities is noise, and the policy that samples is not trained."""
+    import torch
+
+    seeded = torch.Generator().manual_seed(0)
+    rows = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(rows // 2, (2, 8), generator=seeded).to(model.device)
+    with torch.no_grad():
+        first, second = (model(ids, use_cache=False).logits for _ in range(2))
+    off, limit = (first - second).abs().max(), 8 * torch.finfo(first.dtype).eps * first.abs().max()
+    if not off <= limit:
+        raise ValueError(
+            f"two passes over the same tokens in training mode differ by {off:.1e} in their "
+            "logits: something in the model is random (dropout, router noise); set it to 0 in its "
+            "config.json"
+        )
+
+
 def _reason(model: str, error: Exception) -> str:
     if Path(model).is_dir():
         return first_line(error)

@@ -64,9 +64,9 @@ def make_plan(config: Config) -> Plan:
     check_functions(config.reward)
     facts = read_model(config, sources.model)
     tokenizer, layers = facts.tokenizer, facts.layers
-    schedule = Schedule(config)
     measured = config.bupo.auto_layer is not None
-    if not measured:
+    schedule = None if measured else Schedule(config)
+    if schedule is not None:
         schedule.check(layers, sources.model, facts.tied)
     with Progress(1, 0).waiting("reading prompts") as share:
         prompts, dropped = load_prompts(
@@ -99,7 +99,7 @@ def make_plan(config: Config) -> Plan:
             config,
             sources.model,
             max(len(p.token_ids) for p in prompts),
-            None if measured else max(schedule.layers(), default=None),
+            max(schedule.layers(), default=None) if schedule is not None else None,
         ),
         train_prompts=prompts,
         eval_prompts=eval_prompts,
@@ -120,7 +120,23 @@ def _hash_of(prompts: Sequence[Any], by_source: bool) -> str:
 
 def _warnings(config: Config, tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
     """Settings that are allowed, but probably not what the user means."""
-    found: list[str] = []
+    found, loss = [], config.loss
+    if loss.type == "cispo" and loss.clip_high < 1:
+        found.append(
+            f"loss.type=cispo with loss.clip_high={loss.clip_high:g} caps the ratio at "
+            f"{1 + loss.clip_high:g}; CISPO's published caps are about 5 (loss.clip_high=4)"
+        )
+    clip = max(loss.clip_low, loss.clip_high)
+    if loss.type == "gspo" and clip > 0.01:
+        found.append(
+            f"loss.type=gspo hardly ever clips at {clip:g}: its ratio is a mean over a response; "
+            "published are loss.clip_low=3e-4 loss.clip_high=4e-4"
+        )
+    if config.advantage == "dr_grpo" and loss.aggregation != "seq_sum_longest":
+        found.append(
+            f"advantage=dr_grpo with loss.aggregation={loss.aggregation} is not Dr.GRPO, which has "
+            "loss.aggregation=seq_sum_longest"
+        )
     bos = tokenizer.bos_token_id
     without = [p for p in prompts if p.token_ids[0] != bos]
     if bos is not None and without and tokenizer("a")["input_ids"][0] == bos:

@@ -104,6 +104,17 @@ def unembedding(model: nn.Module) -> Unembedding:
 
 
 @contextmanager
+def half_precision(model: nn.Module) -> Iterator[None]:
+    """Inside, model(...) and model.generate(...) compute in bfloat16 as a training step does: under
+    autocast, the head's products summed and kept in float32, as by the fused ops."""
+    head = _find_head("half_precision", model)
+    weight = head.weight.detach().to(torch.bfloat16).float()
+    autocast = torch.autocast(head.weight.device.type, torch.bfloat16)
+    with autocast, _recast(head, _WidenedHead, widened=weight):
+        yield
+
+
+@contextmanager
 def internal_policy(
     model: nn.Module, layer: int | None, final_norm: bool = False
 ) -> Iterator[None]:
@@ -213,6 +224,14 @@ class _Head(nn.Linear):  # notes its input, answers with given logits
     def forward(self, hidden: Tensor) -> Tensor:
         self.seen.append(hidden)
         return self.logits.clone()  # a model may scale them in place
+
+
+class _WidenedHead(nn.Linear):  # factors in bfloat16, sums in float32
+    widened: Tensor
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.bfloat16().float(), self.widened, self.bias)
 
 
 @contextmanager

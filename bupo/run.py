@@ -26,7 +26,7 @@ from bupo import config as configuration
 from bupo.config import Config, ConfigError, shipped
 from bupo.ending import allowed, ended
 from bupo.inputs import build_task, make_engine
-from bupo.models import load_model
+from bupo.models import check_deterministic, load_model, silence_noise
 from bupo.plan import PROMPTS_FILE, Plan, make_plan, print_plan, resume_point
 from bupo.run_lock import locked
 
@@ -51,16 +51,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _model_to_train(config: Config, source: str) -> Any:
-    """In training mode, without dropout: rollout and training must be the same policy."""
-    import torch
-
+    """In training mode, without randomness: rollout and training must be the same policy."""
     model = load_model(config, source).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):  # dropout by a function, layerdrop
-                setattr(module, name, 0.0)
+    silence_noise(model)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -134,6 +127,7 @@ def _train(plan: Plan) -> int | None:
     measured = config.bupo.auto_layer is not None
     trained = None if measured else Schedule(config).layers() or plan.layers
     try:
+        check_deterministic(model)
         check_internal_policy(model, trained)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source} cannot be trained: {error}") from None

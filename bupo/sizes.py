@@ -1,8 +1,9 @@
 """How large a model is and about how much memory its training takes, from its configuration alone:
-the model is built on torch's meta device, without weights."""
+the model is built, and run over some tokens, of tensors without data."""
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,10 @@ class Sizes:
         )
 
     def memory_line(self) -> str:
-        parts = ", ".join(f"{name} {_size(x)}" for name, x in self.memory.items())
+        parts = ", ".join(
+            f"{name} {_size(x) if x else 'not known for this family'}"
+            for name, x in self.memory.items()
+        )
         return f"about {_size(sum(self.memory.values()))}: {parts}"
 
     def engine_line(self, config: Config) -> str:
@@ -78,17 +82,25 @@ def measure(
     """source: folder or hub name of the model; longest_prompt in tokens; internal_layer: the
     highest internal policy that is trained, counted from 1, if there is one."""
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with hub.quiet():
         shape = AutoConfig.from_pretrained(source)
+    without_data = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with torch.device("meta"), hub.quiet():
-            model: Any = AutoModelForCausalLM.from_config(shape)
+        with without_data, hub.quiet():
+            model: Any = AutoModelForCausalLM.from_config(shape).train()
     except Exception as error:  # of as many kinds as there are families
         raise ConfigError(
             f"{source} cannot be made from its config.json: {first_line(error)}"
         ) from None
+    saved = _saved(model, without_data, config)
+    if not any(saved):  # grouped products of experts run without data in bfloat16 alone
+        with without_data, hub.quiet():
+            half: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).train()
+        of_token, of_pair = _saved(half, without_data, config)
+        saved = 2 * of_token, 2 * of_pair  # a bound
     text = shape.get_text_config(decoder=True)
     counts = {name: p.numel() for name, p in model.named_parameters()}
     total = sum(counts.values())
@@ -104,7 +116,7 @@ def measure(
         tied=model.get_input_embeddings().weight is head,
         parameters=total,
         internal=internal if layer else 0,
-        memory=_memory(config, text, total, head.shape, longest_prompt, gpu),
+        memory=_memory(config, saved, total, head.shape, longest_prompt, gpu),
         engine=_engine(config, text, total, longest_prompt, gpu),
         checkpoint=(24 if config.advantage == "ppo" else 12) * total,
     )
@@ -116,33 +128,80 @@ def _layer(parameter: str) -> int:
     return int(found[1]) if found else -1
 
 
+def _saved(model: Any, without_data: Any, config: Config) -> tuple[float, float]:
+    """Bytes that a forward keeps for its backward: for each token, and for each pair of tokens of
+    one sequence (the mask of a padded batch, the probabilities of eager attention).
+
+    Counted at three lengths in a run without data. With gradient checkpointing, what is kept and
+    one layer computed again. Zeros for a family that cannot be run so.
+    """
+    import torch
+
+    from bupo.policy import hidden_states, num_layers
+
+    def saved(tokens: int) -> int:
+        seen: dict[int, int] = {}  # storages, for views share them
+        alive = []  # or another one could get the same place
+
+        def note(x: torch.Tensor) -> torch.Tensor:
+            alive.append(x)
+            seen[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+            return x
+
+        half = config.model.compute_dtype == "bfloat16"
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
+        with without_data, hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            ids = torch.zeros(1, tokens, dtype=torch.long)
+            hidden_states(model, ids, torch.ones_like(ids))
+        return sum(seen.values())
+
+    def coefficients() -> tuple[float, float]:
+        first, second, third = (saved(n * 32) for n in (1, 2, 3))  # a + b n + c n^2
+        of_pair = (third - 2 * second + first) / (2 * 32**2)
+        return (second - first) / 32 - 96 * of_pair, of_pair
+
+    errors = logging.getLogger("torch._subclasses.fake_tensor")
+    level = errors.level
+    errors.setLevel(logging.CRITICAL)
+    try:
+        of_token, of_pair = coefficients()
+        if config.model.gradient_checkpointing:
+            layers = num_layers(model)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            token, pair = coefficients()
+            of_token, of_pair = token + of_token / layers, max(pair, of_pair / layers)
+        return of_token, of_pair
+    except Exception:  # of as many kinds as there are families
+        return 0.0, 0.0
+    finally:
+        errors.setLevel(level)
+
+
 def _memory(
-    config: Config, text: Any, total: int, head: tuple[int, int], prompt: int, gpu: bool
+    config: Config,
+    saved: tuple[float, float],
+    total: int,
+    head: tuple[int, int],
+    prompt: int,
+    gpu: bool,
 ) -> dict[str, int]:
     """At its peak, an update of the final policy. Phase 1 has gradients and moments of fewer
     parameters."""
-    element = 2 if config.model.compute_dtype == "bfloat16" else 4
     longest = prompt + config.rollout.max_new_tokens
     responses = config.rollout.prompts * config.rollout.samples
     update = responses // config.optimizer.updates_per_step * longest
     tokens = max(min(config.optimizer.micro_batch_tokens, update), longest)
     vocabulary, width = head
-    layers, inner = text.num_hidden_layers, getattr(text, "intermediate_size", 4 * width)
-    # Of a token in a layer: two norms and two residuals, queries, keys and values before and after
-    # their rotation, the attention's output, and four tensors of the feed-forward network.
-    of_layer = 4 * width + 4 * inner + 2 * (_attention_width(text) + 2 * _cache_width(text)) + width
-    whole = 1 if config.model.gradient_checkpointing else layers
-    kept = layers * width if config.model.gradient_checkpointing else 0
     block = min(max((64 << 20) // (4 * vocabulary), 128), 2048) * 4 * vocabulary
     workspace = (1 << 30) if gpu else block
     memory = {
         "weights": 4 * total,
         "gradients": 4 * total,
         "AdamW": 8 * total,
-        "activations": tokens * element * (whole * of_layer + kept),
+        "activations": int(tokens * (saved[0] + saved[1] * longest)),
         "LM head": 4 * vocabulary * width + workspace,
     }
-    if element == 2:
+    if config.model.compute_dtype == "bfloat16":
         memory["bfloat16 weights"] = 2 * total
     if config.loss.kl_coef:
         memory["reference"] = 4 * total

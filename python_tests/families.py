@@ -70,6 +70,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "hyperclovax": ("HyperCLOVAX", {"logits_scaling": 8.0}),
     "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": WIDTH, "layerdrop": 0.0}),
     "mixtral": ("Mixtral", MOE),
+    "phimoe": ("Phimoe", MOE),
     "qwen3_moe": ("Qwen3Moe", MOE | {"head_dim": 8}),
     "qwen3_next": ("Qwen3Next", MOE | HYBRID | {"head_dim": 8}),
 }

@@ -129,7 +129,9 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     recorder = Recorder(tmp_path, keep_until_step=0)
     recorder.step(row_of(1, **{"policy/loss": math.nan, "time/step": 2.0}))
     recorder.step(row_of(2, **{"policy/loss": 0.75}))
-    recorder.evaluation(2, "after", EvalResult("set", 1, 8, 0.25, 0.1, {}, None, 7.0, 0.0, 0.0))
+    passes = {4: (0.75, 0.1), 16: None}
+    result = EvalResult("set", 1, 8, 0.25, 0.1, passes, (0.5, 0.1), 7.0, 0.0, 0.0)
+    recorder.evaluation(2, "after", result)
     recorder.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
 
@@ -139,6 +141,8 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     assert points("reward/mean") == [(1, 0.5), (2, 0.5)]
     assert points("policy/loss") == [(2, 0.75)]
     assert points("eval/set/avg@8") == [(2, 0.25)]
+    assert points("eval/set/pass@4") == [(2, 0.75)] and points("eval/set/maj@8") == [(2, 0.5)]
+    assert "eval/set/pass@16" not in events.Tags()["scalars"]
 
 
 def test_tensorboard_that_cannot_start(tmp_path, capsys):
@@ -197,10 +201,11 @@ def test_wandb_gets_the_numbers_and_the_same_run_again(tmp_path, monkeypatch):
     wandb = FakeWandB()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for _ in range(2):
-        recorder = Recorder(tmp_path, 0, "project", "name")
+        recorder = Recorder(tmp_path, 0, "project", "name", {"optimizer.lr": 1e-6})
         recorder.step(row_of(1, **{"policy/loss": math.nan, "time/step": 2.0}))
         recorder.close()
     first, second = wandb.started
+    assert first["config"] == {"optimizer.lr": 1e-6}
     assert first == second, "a run that is continued is the same run there"
     assert (first["project"], first["name"], first["resume"]) == ("project", "name", "allow")
     values = {"reward/mean": 0.5, "policy/entropy": 1.25, "time/step": 2.0}

@@ -42,6 +42,26 @@ BAD = {
         "rollout.prompts (6) must be a multiple of optimizer.updates_per_step (4)",
     ),
     "too many prompts": (["rollout.prompts=100000"], "exceeds the number of training prompts"),
+    "no layer": (["bupo.layer=null"], "bupo.layer is not set: name the layer whose policy"),
+    "no layer, internal": (["bupo.layer=null", "algorithm=internal"], "bupo.auto_layer=0.1"),
+    "correction of a nucleus": (
+        ["loss.tis_cap=2", "rollout.top_p=0.9"], "loss.tis_cap needs rollout.top_p=1, got 0.9"
+    ),
+    "sequence gap of a nucleus": (
+        ["loss.max_sequence_gap=1", "rollout.top_p=0.9", "rollout.engine=vllm"],
+        "loss.max_sequence_gap with rollout.engine=vllm needs rollout.top_p=1",
+    ),
+    "bound of the ratio": (["loss.max_log_ratio=0"], "loss.max_log_ratio must be > 0 or null"),
+    "epochs": (["optimizer.epochs=0"], "optimizer.epochs must be positive"),
+    "checkpoints kept": (
+        ["checkpoint.keep=[worst]"], "checkpoint.keep must be one of switch, best, got 'worst'"
+    ),
+    "samples of no set": (
+        ["eval.samples_by_source={other: 2}"], "eval.samples_by_source names other, but eval.files"
+    ),
+    "no samples": (
+        ["eval.samples_by_source={addition: 0}"], "eval.samples_by_source.addition must be positive"
+    ),
     "layer zero": (["bupo.layer=0"], "bupo.layer counts from 1, got 0"),
     "layer over L": (["bupo.layer=3"], "bupo.layer=3 is out of range"),
     "phase 1 too long": (["bupo.steps=6"], "bupo.steps (6) must be less than steps (6)"),

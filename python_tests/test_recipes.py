@@ -3,13 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
+import torch
 from rl_samples import data_file, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 from bupo import config, sizes
 from bupo.config import shipped
+from bupo.policy import hidden_states
 from bupo.run import main
 
 QWEN3 = dict(
@@ -194,9 +203,69 @@ def test_memory_follows_the_settings(tmp_path: Path) -> None:
     recomputed = measured(tmp_path, "model.gradient_checkpointing=true")
     assert recomputed.memory["activations"] < plain.memory["activations"] / 2
     half = measured(tmp_path, "model.compute_dtype=bfloat16")
-    assert half.memory["activations"] == plain.memory["activations"] / 2
+    assert 0.6 < half.memory["activations"] / plain.memory["activations"] < 0.75, (
+        "products in bfloat16, norms and residuals in float32"
+    )
     assert half.memory["bfloat16 weights"] == 2 * plain.parameters
     fewer = measured(tmp_path, "optimizer.micro_batch_tokens=4096")
     assert fewer.memory["activations"] == plain.memory["activations"] / 4
     # keys and values of 2 heads of 16, in 4 layers, float32, for 256 sequences
     assert plain.engine == 256 * (100 + 1024) * 2 * 4 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gib"),
+    [("qwen3_4b", 8.9), ("qwen3_8b", 13.2), ("octothinker_3b", 7.9), ("octothinker_8b", 12.0)],
+)
+def test_activations_of_the_papers_models(recipe: str, gib: float, tmp_path: Path) -> None:
+    """Against a count of the tensors that autograd saved of such models, made elsewhere."""
+    MODELS[recipe][0].save_pretrained(tmp_path)
+    loaded = config.load(shipped(f"{recipe}.yaml"), [])
+    found = sizes.measure(loaded, str(tmp_path), 1024).memory["activations"] / 2**30
+    assert found == pytest.approx(gib, rel=0.1)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_what_autograd_saves(tmp_path: Path, half: bool, recompute: bool) -> None:
+    """Counted in a real forward of real tensors; with checkpointing, that and a layer more."""
+    settings = [f"model.compute_dtype={'bfloat16' if half else 'float32'}"]
+    expected = saved_by_autograd(tmp_path, half, False)
+    if recompute:
+        expected = saved_by_autograd(tmp_path, half, True) + expected / 4
+        settings.append("model.gradient_checkpointing=true")
+    found = measured(tmp_path, *settings).memory["activations"]
+    assert found == pytest.approx(expected * 16384 / (4 * 1124), rel=0.02)
+
+
+def saved_by_autograd(tmp_path: Path, half: bool, recompute: bool) -> int:
+    """Bytes in a forward of the model of `measured`, on a padded batch of its longest texts."""
+    measured(tmp_path)
+    model = AutoModelForCausalLM.from_config(Qwen3Config.from_pretrained(tmp_path / "model"))
+    if recompute:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, torch.Tensor] = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            seen[x.untyped_storage().data_ptr()] = x
+        return x
+
+    ids, mask = torch.zeros(4, 1124, dtype=torch.long), torch.ones(4, 1124, dtype=torch.long)
+    mask[0, -1] = 0
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        hidden_states(model, ids, mask)
+    return sum(x.untyped_storage().nbytes() for x in seen.values())
+
+
+def test_a_family_that_cannot_be_run_without_data_says_so(tmp_path: Path) -> None:
+    families.build("opt").config.save_pretrained(tmp_path / "opt")
+    families.build("mixtral").config.save_pretrained(tmp_path / "mixtral")
+    opt, mixtral = (
+        sizes.measure(config.load(None, []), str(tmp_path / name), 10)
+        for name in ("opt", "mixtral")
+    )
+    assert "activations not known for this family" in opt.memory_line()
+    assert mixtral.memory["activations"] > 1 << 20

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rl_samples import small_model, tiny_qwen3
 
-from bupo.config import Config, RolloutConfig
+from bupo.config import Config, ModelConfig, RolloutConfig
 from bupo.rl.rollouts import HFEngine, seed_of
 from bupo.rl.types import Policy, Prompt
 from bupo.rl.update import Trainer
@@ -295,12 +295,17 @@ def test_settings_shipped_with_a_model_do_not_bend_the_policy(model, tokenizer, 
     assert tokens(rollouts) == tokens(expected)
 
 
-def gap_to_trainer(model, tokenizer, temperature):
-    config = Config(rollout=RolloutConfig(temperature=temperature))
-    rollouts = generate(model, tokenizer, temperature=temperature)
+def gap_to_trainer(model, tokenizer, temperature, dtypes=("float32", "float32")):
+    """dtypes: of the engine and of the trainer."""
+    config = Config(
+        rollout=RolloutConfig(temperature=temperature, max_new_tokens=32),
+        model=ModelConfig(compute_dtype=dtypes[1]),
+    )
+    engine = HFEngine(model, tokenizer, config.rollout, dtypes[0])
+    rollouts = engine.generate(prompts_of(tokenizer, *TEXTS), 8, "0", never)
     stats = Trainer(model, config, tokenizer.pad_token_id).token_stats(rollouts, Policy(None))
     engine = torch.tensor([x for r in rollouts for x in r.logprobs])
-    return float((engine - torch.cat(stats.logprobs)).abs().max())
+    return (engine - torch.cat(stats.logprobs)).abs()
 
 
 class _Tokenizer:
@@ -324,13 +329,21 @@ class _Tokenizer:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_engine_and_trainer_agree(temperature):
     model = small_model()
-    assert gap_to_trainer(model, _Tokenizer(model.config.vocab_size), temperature) < 1e-5
+    assert gap_to_trainer(model, _Tokenizer(model.config.vocab_size), temperature).max() < 1e-5
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_engine_and_trainer_agree_on_a_padded_head(model, tokenizer, temperature):
     # Its padded rows are not sampled, but they are in the policy's normaliser on both sides.
-    assert gap_to_trainer(model, tokenizer, temperature) < 1e-5
+    assert gap_to_trainer(model, tokenizer, temperature).max() < 1e-5
+
+
+def test_in_bfloat16_the_engine_samples_from_what_is_trained(model, tokenizer):
+    """As a trainer computes it, not from float32's policy, nor with the head's sums in 16 bits."""
+    mixed = gap_to_trainer(model, tokenizer, 1.0, ("float32", "bfloat16")).mean()
+    both = gap_to_trainer(model, tokenizer, 1.0, ("bfloat16", "bfloat16")).mean()
+    assert both < mixed / 2, (both, mixed)
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
 
 
 def test_seeds():

@@ -13,8 +13,10 @@ import run_samples
 import torch
 from run_samples import rows
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from bupo.config import RewardConfig, load
+from bupo.models import check_deterministic
 from bupo.rl.loop import Run
 from bupo.rl.monitor import Monitor
 from bupo.rl.optimizer import AdamW
@@ -119,6 +121,52 @@ def test_nothing_is_dropped_out_in_training(family: str, tmp_path: Path) -> None
         training = found(ids, use_cache=False).logits
         assert found.training
         torch.testing.assert_close(training, found.eval()(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("jitter", ["router_jitter_noise", "input_jitter_noise"])
+def test_routers_do_not_jitter_in_training(jitter: str, tmp_path: Path) -> None:
+    """PhiMoE's do while a model trains, so its old and new log-probs would differ by noise."""
+    torch.manual_seed(0)
+    families.build("phimoe", **{jitter: 0.1}).save_pretrained(tmp_path)
+    noisy = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+    with pytest.raises(ValueError, match=r"two passes over the same tokens .* differ by"):
+        check_deterministic(noisy)
+    found = _model_to_train(load(None, [f"model.path={tmp_path}"]), str(tmp_path))
+    assert found.training
+    check_deterministic(found)
+
+
+def test_a_random_model_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is that draws random numbers in it."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+    plain = Qwen3MLP.forward
+    monkeypatch.setattr(
+        Qwen3MLP, "forward", lambda self, x: plain(self, x + 0.1 * torch.rand_like(x))
+    )
+    assert run_samples.run(tmp_path / "run", *SHORT) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot be trained: two passes over the same tokens in training mode differ" in last
+
+
+@pytest.mark.parametrize("algorithm", ["bupo", "grpo"])
+def test_a_phase_that_starts_out_of_control_is_said(
+    algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a real Llama's raw pi^12 does at a usual rate; only of internal policies, only once."""
+    wild = (f"algorithm={algorithm}", "optimizer.lr=0.1", "max_bad_steps=9", "bupo.steps=2")
+    assert run_samples.run(tmp_path / "run", *SHORT[2:], "steps=3", *wild) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "out of control" in line]
+    if algorithm == "grpo":
+        assert not said
+        return
+    assert len(said) == 1 and said[0].startswith("step 1: the phase of layer 1 starts out of con")
+    row = rows(tmp_path / "run/metrics.jsonl")[0]
+    assert f"the largest is {row['policy/ratio_max']:.3g}, the gradient norm is" in said[0]
+    assert run_samples.run(tmp_path / "tame", *SHORT, "optimizer.lr=1e-5") == 0
+    assert "out of control" not in capsys.readouterr().err
 
 
 def test_log_probs_that_are_no_numbers_raise_the_alarm() -> None:

@@ -15,8 +15,10 @@ _LAYERS = re.compile(r"(\d+)(?:(-)(\d+)?)?")
 
 @dataclass
 class BupoConfig:
-    layer: int = 6
-    """The internal policy pi^l, counted from 1 (algorithm=bupo: that of phase 1; internal)."""
+    layer: int | None = None
+    """The internal policy pi^l, counted from 1 (algorithm=bupo: that of phase 1; internal). It has
+    no default, for the right layer depends on the model: the paper takes 6 for Qwen3-4B and -8B,
+    the last but one for Llamas; bupo.auto_layer measures it."""
     steps: int = 30
     """Steps of phase 1, s_inter of the paper; then the final policy is trained."""
     final_norm: bool = False
@@ -32,7 +34,9 @@ class BupoConfig:
     KL(pi^l || pi) has made no new low for 5 steps; null: never (algorithm=bupo)."""
 
     def __post_init__(self) -> None:
-        require(self.layer >= 1, f"bupo.layer counts from 1, got {self.layer}")
+        require(
+            self.layer is None or self.layer >= 1, f"bupo.layer counts from 1, got {self.layer}"
+        )
         require(self.steps >= 0, f"bupo.steps must be at least 0, got {self.steps}")
         require(self.auto_stop is None or self.auto_stop > 0, "bupo.auto_stop must be > 0 or null")
         require(

@@ -135,6 +135,17 @@ class Config:
             f"reward.overlong_buffer ({self.reward.overlong_buffer}) exceeds "
             f"rollout.max_new_tokens ({self.rollout.max_new_tokens})",
         )
+        sampled = self.rollout.top_p == 1
+        require(
+            sampled or self.loss.tis_cap is None,
+            f"loss.tis_cap needs rollout.top_p=1, got {self.rollout.top_p}: the log-probs of a "
+            "nucleus are of another distribution, so the weights would be biased",
+        )
+        require(
+            sampled or self.loss.max_sequence_gap is None or self.rollout.engine == "hf",
+            f"loss.max_sequence_gap with rollout.engine=vllm needs rollout.top_p=1, got "
+            f"{self.rollout.top_p}: vLLM's log-probs are those of the nucleus",
+        )
         require(
             self.loss.kl_estimator != "k1_reward" or self.advantage in TOKENWISE,
             f"loss.kl_estimator=k1_reward needs advantage={' or '.join(TOKENWISE)}",

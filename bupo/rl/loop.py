@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bupo import config as configuration
 from bupo.config import Config, RunError
 from bupo.rl import checkpoint
 from bupo.rl.advantages import estimate, penalise_length
@@ -33,6 +34,7 @@ from bupo.rl.sampling import PromptStream, Sample, collect
 from bupo.rl.schedule import Schedule
 from bupo.rl.step_metrics import (
     bad_steps_at_end,
+    gpu_memory,
     rollout_metrics,
     rollout_row,
     time_line,
@@ -47,6 +49,9 @@ FINAL_ROLLOUTS: for metrics, and to see that the engine has its weights"""
 
 SYNC_ROLLOUTS, SYNC_TOKENS = 4, 32
 """After each update engine and trainer are compared on this many responses, this far"""
+
+WILD_CLIP_FRACTION, WILD_RATIO = 0.1, 10.0
+"""A first step of a phase beyond either of these is said to be out of control"""
 
 
 @dataclass
@@ -80,7 +85,8 @@ class Run:
         order = PromptOrder(self.train_prompts, size, config.seed, config.data.weights)
         self.stream = PromptStream(order.take, size, self.drawn)
         self.sync = WeightSync(self.engine, self.model, config.rollout.max_logprob_gap)
-        self.recorder = Recorder(self.out, self.start, config.wandb, self.out.name)
+        settings = configuration.values(config)
+        self.recorder = Recorder(self.out, self.start, config.wandb, self.out.name, settings)
         self.monitor = Monitor(config, self.out, self.start)
         for part in (self.trainer, self.reference, self.critic):
             if part is not None:
@@ -182,6 +188,8 @@ class Run:
                 update |= self.critic.update(rollouts, step)
         skipped = [*self.trainer.skipped, *(self.critic.skipped if self.critic else [])]
         self._count_bad_steps(step, skipped)
+        if policy.layer is not None and self.schedule.begins_with(step):
+            self._warn_of_a_wild_start(step, policy.layer, update, old.mean_entropy())
         with self.monitor.stage("sync", step, watch):
             synced = self.sync(self.trainer.changed, _short(rollouts), self._final_logprobs)
         looked: dict[str, float] = {}
@@ -213,6 +221,7 @@ class Run:
             "time/step": watch.total(),
             "tokens_per_second": sample.tokens / watch.total(),
             "memory/peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            **gpu_memory(self.trainer.forward.device),
         }
         self.stream.drawn += sample.drawn
         self.recorder.rollouts(step, [rollout_row(r) for r in rollouts])
@@ -258,6 +267,20 @@ class Run:
             self.failure = (
                 f"{self.bad_steps} steps in a row with nan or infinity (max_bad_steps), the last: "
                 f"step {step}, {skipped[0]}; its state is saved in {self.out}"
+            )
+
+    def _warn_of_a_wild_start(
+        self, step: int, layer: int, update: Mapping[str, float], entropy: float
+    ) -> None:
+        """A raw pi^l can be so sharp that one step at a usual rate throws it far off its old self:
+        nothing normalises H^l."""
+        clipped, ratio = update["policy/clip_fraction"], update["policy/ratio_max"]
+        if clipped > WILD_CLIP_FRACTION or ratio > WILD_RATIO:
+            self.monitor.progress.say(
+                f"step {step}: the phase of layer {layer} starts out of control: {clipped:.0%} of "
+                f"the ratios are clipped, the largest is {ratio:.3g}, the gradient norm is "
+                f"{update['policy/grad_norm']:.3g}, and pi^{layer} has an entropy of {entropy:.2f} "
+                "nats; lower optimizer.lr, or try another bupo.layer or bupo.final_norm=true"
             )
 
     def _generate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,20 @@ class Recorder:
     """Appends rows to the run directory's files, each line flushed, and mirrors them."""
 
     def __init__(
-        self, run: Path, keep_until_step: int, wandb: str | None = None, name: str = ""
+        self,
+        run: Path,
+        keep_until_step: int,
+        wandb: str | None = None,
+        name: str = "",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """keep_until_step: rows of later steps are removed (they will be made again)."""
+        """keep_until_step: rows of later steps are removed (they will be made again). settings of
+        the run, by dotted key, for W&B."""
         self._run = run
         for file in ("metrics.jsonl", "eval.jsonl", "diagnostics.jsonl"):
             rows = [r for r in read_rows(run / file) if r["step"] <= keep_until_step]
             replace_text(run / file, json_lines(rows))
-        self._mirrors = Mirrors(run, keep_until_step, wandb, name)
+        self._mirrors = Mirrors(run, keep_until_step, wandb, name, dict(settings or {}))
 
     def step(self, row: dict[str, Any]) -> None:
         self._append("metrics.jsonl", row)
@@ -75,7 +81,7 @@ class Recorder:
     def evaluation(self, step: int, when: str, result: EvalResult) -> None:
         row = {"step": step, "when": when, **result.row()}
         self._append("eval.jsonl", row)
-        self._mirrors.scalars(step, {f"eval/{result.dataset}/avg@{result.samples}": result.avg})
+        self._mirrors.scalars(step, result.scalars())
 
     def diagnostics(self, row: dict[str, Any]) -> None:
         self._append("diagnostics.jsonl", row)

@@ -35,13 +35,18 @@ class _TensorBoard:
 class _WandB:
     """The same run of W&B when a run is continued: its id is in the run directory."""
 
-    def __init__(self, run: Path, project: str, name: str) -> None:
+    def __init__(self, run: Path, project: str, name: str, settings: dict[str, Any]) -> None:
         wandb: Any = importlib.import_module("wandb")
         file = run / "wandb_id"
         if not file.exists():
             file.write_text(secrets.token_hex(8), encoding="utf-8")
         self._run = wandb.init(
-            project=project, name=name, dir=str(run), id=file.read_text("utf-8"), resume="allow"
+            project=project,
+            name=name,
+            dir=str(run),
+            id=file.read_text("utf-8"),
+            resume="allow",
+            config=settings,
         )
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -54,11 +59,18 @@ class _WandB:
 class Mirrors:
     """All that are asked for and work."""
 
-    def __init__(self, run: Path, keep_until_step: int, wandb: str | None, name: str) -> None:
+    def __init__(
+        self,
+        run: Path,
+        keep_until_step: int,
+        wandb: str | None,
+        name: str,
+        settings: dict[str, Any],
+    ) -> None:
         self._open: dict[str, _Mirror] = {}
         self._start("TensorBoard", lambda: _TensorBoard(run, keep_until_step))
         if wandb is not None:
-            self._start("W&B", lambda: _WandB(run, wandb, name))
+            self._start("W&B", lambda: _WandB(run, wandb, name, settings))
 
     def _start(self, name: str, make: Callable[[], _Mirror]) -> None:
         try:

@@ -16,6 +16,13 @@ def _phases(config: Config) -> list[tuple[str, PhaseConfig]]:
     layer, steps = config.bupo.layer, config.bupo.steps
     if config.algorithm == "custom":
         return [(f"phases[{n}]", phase) for n, phase in enumerate(config.phases)]
+    internal = config.algorithm == "internal" or (config.algorithm == "bupo" and steps)
+    if internal and layer is None:
+        raise ConfigError(
+            "bupo.layer is not set: name the layer whose policy phase 1 trains (counted from 1; "
+            "the paper: 6 for Qwen3, the last but one for Llamas), or measure it with "
+            "bupo.auto_layer=0.1"
+        )
     if config.algorithm == "internal":
         return [("bupo", PhaseConfig(layer=layer))]
     final = ("", PhaseConfig())
@@ -55,6 +62,10 @@ class Schedule:
     def policy(self, step: int) -> Policy:
         """Of step 1, 2, ..."""
         return next(p for p, last in zip(self._policies, self._last) if step <= last)
+
+    def begins_with(self, step: int) -> bool:
+        """Whether a step is the first one of its phase."""
+        return step == 1 or step - 1 in self.switches()
 
     def switches(self) -> list[int]:
         """The last step of each phase but the last one."""

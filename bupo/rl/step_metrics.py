@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
+import torch
+
 from bupo.rl.types import RewardReport, Rollout
 
 
@@ -37,6 +39,17 @@ def rollout_row(rollout: Rollout) -> dict[str, Any]:
         "finish_reason": rollout.finish_reason,
         "tokens": len(rollout.token_ids),
     }
+
+
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """Peaks since the last call, of what the trainer's torch has allocated, and of what the whole
+    process has reserved or other libraries (a vLLM that sleeps beside it) hold at the moment."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"memory/gpu_peak_mib": peak / 2**20, "memory/gpu_used_mib": (total - free) / 2**20}
 
 
 def time_line(rows: Sequence[dict[str, Any]]) -> str:

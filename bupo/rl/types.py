@@ -157,6 +157,14 @@ class EvalResult:
         average = f"Avg@{self.samples} {self.avg:.3f} ± {self.avg_se:.3f}"
         return f"{self.dataset} {average}{passes}{votes}{lost}"
 
+    def scalars(self) -> dict[str, float]:
+        """The figures that curves are drawn of, by name."""
+        n = self.samples
+        found = {f"avg@{n}": self.avg, "length": self.length, "truncated": self.truncated}
+        found |= {f"pass@{k}": p[0] for k, p in self.pass_k.items() if p is not None}
+        found |= {f"maj@{n}": self.maj[0]} if self.maj else {}
+        return {f"eval/{self.dataset}/{name}": value for name, value in found.items()}
+
     def row(self) -> dict[str, Any]:
         """As eval.jsonl holds it."""
         row: dict[str, Any] = {

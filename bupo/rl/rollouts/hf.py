@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from bupo.config import RolloutConfig, RunError
+from bupo.policy import half_precision
 from bupo.rl.rollouts.decoding import Sampler, decode, rows_can_move
 from bupo.rl.rollouts.engine import Decoder, seed_of
 from bupo.rl.types import Prompt, Rollout
@@ -27,7 +29,12 @@ class HFEngine:
     that it depends on its neighbours by rounding only.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, config: RolloutConfig) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, config: RolloutConfig, compute_dtype: str = "float32"
+    ) -> None:
+        """compute_dtype: model.compute_dtype, so that the policy that samples is the one that is
+        trained."""
+        self._half = compute_dtype == "bfloat16"
         self._model, self._config = model, config
         self._decoder = Decoder(tokenizer, model.generation_config.eos_token_id)
         pad, eos = tokenizer.pad_token_id, self._decoder.eos
@@ -90,12 +97,13 @@ class HFEngine:
         settings = GenerationConfig(
             max_new_tokens=self._config.max_new_tokens, pad_token_id=self._pad
         )
-        out = self._model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=settings,
-            custom_generate=loop,
-        )
+        with half_precision(self._model) if self._half else nullcontext():
+            out = self._model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=settings,
+                custom_generate=loop,
+            )
         if not out[1].isfinite().all():
             raise RunError("the model's log-probs are not finite, so it cannot be sampled from")
         tokens, logprobs = (x.tolist() for x in out)
