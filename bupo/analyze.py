@@ -90,8 +90,8 @@ def _analyse(plan: Plan) -> list[Any]:
         replace_text(plan.out / "config.yaml", configuration.dump(config))
     texts = plan.texts
     if plan.how == "generate":
-        with progress.working(f"starting {config.rollout.engine}"):
-            engine = make_engine(plan.run, first.source, model, first.tokenizer, texts)
+        with progress.waiting(f"starting {config.rollout.engine}"):
+            engine = make_engine(plan.run, first.source, model, first.tokenizer, texts, plan.out)
         try:
             with progress.waiting(f"responses to {len(texts)} prompts") as share:
                 texts = generate(texts, config, engine, share)
@@ -115,7 +115,7 @@ def _analyse(plan: Plan) -> list[Any]:
         model = model if model is not None else _loaded(plan, subject)
         with progress.waiting(f"measuring {subject.name}") as share:
             found.append(_measured(config, subject, model, [m.text for m in texts], share))
-        with progress.working("writing tables and report"):
+        with progress.waiting("writing tables and report"):
             write_results(plan.out, config, found, plan.how, subject.own_tokens, _facts(plan))
     return found
 
@@ -172,7 +172,7 @@ def _loaded(plan: Plan, subject: Subject) -> Any:
     from bupo.policy import num_layers, unembedding
     from bupo.rl.progress import Progress
 
-    with Progress(1, 0).working(f"loading {subject.source}"):
+    with Progress(1, 0).waiting(f"loading {subject.source}"):
         model = load_model(plan.run, subject.source).eval()
         # Nothing is trained, so there is no float32 to keep.
         model = model.to(getattr(torch, plan.config.model.compute_dtype))

@@ -64,16 +64,20 @@ def _measure(
         alive()
         return False
 
+    def going_on(share: float) -> None:
+        alive()
+        show(share)
+
     progress = Progress(1, 0)
-    with progress.working("auto_layer: rollouts of the model as it is"):
+    with progress.waiting("auto_layer: rollouts of the model as it is"):
         rollouts = engine.generate(prompts[:PROMPTS], 1, f"{config.seed}/auto_layer", stop)
     texts = [
         Text([*r.prompt.token_ids, *r.token_ids], len(r.prompt.token_ids))
         for r in rollouts
         if r.token_ids and r.prompt.token_ids
     ]
-    with progress.working(f"auto_layer: entropies of {len(texts)} responses"):
-        flow = entropy_flow(model, texts, config.rollout.temperature, share=lambda share: alive())
+    with progress.waiting(f"auto_layer: entropies of {len(texts)} responses") as show:
+        flow = entropy_flow(model, texts, config.rollout.temperature, share=going_on)
     tolerance = config.bupo.auto_layer
     assert tolerance is not None
     found = boundary_layer(flow.by_text(flow.change("ffn")), tolerance, config.seed)

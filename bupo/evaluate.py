@@ -137,8 +137,8 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
             replace_text(earlier, configuration.dump(config))
         reward = make_reward(config.reward)
         parts.callback(reward.close)
-        with progress.working(f"loading {sources.model} into {config.rollout.engine}"):
-            engine = make_engine(config, sources.model, None, tokenizer, prompts)
+        with progress.waiting(f"loading {sources.model} into {config.rollout.engine}"):
+            engine = make_engine(config, sources.model, None, tokenizer, prompts, out)
         parts.callback(engine.close)
         for name, problems in sets.items():
             file = out / "responses" / evaluation.file_name(name)

@@ -32,13 +32,19 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, the libraries log errors only: no retry lines, no reports of many lines."""
+    """Inside, the libraries log errors only, and draw no bars: ours is the only live line."""
+    from transformers.utils import logging as transformers_logging
+
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers", "datasets")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)

@@ -76,10 +76,10 @@ def check_engine(config: Config) -> None:
 
 
 def make_engine(
-    config: Config, source: str, model: Any, tokenizer: Any, prompts: Sequence[Any]
+    config: Config, source: str, model: Any, tokenizer: Any, prompts: Sequence[Any], out: Path
 ) -> Any:
     """The rollout engine of the configuration, for these prompts. `model` is the trainer's, or None
-    where there is no trainer."""
+    where there is no trainer; out: the directory for the engine's own output, engine.log."""
     from bupo.rl.rollouts import HFEngine, VllmEngine
 
     if config.rollout.engine == "hf":
@@ -87,7 +87,8 @@ def make_engine(
         return HFEngine(model, tokenizer, config.rollout, config.model.compute_dtype)
     longest = max(len(p.token_ids) for p in prompts)
     dtype = config.model.compute_dtype
-    return VllmEngine(source, tokenizer, config.rollout, longest, dtype, config.seed)
+    log = out / "engine.log"
+    return VllmEngine(source, tokenizer, config.rollout, longest, dtype, config.seed, log)
 
 
 def build_task(config: Config, sources: Sources) -> None:

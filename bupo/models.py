@@ -67,7 +67,7 @@ def read_model(config: Config, model: str) -> ModelFacts:
     from bupo.rl.progress import Progress
 
     try:
-        with hub.quiet(), Progress(1, 0).working(f"reading what {model} is"):
+        with hub.quiet(), Progress(1, 0).waiting(f"reading what {model} is"):
             model_config = AutoConfig.from_pretrained(model)
             tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -106,11 +106,9 @@ def load_model(config: Config, source: str) -> Any:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     from bupo.rl.finite import first_bad
 
-    logging.disable_progress_bar()  # ours is the only live line
     try:
         with hub.quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -122,7 +122,7 @@ def _train(plan: Plan) -> int | None:
     config, tokenizer = plan.config, plan.tokenizer
     build_task(config, plan.sources)
     source = str(plan.resume_from or plan.sources.model)
-    with checkpoint.reading(plan.resume_from), Progress(1, 0).working(f"loading {source}"):
+    with checkpoint.reading(plan.resume_from), Progress(1, 0).waiting(f"loading {source}"):
         model = _model_to_train(config, source)
     measured = config.bupo.auto_layer is not None
     trained = None if measured else Schedule(config).layers() or plan.layers
@@ -149,8 +149,8 @@ def _train(plan: Plan) -> int | None:
         reference = _reference(plan, pad) if config.loss.kl_coef else None
         critic = _critic(plan, pad) if config.advantage == "ppo" else None
         start = f"starting {config.rollout.engine} for rollouts"
-        with watchdog.stage(start), Progress(1, 0).working(start):
-            engine = make_engine(config, source, model, tokenizer, prompts)
+        with watchdog.stage(start), Progress(1, 0).waiting(start):
+            engine = make_engine(config, source, model, tokenizer, prompts, plan.out)
         parts.callback(engine.close)
         if measured:
             with watchdog.stage("auto_layer"):

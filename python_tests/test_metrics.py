@@ -312,29 +312,25 @@ def test_what_is_said_stays(clock):
     assert len(shown) == 3 and shown[2].startswith("step 2/3 |")
 
 
-@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
-def test_waiting_says_how_long(clock, kind):
-    stream = kind()
-    shown_by = Progress(steps=3, first=0, stream=stream)
-    with shown_by.waiting("evaluation") as done:
-        done(0.0)
-        clock.now += 30
-        done(0.25)
-        clock.now += 0.1
-        done(0.26)  # too soon to show
-        clock.now += 30
-        done(0.75)
-    shown = screen(stream.getvalue())
-    if kind is Terminal:
-        assert stream.getvalue().count("ETA") == 2
-        assert [line.strip() for line in shown] == [""], "the line makes room for what follows"
-    else:
-        assert shown == ["evaluation: 25% | ETA 1:30", "evaluation: 75% | ETA 0:20", ""]
+def test_a_wait_says_how_long(clock):
+    """Or how long it has been, while no share is known; the ETA runs between two shares."""
+    wait = progress.Wait("evaluation")
+    clock.now += 65
+    assert wait.line() == "evaluation | 1:05"
+    wait.done(0.5)
+    assert wait.line() == "evaluation: 50% | ETA 1:05"
+    clock.now += 20
+    assert wait.line() == "evaluation: 50% | ETA 0:45"
+    clock.now += 60
+    assert wait.line() == "evaluation: 50% | ETA 0:00"
+    wait.done(0.75)
+    assert wait.line() == "evaluation: 75% | ETA 0:48"
 
 
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
-def test_working_says_how_long_it_has_taken(monkeypatch, kind):
-    """What takes longer than five seconds is told, what does not leaves no trace."""
+def test_what_takes_long_is_told(monkeypatch, kind):
+    """After five seconds, then every second on a terminal and ever more rarely in a log; what is
+    over sooner leaves no trace, also not on the line of the step."""
 
     class Event:
         """Five, ten and twenty seconds pass in none."""
@@ -353,7 +349,7 @@ def test_working_says_how_long_it_has_taken(monkeypatch, kind):
     fake = types.SimpleNamespace(Event=Event, Thread=threading.Thread)
     monkeypatch.setattr(progress, "threading", fake)
     stream = kind()
-    with Progress(steps=3, first=0, stream=stream).working("loading MODEL"):
+    with Progress(steps=3, first=0, stream=stream).waiting("loading MODEL"):
         while stream.getvalue().count("loading MODEL | 0:00") < 3:
             pass
     if kind is Terminal:
@@ -363,45 +359,12 @@ def test_working_says_how_long_it_has_taken(monkeypatch, kind):
         assert events[0].pauses == [5, 10, 20, 40]
         assert stream.getvalue() == "loading MODEL | 0:00\n" * 3
     quick, stream = True, kind()
-    with Progress(steps=3, first=0, stream=stream).working("loading MODEL"):
-        pass
-    assert stream.getvalue() == ""
-
-
-@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
-def test_stages_leave_the_line_of_the_step_alone(clock, kind):
-    """A quick stage neither wipes it from the terminal nor puts off the next one in a log."""
-    stream = kind()
-    shown_by = Progress(steps=9, first=0, stream=stream)
-    for step in range(1, 9):
-        for _ in range(3):
-            with shown_by.waiting("rollout") as done:
-                clock.now += 1.0
-                done(0.5)
-                done(1.0)
-        shown_by.step(progress_row(step))
-        with shown_by.waiting("rollout"):
-            clock.now += 1.0
-    shown = [line.split(" |")[0] for line in screen(stream.getvalue()) if line]
-    assert shown == (["step 8/9"] if kind is Terminal else [f"step {n}/9" for n in (1, 3, 5, 7)])
-
-
-def test_lines_of_a_long_stage_in_a_log_become_rare(clock):
-    stream = io.StringIO()
-    with Progress(steps=3, first=0, stream=stream).waiting("rollout") as done:
-        for n in range(1, 200):
-            clock.now += 1
-            done(n / 200)
-    shares = [int(line.split(":")[1].split("%")[0]) for line in stream.getvalue().splitlines()]
-    assert shares == [2, 8, 18, 38, 78]  # after 5, 15, 35, 75 and 155 seconds
-
-
-def test_what_is_over_in_five_seconds_has_no_line(clock):
-    stream = Terminal()
-    with Progress(steps=3, first=0, stream=stream).waiting("update") as done:
-        clock.now += 4.9
-        done(0.9)
-    assert stream.getvalue() == ""
+    shown_by = Progress(steps=3, first=0, stream=stream)
+    shown_by.step(progress_row(1))
+    with shown_by.waiting("rollout") as done:
+        done(0.5)
+    assert screen(stream.getvalue())[0].startswith("step 1/3 |")
+    assert "rollout" not in stream.getvalue()
 
 
 def test_stopwatch_adds_up(clock):

@@ -10,17 +10,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import families
 import pytest
 import run_samples
 import torch
+from rl_samples import data_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bupo.config import Config, ConfigError, RolloutConfig
+from bupo.config import Config, ConfigError, RolloutConfig, RunError
 from bupo.config.sampling import OWN
 from bupo.rl.rollouts import VllmEngine
 from bupo.rl.types import Policy, Prompt
 from bupo.rl.update import Trainer
-from bupo.rl.weight_sync import SyncError, WeightSync, changed_tensors, gap
+from bupo.rl.weight_sync import (
+    GapLimit,
+    SyncError,
+    WeightSync,
+    changed_tensors,
+    gap,
+    probes_of,
+)
 from bupo.tasks import tiny
 
 TEXTS = ("a", "17+25=", "Prove that the square root of two is irrational. " * 7)
@@ -157,41 +166,100 @@ def test_a_stop_request_is_heard_between_batches(engine, prompts):
     assert len(engine.generate(prompts, 16, "seed", lambda: next(answers))) == CONFIG.batch_size
 
 
+def sync_of(engine, model, prompts):
+    trainer = trainer_of(model)
+
+    def log_probs(rollouts):
+        return trainer.token_stats(rollouts, Policy(None), temperature=1.0).logprobs
+
+    limit = GapLimit("float32", None)
+    return WeightSync(engine, model, probes_of(prompts), log_probs, limit), log_probs
+
+
 @pytest.mark.parametrize("keep", [(), ("layers.2", "model.norm")], ids=["all", "layers 1 and 2"])
 def test_new_weights_arrive(engine, model, prompts, parts, keep):
     """All of them, and only those below a layer: tied head included, prefix cache dropped."""
-    trainer = trainer_of(model)
+    sync, log_probs = sync_of(engine, model, prompts)
     rollouts = engine.generate(prompts, 2, "seed", never)  # fills the prefix cache
     stale = engine.score(rollouts)
     moved = perturb(model, keep)
-    sync = WeightSync(engine, model, limit=0.1)
-
-    def log_probs(chosen):
-        return trainer.token_stats(chosen, Policy(None), temperature=1.0).logprobs
-
     assert gap(stale, log_probs(rollouts)) > 0.1, "the change can be seen"
     sent = {name for name, _ in changed_tensors(model, moved)}
     assert "lm_head.weight" in sent and not any(k in n for n in sent for k in keep)
-    assert sync(moved, rollouts, log_probs) < NEAR
+    assert sync(moved) < NEAR
     assert gap(engine.score(rollouts), log_probs(rollouts)) < NEAR
     assert_sampled_from(model, engine.generate(prompts, 2, "seed", never), len(parts[2]))
 
 
-@pytest.mark.parametrize("forgotten", ["layers.1.mlp.down_proj", "embed_tokens", "model.norm"])
+def kinds():
+    """One tensor of every kind that the model has."""
+    parts = [f"self_attn.{x}" for x in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")]
+    parts += [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    parts += ["input_layernorm", "post_attention_layernorm"]
+    return [*(f"model.layers.1.{x}.weight" for x in parts), "model.norm.weight"]
+
+
+@torch.no_grad()
+def one_per_cent(model):
+    """Every tensor moves by 1 % of itself, as after some hundred steps."""
+    g = torch.Generator().manual_seed(2)
+    for p in model.parameters():
+        step = torch.randn(p.shape, generator=g)
+        p += 0.01 * p.norm() / step.norm() * step
+
+
+@pytest.mark.parametrize("forgotten", [*kinds(), "model.embed_tokens.weight"])
 def test_a_tensor_that_was_not_sent_raises_the_alarm(engine, model, prompts, forgotten):
-    trainer = trainer_of(model)
-    rollouts = engine.generate(prompts, 2, "seed", never)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p += (2.0 if forgotten in name else 0.01) * torch.randn_like(p)
-    sent = [name for name in all_names(model) if forgotten not in name]
-    sync = WeightSync(engine, model, limit=0.1)
+    """One of them, while all others arrive; the same with all of them raises nothing."""
+    sync, _ = sync_of(engine, model, prompts)
+    one_per_cent(model)
+    assert forgotten in all_names(model)
+    with pytest.raises(SyncError, match=r"sync/logprob_gap: the engine's log-probs of the probes"):
+        sync([name for name in all_names(model) if name != forgotten])
+    assert sync(all_names(model)) < NEAR
 
-    def log_probs(chosen):
-        return trainer.token_stats(chosen, Policy(None), temperature=1.0).logprobs
 
-    with pytest.raises(SyncError, match=r"sync/logprob_gap: .* stale or wrong weights"):
-        sync(sent, rollouts, log_probs)
+def test_a_prompt_read_in_pieces_is_served(tmp_path):
+    """Competition problems in a byte each: more than one batch of tokens of the engine."""
+    file = data_file("math500", tmp_path)
+    command = [
+        sys.executable, "-m", "bupo.evaluate", "--out", str(tmp_path / "out"),
+        "task=bupo.tasks.tiny", "task_options={layers: 2, width: 128}", "rollout.engine=vllm",
+        f"eval.files=[{file}]", "eval.limit=40", "eval.samples=2", "eval.pass_k=[1]",
+        "rollout.max_new_tokens=16", "data.overlong=drop",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len((tmp_path / "out/eval.jsonl").read_text().splitlines()) == 1
+    noise = [
+        x for x in ("vllm", "Warning", "WARNING", "INFO", "it/s]", "Triton") if x in done.stderr
+    ]
+    assert noise == ["vllm"] and done.stderr.count("vllm") <= 3, "our own progress: " + done.stderr
+    log = (tmp_path / "out/engine.log").read_text()
+    assert "INFO" in log and "vllm" in log.lower()
+
+
+def test_what_fails_in_vllm_is_one_line(parts, prompts, tmp_path, monkeypatch):
+    """Whatever it is; the traceback is in the log."""
+    engine = parts[0]
+    monkeypatch.setattr(engine, "_log", tmp_path / "engine.log")
+
+    def broken(*_, **__):
+        os.write(1, b"printed by a kernel\n")
+        raise IndexError("no such block")
+
+    monkeypatch.setattr(engine._llm, "generate", broken)
+    with pytest.raises(RunError, match=r"vllm failed while generating: no such block; the trace"):
+        engine.generate(prompts, 1, "seed", never)
+    log = (tmp_path / "engine.log").read_text()
+    assert "printed by a kernel" in log and "Traceback" in log and "IndexError" in log
+
+
+def test_a_mixture_of_experts_on_a_cpu_is_refused(parts, tmp_path):
+    """Its experts keep their old weights there, whatever is sent."""
+    families.build("qwen3_moe").config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="cannot take new weights of a mixture of experts"):
+        VllmEngine(str(tmp_path), parts[2], CONFIG, 64, "float32", seed=0)
 
 
 def test_a_model_that_vllm_cannot_serve_is_named(tmp_path):
@@ -260,11 +328,10 @@ def run(out, *overrides):
     settings = [sizes, "rollout.engine=vllm", "optimizer.schedule=constant", "bupo.steps=1"]
     command = [sys.executable, "-m", "bupo.run", *run_samples.arguments(out), *settings]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    environment |= {"VLLM_LOGGING_LEVEL": "INFO"}
     done = subprocess.run([*command, *overrides], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = 2 if "rollout.vllm={tensor_parallel_size: 2}" in overrides else 1
-    assert f"tensor_parallel_size={ranks}," in done.stdout + done.stderr
+    assert f"tensor_parallel_size={ranks}," in (out / "engine.log").read_text()
     return [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
 
 

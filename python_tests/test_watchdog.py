@@ -29,7 +29,7 @@ def test_a_slow_stage_is_named_with_its_stack_and_goes_on(
         pass
     dog.close()
     text = (tmp_path / FILE).read_text()
-    assert "step 3, stage reward has begun or got ahead; 0.5 s later it has got no further" in text
+    assert "step 3, stage reward has begun or got ahead; it has got no further for 0.5 s:" in text
     assert "Thread 0x" in text and "in a_stage_that_sleeps" in text
     assert "rollout" not in text and "update" not in text, "what went well leaves nothing"
     lines = capsys.readouterr().err.strip().splitlines()
@@ -67,6 +67,41 @@ def test_earlier_stalls_are_kept(tmp_path: Path) -> None:
     assert text.index("first has begun") < text.index("second has begun") and "third" not in text
 
 
+def test_nothing_claims_a_stall_before_there_is_one(tmp_path: Path) -> None:
+    """Nor does a file with such a name stand there."""
+    dog = Watchdog(tmp_path, 60)
+    with dog.stage("step 1, stage rollout"):
+        assert not (tmp_path / FILE).exists()
+    dog.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_stacks_of_a_process_that_was_killed_while_it_hung_are_kept(tmp_path: Path) -> None:
+    """No Python could move them to their file any more; the next process does."""
+    code = f"""
+    from pathlib import Path
+    from bupo.rl.watchdog import Watchdog
+
+    with Watchdog(Path({str(tmp_path)!r}), 0.3).stage("step 1, stage reward"):
+        9 ** (9 ** 9)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
+    deadline = time.monotonic() + 60
+    while "most recent call" not in (
+        (tmp_path / f".{FILE}").read_text() if (tmp_path / f".{FILE}").exists() else ""
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / FILE).exists()
+    Watchdog(tmp_path, 60).close()
+    text = (tmp_path / FILE).read_text()
+    assert "stage reward has begun or got ahead; it has got no further for 0.3 s:" in text
+    assert "most recent call first" in text
+    assert [p.name for p in tmp_path.iterdir()] == [FILE]
+
+
 def test_zero_watches_nothing(tmp_path: Path) -> None:
     dog = Watchdog(tmp_path, 0)
     with dog.stage("x"):
@@ -91,7 +126,7 @@ def test_code_that_never_lets_go_of_the_interpreter(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60)
     assert done.returncode == 1
     text = (tmp_path / FILE).read_text()
-    assert "stage reward" in text and "in for_ever" in text and "so the process is ended" in text
+    assert "stage reward" in text and "in for_ever" in text and "the process is ended if it" in text
 
 
 def sleeps_once(responses: list[str], answers: list[str]) -> list[float]:

@@ -24,7 +24,7 @@ from bupo.rl.rewards import MathReward
 from bupo.rl.rollouts import VllmEngine
 from bupo.rl.types import Policy, Rollout
 from bupo.rl.update import Trainer
-from bupo.rl.weight_sync import SyncError, WeightSync, check
+from bupo.rl.weight_sync import GapLimit, SyncError, WeightSync
 from bupo.run import _model_to_train
 
 SHORT = ("steps=2", "bupo.steps=1", "eval.every=0", "diagnostics.every=0")
@@ -169,19 +169,86 @@ def test_a_phase_that_starts_out_of_control_is_said(
     assert "out of control" not in capsys.readouterr().err
 
 
+class Engine:
+    """Holds weights of its own, says the stub: log-probs that a test chooses."""
+
+    def __init__(self, *scores: Any) -> None:
+        self._scores = iter(scores)
+
+    def load(self, tensors: object) -> None: ...
+
+    def score(self, rollouts: object) -> list[Tensor]:
+        return [torch.as_tensor(next(self._scores))]
+
+
+def synced(
+    engine: Engine, *trainer: Any, dtype: str = "float32", limit: float | None = None
+) -> Any:
+    values = iter(trainer)
+    log_probs = lambda probes: [torch.as_tensor(next(values))]  # noqa: E731
+    model = torch.nn.Linear(1, 1)
+    return WeightSync(engine, model, [], log_probs, GapLimit(dtype, limit))
+
+
 def test_log_probs_that_are_no_numbers_raise_the_alarm() -> None:
+    sync = synced(Engine([-1.0], [math.nan]), [-1.0], [-1.0])
     with pytest.raises(SyncError, match="differ from the trainer's by nan nats"):
-        check(math.nan, 0.1, "log-probs")
-
-    class Engine:
-        def load(self, tensors: object) -> None: ...
-
-        def score(self, rollouts: object) -> list[Tensor]:
-            return [torch.tensor([-1.0, math.nan])]
-
-    sync = WeightSync(Engine(), torch.nn.Linear(1, 1), 0.1)
+        sync(set())
     with pytest.raises(SyncError, match="nan nats"):
-        sync(set(), [None], lambda probe: [torch.tensor([-1.0, -1.0])])
+        GapLimit("float32", None).check(math.nan, "log-probs")
+
+
+def test_the_limit_follows_the_gap_before_the_first_update() -> None:
+    for dtype, first, allowed, alarm in [
+        ("float32", 3e-7, 9e-5, 2e-4),
+        ("float32", 1e-4, 9e-4, 2e-3),
+        ("bfloat16", 1e-4, 0.9e-3, 1.1e-3),
+        ("bfloat16", 1e-2, 0.019, 0.021),
+    ]:
+        limit = GapLimit(dtype, None)
+        limit.check(first, "log-probs")
+        limit.check(allowed, "log-probs")
+        with pytest.raises(SyncError, match="more than what rounding explains"):
+            limit.check(alarm, "log-probs")
+        with pytest.raises(SyncError):
+            GapLimit(dtype, None).check(0.2, "log-probs")  # too far already at the start
+    grown = GapLimit("bfloat16", None)
+    grown.check(1e-2, "log-probs", rounding=0.5)
+    grown.check(0.059, "log-probs", rounding=1.5)  # the policy is sharper, its rounding larger
+    with pytest.raises(SyncError):
+        grown.check(0.059, "log-probs", rounding=0.5)
+    sampled = GapLimit("bfloat16", None, sampled=True)
+    sampled.check(1e-2, "log-probs")
+    sampled.check(0.029, "log-probs")
+    fixed = GapLimit("float32", 0.1)
+    fixed.check(0.09, "log-probs")
+    with pytest.raises(SyncError, match=r"more than rollout.max_logprob_gap \(0.1\)"):
+        fixed.check(0.11, "log-probs")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
+def test_an_engine_that_moves_less_than_the_trainer(share: float) -> None:
+    """In bfloat16's rounding, which is larger than the difference that is left out."""
+    g = torch.Generator().manual_seed(0)
+
+    def rounding() -> Tensor:
+        return 0.01 * torch.randn(512, generator=g)
+
+    before, step = -3 * torch.rand(512, generator=g), 0.1 * torch.randn(512, generator=g)
+    after = before + share * step + 0.2 * (1 - share) * step.roll(1)
+    engine = Engine(before + rounding(), after + rounding())
+    sync = synced(engine, before, before + step, dtype="bfloat16", limit=1.0)
+    if share == 1:
+        sync(set())
+    else:
+        with pytest.raises(SyncError, match="some of the weights never arrive"):
+            sync(set())
+
+
+def test_movement_that_hardly_shows_tells_nothing() -> None:
+    before = torch.linspace(-3, 0, 64)
+    noise = torch.linspace(-0.01, 0.01, 64)
+    synced(Engine(before + noise, before - noise), before, before + noise, limit=1.0)(set())
 
 
 @pytest.mark.parametrize("in_process", [True, False])
@@ -197,6 +264,7 @@ def test_weights_for_other_processes_can_be_sent_to_them(in_process: bool) -> No
 
     engine = VllmEngine.__new__(VllmEngine)
     engine._in_process, engine._llm, engine._asleep = in_process, Model(), False
+    engine._log = None
     engine.load((f"layer.{n}", torch.full((2,), float(n))) for n in range(3))
     if not in_process:
         sent = [pickle.loads(pickle.dumps(sent[0]))]

@@ -40,8 +40,9 @@ class RolloutConfig:
     """Nucleus sampling; 1 samples from the policy itself."""
     batch_size: int = 256
     """Responses generated at once."""
-    max_logprob_gap: float = 0.1
-    """Engine and trainer may differ by this much per token (nats, mean); more stops the run."""
+    max_logprob_gap: float | None = None
+    """Engine and trainer may differ by this much per token (nats, mean); more stops the run. null:
+    a few times as much as before the first update, when they hold the same weights."""
     vllm: dict[str, Any] = field(default_factory=dict)
     """Arguments of vLLM's LLM, e.g. {tensor_parallel_size: 2}, over the defaults: on a GPU
     {gpu_memory_utilization: 0.4, enable_sleep_mode: true}, which lends its memory to the update, on
@@ -53,7 +54,10 @@ class RolloutConfig:
             require(getattr(self, key) > 0, f"rollout.{key} must be positive")
         require(self.refills >= 0, "rollout.refills must be at least 0")
         require(self.temperature > 0, f"rollout.temperature must be > 0, got {self.temperature}")
-        require(self.max_logprob_gap > 0, "rollout.max_logprob_gap must be > 0")
+        require(
+            self.max_logprob_gap is None or self.max_logprob_gap > 0,
+            "rollout.max_logprob_gap must be > 0 or null",
+        )
         require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], got {self.top_p}")
         for key in self.vllm:
             require(key not in OWN, f"rollout.vllm.{key}: bupo sets it ({OWN.get(key)})")
@@ -71,7 +75,12 @@ class RolloutConfig:
 
     def vllm_options(self, gpu: bool) -> dict[str, Any]:
         """For a device: those given, over the defaults."""
-        of_device: dict[str, Any] = {"kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
+        of_device: dict[str, Any] = {
+            "kv_cache_memory_bytes": 1 << 30,
+            "enforce_eager": True,
+            # A prompt read in pieces takes back random numbers, which a CPU's generator cannot.
+            "enable_chunked_prefill": False,
+        }
         if gpu:
             of_device = {"gpu_memory_utilization": 0.4, "enable_sleep_mode": True}
         everywhere = {"enable_prefix_caching": True, "disable_log_stats": True}

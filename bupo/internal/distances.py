@@ -9,7 +9,7 @@ forward and L + 1 products with the head over the measured tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,13 +50,14 @@ def distances(
     layers: Sequence[int] | None = None,
     temperature: float = 1.0,
     final_norm: bool = False,
+    share: Callable[[float], object] = lambda share: None,
 ) -> Distances:
     """Entropies, divergences and similarities of layers' policies, means over measured tokens.
 
     anchor: l, 1..L; layers: all of them unless given; temperature: of all policies; final_norm:
-    puts the model's final norm before the unembedding of every layer (not into the cosine). The
-    same model and texts give the same figures to the bit. Errors: ValueError for no text or a layer
-    outside 1..L.
+    puts the model's final norm before the unembedding of every layer (not into the cosine);
+    share: called with the share that is done. The same model and texts give the same figures to
+    the bit. Errors: ValueError for no text or a layer outside 1..L.
     """
     depth = num_layers(model)
     wanted = list(range(1, depth + 1)) if layers is None else list(layers)
@@ -67,7 +68,8 @@ def distances(
         if not 1 <= value <= depth:
             raise ValueError(f"distances: {name}: expected 1..{depth}, came {value}")
     with evaluating(model):
-        return _Measure(model, texts, anchor, wanted, temperature, final_norm).run()
+        measure = _Measure(model, texts, anchor, wanted, temperature, final_norm)
+        return measure.run(share)
 
 
 class _Measure:
@@ -86,8 +88,8 @@ class _Measure:
         exact: Any = {"dtype": torch.float64, "device": self.head.weight.device}
         self.sums, self.final = torch.zeros(4, len(layers), **exact), torch.zeros(2, **exact)
 
-    def run(self) -> Distances:
-        tokens = 0
+    def run(self, share: Callable[[float], object]) -> Distances:
+        tokens, total = 0, sum(text.measured for text in self.texts)
         for batch in batches_of(self.texts, BATCH, self.head.weight.device):
             needed = {*self.layers, *([self.anchor] if self.anchor else [])}
             with _layer_outputs(self.model, needed, batch) as streams:
@@ -95,6 +97,7 @@ class _Measure:
             for first in range(0, len(batch.targets), CHUNK):
                 rows = slice(first, first + CHUNK)
                 self._chunk(batch, final[rows], {m: x[rows] for m, x in streams.items()}, rows)
+                share((tokens + min(rows.stop, len(batch.targets))) / total)
             tokens += len(batch.targets)
         entropy, to_final, from_anchor, similarity = (self.sums / tokens).tolist()
         final_entropy, log_perplexity = (self.final / tokens).tolist()

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bupo import hub
 from bupo.config import BrokenError, ConfigError, RunError, first_line
 from bupo.rl.optimizer import AdamW
 
@@ -59,8 +60,9 @@ def save(
     for leftover in folder.glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    with hub.quiet():
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     (partial / OPTIMIZER).parent.mkdir()
     save_file(optimizer.flat_state(dict(model.named_parameters())), partial / OPTIMIZER)
     if critic is not None:

@@ -44,6 +44,8 @@ class Diagnostics:
         self._rows = read_rows(out / FILE)
         self._anchor = max(schedule.layers(), default=None)
         self._texts: list[Text] = []
+        self.share: Callable[[float], object] = lambda share: None
+        """Called with the share of a measurement that is done"""
         for row in self._rows:
             if row["ends_phase"]:
                 schedule.end_phase(row["step"])
@@ -106,6 +108,7 @@ class Diagnostics:
             self._anchor,
             temperature=config.rollout.temperature,
             final_norm=config.bupo.final_norm,
+            share=self.share,
         )
         row: dict[str, Any] = {"step": step, "anchor": self._anchor, **asdict(found)}
         self._rows.append(row)

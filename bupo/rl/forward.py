@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,15 @@ class Forward:
         self._half = config.model.compute_dtype == "bfloat16"
         self.share: Callable[[float], object] = lambda share: None
         """Called with the share of a pass that is done"""
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Inside, the model computes in float32, whatever model.compute_dtype says."""
+        half, self._half = self._half, False
+        try:
+            yield
+        finally:
+            self._half = half
 
     def token_stats(
         self, rollouts: Sequence[Rollout], policy: Policy, temperature: float | None = None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,11 @@ from bupo.rl.step_metrics import (
 )
 from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
 from bupo.rl.update import Trainer
-from bupo.rl.weight_sync import WeightSync, check, gap
+from bupo.rl.weight_sync import GapLimit, WeightSync, gap, probes_of
 
 FINAL_ROLLOUTS, FINAL_SHARE = 8, 16
 """In phase 1 the final policy is evaluated on 1 / FINAL_SHARE of the rollouts, at least
 FINAL_ROLLOUTS: for metrics, and to see that the engine has its weights"""
-
-SYNC_ROLLOUTS, SYNC_TOKENS = 4, 32
-"""After each update engine and trainer are compared on this many responses, this far"""
 
 WILD_CLIP_FRACTION, WILD_RATIO = 0.1, 10.0
 """A first step of a phase beyond either of these is said to be out of control"""
@@ -84,7 +81,7 @@ class Run:
         size = config.rollout.prompts
         order = PromptOrder(self.train_prompts, size, config.seed, config.data.weights)
         self.stream = PromptStream(order.take, size, self.drawn)
-        self.sync = WeightSync(self.engine, self.model, config.rollout.max_logprob_gap)
+        self.rollout_limit = self._gap_limit(sampled=True)
         settings = configuration.values(config)
         self.recorder = Recorder(self.out, self.start, config.wandb, self.out.name, settings)
         self.monitor = Monitor(config, self.out, self.start)
@@ -97,6 +94,7 @@ class Run:
             self.reward, self.recorder, self.monitor,
         )  # fmt: skip
         self.diagnostics = Diagnostics(config, self.out, self.model, self.schedule, self.recorder)
+        self.diagnostics.share = self.monitor.share
         self.bad_steps = bad_steps_at_end(read_rows(self.out / "metrics.jsonl"))
         self.saved, self.saved_at = self.start, time.monotonic()
         self.failure, self.updating = "", False
@@ -143,7 +141,17 @@ class Run:
         return done
 
     def _look_first(self) -> None:
-        """The probes of the diagnostics and, before the first step, what they say."""
+        """The probes of the weight sync and of the diagnostics and, before the first step, what
+        they say."""
+        with self.monitor.stage("weights of the engine", self.start):
+            self.sync = WeightSync(
+                self.engine,
+                self.model,
+                probes_of(self.train_prompts),
+                self._final_logprobs,
+                self._gap_limit(),
+                self._exact_logprobs if self.config.model.compute_dtype == "bfloat16" else None,
+            )
         with self.monitor.stage("probes", self.start):
             prompts = self.eval_prompts or self.train_prompts
             seed = f"{self.config.seed}/probes"
@@ -166,7 +174,7 @@ class Run:
             probe, final = self._final_policy(rollouts, policy, old)
             mismatch = gap([torch.tensor(r.logprobs) for r in probe], final.logprobs)
             if config.rollout.engine == "hf" or config.rollout.top_p == 1:  # vllm's: of the nucleus
-                check(mismatch, config.rollout.max_logprob_gap, "log-probs of sampled tokens")
+                self.rollout_limit.check(mismatch, "log-probs of sampled tokens")
             reference = self.reference
             kl = reference.compare(rollouts, policy, old.logprobs) if reference else {}
             costs = reference.costs(rollouts, old.logprobs) if reference else None
@@ -191,7 +199,7 @@ class Run:
         if policy.layer is not None and self.schedule.begins_with(step):
             self._warn_of_a_wild_start(step, policy.layer, update, old.mean_entropy())
         with self.monitor.stage("sync", step, watch):
-            synced = self.sync(self.trainer.changed, _short(rollouts), self._final_logprobs)
+            synced = self.sync(self.trainer.changed)
         looked: dict[str, float] = {}
         if self.diagnostics.due(step):
             with self.monitor.stage("diagnostics", step, watch):
@@ -315,8 +323,16 @@ class Run:
         probe = rollouts if corrected else rollouts[:: max(1, len(rollouts) // wanted)]
         return probe, self.trainer.token_stats(probe, Policy(None))
 
+    def _gap_limit(self, sampled: bool = False) -> GapLimit:
+        dtype, fixed = self.config.model.compute_dtype, self.config.rollout.max_logprob_gap
+        return GapLimit(dtype, fixed, sampled)
+
     def _final_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         return self.trainer.token_stats(rollouts, Policy(None), temperature=1.0).logprobs
+
+    def _exact_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        with self.trainer.forward.in_float32():
+            return self._final_logprobs(rollouts)
 
     def _generate_for_evaluation(
         self, problems: Sequence[Prompt], samples: int, seed: str
@@ -350,9 +366,3 @@ class Run:
         if "best" in settings.keep and best is not None:
             steps.add(best)
         checkpoint.prune(self.out, settings.keep_last, steps)
-
-
-def _short(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The beginnings of a few responses, enough to see whether weights have arrived."""
-    few = rollouts[:: max(1, len(rollouts) // SYNC_ROLLOUTS)][:SYNC_ROLLOUTS]
-    return [replace(r, token_ids=r.token_ids[:SYNC_TOKENS]) for r in few]

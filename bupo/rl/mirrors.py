@@ -6,10 +6,11 @@ from __future__ import annotations
 import importlib
 import math
 import secrets
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+from bupo.terminal import TERMINAL
 
 
 class _Mirror(Protocol):
@@ -100,4 +101,4 @@ class Mirrors:
 
     def _off(self, name: str, error: Exception) -> None:
         self._open.pop(name, None)
-        print(f"{name} is off: {error}", file=sys.stderr)
+        print(f"{name} is off: {error}", file=TERMINAL)

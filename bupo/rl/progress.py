@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
+
+from bupo.terminal import TERMINAL
+
+
+class Wait:
+    """How far something is that takes more than a moment."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._begin = self._last = time.monotonic()
+        self._share = 0.0
+        self.told = False
+        """Whether a line has been asked for"""
+
+    def done(self, share: float) -> None:
+        """This share of it is done."""
+        self._share, self._last = share, time.monotonic()
+
+    def line(self) -> str:
+        self.told = True
+        now = time.monotonic()
+        if self._share <= 0:
+            taken = int(now - self._begin)
+            return f"{self._what} | {taken // 60}:{taken % 60:02d}"
+        left = (self._last - self._begin) * (1 - self._share) / self._share
+        left = max(0, int(left - (now - self._last)))  # it goes on between two shares
+        return f"{self._what}: {self._share:.0%} | ETA {left // 60}:{left % 60:02d}"
 
 
 class Progress:
@@ -16,7 +42,7 @@ class Progress:
 
     def __init__(self, steps: int, first: int, stream: TextIO | None = None) -> None:
         self._steps, self._first = steps, first
-        self._stream = stream or sys.stderr
+        self._stream: Any = stream or TERMINAL
         self._start = self._shown = time.monotonic()
         self._live = self._stream.isatty()
         self._width = 0
@@ -53,40 +79,16 @@ class Progress:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[Callable[[float], None]]:
-        """Announces something that takes more than a moment; call the yielded function with the
-        share done. On a terminal its line is kept up to date, otherwise lines come twice as late
-        each time."""
-        begin = shown = time.monotonic()
-        pause, written = (0.2 if self._live else 5.0), False
-
-        def done(share: float) -> None:
-            nonlocal shown, pause, written
-            now = time.monotonic()
-            if now - shown < pause or share <= 0 or now - begin < 5:
-                return  # what is over at once is not worth a line
-            shown, written = now, True
-            pause *= 1 if self._live else 2
-            left = int((now - begin) * (1 - share) / share)
-            line = f"{what}: {share:.0%} | ETA {left // 60}:{left % 60:02d}"
-            self._stream.write(("\r" + line.ljust(self._width)) if self._live else line + "\n")
-            self._width = max(self._width, len(line))
-            self._stream.flush()
-
-        yield done
-        if written:
-            self._clear()
-
-    @contextmanager
-    def working(self, what: str) -> Iterator[None]:
-        """Announces something of which no share is known; after 5 seconds says how long it has
-        taken, on a terminal every second, otherwise twice as late each time."""
-        begin, done = time.monotonic(), threading.Event()
+        """Announces something that takes more than a moment; the yielded function may be called
+        with the share done. After 5 seconds a line says how far it is and when it will be done or,
+        while no share is known, how long it has taken: on a terminal every second, otherwise
+        twice as late each time."""
+        wait, over = Wait(what), threading.Event()
 
         def tell() -> None:
             pause = 5.0
-            while not done.wait(pause):
-                seconds = int(time.monotonic() - begin)
-                line = f"{what} | {seconds // 60}:{seconds % 60:02d}"
+            while not over.wait(pause):
+                line = wait.line()
                 self._stream.write(("\r" + line.ljust(self._width)) if self._live else line + "\n")
                 self._width = max(self._width, len(line))
                 self._stream.flush()
@@ -95,11 +97,12 @@ class Progress:
         thread = threading.Thread(target=tell, daemon=True)
         thread.start()
         try:
-            yield
+            yield wait.done
         finally:
-            done.set()
+            over.set()
             thread.join()
-            self._clear()
+            if wait.told:
+                self._clear()
 
     def _clear(self) -> None:
         """Makes room where the live line stands."""

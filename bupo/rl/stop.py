@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 from types import FrameType
+
+from bupo.terminal import TERMINAL
 
 
 class StopRequest:
@@ -18,7 +19,7 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nstopping: saving a checkpoint first", file=sys.stderr, flush=True)
+        print("\nstopping: saving a checkpoint first", file=TERMINAL, flush=True)
 
     def __call__(self) -> bool:
         return self.signal is not None

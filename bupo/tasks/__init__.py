@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bupo import hub
 from bupo.config import ConfigError
 
 
@@ -39,7 +40,8 @@ def save_model(model: Any, folder: Path) -> None:
     """All that save_pretrained writes (a configuration that names the architecture, which vLLM
     reads), the weights last and whole: a folder that has them is complete."""
     partial = folder.with_name(f"{folder.name}.partial")
-    model.save_pretrained(partial)
+    with hub.quiet():
+        model.save_pretrained(partial)
     for file in sorted(partial.iterdir(), key=lambda file: file.suffix == ".safetensors"):
         file.replace(folder / file.name)
     partial.rmdir()

@@ -1,0 +1,90 @@
+"""Our lines on the terminal, and other libraries' output in a file: the two never mix.
+
+What vLLM, triton and their C++ parts print goes to standard output and error by many ways, so
+inside `library_output` both descriptors lead to a log file, and `TERMINAL` keeps the way out.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TextIO
+
+
+class _Terminal(io.TextIOBase):
+    """Standard error, as it was before anything was redirected."""
+
+    aside: TextIO | None = None
+    """The way to it while libraries' output is redirected"""
+
+    def write(self, text: str) -> int:
+        return (self.aside or sys.stderr).write(text)
+
+    def flush(self) -> None:
+        (self.aside or sys.stderr).flush()
+
+    def isatty(self) -> bool:
+        return (self.aside or sys.stderr).isatty()
+
+
+class _Log(io.TextIOBase):
+    """Appends to the file of the `library_output` that is active, and drops text outside of one:
+    loggers that a library sets up inside keep this object for ever."""
+
+    descriptor: int | None = None
+
+    def write(self, text: str) -> int:
+        if self.descriptor is not None:
+            os.write(self.descriptor, text.encode(errors="replace"))
+        return len(text)
+
+    def fileno(self) -> int:
+        if self.descriptor is None:
+            raise io.UnsupportedOperation("no file is open")
+        return self.descriptor
+
+
+TERMINAL, _LOG = _Terminal(), _Log()
+
+
+@contextmanager
+def library_output(file: Path | None) -> Iterator[None]:
+    """Inside, standard output and error of this process and of those that it starts are appended to
+    a file, or dropped without one; TERMINAL leads where standard error did. May be nested: the
+    outermost counts. One thread at a time."""
+    if TERMINAL.aside is not None:
+        yield
+        return
+    target = os.open(file or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = [os.dup(1), os.dup(2)]
+    ours = _leads_to(sys.stderr, 2)  # else a test or a notebook has put something in its place
+    TERMINAL.aside = os.fdopen(os.dup(2), "w", buffering=1) if ours else sys.stderr
+    _LOG.descriptor = target
+    try:
+        for descriptor in (1, 2):
+            os.dup2(target, descriptor)
+        with redirect_stdout(_LOG), redirect_stderr(_LOG), warnings.catch_warnings():
+            yield
+    finally:
+        for descriptor, saved in zip((1, 2), before):
+            os.dup2(saved, descriptor)
+            os.close(saved)
+        _LOG.descriptor = None
+        os.close(target)
+        if ours:
+            TERMINAL.aside.close()
+        TERMINAL.aside = None
+
+
+def _leads_to(stream: TextIO, descriptor: int) -> bool:
+    try:
+        return stream.fileno() == descriptor
+    except (OSError, ValueError, AttributeError):
+        return False
