@@ -202,7 +202,9 @@ def print_results(found: Sequence[Any]) -> None:
             f"  boundary layer       {where}\n"
             f"  convergence          {ways['layer']['kind']} raw, "
             f"{ways['layer_normed']['kind']} with the final norm\n"
-            f"  identities           {len(each.checks)} hold"
+            f"  identities           {len(each.checks)} hold",
+            *(f"\n  note                 {note}" for note in each.notes()),
+            sep="",
         )
 
 

@@ -273,3 +273,27 @@ def test_a_model_with_nan_ends_with_the_name_of_the_check() -> None:
         decoder_stack(model).layers[1].mlp.down_proj.weight[0, 0] = math.nan  # type: ignore
     with pytest.raises(ValueError, match=r"layer 2: expected H\^|no finite numbers"):
         analyse(model, texts())
+
+
+def test_a_policy_that_names_what_it_has_read_is_said() -> None:
+    """A tied model whose embedding dominates the stream, as a small Llama's does for long."""
+    model = build("llama-tied")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(20)
+    found = analyse(model, texts())
+    rows = found.table().filter(pc.equal(found.table()["policy"], "layer")).to_pylist()
+    for n, m in enumerate(found.lens.layers):
+        at = [row for row in rows if row["layer"] == m]
+        same = []
+        for row in at:
+            read = found.texts[row["text"]].token_ids[row["position"] - 1]
+            stream = layers_of(model, torch.tensor([found.texts[row["text"]].token_ids]))
+            hidden = stream[m - 1].after[0, row["position"] - 1]
+            same.append(int(unembedding(model).logits(hidden).argmax()) == read)
+        assert found.echo("layer")[n] == pytest.approx(sum(same) / len(same))
+    assert found.echo("layer")[0] > 0.5
+    (note,) = found.notes()
+    assert note.startswith("model: in layers 1") and "read the curves with the final norm" in note
+    assert found.summary()["notes"] == [note]
+    assert found.summary()["echo"]["layer"] == found.echo("layer").tolist()
+    assert not analyse(build("llama"), texts()).notes(), "untied: nothing to echo with"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +396,7 @@ def test_dry_run_writes_nothing(
     assert main(["--out", str(out), *command, "responses=generate"]) == 0
     said = capsys.readouterr().err
     assert "4 of 5, a response to each by hf" in said and "compared" in said and "qwen3" in said
+    assert re.search(r"  time     at most about (\d+ s|\d+ minutes) to measure, beside gen", said)
     assert not out.exists()
 
 

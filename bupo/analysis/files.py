@@ -50,6 +50,7 @@ def write_results(
     """Tables, summary, figures and report of the models measured so far; each file but the figures
     is replaced in one piece. facts: what was analysed, for the page."""
     notes = [OWN_TOKENS] if own_tokens else []
+    notes += [note for each in found for note in each.notes()]
     _write_table(
         out / "tokens.parquet",
         tables.TOKENS,

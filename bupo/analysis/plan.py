@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,11 @@ from bupo import config as configuration
 from bupo.config import AnalysisConfig, Config, ConfigError
 from bupo.inputs import Sources, check_engine, check_out, find_sources
 from bupo.models import ModelFacts, check_place, read_model
-from bupo.sizes import measure
+from bupo.sizes import Sizes, measure
+
+ENTROPY_ROWS, LENS_ROWS = 8, 7
+"""Rows of logits for each token and layer: what a layer, its attention and its FFN read and write,
+raw and normed; and for ranks and KL those six beside the model's"""
 
 
 @dataclass
@@ -143,6 +149,31 @@ def label(path: str) -> str:
     return place.parent.name if place.name == "model" else place.name
 
 
+def _measuring_time(config: AnalysisConfig, sizes: Sizes, tokens: int) -> float:
+    """Seconds of all products with the head, which take most of it: timed on a small block."""
+    import torch
+
+    from bupo.internal.log_probs import log_probs
+    from bupo.policy import Unembedding
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, block = 64, min(8192, sizes.vocabulary)
+    hidden = torch.randn(rows, sizes.width, device=device)
+    head = Unembedding(torch.randn(block, sizes.width, device=device), None, None, 1.0)
+    best = math.inf
+    for _ in range(4):
+        begin = time.perf_counter()
+        float(log_probs(head, hidden).exp().sum())
+        best = min(best, time.perf_counter() - begin)
+    layers = len(range(0, sizes.layers, config.stride))
+    rows_of_token = ENTROPY_ROWS * sizes.layers + LENS_ROWS * layers
+    return tokens * rows_of_token * sizes.vocabulary / block * best / rows
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(1, round(seconds))} s"
+
+
 def print_plan(plan: Plan) -> None:
     """What --dry_run shows, and every analysis begins with."""
     config, first = plan.config, plan.subjects[0]
@@ -156,11 +187,18 @@ def print_plan(plan: Plan) -> None:
         "column": f"their responses: {sum(lengths)} tokens, longest {max(lengths)}",
         "none": f"measured themselves: {sum(lengths)} tokens, longest {max(lengths)}",
     }[plan.how]
-    lines = [f"analysis of {first.source}"]
+    lines, sizes_of = [f"analysis of {first.source}"], []
     for n, subject in enumerate(plan.subjects):
         sizes = measure(plan.run, subject.source, max(lengths))
+        sizes_of.append(sizes)
         title = "compared" if n else "model"
         lines.append(f"  {title:<8} {subject.name}: {sizes.model_line()}")
     lines.append(f"  texts    {texts}")
+    most = len(lengths) * config.rollout.max_new_tokens
+    tokens = most if plan.how == "generate" else sum(lengths)
+    seconds = sum(_measuring_time(config, found, tokens) for found in sizes_of)
+    bound = "at most " if plan.how == "generate" else ""
+    beside = ", beside generation" if plan.how == "generate" else ""
+    lines.append(f"  time     {bound}about {_duration(seconds)} to measure{beside}")
     lines.append(f"  out      {plan.out}")
     print("\n".join(lines), file=sys.stderr)

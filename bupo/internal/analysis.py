@@ -28,6 +28,8 @@ from bupo.policy import num_layers, unembedding
 
 CLOSER = ("layer", "layer_normed")
 """Policies whose top tokens are kept"""
+ECHO = 0.5
+"""A policy that names the token it has just read for this share of the tokens is degenerate"""
 
 
 @dataclass
@@ -62,6 +64,27 @@ class Analysis:
         """table() for pandas. Raises ImportError if that is not installed."""
         return self.table().to_pandas()
 
+    def echo(self, policy: str) -> NDArray[np.floating]:
+        """Share of tokens whose likeliest next token, by a policy, is the one that it has just
+        read, for each of the lens's layers."""
+        read = [self.texts[n].token_ids[p - 1] for n, p in zip(self.lens.text, self.lens.position)]
+        same: NDArray[np.floating] = self.lens.top_tokens[policy][..., 0] == np.array(read)
+        return same.mean(axis=1)
+
+    def notes(self) -> list[str]:
+        """What a reader has to know before the curves: where one of them means nothing."""
+        echo, layers = self.echo("layer"), self.lens.layers
+        flat = [m for m, share in zip(layers, echo) if share >= ECHO and m < layers[-1]]
+        if not flat:
+            return []
+        runs = _runs(flat, layers)
+        return [
+            f"{self.name}: in layers {runs} the raw policy pi^l mostly names the token that it has "
+            f"just read (for {np.mean([echo[layers.index(m)] for m in flat]):.0%} of the tokens): "
+            "the embedding still dominates H^l. Raw entropy, KL and ranks there say nothing about "
+            "the next token; read the curves with the final norm."
+        ]
+
     def piece(self, token: int) -> str:
         return self.pieces.get(token, f"<{token}>")
 
@@ -82,6 +105,8 @@ class Analysis:
             "texts": len(self.texts),
             "tokens": len(self.flow.token),
             "parallel_blocks": self.flow.parallel,
+            "notes": self.notes(),
+            "echo": {name: self.echo(name).tolist() for name in CLOSER},
             "checks": [asdict(c) for c in self.checks],
             "boundary": asdict(self.boundary),
             "convergence": {k: {"kind": v[0], "share_of_last_two": v[1]} for k, v in how.items()},
@@ -156,6 +181,17 @@ def analyse(
         shown += [x.ravel() for x in near.top_tokens.values()]
         found.pieces = readable(tokenizer, np.unique(np.concatenate(shown)))
     return found
+
+
+def _runs(chosen: Sequence[int], layers: Sequence[int]) -> str:
+    """1-5, 8 of neighbours in a list of layers."""
+    runs: list[list[int]] = []
+    for m in chosen:
+        if runs and layers.index(m) == layers.index(runs[-1][-1]) + 1:
+            runs[-1].append(m)
+        else:
+            runs.append([m])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def kept_layers(depth: int, stride: int) -> list[int]:
