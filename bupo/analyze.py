@@ -32,6 +32,7 @@ from bupo.ending import allowed, ended
 from bupo.inputs import build_task, make_engine
 from bupo.models import load_model
 from bupo.run_lock import locked
+from bupo.terminal import TERMINAL
 
 IGNORED = "data.weights, rollout.prompts, .samples, .refills, .max_logprob_gap"
 
@@ -220,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         print_plan(plan)
         if not arguments.dry_run:
             print_results(execute(plan))
-            print(f"report: {out / 'report.html'}", file=sys.stderr)
+            print(f"report: {out / 'report.html'}", file=TERMINAL)
         return 0
 
     return ended(

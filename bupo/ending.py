@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from bupo.config import ConfigError, RunError, first_line
+from bupo.terminal import TERMINAL
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -28,9 +28,11 @@ def ended(
             raise
         status, line = 1, f"{error}; {kept()}"
     except KeyboardInterrupt:
-        print(f"\n{stopped()}", file=sys.stderr)
+        print(f"\n{stopped()}", file=TERMINAL)
         return 130
-    print(f"{program}: {line}", file=sys.stderr)
+    # Data and names are a stranger's: no line breaks, no codes that a terminal obeys.
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    print(f"{program}: {shown}", file=TERMINAL)
     return status
 
 

@@ -37,6 +37,7 @@ from bupo.inputs import (
 from bupo.models import read_model
 from bupo.run_lock import locked
 from bupo.sizes import measure
+from bupo.terminal import TERMINAL
 
 _TRAINING = (
     *("name", "out", "resume", "steps", "algorithm", "advantage", "phases", "max_bad_steps"),
@@ -124,7 +125,7 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
         f"  samples  {samples} for each problem, {_sampling(config)}, "
         f"at most {config.rollout.max_new_tokens} tokens\n"
         f"  out      {out}",
-        file=sys.stderr,
+        file=TERMINAL,
     )
     if dry_run:
         return []
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         results = run(config, out, arguments.dry_run)
         if results:
             print_table(results)
-            print(f"written: {out}", file=sys.stderr)
+            print(f"written: {out}", file=TERMINAL)
         return 0
 
     return ended(

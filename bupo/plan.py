@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from bupo.config import Config, ConfigError
 from bupo.inputs import Sources, check_engine, check_out, find_sources
 from bupo.models import read_model
 from bupo.sizes import Sizes, measure
+from bupo.terminal import TERMINAL
 
 PROMPTS_FILE = "prompts.sha256"
 """In the run directory: says whether data that have moved are still the same"""
@@ -217,5 +217,5 @@ def print_plan(plan: Plan) -> None:
         f"  out      {plan.out}"
         + (f" (continues {plan.resume_from})" if plan.resume_from else "")
         + "".join(f"\n  warning  {text}" for text in plan.warnings),
-        file=sys.stderr,
+        file=TERMINAL,
     )

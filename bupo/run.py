@@ -29,6 +29,7 @@ from bupo.inputs import build_task, make_engine
 from bupo.models import check_deterministic, load_model, silence_noise
 from bupo.plan import PROMPTS_FILE, Plan, make_plan, print_plan, resume_point
 from bupo.run_lock import locked
+from bupo.terminal import TERMINAL
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -122,6 +123,9 @@ def _train(plan: Plan) -> int | None:
     config, tokenizer = plan.config, plan.tokenizer
     build_task(config, plan.sources)
     source = str(plan.resume_from or plan.sources.model)
+    if plan.resume_from is not None:
+        with Progress(1, 0).waiting(f"checking {source}"):
+            checkpoint.verify(plan.resume_from)
     with checkpoint.reading(plan.resume_from), Progress(1, 0).waiting(f"loading {source}"):
         model = _model_to_train(config, source)
     measured = config.bupo.auto_layer is not None
@@ -183,9 +187,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             return 0
         if (signal := execute(plan)) is not None:
-            print(stopped(), file=sys.stderr)
+            print(stopped(), file=TERMINAL)
             return 128 + signal
-        print(f"report: {plan.out / 'report.html'}", file=sys.stderr)
+        print(f"report: {plan.out / 'report.html'}", file=TERMINAL)
         return 0
 
     def kept() -> str:

@@ -23,10 +23,25 @@ class _Terminal(io.TextIOBase):
     """The way to it while libraries' output is redirected"""
 
     def write(self, text: str) -> int:
-        return (self.aside or sys.stderr).write(text)
+        stream = self.aside or sys.stderr
+        with self._if_someone_listens(stream):
+            stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        (self.aside or sys.stderr).flush()
+        stream = self.aside or sys.stderr
+        with self._if_someone_listens(stream):
+            stream.flush()
+
+    @contextmanager
+    def _if_someone_listens(self, stream: TextIO) -> Iterator[None]:
+        """A terminal that is gone does not end a run: what would go there is dropped then."""
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
     def isatty(self) -> bool:
         return (self.aside or sys.stderr).isatty()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from bupo.config import AnalysisConfig, Config, ConfigError
 from bupo.inputs import Sources, check_engine, check_out, find_sources
 from bupo.models import ModelFacts, check_place, read_model
 from bupo.sizes import Sizes, measure
+from bupo.terminal import TERMINAL
 
 ENTROPY_ROWS, LENS_ROWS = 8, 7
 """Rows of logits for each token and layer: what a layer, its attention and its FFN read and write,
@@ -201,4 +201,4 @@ def print_plan(plan: Plan) -> None:
     beside = ", beside generation" if plan.how == "generate" else ""
     lines.append(f"  time     {bound}about {_duration(seconds)} to measure{beside}")
     lines.append(f"  out      {plan.out}")
-    print("\n".join(lines), file=sys.stderr)
+    print("\n".join(lines), file=TERMINAL)

@@ -3,8 +3,8 @@
 checkpoints/step_000010/ holds the model as save_pretrained writes it (with the tokenizer, ready
 for other programs), optimizer/state.safetensors and trainer.json. Prompt order and sampling are
 functions of the seed and of the numbers in trainer.json, so there is no random state to keep. A
-checkpoint is written beside its place and renamed, so one that exists is complete; no pickle is
-read or written.
+checkpoint is written beside its place and renamed, so one that exists is complete; checksums of its
+files tell whether it is still what was written. No pickle is read or written.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from bupo.config import BrokenError, ConfigError, RunError, first_line
 from bupo.rl.optimizer import AdamW
 
 _PREFIX = "step_"
+CHECKSUMS = "checksums.json"
 CRITIC = "critic"
 """Folder of PPO's critic"""
 OPTIMIZER = "optimizer/state.safetensors"
@@ -68,6 +70,8 @@ def save(
     if critic is not None:
         critic.save(partial / CRITIC)
     (partial / "trainer.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
+    sums = json.dumps(_checksums(partial), indent=0) + "\n"
+    (partial / CHECKSUMS).write_text(sums, encoding="utf-8")
     for file in (*partial.rglob("*"), *run.glob("*.jsonl")):  # rows are never behind a checkpoint
         _sync(file)
     os.replace(partial, final)
@@ -126,6 +130,32 @@ def writing(run: Path, step: int) -> Iterator[None]:
             f"({shutil.disk_usage(run).free >> 20} MiB free without it); whole ones there: "
             f"{earlier}; resume=auto goes on from the newest"
         ) from error
+
+
+def verify(checkpoint: Path) -> None:
+    """Raises ConfigError unless each file is as it was written; a checkpoint of before there were
+    checksums is taken as it is."""
+    with reading(checkpoint):
+        if not (checkpoint / CHECKSUMS).is_file():
+            return
+        expected = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
+        found = _checksums(checkpoint)
+        for name, digest in expected.items():
+            if found.get(name) != digest:
+                what = "is not as it was written" if name in found else "is missing"
+                raise ValueError(f"{name} {what}")
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 by name, of every file but the list itself; as many at once as there are cores."""
+
+    def digest(file: Path) -> str:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((p.relative_to(folder).as_posix() for p in files), pool.map(digest, files)))
 
 
 def load_step(checkpoint: Path) -> int:

@@ -102,6 +102,10 @@ def tokenised(row: Any, tokenizer: Any, config: DataConfig, where: str) -> tuple
     if isinstance(prompt, str) and config.system_prompt is not None:
         prompt = _chat(config.system_prompt, prompt)
     text = _text(prompt, tokenizer, config, where)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: the prompt is no text: {error}") from None
     ids = tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
     if not ids:
         raise ConfigError(f"{where} has an empty prompt")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from bupo.config import ConfigError
 from bupo.tasks import TaskFiles, check_width, save_model, task_options
+from bupo.terminal import TERMINAL
 
 SYMBOLS = "0123456789+=;#"
 NOISE = 0.2
@@ -159,7 +159,7 @@ def build(options: dict[str, Any], files: TaskFiles) -> None:
             print(
                 f"warm start {step}/{settings['warm_steps']} | loss {loss.item():.3f} | "
                 f"ETA {left:.0f} s",
-                file=sys.stderr,
+                file=TERMINAL,
                 flush=True,
             )
     save_model(model, files.model)
