@@ -70,7 +70,7 @@ def read_model(config: Config, model: str) -> ModelFacts:
         with hub.quiet(), Progress(1, 0).waiting(f"reading what {model} is"):
             model_config = AutoConfig.from_pretrained(model)
             tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of as many kinds as there are families
         raise ConfigError(f"model.path={model} cannot be read: {_reason(model, error)}") from None
     _check_causal(model, model_config)
     text_config = model_config.get_text_config(decoder=True)
@@ -103,6 +103,8 @@ def _check_causal(model: str, model_config: Any) -> None:
 def load_model(config: Config, source: str) -> Any:
     """The causal LM of a folder or hub name, in float32 on the GPU if there is one. Raises
     ConfigError; BrokenError where files are damaged, or do not hold all of the model."""
+    from pickle import UnpicklingError
+
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -118,9 +120,9 @@ def load_model(config: Config, source: str) -> Any:
                 ignore_mismatched_sizes=True,  # they are in `found`
                 output_loading_info=True,
             )
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ConfigError(f"{source} cannot be loaded: {first_line(error)}") from None
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, UnpicklingError) as error:
         raise BrokenError(f"{source} cannot be loaded: {_reason(source, error)}") from None
     model, found = loaded
     # transformers leaves what it does not find as it was initialised: random.

@@ -53,6 +53,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(out: Path, *more: str) -> int:
     settings = ["reward.function=test_bad_steps:reward", "eval.limit=1", "checkpoint.every=0"]
+    settings += ["checkpoint.keep=[]"]
     return main(run_samples.arguments(out, *settings, "eval.every=0", *more))
 
 

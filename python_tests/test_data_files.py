@@ -138,7 +138,7 @@ def test_the_hub_needs_a_package(monkeypatch):
 
 @pytest.mark.parametrize("name", ["nowhere/file.parquet", "/nowhere/x", "nowhere", "a/b/c"])
 def test_what_is_no_hub_name_is_a_missing_file(hub, name):
-    with pytest.raises(ConfigError, match=f"^data file not found: {name}$"):
+    with pytest.raises(ConfigError, match=f"^data file not found: {name}; put it there"):
         data_files.check(name)
 
 

@@ -14,13 +14,15 @@ from typing import Any
 import browser as chrome
 import pyarrow.parquet as pq
 import pytest
+import torch
 from rl_samples import data_file, tiny_tokenizer, verl_row, write_parquet
 from run_samples import arguments, run
 from test_analyze import tiny_model
 from test_report import write_run
 
-from bupo import analyze
+from bupo import analyze, config
 from bupo.config import ConfigError, DataConfig, RewardConfig
+from bupo.models import load_model
 from bupo.rl import checkpoint, report
 from bupo.rl.prompts import load_prompts
 from bupo.rl.rewards import MathReward
@@ -319,3 +321,66 @@ def test_prompts_with_a_half_of_a_character(tmp_path: Path) -> None:
     file.write_text(json.dumps(row) + "\n")
     with pytest.raises(ConfigError, match=r"row 0 of .*: the prompt is no text"):
         load_prompts([str(file)], tiny_tokenizer(tmp_path), DataConfig())
+
+
+TEMPLATES = [
+    "{% for i in range(999999999) %}x{% endfor %}",
+    "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    "{{ raise_exception('no') }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ 1 / 0 }}",
+    "{% if %}",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_chat_template_that_is_a_hostile_program(template: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tmp_path)
+    tokenizer.chat_template = template
+    file = write_parquet(tmp_path / "data.parquet", [verl_row("2+2?", "4")])
+    with pytest.raises(ConfigError, match=r"row 0 of .*: the tokenizer's chat template failed: "):
+        load_prompts([str(file)], tokenizer, DataConfig())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**7}, {"hidden_size": -1}, {"hidden_size": "x"}, {"head_dim": 7},
+        {"num_attention_heads": 0}, {"vocab_size": 0}, {"rope_parameters": {"rope_type": "nope"}},
+        {"max_position_embeddings": -5}, {"dtype": "float99"},
+        {"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}, "model_type": "e"},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_a_model_folder_that_is_hostile(
+    change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Absurd numbers, and code of its own, which is not run."""
+    folder = Path(tiny_model(tmp_path, layers=2))
+    settings = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    file = write_parquet(tmp_path / "data.parquet", [verl_row(f"{n}+2?", "4") for n in range(4)])
+    command = [
+        f"model.path={folder}", f"data.train=[{file}]", "task=null", "eval.every=0", "--dry_run",
+        "bupo.layer=1", "rollout.prompts=4", "rollout.max_new_tokens=4", "data.overlong=drop",
+    ]  # fmt: skip
+    assert main(command) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("bupo.run: ") and errors.count("\n") == 1, errors
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_not_obeyed(tmp_path: Path) -> None:
+    folder, ran = Path(tiny_model(tmp_path, layers=2)), tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {ran}",)
+
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    torch.save({"weight": Payload()}, folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="cannot be loaded: Weights only load failed"):
+        load_model(config.load(None, []), str(folder))
+    assert not ran.exists()

@@ -28,8 +28,10 @@ def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, or its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an exception says, or its kind where it says nothing; a line that ends in a colon goes
+    on."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
 
 
 @contextmanager

@@ -7,9 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
-from bupo.config import ConfigError, DataConfig, readable, shipped
+from bupo.config import ConfigError, DataConfig, first_line, readable, shipped
 from bupo.rl import data_files
 from bupo.rl.types import Prompt
 
@@ -83,9 +81,9 @@ def _text(prompt: Any, tokenizer: Any, config: DataConfig, where: str) -> str:
             chat_template=template,
             **config.chat_template_options,
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a program of a stranger's, in a sandbox
         source = config.chat_template or "the tokenizer's chat template"
-        raise ConfigError(f"{where}: {source} failed: {error}") from None
+        raise ConfigError(f"{where}: {source} failed: {first_line(error)}") from None
     return text
 
 
