@@ -131,8 +131,8 @@ def _train(plan: Plan) -> int | None:
     measured = config.bupo.auto_layer is not None
     trained = None if measured else Schedule(config).layers() or plan.layers
     try:
-        check_internal_policy(model, trained)
         check_deterministic(model)
+        check_internal_policy(model, trained)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source} cannot be trained: {error}") from None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
