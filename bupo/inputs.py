@@ -13,8 +13,11 @@ from typing import Any
 from bupo.config import Config, ConfigError, shipped
 from bupo.models import check_place, load_model
 from bupo.rl import data_files
-from bupo.run_lock import check_one_process
+from bupo.run_lock import check_one_process, waited_for
 from bupo.tasks import TaskFiles
+
+LOCK = "tasks.lock"
+"""In the cache"""
 
 
 @dataclass
@@ -38,7 +41,11 @@ def cache_dir() -> Path:
 def find_sources(config: Config, training: bool = True) -> Sources:
     """Checks that all of them are there, training data only if asked for; has written nothing but
     a task's cached files."""
-    files = _task(config).prepare(config.task_options, cache_dir()) if config.task else None
+    files = None
+    if config.task:
+        task, cache = _task(config), cache_dir()
+        with waited_for(cache / LOCK):  # another first run may be making the same files
+            files = task.prepare(config.task_options, cache)
     for key, given, made in (
         ("data.train", config.data.train, files and files.train),
         ("eval.files", config.eval.files, files and files.eval),
@@ -94,7 +101,8 @@ def make_engine(
 def build_task(config: Config, sources: Sources) -> None:
     """Makes the task's weights, once, if the configuration names a task and no other model."""
     if sources.files is not None and sources.model == str(sources.files.model):
-        _task(config).build(config.task_options, sources.files)
+        with waited_for(cache_dir() / LOCK):
+            _task(config).build(config.task_options, sources.files)
 
 
 def _task(config: Config) -> Any:

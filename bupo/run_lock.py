@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bupo.config import ConfigError
@@ -54,6 +54,16 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextmanager
+def waited_for(file: Path) -> Iterator[None]:
+    """Holds a lock file, once whoever has it lets go: for what only one process should make."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as opened:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
 
 
 def _owner(descriptor: int) -> tuple[int, str] | None:

@@ -141,3 +141,21 @@ def test_a_run_that_cannot_begin_leaves_no_directory(tmp_path: Path) -> None:
     assert main(arguments(out, "bupo.layer=3")) == 2
     assert main(arguments(out, "reward.function=run_samples:nothing")) == 2
     assert not out.exists()
+
+
+def test_two_first_runs_make_the_task_once(tmp_path: Path) -> None:
+    """At the same moment, with an empty cache: one of them makes the model, the other waits."""
+    environment = ENVIRONMENT | {"BUPO_CACHE": str(tmp_path / "cache")}
+    few = ["steps=1", "bupo.steps=0", "eval.every=0", "diagnostics.every=0"]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "bupo.run", *arguments(tmp_path / name, *few)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("a", "b")
+    ]
+    errors = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert rows(tmp_path / "a/metrics.jsonl") == rows(tmp_path / "b/metrics.jsonl")
