@@ -26,7 +26,7 @@ CONSTANT = "optimizer.schedule=constant"
 
 
 def start(out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "bupo.run", *arguments(out, "steps=300", CONSTANT, *more)]
+    command = [sys.executable, "-m", "bupo.run", *arguments(out, "steps=100000", CONSTANT, *more)]
     return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
@@ -46,13 +46,13 @@ def test_a_second_process_is_refused_until_the_first_is_gone(
     try:
         wait_for_a_step(first, out)
         before = (out / "config.yaml").read_bytes()
-        assert run_samples.run(out, "steps=300", CONSTANT, "resume=auto") == 2
+        assert run_samples.run(out, "steps=100000", CONSTANT, "resume=auto") == 2
         errors = capsys.readouterr().err.splitlines()
         assert errors[-1].startswith(
             f"bupo.run: out={out} is in use by process {first.pid} on {socket.gethostname()}; "
         )
         assert (out / "config.yaml").read_bytes() == before
-        assert run_samples.run(out, "steps=300", CONSTANT, "resume=auto") == 2, (
+        assert run_samples.run(out, "steps=100000", CONSTANT, "resume=auto") == 2, (
             "nor did that free it"
         )
     finally:
