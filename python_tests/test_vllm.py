@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -192,11 +193,12 @@ def test_new_weights_arrive(engine, model, prompts, parts, keep):
 
 
 def kinds():
-    """One tensor of every kind that the model has."""
-    parts = [f"self_attn.{x}" for x in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")]
-    parts += [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
-    parts += ["input_layernorm", "post_attention_layernorm"]
-    return [*(f"model.layers.1.{x}.weight" for x in parts), "model.norm.weight"]
+    """Every kind of tensor that the model has, by the beginning of its name; those that vLLM holds
+    as one (q, k and v; gate and up) together, for of one that is sent in part it fills the rest
+    with whatever lies in memory."""
+    parts = ["self_attn.[qkv]_proj", "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm"]
+    parts += ["mlp.(gate|up)_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"]
+    return [*(f"model.layers.1.{x}" for x in parts), "model.norm", "model.embed_tokens"]
 
 
 @torch.no_grad()
@@ -208,14 +210,15 @@ def one_per_cent(model):
         p += 0.01 * p.norm() / step.norm() * step
 
 
-@pytest.mark.parametrize("forgotten", [*kinds(), "model.embed_tokens.weight"])
+@pytest.mark.parametrize("forgotten", kinds())
 def test_a_tensor_that_was_not_sent_raises_the_alarm(engine, model, prompts, forgotten):
     """One of them, while all others arrive; the same with all of them raises nothing."""
     sync, _ = sync_of(engine, model, prompts)
     one_per_cent(model)
-    assert forgotten in all_names(model)
+    sent = [name for name in all_names(model) if not re.match(forgotten, name)]
+    assert 1 <= len(all_names(model)) - len(sent) <= 3
     with pytest.raises(SyncError, match=r"sync/logprob_gap: the engine's log-probs of the probes"):
-        sync([name for name in all_names(model) if name != forgotten])
+        sync(sent)
     assert sync(all_names(model)) < NEAR
 
 
