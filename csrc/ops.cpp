@@ -1,7 +1,8 @@
 // The table of contents of the extension: every operator schema, and nothing else.
 // Shapes: hidden [N, D], weight [V, D], per-token tensors [N]; kept: bytes that a forward leaves
-// for its backward, possibly none; settings: PolicySettings, in the order of its fields. csrc/cpu and csrc/cuda implement them; bupo/ops/registration.py
-// adds the fake (shape) functions and the autograd formulas.
+// for its backward, possibly none; settings: PolicySettings, in the order of its fields. csrc/cpu
+// and csrc/cuda implement them; bupo/ops/registration.py adds the fake (shape) functions and the
+// autograd formulas.
 
 #include <torch/csrc/stable/library.h>
 
