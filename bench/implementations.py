@@ -14,7 +14,6 @@ from batch import Batch
 from torch import Tensor
 
 import bupo.ops as ops
-from bupo import _C
 
 NO_CLIP = {"clip_low": 1.0, "clip_high": 1e9}
 ONE, THREE = "one bare GEMM", "three bare GEMMs"
@@ -74,11 +73,11 @@ def portable(run: Callable[[Batch], Outputs]) -> Callable[[Batch], Outputs]:
     """The same on the path that serves every other GPU."""
 
     def on_portable(batch: Batch) -> Outputs:
-        _C.set_portable_only(True)
+        ops.set_cuda_kernels("portable")
         try:
             return run(batch)
         finally:
-            _C.set_portable_only(False)
+            ops.set_cuda_kernels("auto")
 
     return on_portable
 

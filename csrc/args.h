@@ -36,7 +36,8 @@ struct TokenOutputs {
   void* logsumexp;  // null in policy_loss
 };
 
-// Coefficients of the per-token op's backward, [N] in the accumulator type.
+// Coefficients of the per-token op's backward, [N] in the accumulator type; null where none is
+// given.
 struct TokenGrads {
   const void* logprobs;
   const void* entropy;

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
@@ -24,13 +25,24 @@ void require(bool condition, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
-inline std::string shape_of(const Tensor& t) {
+// What torch's stable interface says of a failure is a status; from torch 2.13 on it also keeps the
+// message, before that it has printed it.
+[[noreturn]] inline void throw_torch_error(const std::string& what) {
+  using Reason = const char* (*)();
+  static const auto reason =
+      reinterpret_cast<Reason>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  throw std::runtime_error("bupo.ops: " + what + ": " +
+                           (reason ? reason() : "torch has printed the reason above"));
+}
+
+inline std::string shape_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::ostringstream text;
   text << '[';
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  for (size_t d = 0; d < sizes.size(); ++d) text << (d ? ", " : "") << sizes[d];
   text << ']';
   return text.str();
 }
+inline std::string shape_of(const Tensor& t) { return shape_of(t.sizes()); }
 
 inline void check_vector(const char* op, const char* name, const Tensor& t, int64_t size,
                          ScalarType dtype) {

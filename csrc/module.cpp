@@ -6,8 +6,7 @@
 
 #include "cpu/library.h"
 #include "cpu/vector_math.h"
-#include "cuda/choose.h"
-#include "workspace.h"
+#include "settings.h"
 
 namespace py = pybind11;
 
@@ -24,12 +23,7 @@ PYBIND11_MODULE(_C, m) {
 #else
     info["devices"] = py::make_tuple("cpu");
 #endif
-    info["cuda_paths"] =
-        py::dict(py::arg("sm90") =
-                     "compute capability 9.0, bfloat16, D % 8 == 0, rows of the weight on 16 "
-                     "bytes; with a softcap no "
-                     "gradient of the entropy",
-                 py::arg("portable") = "every other call, compute capability 8.0 and newer");
+    info["cuda_kernels"] = bupo::kKernelNames[static_cast<int>(bupo::kernels.load())];
     info["workspace_bytes"] = bupo::workspace_bytes.load();
     const auto products = [](bool block) { return block ? "block" : "library"; };
     info["cpu_products"] =
@@ -39,31 +33,12 @@ PYBIND11_MODULE(_C, m) {
     return info;
   });
   m.def("set_workspace_bytes", [](int64_t bytes) { bupo::workspace_bytes = bytes; });
-  m.def("set_portable_only", [](bool only) { bupo::portable_only = only; });
-  // Which path serves a call on a GPU; in every build, like cuda_plan.
-  m.def(
-      "cuda_path",
-      [](int capability, bool bfloat16, bool aligned, int64_t width, int64_t vocab, bool softcap,
-         bool entropy_gradient) {
-        const auto path = bupo::cuda::path_of(
-            {capability, bfloat16, aligned, width, vocab, softcap, entropy_gradient});
-        return path == bupo::cuda::Path::kSm90 ? "sm90" : "portable";
-      },
-      py::arg("capability"), py::arg("bfloat16"), py::arg("aligned"), py::arg("width"),
-      py::arg("vocab"), py::arg("softcap"), py::arg("entropy_gradient"));
-  // How a CUDA call would be cut; in every build, so that every build can test it.
-  m.def(
-      "cuda_plan",
-      [](int64_t tokens, int64_t width, int64_t vocab, int64_t element, bool gradients,
-         bool weight_gradient, bool half, int64_t budget, bool sm90, bool placed) {
-        const auto p = bupo::cuda::plan_of(
-            sm90 ? bupo::cuda::Path::kSm90 : bupo::cuda::Path::kPortable,
-            {tokens, width, vocab, element, gradients, weight_gradient, half, placed}, budget);
-        return py::dict(py::arg("block") = p.block, py::arg("chunk") = p.chunk,
-                        py::arg("slice") = p.slice, py::arg("accumulate") = p.accumulate,
-                        py::arg("bytes") = p.bytes, py::arg("stride") = p.products_stride);
-      },
-      py::arg("tokens"), py::arg("width"), py::arg("vocab"), py::arg("element"),
-      py::arg("gradients"), py::arg("weight_gradient"), py::arg("half"), py::arg("budget"),
-      py::arg("sm90"), py::arg("placed"));
+  m.def("set_cuda_kernels", [](const std::string& name) {
+    for (int i = 0; i < static_cast<int>(std::size(bupo::kKernelNames)); ++i)
+      if (name == bupo::kKernelNames[i]) {
+        bupo::kernels = static_cast<bupo::Kernels>(i);
+        return;
+      }
+    throw py::value_error("bupo.ops.set_cuda_kernels: unknown name " + name);
+  });
 }

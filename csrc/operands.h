@@ -20,14 +20,6 @@ using OptionalTensor = std::optional<Tensor>;
 inline const void* data(const Tensor& t) { return t.const_data_ptr(); }
 inline const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-inline Tensor make(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_zeros(like, {shape.data(), shape.size()}, dtype);
-}
-
-inline Tensor make_uninitialised(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
-}
-
 inline const char* name_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
@@ -38,9 +30,26 @@ inline const char* name_of(ScalarType dtype) {
       return "bfloat16";
     case ScalarType::Half:
       return "float16";
+    case ScalarType::Byte:
+      return "bytes";
     default:
       return "another dtype";
   }
+}
+
+inline Tensor make_uninitialised(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
+  try {
+    return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+  } catch (const std::runtime_error&) {  // bupo.ops makes torch.OutOfMemoryError of it
+    throw_torch_error("out of memory for " + shape_of({shape.data(), shape.size()}) + " " +
+                      name_of(dtype));
+  }
+}
+
+inline Tensor make(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
+  Tensor zeros = make_uninitialised(like, std::move(shape), dtype);
+  torch::stable::zero_(zeros);
+  return zeros;
 }
 
 // The LM head's operands, checked.
@@ -82,11 +91,12 @@ struct Inputs {
 };
 
 // Upstream gradients of the per-token op.
-inline TokenGrads token_grads(const char* op, const Inputs& in, const Tensor& logprobs,
-                              const Tensor& entropy, const Tensor& logsumexp) {
-  check_vector(op, "grad_logprobs", logprobs, in.args.tokens, in.acc);
-  check_vector(op, "grad_entropy", entropy, in.args.tokens, in.acc);
-  check_vector(op, "grad_logsumexp", logsumexp, in.args.tokens, in.acc);
+inline TokenGrads token_grads(const char* op, const Inputs& in, const OptionalTensor& logprobs,
+                              const OptionalTensor& entropy, const OptionalTensor& logsumexp) {
+  const int64_t n = in.args.tokens;
+  if (logprobs) check_vector(op, "grad_logprobs", *logprobs, n, in.acc);
+  if (entropy) check_vector(op, "grad_entropy", *entropy, n, in.acc);
+  if (logsumexp) check_vector(op, "grad_logsumexp", *logsumexp, n, in.acc);
   return {data(logprobs), data(entropy), data(logsumexp)};
 }
 

@@ -12,8 +12,8 @@ STABLE_TORCH_LIBRARY(bupo, m) {
       " Tensor? temperature, float softcap, int ignore_index, bool keep)"
       " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp, Tensor kept)");
   m.def(
-      "lm_head_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy,"
-      " Tensor grad_logsumexp, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias,"
+      "lm_head_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy,"
+      " Tensor? grad_logsumexp, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias,"
       " Tensor? temperature, Tensor kept, float softcap, int ignore_index, bool need_hidden,"
       " bool need_weight, bool need_bias)"
       " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
@@ -24,4 +24,5 @@ STABLE_TORCH_LIBRARY(bupo, m) {
       " bool need_hidden, bool need_weight, bool need_bias)"
       " -> (Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics,"
       " Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  m.def("scale_(Tensor(a!) gradient, Tensor scale) -> ()");
 }

@@ -260,21 +260,22 @@ def head(
 
 def with_constant(arguments: dict[str, Any], offset: float) -> dict[str, Any]:
     """The same logits plus ``offset``, from one more hidden direction that is constant."""
-    hidden, weight = arguments["hidden"], arguments["weight"]
-    return arguments | {
-        "hidden": torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1),
-        "weight": torch.cat([weight, torch.full_like(weight[:, :1], offset)], -1),
-    }
+    hidden, weight = (F.pad(arguments[name], (0, 8)) for name in ("hidden", "weight"))
+    hidden[..., -1], weight[..., -1] = 1, offset
+    return arguments | {"hidden": hidden, "weight": weight}
 
 
 def exact_logits(logits: Tensor, targets: Tensor) -> dict[str, Any]:
     """hidden and weight whose product is exactly ``logits`` [N, V], in any dtype that holds them.
 
-    hidden is the identity, so the gradient of weight is dz.T.
+    hidden is the identity, so the gradient of weight is dz.T; zeros fill both up to a width that
+    Hopper's path serves.
     """
+    hidden, weight = torch.eye(len(logits), dtype=torch.float64), logits.double().T.contiguous()
+    padding = (0, -len(logits) % 8)
     return {
-        "hidden": torch.eye(len(logits), dtype=torch.float64),
-        "weight": logits.double().T.contiguous(),
+        "hidden": F.pad(hidden, padding),
+        "weight": F.pad(weight, padding),
         "targets": targets,
     }
 
@@ -287,13 +288,13 @@ def _shapes() -> dict[str, dict[str, Any]]:
         "one token": head("one token", (1,), 64, 513),
         "no token": head("no token", (0,), 8, 7),
         "batch of none": head("batch of none", (3, 0), 8, 7),
-        "batch 3x43": head("batch", (3, 43), 130, 513),
+        "batch 3x43": head("batch", (3, 43), 136, 513),
         "127 rows, odd width": head("odd", (127,), 3, 130),
         "width 1": head("width 1", (41,), 1, 33),
         "width 1000": head("width 1000", (9,), 1000, 70),
         "1030 rows": head("1030 rows", (1030,), 8, 97),
-        "two buffers": head("two buffers", (2200,), 4, 33),
-        "vocabulary 32003": head("vocabulary 32003", (16,), 6, 32003),
+        "two buffers": head("two buffers", (2200,), 8, 33),
+        "vocabulary 32003": head("vocabulary 32003", (16,), 8, 32003),
     }
 
 

@@ -176,6 +176,7 @@ extern "C" int missed() {
             "-fPIC",
             "-U_FORTIFY_SOURCE",
             f"-I{HERE / 'emulator'}",
+            f"-I{HERE / 'emulator' / 'cuda'}",
             source,
             "-o",
             shared,

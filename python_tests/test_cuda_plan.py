@@ -1,74 +1,114 @@
 """How a CUDA call is cut into chunks and blocks (csrc/cuda/choose.h): plain arithmetic."""
 
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
-from bupo import _C
-
 GIB = 1 << 30
+PATHS = {"portable": 0, "cooperative": 256, "pingpong": 192}
+"""and the columns of a tile"""
+
+Plan = Callable[..., dict[str, int]]
 
 
-def plan(tokens: int, width: int, vocab: int, **options: int) -> dict:
-    settings = {"element": 2, "gradients": True, "weight_gradient": True, "half": False}
-    settings |= {"budget": GIB, "sm90": False, "placed": True} | options
-    return _C.cuda_plan(tokens, width, vocab, **settings)
+@pytest.fixture(scope="module")
+def plan(emulated: Path) -> Plan:
+    library = ctypes.CDLL(str(emulated))
+
+    def plan(
+        tokens: int,
+        width: int,
+        vocab: int,
+        element: int = 2,
+        gradients: bool = True,
+        weight_gradient: bool = True,
+        half: bool = False,
+        budget: int = 4 * GIB,
+        path: str = "pingpong",
+    ) -> dict[str, int]:
+        shape = (tokens, width, vocab, element, gradients, weight_gradient, half)
+        out = (ctypes.c_int64 * 4)()
+        library.emulator_plan(
+            ctypes.c_int64(PATHS[path]), (ctypes.c_int64 * 7)(*shape), ctypes.c_int64(budget), out
+        )
+        return dict(zip(("block", "chunk", "accumulate", "bytes"), out))
+
+    return plan
 
 
 SHAPES = [(n, d, v) for n in (1, 127, 8192, 65537) for d in (64, 4096) for v in (1, 7, 151936)]
 
 
-@pytest.mark.parametrize(("tokens", "width", "vocab"), SHAPES)
-@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("element", [2, 4])
 @pytest.mark.parametrize("budget", [1, 1 << 26, GIB, 64 * GIB])
-@pytest.mark.parametrize("sm90", [False, True])
 def test_a_plan_covers_the_call_within_its_budget(
-    tokens: int, width: int, vocab: int, gradients: bool, element: int, budget: int, sm90: bool
+    plan: Plan, path: str, element: int, budget: int
 ) -> None:
-    options = {"gradients": gradients, "element": element, "sm90": sm90}
-    p = plan(tokens, width, vocab, budget=budget, **options)
-    assert p["block"] % 128 == 0 and p["block"] > 0
-    assert p["chunk"] % 128 == 0 and p["chunk"] >= p["block"]
-    assert p["stride"] >= vocab and p["stride"] % 8 == 0
-    assert p["chunk"] < tokens + 128, "no memory for rows that are not there"
-    smallest = plan(tokens, width, vocab, budget=1, **options)
-    one_chunk = gradients and element == 2 and tokens <= p["chunk"]
-    accumulator = 4 * width * vocab if one_chunk else 0  # is spared, and may be used
-    assert p["bytes"] <= max(budget + accumulator, smallest["bytes"] + accumulator)
-    assert bool(p["slice"]) == (gradients and tokens > p["chunk"])
+    for tokens, width, vocab in SHAPES:
+        for gradients in (True, False):
+            options = {"element": element, "path": path}
+            options |= {"gradients": gradients, "weight_gradient": gradients}
+            p = plan(tokens, width, vocab, budget=budget, **options)
+            assert p["block"] % 128 == 0 and p["block"] > 0
+            assert p["chunk"] % 128 == 0 and p["chunk"] >= p["block"]
+            assert p["chunk"] < tokens + 128, "no memory for rows that are not there"
+            smallest = plan(tokens, width, vocab, budget=1, **options)
+            one_chunk = gradients and element == 2 and tokens <= p["chunk"]
+            accumulator = 4 * width * vocab if one_chunk else 0  # is spared, and may be used
+            assert p["bytes"] <= max(budget, smallest["bytes"]) + accumulator
+            assert p["accumulate"] == (gradients and element == 2 and tokens > p["chunk"])
 
 
-@pytest.mark.parametrize(("sm90", "rows"), [(False, 2000), (True, 2800)])
-def test_the_default_budget_at_full_size(sm90: bool, rows: int) -> None:
-    """Qwen3-8B's head: chunks of thousands of rows, dW added up in fp32; but thousands
-    of tokens are one chunk, since the memory of that accumulator is enough for them."""
-    p = plan(32768, 4096, 151936, sm90=sm90)
-    assert rows <= p["chunk"] <= 4096
-    assert p["accumulate"] and p["bytes"] <= GIB
-    tokens = 8192 if sm90 else 6144  # the portable path has its fp32 products beside
-    one = plan(tokens, 4096, 151936, sm90=sm90)
-    assert one["chunk"] == tokens and not one["accumulate"] and not one["slice"]
-    assert one["bytes"] <= GIB + 4 * 4096 * 151936
-    assert plan(32768, 4096, 151936, sm90=sm90, budget=16 * GIB)["chunk"] == 32768
-    assert not plan(32768, 4096, 151936, sm90=sm90, weight_gradient=False)["slice"]
+def chunks(p: dict[str, int], tokens: int) -> list[int]:
+    return [min(p["chunk"], tokens - first) for first in range(0, tokens, p["chunk"])]
 
 
-def test_statistics_alone_take_little_memory_on_hopper() -> None:
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("tokens", "width", "most"), [(8192, 2560, 2), (8192, 4096, 2), (32768, 4096, 4)]
+)
+def test_the_default_budget_at_full_size(
+    plan: Plan, path: str, tokens: int, width: int, most: int
+) -> None:
+    """Few chunks, of equal size: each further one reads and writes dW in fp32 once more."""
+    if path == "portable":
+        most = 2 * most  # it has its fp32 products beside
+    rows = chunks(plan(tokens, width, 151936, path=path), tokens)
+    assert len(rows) <= most
+    assert max(rows) - min(rows) < 128 * len(rows)
+
+
+def test_a_smaller_card_has_more_chunks(plan: Plan) -> None:
+    assert len(chunks(plan(8192, 4096, 151936, budget=GIB // 4), 8192)) > 4
+
+
+def test_statistics_alone_take_little_memory_on_hopper(plan: Plan) -> None:
     """All layers and modules of a 4B model over 2048 tokens: one walk over the vocabulary."""
-    options = {"gradients": False, "weight_gradient": False, "placed": False}
-    p = plan(36 * 3 * 2048, 2560, 151936, sm90=True, **options)
-    assert p["chunk"] == 36 * 3 * 2048 and p["bytes"] < GIB // 2
+    p = plan(36 * 3 * 2048, 2560, 151936, gradients=False, weight_gradient=False)
+    assert p["chunk"] == 36 * 3 * 2048 and p["bytes"] < 4 * GIB
 
 
-def test_float16_always_adds_up_in_float32() -> None:
+def test_float16_always_adds_up_in_float32(plan: Plan) -> None:
     """Its rows are scaled to fit float16, and dW is scaled back from fp32."""
     assert plan(100, 64, 1000, half=True)["accumulate"]
 
 
-def test_float32_adds_up_in_place() -> None:
+def test_float32_adds_up_in_place(plan: Plan) -> None:
     p = plan(65537, 4096, 151936, element=4)
-    assert p["slice"] and not p["accumulate"]
+    assert p["chunk"] < 65537 and not p["accumulate"]
 
 
-def test_forward_alone_holds_one_block() -> None:
-    p = plan(65537, 4096, 151936, gradients=False)
-    assert p["chunk"] == p["block"] <= GIB // (4 * 151936)
+def test_forward_alone_holds_one_block(plan: Plan) -> None:
+    p = plan(65537, 4096, 151936, gradients=False, path="portable")
+    assert p["chunk"] == p["block"] <= 4 * GIB // (4 * 151936)
+
+
+def test_the_default_budget_follows_the_memory_that_is_free(emulated: Path) -> None:
+    library = ctypes.CDLL(str(emulated))
+    library.emulator_budget.restype = ctypes.c_int64
+    mib = 1 << 20
+    for free, budget in ((80 * GIB, 4096), (15 * GIB, 2048), (3 * GIB, 512), (GIB // 2, 256)):
+        assert library.emulator_budget(ctypes.c_int64(free)) == budget * mib

@@ -17,6 +17,7 @@ from emulation import BUILD, ROOT
 
 pytestmark = pytest.mark.timeout(900)  # CUTLASS is compiled twice, perhaps beside other work
 
+SCHEDULES = {"cooperative": "pingpong=0", "pingpong": "pingpong=1"}
 CASES = [
     # One tile in one block of the cluster, the other has no rows; fewer steps than stages.
     "capacity=128 vocab=256 width=64",
@@ -24,15 +25,15 @@ CASES = [
     # Nothing to do for anyone, and for all but one row.
     "capacity=500 vocab=300 width=128 rows=0 stored=0 store=1",
     "capacity=500 vocab=300 width=320 rows=1 stored=0 store=1",
-    # Several splits and tiles; more units than clusters, and fewer.
+    # Several tiles; more units than clusters, and fewer.
     "capacity=300 vocab=2600 width=72 rows=290 stored=140 store=1 clusters=2",
     "capacity=300 vocab=2600 width=72 counts=0",
     "capacity=260 vocab=511 width=256 counts=0 bias=1 clusters=9",
-    # Strides, a split of one column, all that a logit can be made of.
+    # Strides, a tile of one column, all that a logit can be made of.
     "capacity=700 vocab=1000 width=200 rows=600 stored=300 store=1 clusters=2 bias=1"
     " hidden_stride=208 weight_stride=256",
-    "capacity=260 vocab=1025 width=640 rows=257 stored=1 store=1 clusters=3 softcap=5"
-    " temperature=1",
+    "capacity=260 vocab=1025 width=640 rows=257 stored=1 store=1 clusters=3 temperature=1",
+    "capacity=260 vocab=577 width=264 rows=257 stored=200 store=1 clusters=3 bias=1 temperature=1",
     # So many row blocks that they are walked in two groups; many steps.
     "capacity=4400 vocab=1100 width=8 clusters=3",
     "capacity=256 vocab=3000 width=1000 store=1",
@@ -48,9 +49,12 @@ def head_scan() -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_same_bytes_in_any_order(head_scan: Path, case: str) -> None:
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_same_bytes_in_any_order(head_scan: Path, schedule: str, case: str) -> None:
     done = subprocess.run(
-        [head_scan, *case.split(), "seed=0", "seeds=12"], capture_output=True, text=True
+        [head_scan, SCHEDULES[schedule], *case.split(), "seed=0", "seeds=12"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -71,12 +75,11 @@ def test_what_tma_cannot_read_is_refused(head_scan: Path, refused: str) -> None:
 
 KERNEL = "csrc/cuda/sm90/head_scan.cu"
 MAINLOOP = "cutlass/gemm/collective/sm90_mma_tma_gmma_ss_warpspecialized.hpp"
-ADVANCE = "state.advance(steps);"
 STUCK = "no thread can go on"
 # A statement to leave out, which one of its kind, and what is said then.
 PLANTED = {
-    "loader_stays": (KERNEL, ADVANCE, 1, "more arrivals at an mbarrier than it expects"),
-    "reader_stays": (KERNEL, ADVANCE, 2, STUCK),
+    "loader_stays": (KERNEL, "state.advance(steps);", 1, "more arrivals at an mbarrier"),
+    "reader_stays": (KERNEL, "state.advance(S::kPingpong", 1, STUCK),
     "no_bytes": (KERNEL, "pipeline_params.transaction_bytes = ", 1, "TMA still loads"),
     "no_load_tail": (KERNEL, "mainloop.load_tail(", 1, "reaches a block that has left"),
     "no_mma_tail": (KERNEL, "mainloop.mma_tail(", 1, STUCK),
@@ -87,6 +90,13 @@ PLANTED = {
     "early_load": (MAINLOOP, "pipeline.producer_acquire(", 1, "another one is under way"),
     "no_commit": (MAINLOOP, "warpgroup_commit_batch();", 1, "wgmma may still read"),
     "no_fence": (MAINLOOP, "warpgroup_arrive();", 3, "wgmma without wgmma.fence"),
+}
+
+
+# Of the ping-pong schedule alone.
+PINGPONG = {
+    "second_reads_first": (KERNEL, "state.advance(steps);", 2, STUCK),
+    "no_turn_given": (KERNEL, "turns.arrive();", 1, STUCK),
 }
 
 
@@ -110,7 +120,7 @@ def with_errors(head_scan: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     (cutlass,) = [Path(x) for x in command if (Path(x) / MAINLOOP).exists()]
     for file, source in (KERNEL, ROOT), (MAINLOOP, cutlass):
         text = (source / file).read_text()
-        for name, (planted_in, begins, which, _) in PLANTED.items():
+        for name, (planted_in, begins, which, _) in (PLANTED | PINGPONG).items():
             if planted_in == file:
                 text = plant(text, name, begins, which)
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -125,16 +135,22 @@ def with_errors(head_scan: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder / "program"
 
 
-@pytest.mark.parametrize("name", PLANTED)
-def test_planted_errors_are_seen(with_errors: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "name"),
+    [
+        *((schedule, name) for schedule in SCHEDULES for name in PLANTED),
+        *(("pingpong", name) for name in PINGPONG),
+    ],
+)
+def test_planted_errors_are_seen(with_errors: Path, schedule: str, name: str) -> None:
     """Tests that cannot fail would be worth nothing."""
     said = ""
     for case in CASES[4], CASES[8]:
         done = subprocess.run(
-            [with_errors, *case.split(), "seed=0", "seeds=12"],
+            [with_errors, SCHEDULES[schedule], *case.split(), "seed=0", "seeds=12"],
             capture_output=True,
             text=True,
             env=os.environ | {"BUPO_PLANTED": name},
         )
         said += done.stdout
-    assert PLANTED[name][3] in said, said
+    assert (PLANTED | PINGPONG)[name][3] in said, said

@@ -142,7 +142,8 @@ def dz_of(
     result = call.call(module, **leaves)
     total = sum(scale * getattr(result, name).sum() for name, scale in upstream.items())
     total.backward()
-    return ops.LogProbs(*(x.detach().double() for x in result)), leaves["weight"].grad.T.double()
+    dz = leaves["weight"].grad.T[: len(logits)].double()
+    return ops.LogProbs(*(x.detach().double() for x in result)), dz
 
 
 def gaps(*values: float, vocab: int = 40) -> tuple[Tensor, Tensor]:
@@ -189,7 +190,9 @@ def test_unlikely_target_has_the_whole_gradient(dtype: torch.dtype) -> None:
     exact = logits.to(dtype).double()  # bfloat16 holds 131072 but not 131073
     expected = -exact.logsumexp(1)
     torch.testing.assert_close(got.logprobs, expected, rtol=1e-6, atol=0)
-    assert torch.equal(dz[:, 5], torch.ones(4, dtype=torch.float64))
+    # Hopper's path rounds it as the product of two numbers.
+    rtol = (BFLOAT16_ROUNDINGS - 1) * 2**-8 if dtype == torch.bfloat16 else 0
+    torch.testing.assert_close(dz[:, 5], torch.ones_like(dz[:, 5]), rtol=rtol, atol=0)
     p = exact.softmax(1)
     p[:, 5] = 0
     torch.testing.assert_close(dz[:, :5], -p[:, :5], rtol=BFLOAT16_ROUNDINGS * 2**-8, atol=1e-37)
@@ -275,7 +278,7 @@ def test_a_nan_row_without_gradient_spares_another_row_of_dw(dtype: torch.dtype)
 def test_log_probs_and_entropy_stay_in_range(vocab: int, dtype: torch.dtype) -> None:
     highest = torch.tensor(math.log(vocab), dtype=accumulator(dtype))
     for std in (0.0, 1e-4, 1e-3, 1.0, 60.0):
-        call = Sample("range", OP, head("range", (200,), 6, vocab, std)).to(dtype)
+        call = Sample("range", OP, head("range", (200,), 8, vocab, std)).to(dtype)
         got = call.call()
         assert (got.logprobs <= 0).all(), std
         assert (got.entropy >= 0).all() and (got.entropy <= highest).all(), std

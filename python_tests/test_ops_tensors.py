@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bupo.ops as ops
+from bupo.ops.registration import CUDA_KERNELS
 
 each_op = pytest.mark.parametrize("op", OPS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -678,14 +679,36 @@ def test_excluded_targets_may_be_out_of_range() -> None:
 
 
 def test_workspace_budget() -> None:
-    before = ops.build_info()["workspace_bytes"]
-    assert before == 2**30
+    assert ops.build_info()["workspace_bytes"] == 0
     ops.set_workspace_bytes(2**28)
     assert ops.build_info()["workspace_bytes"] == 2**28
-    ops.set_workspace_bytes(before)
+    ops.set_workspace_bytes(None)
+    assert ops.build_info()["workspace_bytes"] == 0
     for wrong, kind in ((0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)):
         with pytest.raises(kind, match="set_workspace_bytes: size must be"):
             ops.set_workspace_bytes(wrong)
+
+
+def test_choice_of_kernels() -> None:
+    assert ops.build_info()["cuda_kernels"] == "auto"
+    for name in (*CUDA_KERNELS[1:], "auto"):
+        ops.set_cuda_kernels(name)
+        assert ops.build_info()["cuda_kernels"] == name
+    with pytest.raises(ValueError, match=r"set_cuda_kernels: name must be one of auto.*got 'sm80'"):
+        ops.set_cuda_kernels("sm80")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_out_of_memory_is_torch_s_own_error(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """The extension can only say it in words."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("bupo.ops: out of memory for [5] bytes: no memory")
+
+    call = small(op)
+    monkeypatch.setattr(torch.ops.bupo, op, fail)
+    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory for .5. bytes"):
+        call.call()
 
 
 def test_build_info() -> None:

@@ -70,7 +70,7 @@ def test_confident_target_keeps_its_digits(dtype: torch.dtype) -> None:
     got = evaluate(ops, Sample("confident", OP, arguments).to(dtype)).results
     rest = 39 * gap.exp()
     torch.testing.assert_close(got["logprobs"].double(), -torch.log1p(rest), rtol=1e-5, atol=0)
-    dz = got["d weight"].T.double()
+    dz = got["d weight"].T[:4].double()
     rtol = 2**-8 if dtype == torch.bfloat16 else 1e-5
     p = torch.exp(gap) / (1 + rest)
     torch.testing.assert_close(dz[:, 5], -2 * rest / (1 + rest) ** 2, rtol=rtol, atol=0)
@@ -87,7 +87,7 @@ def test_unlikely_target_has_the_whole_gradient(dtype: torch.dtype) -> None:
     # The old log-prob is rounded to float32, 0.004 of 131072; float64 keeps it.
     rtol = 1e-12 if dtype == torch.float64 else 0.008
     torch.testing.assert_close(
-        got["d weight"].T.double()[:, 5], torch.full((3,), -2.0).double(), rtol=rtol, atol=0
+        got["d weight"].T.double()[:3, 5], torch.full((3,), -2.0).double(), rtol=rtol, atol=0
     )
     assert got["loss"].isfinite()
 

@@ -7,7 +7,7 @@ The mathematics is in docs/ops.md; `reference` holds the same functions in eager
 from bupo.ops import reference
 from bupo.ops.lm_head import LogProbs, lm_head_logprobs
 from bupo.ops.policy_loss import PolicyLoss, policy_loss
-from bupo.ops.registration import build_info, set_workspace_bytes
+from bupo.ops.registration import build_info, set_cuda_kernels, set_workspace_bytes
 
 __all__ = [
     "LogProbs",
@@ -16,5 +16,6 @@ __all__ = [
     "lm_head_logprobs",
     "policy_loss",
     "reference",
+    "set_cuda_kernels",
     "set_workspace_bytes",
 ]

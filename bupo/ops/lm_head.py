@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bupo.ops import operands
+from bupo.ops.registration import call
 from bupo.ops.results import LogProbs
 
 __all__ = ["LogProbs", "lm_head_logprobs"]
@@ -68,5 +69,5 @@ def lm_head_logprobs(
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained)
     # How much is kept depends on the budget, and a compiled graph has to know its sizes.
     keep = keep and not torch.compiler.is_compiling()
-    *outputs, _ = torch.ops.bupo.lm_head_logprobs(*args, ignore_index, keep)
+    *outputs, _ = call(torch.ops.bupo.lm_head_logprobs, *args, ignore_index, keep)
     return LogProbs(*(x.reshape(targets.shape) for x in outputs))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bupo.ops import operands
-from bupo.ops.registration import KL_ESTIMATORS, LOSS_TYPES, METRICS, accumulator
+from bupo.ops.registration import KL_ESTIMATORS, LOSS_TYPES, METRICS, accumulator, call
 from bupo.ops.results import PolicyLoss
 
 __all__ = ["PolicyLoss", "policy_loss"]
@@ -115,7 +115,8 @@ def policy_loss(
         else _number("max_log_ratio", max_log_ratio, 0, "at least 0 or None"),
     ]
     grad = torch.is_grad_enabled()
-    loss, logprobs, entropy, metrics, *_ = torch.ops.bupo.policy_loss(
+    loss, logprobs, entropy, metrics, *_ = call(
+        torch.ops.bupo.policy_loss,
         *args[:3],
         token("old_logprobs", old_logprobs),
         token("advantages", advantages),

@@ -5,6 +5,7 @@ The only file, with lm_head.py and policy_loss.py, that names torch.ops.bupo.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,29 +38,68 @@ def build_info() -> dict[str, Any]:
     ``torch_target``, the oldest torch it runs on; ``devices``, where ops are implemented;
     ``cpu_products``, for float32 and bfloat16: "block" (oneDNN's block product; AVX-512 and, for
     bfloat16, AVX512_BF16 or AMX) or "library" (torch's BLAS in fp32, slower); ``cpu_vectors``, the
-    bits of a vector of the rest; ``cuda_paths``, which CUDA calls are served by which kernels;
-    ``workspace_bytes``, see :func:`set_workspace_bytes`.
+    bits of a vector of the rest; ``workspace_bytes``, see :func:`set_workspace_bytes`, 0 for its
+    default; ``cuda_kernels``, see :func:`set_cuda_kernels`.
     """
     return dict(_C.build_info())
 
 
-def set_workspace_bytes(size: int) -> None:
-    """The memory in bytes that a CUDA op may take beside its results; 1 GiB unless set.
+def set_workspace_bytes(size: int | None) -> None:
+    """The memory in bytes that a CUDA op may take beside its results.
 
-    More memory is fewer, larger chunks of tokens. 128 rows of logits are always taken. With more
-    chunks than one, bfloat16 and float16 weights also get a float32 accumulator of the size of dW;
-    where one chunk of all tokens takes less than budget and accumulator together, it is taken
-    instead. lm_head_logprobs keeps up to this much from its forward for its backward as well. CPU
-    ops need no such budget.
+    None, the default: a quarter of the memory that is free on the GPU when the first op runs
+    there, rounded down to a power of two, at least 256 MiB and at most 4 GiB. It does not change
+    afterwards, but it may differ from process to process, and with it the number of chunks and the
+    rounding of dW; set a number where two runs must agree to the last bit.
+
+    More memory means fewer, larger chunks of tokens. 128 rows of logits are always taken. When
+    there is more than one chunk, bfloat16 and float16 weights also get a float32 accumulator of the
+    size of dW; where one chunk of all tokens takes less than budget and accumulator together, it is
+    taken instead. lm_head_logprobs keeps up to this much from its forward for its backward as well.
+    CPU ops need no such budget.
 
     Raises:
-        TypeError, ValueError: size is not a positive int.
+        TypeError, ValueError: size is neither None nor a positive int.
     """
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"bupo.ops.set_workspace_bytes: size must be an int, got {size!r}")
-    if size <= 0:
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+        raise TypeError(f"bupo.ops.set_workspace_bytes: size must be an int or None, got {size!r}")
+    if size is not None and size <= 0:
         raise ValueError(f"bupo.ops.set_workspace_bytes: size must be positive, got {size}")
-    _C.set_workspace_bytes(size)
+    _C.set_workspace_bytes(size or 0)
+
+
+CUDA_KERNELS = ("auto", "portable", "sm90_cooperative", "sm90_pingpong")
+
+
+def set_cuda_kernels(name: str) -> None:
+    """Which kernels serve CUDA calls: to compare them, or to get around one that fails.
+
+    ``auto``, the default, takes the best that can serve a call. ``portable`` runs on every GPU from
+    sm_80 on. ``sm90_cooperative`` and ``sm90_pingpong`` are two schedules of the Hopper kernel; a
+    call that it cannot serve still takes the portable path. docs/ops.md says which calls those are.
+
+    Raises:
+        ValueError: name is none of these.
+    """
+    if name not in CUDA_KERNELS:
+        raise ValueError(
+            f"bupo.ops.set_cuda_kernels: name must be one of {', '.join(CUDA_KERNELS)}, "
+            f"got {name!r}"
+        )
+    _C.set_cuda_kernels(name)
+
+
+def call(op: Callable[..., Any], *args: Any) -> Any:
+    """op(*args), with torch's own exception when the GPU has no memory left: the extension is built
+    on torch's stable interface, which cannot throw it."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        if "bupo.ops: out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -102,6 +142,16 @@ def _fake_policy_loss(
     return (hidden.new_empty((), dtype=acc), *per_token, metrics, *grads)
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total += a @ b, summed in the float32 of total by the product itself. The extension calls it:
+    addmm takes numbers, which cannot pass through torch's stable interface."""
+    if a.dtype == total.dtype:
+        return torch.addmm(total, a, b, out=total)
+    return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+torch.library.define("bupo::add_product_", "(Tensor(a!) total, Tensor a, Tensor b) -> Tensor(a!)")
+torch.library.impl("bupo::add_product_", "cuda", _add_product)
 torch.library.register_fake("bupo::lm_head_logprobs", _fake_logprobs)
 torch.library.register_fake("bupo::lm_head_logprobs_backward", _fake_logprobs_backward)
 torch.library.register_fake("bupo::policy_loss", _fake_policy_loss)
@@ -126,13 +176,15 @@ def _backward_logprobs(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | Non
     if all(g is None for g in upstream):
         return (None,) * 8
     saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
-    hidden, _, targets, *_ = saved
-    acc = accumulator(hidden.dtype)
-    zero = torch.zeros(targets.shape, dtype=acc, device=hidden.device)
-    grads = (zero if g is None else g.contiguous() for g in upstream[:3])
+    grads = (None if g is None else g.contiguous() for g in upstream[:3])
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    d_hidden, d_weight, d_bias = torch.ops.bupo.lm_head_logprobs_backward(
-        *grads, *saved, ctx.softcap, ctx.ignore_index, *needs
+    d_hidden, d_weight, d_bias = call(
+        torch.ops.bupo.lm_head_logprobs_backward,
+        *grads,
+        *saved,
+        ctx.softcap,
+        ctx.ignore_index,
+        *needs,
     )
     picked = [g if need else None for g, need in zip((d_hidden, d_weight, d_bias), needs)]
     return picked[0], picked[1], None, picked[2], None, None, None, None
@@ -151,11 +203,15 @@ def _save_policy(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
     """scale * grad, in place when the graph dies with this backward: dW is often the largest
-    tensor of a step, and a second one would double the op's memory."""
+    tensor of a step, and a second one would double the op's memory. A scale of 1 costs nothing; on
+    a GPU the device looks at it, for the host would have to wait."""
     if type(grad) is not Tensor or torch.compiler.is_compiling():
         return grad * scale
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return grad * scale
+    if grad.device.type == "cuda":
+        torch.ops.bupo.scale_(grad, scale)
+        return grad
     if scale.device.type == "cpu" and scale.item() == 1:
         return grad
     return grad.mul_(scale)

@@ -337,8 +337,8 @@ void lm_head_logprobs_backward(Scalar dtype, const HeadArgs& args, int64_t ignor
   for_products(dtype, args, [&]<class Products>() {
     using Acc = typename Products::Acc;
     const auto coefficients = [&](int64_t i) {
-      return Coefficients{at<Acc>(upstream.logprobs, i), at<Acc>(upstream.entropy, i),
-                          at<Acc>(upstream.logsumexp, i)};
+      const auto of = [i](const void* array) { return array ? at<Acc>(array, i) : Acc(0); };
+      return Coefficients{of(upstream.logprobs), of(upstream.entropy), of(upstream.logsumexp)};
     };
     Head<Products> head(args);
     std::vector<int64_t> tokens;

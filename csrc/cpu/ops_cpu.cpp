@@ -56,9 +56,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lm_head_logprobs(Tensor hidden, Tenso
 }
 
 std::tuple<Tensor, Tensor, Tensor> lm_head_logprobs_backward(
-    Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logsumexp, Tensor hidden, Tensor weight,
-    Tensor targets, OptionalTensor bias, OptionalTensor temperature, Tensor kept, double softcap,
-    int64_t ignore_index, bool need_hidden, bool need_weight, bool need_bias) {
+    OptionalTensor grad_logprobs, OptionalTensor grad_entropy, OptionalTensor grad_logsumexp,
+    Tensor hidden, Tensor weight, Tensor targets, OptionalTensor bias, OptionalTensor temperature,
+    Tensor kept, double softcap, int64_t ignore_index, bool need_hidden, bool need_weight,
+    bool need_bias) {
   constexpr const char* op = "bupo.ops.lm_head_logprobs (backward)";
   const Inputs in(op, kDtypes, hidden, weight, targets, bias, temperature, softcap);
   check_tokens(op, in, [&](int64_t i) { return in.args.targets[i] != ignore_index; });

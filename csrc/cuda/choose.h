@@ -1,10 +1,11 @@
-// Which path a call takes, and how it is cut into chunks and blocks of rows: from shapes, device
-// and workspace budget alone. Plain C++: tested on any machine (python_tests/test_cuda_plan.py).
+// How a call is cut into chunks and blocks of rows: from shapes and a budget alone. Plain C++:
+// tested on any machine (python_tests/test_cuda_plan.py).
 //
 //   block  rows whose fp32 products [block, V] are held at once (portable)
 //   chunk  rows whose dz or E [chunk, V] is held until the two gradient products
 //
-// A chunk more costs one read and write of dW in fp32, so chunks are as large as the budget allows.
+// A further chunk reads and writes dW in fp32 once more, so chunks are as large as the budget
+// allows, and of equal size.
 
 #pragma once
 
@@ -13,112 +14,89 @@
 
 namespace bupo::cuda {
 
-// portable: library products in fp32, then one sweep. sm90: statistics in the product's epilogue.
-enum class Path : int { kPortable, kSm90 };
-
-struct PathRequest {
-  int capability;          // 10 major + minor
-  bool bfloat16, aligned;  // aligned: the weight's address, rows and D are multiples of 16 bytes
-  int64_t width, vocab;
-  bool softcap, entropy_gradient;
-};
-
-// sm90 needs Hopper itself (later chips have no wgmma), bfloat16, and rows that TMA can read. With
-// a softcap E holds the slope too, which no gradient of the entropy can be read from.
-inline Path path_of(const PathRequest& r) {
-  constexpr int64_t kLargest = int64_t{1} << 30;  // its places and columns are 32-bit
-  const bool served =
-      r.capability == 90 && r.bfloat16 && r.aligned && r.vocab < kLargest && r.width < kLargest;
-  return served && !(r.softcap && r.entropy_gradient) ? Path::kSm90 : Path::kPortable;
-}
-
 struct Shape {
   int64_t tokens, width, vocab;
   int64_t element;  // bytes of an input element
   bool gradients, weight_gradient, half;
-  bool placed = true;  // sm90: rows of hidden are copied to their places
 };
 
 struct Plan {
   int64_t block = 0, chunk = 0;
-  int64_t products_stride = 0;  // elements; rows begin on 32 bytes, E's on 128
-  int64_t slice = 0;            // rows of dW that one product makes when chunks are added up
-  bool accumulate = false;      // dW needs an fp32 accumulator [V, D] beside the workspace
-  int64_t bytes = 0;            // of the workspace
+  bool accumulate = false;  // dW needs an fp32 accumulator [V, D] beside the workspace
+  int64_t bytes = 0;        // of the workspace
 };
 
 inline constexpr int64_t kRowMultiple = 128;
+
+// The default budget: a quarter of `free` bytes as a power of two, from 256 MiB to 4 GiB.
+inline int64_t budget_within(int64_t free) {
+  int64_t budget = int64_t{4} << 30;
+  while (budget > free / 4 && budget > int64_t{256} << 20) budget /= 2;
+  return budget;
+}
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Rows that fit, a multiple of kRowMultiple (or of `multiple`, if they are that many), no more than
-// there are.
+// Rows a chunk when `bytes` are there: a multiple of kRowMultiple, or of `multiple` if they are
+// that many, and no more than make all chunks equal.
 inline int64_t rows_within(int64_t tokens, int64_t bytes, int64_t bytes_a_row,
                            int64_t multiple = kRowMultiple) {
-  int64_t fitting = bytes / bytes_a_row;
-  fitting -= fitting % (fitting > multiple ? multiple : kRowMultiple);
-  return std::clamp<int64_t>(fitting, kRowMultiple,
-                             round_up(std::max<int64_t>(tokens, 1), kRowMultiple));
-}
-
-// How dW is made, once the chunk is known: `left` bytes are free for a slice.
-inline void plan_weight_gradient(const Shape& s, int64_t left, int64_t budget, Plan& p) {
-  p.accumulate = s.weight_gradient && s.element != 4 && (s.half || s.tokens > p.chunk);
-  if (!s.weight_gradient || (!p.accumulate && s.tokens <= p.chunk)) return;
-  const int64_t rows = std::min(budget / 16, left) / (4 * s.width) / kRowMultiple * kRowMultiple;
-  p.slice = std::clamp<int64_t>(rows, kRowMultiple, round_up(s.vocab, kRowMultiple));
+  tokens = std::max<int64_t>(tokens, 1);
+  const int64_t fitting = std::max(bytes / bytes_a_row, kRowMultiple);
+  const int64_t step = fitting < multiple ? kRowMultiple : multiple;
+  const int64_t most = fitting - fitting % step, chunks = (tokens + most - 1) / most;
+  return std::min(most, round_up((tokens + chunks - 1) / chunks, kRowMultiple));
 }
 
 // Of a chunk's row beside its dz: x times a scale, dx in fp32, statistics and place.
-inline int64_t row_bytes(const Shape& s) {
-  constexpr int64_t kStatistics = 64;
-  return (s.element + 4) * s.width + kStatistics;
+inline int64_t row_bytes(const Shape& s) { return (s.element + 4) * s.width + 64; }
+
+inline bool accumulates(const Shape& s, int64_t chunk) {
+  return s.weight_gradient && s.element != 4 && (s.half || s.tokens > chunk);
 }
+
+inline constexpr int64_t products_stride(int64_t vocab) { return (vocab + 7) / 8 * 8; }
 
 inline Plan portable_plan(const Shape& s, int64_t budget) {
   Plan p;
-  p.products_stride = round_up(s.vocab, 8);
-  const int64_t products = 4 * p.products_stride, columns = 4 * s.vocab;
+  const int64_t stride = products_stride(s.vocab), products = 4 * stride, columns = 4 * s.vocab;
   if (!s.gradients) {
     p.block = p.chunk = rows_within(s.tokens, budget - columns, products);
     p.bytes = p.block * products + columns;
     return p;
   }
-  const int64_t of_chunk = s.element * p.products_stride + row_bytes(s);
-  const int64_t fixed = columns + (s.weight_gradient ? budget / 16 : 0);  // slice
+  const int64_t of_chunk = s.element * stride + row_bytes(s);
   p.block = std::min(rows_within(s.tokens, budget / 4, products),
-                     rows_within(s.tokens, budget - fixed, products + of_chunk));
-  const int64_t rest = budget - fixed - p.block * products;
+                     rows_within(s.tokens, budget - columns, products + of_chunk));
+  const int64_t rest = budget - columns - p.block * products;
   p.chunk = std::max(p.block, rows_within(s.tokens, rest, of_chunk));
-  plan_weight_gradient(s, budget - p.block * products - columns - p.chunk * of_chunk, budget, p);
-  p.bytes = p.block * products + columns + p.chunk * of_chunk + 4 * p.slice * s.width;
+  p.block = std::min(p.block, rows_within(p.chunk, budget / 4, products));
+  p.accumulate = accumulates(s, p.chunk);
+  p.bytes = p.block * products + columns + p.chunk * of_chunk;
   return p;
 }
 
-// sm90: E, the rows of hidden by place, partial sums and references of tiles.
-inline Plan sm90_plan(const Shape& s, int64_t budget) {
-  constexpr int64_t kTileColumns = 256, kSplitColumns = 1024, kClusterRows = 256, kPerPlace = 128;
-  const int64_t partials = 12 * (round_up(s.vocab, kSplitColumns) / kSplitColumns);
+// Hopper: E [chunk, stride], whose rows begin on 128 bytes; the rows of hidden by place; partial
+// sums and references of every tile of `tile_columns` columns. Statistics alone need the partial
+// sums and nothing else, unless TMA cannot read the rows of hidden where they are.
+inline Plan sm90_plan(const Shape& s, int64_t budget, int64_t tile_columns) {
+  constexpr int64_t kClusterRows = 256, kPerPlace = 128, kPartial = 12, kReference = 4;
+  const int64_t tiles = (s.vocab + tile_columns - 1) / tile_columns;
+  int64_t of_chunk = kPartial * tiles + kPerPlace + s.element * s.width;
+  if (s.gradients) of_chunk += s.element * round_up(s.vocab, 64) + kReference * tiles + 4 * s.width;
+  const int64_t columns = 8 * tiles * tile_columns;  // bias, and its gradient
   Plan p;
-  p.products_stride = round_up(s.vocab, 64);
-  int64_t of_chunk = partials + kPerPlace + (s.placed ? s.element * s.width : 0);
-  if (s.gradients) {
-    const int64_t references = 4 * (round_up(s.vocab, kTileColumns) / kTileColumns);
-    of_chunk += s.element * p.products_stride + references + row_bytes(s);
-  }
-  const int64_t columns = 8 * round_up(s.vocab, kTileColumns);  // bias, and its gradient
-  const int64_t fixed = columns + (s.weight_gradient ? budget / 16 : 0);
-  p.block = p.chunk = rows_within(s.tokens, budget - fixed, of_chunk, kClusterRows);
-  if (s.gradients) plan_weight_gradient(s, budget - columns - p.chunk * of_chunk, budget, p);
-  p.bytes = p.chunk * of_chunk + columns + 4 * p.slice * s.width;
+  p.block = p.chunk = rows_within(s.tokens, budget - columns, of_chunk, kClusterRows);
+  p.accumulate = accumulates(s, p.chunk);
+  p.bytes = p.chunk * of_chunk + columns;
   return p;
 }
 
 // One chunk where that takes no more than several and their accumulator would.
-inline Plan plan_of(Path path, const Shape& s, int64_t budget) {
-  const auto plan = path == Path::kSm90 ? sm90_plan : portable_plan;
+template <class PlanOf>
+Plan best_plan(const Shape& s, int64_t budget, const PlanOf& plan) {
   const Plan several = plan(s, budget);
   if (!several.accumulate || s.half) return several;
   const Plan one = plan(s, budget + 4 * s.vocab * s.width);

@@ -3,13 +3,8 @@
 
 #pragma once
 
-#ifdef BUPO_EMULATED
-#include "emulator.h"
-#else
-#include <cuda_runtime_api.h>
-#endif
-
 #include <cstdint>
+#include <platform.cuh>
 
 #include "../args.h"
 #include "../row_math.h"
@@ -52,14 +47,15 @@ struct PolicyRows {
       *importance_weights;
   int64_t rows;
 };
-// d loss / d logprob and d loss / d entropy of each row, its weight included.
+// d loss / d logprob and d loss / d entropy of each row, its weight included; on_entropy null:
+// none.
 cudaError_t launch_policy_coefficients(const PolicyRows& rows, float* on_logprob, float* on_entropy,
                                        cudaStream_t stream);
 // The loss and the kPolicyMetrics metrics, from all rows at once, summed in double.
 cudaError_t launch_policy_sums(const PolicyRows& rows, float* loss, float* metrics,
                                cudaStream_t stream);
 
-// Upstream gradients of a row's outputs, [rows] each. on_logsumexp may be null.
+// Upstream gradients of a row's outputs, [rows] each; null where there is none.
 struct Coefficients {
   const float *on_logprob, *on_entropy, *on_logsumexp;
 };
@@ -100,7 +96,8 @@ cudaError_t launch_logit_gradient(Number number, const LogitGradientArgs& args,
 // is 0 or not finite. float16 only: it keeps x * scale / norm in range.
 cudaError_t launch_norm(const Coefficients& bounds, int64_t rows, float* norm, cudaStream_t stream);
 
-// out[k, :] = x[order[k], :] * scale[k] / norm, norm null for 1.
+// out[k, :] = x[order[k], :] * scale[k] / norm; order null: x[k, :], and out may be x; norm
+// null: 1.
 struct GatherArgs {
   const void* x;
   int64_t stride, width, count;
@@ -124,8 +121,9 @@ cudaError_t launch_scatter_rows(Number number, const ScatterArgs& args, cudaStre
 cudaError_t launch_column_sums(Number number, const void* dz, int64_t stride, const float* scale,
                                int64_t count, int64_t columns, float* sums, cudaStream_t stream);
 
-// total += part, elementwise.
-cudaError_t launch_add(float* total, const float* part, int64_t count, cudaStream_t stream);
+// data *= scale[0], which is on the device; a scale of 1 costs a launch.
+cudaError_t launch_scale(Number number, void* data, const float* scale, int64_t count,
+                         cudaStream_t stream);
 
 // out = number(in * norm), norm null for 1; and the other way round.
 cudaError_t launch_narrow(Number number, const float* in, const float* norm, void* out,

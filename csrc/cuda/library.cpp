@@ -4,8 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
+#include <atomic>
 #include <stdexcept>
 #include <string>
+
+#include "../checks.h"
+#include "../settings.h"
 
 namespace bupo::cuda {
 namespace {
@@ -27,6 +31,20 @@ Tensor as_tensor(const Device& device, const Matrix& m) {
       torch::stable::Device(torch::headeronly::DeviceType::CUDA, device.index), dtype);
 }
 
+template <class... Arguments>
+void call(const char* op, const char* overload, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
+  if (torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS)
+    throw_torch_error(std::string(op) + " failed");
+  torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
 }  // namespace
 
 Device current_device(const Tensor& like) {
@@ -35,45 +53,65 @@ Device current_device(const Tensor& like) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
-  return {index, 10 * major + minor, static_cast<cudaStream_t>(stream),
-          status != cudaStreamCaptureStatusNone};
+  return {index,
+          10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
+              attribute(cudaDevAttrComputeCapabilityMinor, index),
+          static_cast<cudaStream_t>(stream), status != cudaStreamCaptureStatusNone};
 }
 
-void multiply(const Device& device, const Matrix& out, const Matrix& a, const Matrix& b) {
+void multiply(const Device& device, const Matrix& out, const Matrix& a, const Matrix& b, bool add) {
   const Tensor to = as_tensor(device, out), left = as_tensor(device, a),
                right = as_tensor(device, b);
-  if (out.number == a.number) {
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(left),
-                                      torch::stable::detail::from(right),
-                                      torch::stable::detail::from(to)};
-    TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
-  } else {
-    std::array<StableIValue, 4> stack{
-        torch::stable::detail::from(left), torch::stable::detail::from(right),
-        torch::stable::detail::from(ScalarType::Float), torch::stable::detail::from(to)};
-    TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);
-  }
+  if (add)  // addmm takes numbers, which torch's stable interface cannot hand over: by Python
+    call("bupo::add_product_", "", to, left, right);
+  else if (out.number == a.number)
+    call("aten::mm", "out", left, right, to);
+  else
+    call("aten::mm", "dtype_out", left, right, ScalarType::Float, to);
 }
 
-int64_t read_count(const Device& device, const int32_t* count) {
-  int32_t value = 0;
-  check(cudaMemcpyAsync(&value, count, sizeof value, cudaMemcpyDeviceToHost, device.stream));
-  check(cudaStreamSynchronize(device.stream));
-  return value;
+CountReader::CountReader(const Device& device, const int32_t* count) {
+  if (device.capturing) return;
+  struct Buffer {  // pinned, so that the copy does not wait for the device
+    int32_t* value = nullptr;
+    cudaEvent_t event = nullptr;
+  };
+  static thread_local std::array<Buffer, 64> buffers;
+  Buffer& mine = buffers[static_cast<size_t>(device.index) % buffers.size()];
+  if (!mine.value) {
+    check(cudaHostAlloc(reinterpret_cast<void**>(&mine.value), sizeof(int32_t), 0));
+    check(cudaEventCreateWithFlags(&mine.event, cudaEventDisableTiming));
+  }
+  value_ = mine.value;
+  event_ = mine.event;
+  check(cudaMemcpyAsync(value_, count, sizeof(int32_t), cudaMemcpyDeviceToHost, device.stream));
+  check(cudaEventRecord(event_, device.stream));
+}
+
+int64_t CountReader::wait() {
+  check(cudaEventSynchronize(event_));
+  return *value_;
 }
 
 void set_zero(const Device& device, void* data, int64_t bytes) {
   check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), device.stream));
 }
 
+int64_t workspace_budget(const Device& device) {
+  if (const int64_t given = workspace_bytes) return given;
+  static std::array<std::atomic<int64_t>, 64> known{};
+  auto& mine = known[static_cast<size_t>(device.index) % known.size()];
+  if (mine == 0) {
+    size_t free = 0, total = 0;
+    check(cudaMemGetInfo(&free, &total));
+    mine = budget_within(static_cast<int64_t>(free));
+  }
+  return mine;
+}
+
 void check(cudaError_t error) {
+  if (error == cudaErrorMemoryAllocation)
+    throw std::runtime_error("bupo.ops: out of memory: CUDA could not allocate what it needs");
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("bupo.ops: CUDA: ") + cudaGetErrorString(error));
 }

@@ -1,4 +1,4 @@
-// Thin access to torch on the GPU: matrix products, the current stream, memory, the live-row count.
+// Thin access to torch and CUDA: matrix products, the current stream, memory, counters.
 
 #pragma once
 
@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "choose.h"
 #include "launch.h"
 
 namespace bupo::cuda {
@@ -36,13 +37,27 @@ Device current_device(const torch::stable::Tensor& like);
 
 // out = a b, summed in fp32; out is fp32, or of the dtype of a and b: then rounded once, unless
 // torch.backends.cuda.matmul.allow_*_reduced_precision_reduction lets the library split the sum.
-void multiply(const Device& device, const Matrix& out, const Matrix& a, const Matrix& b);
+// Or out += a b, by the product itself; out is fp32 then.
+void multiply(const Device& device, const Matrix& out, const Matrix& a, const Matrix& b,
+              bool add = false);
 
-// The value of a counter on the device, once everything before it has run: the one place where the
-// host waits.
-int64_t read_count(const Device& device, const int32_t* count);
+// A counter on the device as it was when the reader was made, for the host. Under capture the host
+// cannot read.
+class CountReader {
+ public:
+  CountReader(const Device& device, const int32_t* count);
+  int64_t wait();  // until the device has come to it
+
+ private:
+  int32_t* value_ = nullptr;
+  cudaEvent_t event_ = nullptr;
+};
 
 void set_zero(const Device& device, void* data, int64_t bytes);
+
+// The setting; without one a quarter of the memory that was free at the first call on the device,
+// in whole powers of two from 256 MiB to 4 GiB, so that calls of one process are cut alike.
+int64_t workspace_budget(const Device& device);
 
 // Throws std::runtime_error with CUDA's words for a failed launch.
 void check(cudaError_t error);

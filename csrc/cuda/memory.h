@@ -2,13 +2,12 @@
 
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <stdexcept>
-#include <vector>
 
+#include "../operands.h"
 #include "choose.h"
 
 namespace bupo::cuda {
@@ -40,16 +39,11 @@ class Slab {
   int64_t bytes_ = 0, used_ = 0;
 };
 
-inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, int64_t bytes) {
-  const std::vector<int64_t> shape{bytes};
-  return torch::stable::new_empty(like, {shape.data(), 1}, torch::headeronly::ScalarType::Byte);
-}
-
 // A Slab with memory of its own.
 class Workspace : public Slab {
  public:
   Workspace(const torch::stable::Tensor& like, int64_t bytes)
-      : Workspace(bytes, allocate(like, bytes)) {}
+      : Workspace(bytes, make_uninitialised(like, {bytes}, ScalarType::Byte)) {}
 
  private:
   Workspace(int64_t bytes, const torch::stable::Tensor& memory)

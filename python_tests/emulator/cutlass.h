@@ -85,11 +85,13 @@ inline uint32_t elect_one_sync() {
 #define warpgroup_wait replaced_warpgroup_wait
 #define warpgroup_commit_batch replaced_warpgroup_commit_batch
 #define MMA_64x256x16_F32BF16BF16_SS Replaced_MMA_64x256x16_F32BF16BF16_SS
+#define MMA_64x192x16_F32BF16BF16_SS Replaced_MMA_64x192x16_F32BF16BF16_SS
 #include <cute/arch/mma_sm90_gmma.hpp>
 #undef warpgroup_arrive
 #undef warpgroup_wait
 #undef warpgroup_commit_batch
 #undef MMA_64x256x16_F32BF16BF16_SS
+#undef MMA_64x192x16_F32BF16BF16_SS
 namespace cute {
 inline void warpgroup_arrive() { emulator::wgmma_fence(); }
 inline void warpgroup_commit_batch() { emulator::wgmma_commit(); }
@@ -109,18 +111,22 @@ struct Fma<std::index_sequence<kIndex...>> {
     float* const all[] = {&sums...};
     for (size_t i = 0; i < sizeof...(kIndex); ++i)
       emulator::require(all[i] == all[0] + i, "accumulators are not an array");
-    emulator::wgmma(a, b, all[0], scale == ScaleOut::One);
+    emulator::wgmma(a, b, all[0], 2 * sizeof...(kIndex), scale == ScaleOut::One);
   }
 };
-template <Major kA, Major kB, ScaleIn kScaleA = ScaleIn::One, ScaleIn kScaleB = ScaleIn::One>
-struct MMA_64x256x16_F32BF16BF16_SS : Fma<std::make_index_sequence<128>> {
+template <int kColumns, Major kA, Major kB, ScaleIn kScaleA, ScaleIn kScaleB>
+struct Mma : Fma<std::make_index_sequence<kColumns / 2>> {
   static_assert(kA == Major::K && kB == Major::K);
   static_assert(kScaleA == ScaleIn::One && kScaleB == ScaleIn::One);
   using DRegisters = void;
   using ARegisters = uint64_t[1];
   using BRegisters = uint64_t[1];
-  using CRegisters = float[128];
+  using CRegisters = float[kColumns / 2];
 };
+template <Major kA, Major kB, ScaleIn kScaleA = ScaleIn::One, ScaleIn kScaleB = ScaleIn::One>
+struct MMA_64x256x16_F32BF16BF16_SS : Mma<256, kA, kB, kScaleA, kScaleB> {};
+template <Major kA, Major kB, ScaleIn kScaleA = ScaleIn::One, ScaleIn kScaleB = ScaleIn::One>
+struct MMA_64x192x16_F32BF16BF16_SS : Mma<192, kA, kB, kScaleA, kScaleB> {};
 }  // namespace SM90::GMMA
 }  // namespace cute
 
@@ -166,6 +172,7 @@ struct ClusterBarrier {
   bool try_wait(uint32_t parity) const { return emulator::mbarrier_passed(address(), parity); }
   bool test_wait(uint32_t parity) const;  // declared for templates, defined nowhere
   void wait(uint32_t parity) const { emulator::mbarrier_wait(address(), parity); }
+  void arrive() const { emulator::mbarrier_arrive(emulator::own_rank(), address()); }
   void arrive(uint32_t rank, uint32_t predicate) const {
     if (predicate) emulator::mbarrier_arrive_later(rank, address());
   }

@@ -7,6 +7,8 @@
 
 #include <cmath>
 
+#include <cuda_runtime_api.h>  // of the folder cuda here, or CUDA's own for head_scan.cu
+
 #include "fibers.h"
 
 #undef __global__
@@ -19,11 +21,6 @@
 #define __host__
 #define __shared__ static
 #define __launch_bounds__(...)
-
-#ifndef __DRIVER_TYPES_H__  // CUDA's own, in hopper_head_scan.cpp
-using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess = 0 };
-#endif
 
 struct Index {
   int64_t x, y, z;

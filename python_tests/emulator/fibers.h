@@ -30,7 +30,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   int64_t thread, block;  // in its block, and the block among those that run
   size_t warp;            // among those of all blocks
-  bool entered, done;
+  bool entered = false, done = false;
   std::string waits_for;
 };
 
@@ -103,15 +103,18 @@ inline void meet(Meeting& meeting, const char* what) {
   wake(meeting.next);
 }
 
+// A fiber runs one body after another.
 inline void enter() {
-  try {
-    body();
-  } catch (...) {
-    failure = std::current_exception();
+  for (;;) {
+    try {
+      body();
+    } catch (...) {
+      failure = std::current_exception();
+    }
+    current->done = true;
+    warps[current->warp].ready &= ~bit_of(*current);
+    if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
   }
-  current->done = true;
-  warps[current->warp].ready &= ~bit_of(*current);
-  _longjmp(scheduler, 1);
 }
 
 inline void go_on(Fiber& fiber) {
@@ -158,6 +161,8 @@ inline Fiber& choose_lane(const Warp& warp) {
 }
 
 inline void make_fibers(int64_t blocks, int64_t threads) {
+  if (blocks * threads > 2048) throw std::logic_error("more threads than there are fibers for");
+  fibers.reserve(2048);  // a context must not move
   fibers.resize(static_cast<size_t>(blocks * threads));
   block_meetings.assign(static_cast<size_t>(blocks), {});
   warps.clear();
@@ -165,14 +170,16 @@ inline void make_fibers(int64_t blocks, int64_t threads) {
     Fiber& fiber = fibers[i];
     constexpr size_t kStack = 64 << 10;
     if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+    if (!fiber.done) fiber.entered = false;  // new, or it stopped on the way, where another failed
     fiber.thread = static_cast<int64_t>(i) % threads;
     fiber.block = static_cast<int64_t>(i) / threads;
     if (fiber.thread % 32 == 0) warps.push_back({.first = i});
     fiber.warp = warps.size() - 1;
-    fiber.entered = fiber.done = false;
+    fiber.done = false;
     warps.back().ready |= bit_of(fiber);
     ++warps.back().meeting.members;
     ++block_meetings[static_cast<size_t>(fiber.block)].members;
+    if (fiber.entered) continue;
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = fiber.stack.get();
     fiber.start.uc_stack.ss_size = kStack;

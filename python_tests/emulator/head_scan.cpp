@@ -13,8 +13,9 @@ int64_t scans = 0;
 namespace {
 
 struct Tile {
-  std::vector<float> x = std::vector<float>(kTileRows * kTileColumns);
-  float& at(int row, int column) { return x[static_cast<size_t>(row * kTileColumns + column)]; }
+  int columns;
+  std::vector<float> x = std::vector<float>(static_cast<size_t>(kTileRows * columns));
+  float& at(int row, int column) { return x[static_cast<size_t>(row * columns + column)]; }
 };
 
 void widen_rows(const void* data, int64_t first, int64_t count, int64_t limit, int64_t width,
@@ -28,7 +29,7 @@ void widen_rows(const void* data, int64_t first, int64_t count, int64_t limit, i
 
 void multiply(const std::vector<float>& a, const std::vector<float>& b, int64_t width, Tile& out) {
   for (int64_t r = 0; r < kTileRows; ++r) {
-    for (int64_t c = 0; c < kTileColumns; ++c) {
+    for (int64_t c = 0; c < out.columns; ++c) {
       float sum = 0.0f;
       for (int64_t d = 0; d < width; ++d)
         sum += a[static_cast<size_t>(r * width + d)] * b[static_cast<size_t>(c * width + d)];
@@ -37,51 +38,44 @@ void multiply(const std::vector<float>& a, const std::vector<float>& b, int64_t 
   }
 }
 
-}  // namespace
-
-cudaError_t launch_head_scan(const ScanArgs& args, cudaStream_t) {
+template <Schedule kSchedule>
+void scan(const ScanArgs& args) {
+  using Layout = TileLayout<kSchedule>;
   const int rows = args.counts ? args.counts[0] : static_cast<int>(args.capacity);
   const int stored = args.counts ? args.counts[1] : 0;
-  const int tiles = static_cast<int>(args.tiles), together = kSplitColumns / kTileColumns;
   std::vector<float> a, b;
-  ++scans;
-  for (int row = 0; row < rows; row += kTileRows) {
-    widen_rows(args.hidden, row, kTileRows, args.capacity, args.width, args.hidden_stride, a);
-    for (int first = 0; first < tiles; first += together) {
-      std::vector<Tile> products(static_cast<size_t>(std::min(together, tiles - first)));
-      for (size_t t = 0; t < products.size(); ++t) {
-        widen_rows(args.weight, (first + static_cast<int64_t>(t)) * kTileColumns, kTileColumns,
-                   args.vocab, args.width, args.weight_stride, b);
-        multiply(a, b, args.width, products[t]);
-      }
-      emulator::run(1, kScanThreads, [&] {
+  for (int first = 0; first < rows; first += kTileRows) {
+    widen_rows(args.hidden, first, kTileRows, args.capacity, args.width, args.hidden_stride, a);
+    for (int tile = 0; tile < static_cast<int>(args.tiles); ++tile) {
+      Tile product{Layout::kColumns};
+      widen_rows(args.weight, int64_t{tile} * Layout::kColumns, Layout::kColumns, args.vocab,
+                 args.width, args.weight_stride, b);
+      multiply(a, b, args.width, product);
+      emulator::run(1, Layout::kThreads, [&] {
         const int thread = static_cast<int>(threadIdx.x);
-        const bool store = args.kept.e && row < stored;
-        const auto walk = [&]<bool kPlain>() {
-          RowScan<true, kPlain> upper, lower;
-          upper.begin(args, row + row_in_tile(thread, 0), rows);
-          lower.begin(args, row + row_in_tile(thread, 1), rows);
-          for (size_t t = 0; t < products.size(); ++t) {
-            float x[4 * kGroups];
-            for (int half = 0; half < 2; ++half)
-              for (int g = 0; g < kGroups; ++g)
-                for (int pair = 0; pair < 2; ++pair)
-                  x[accumulator(half, g, pair)] =
-                      products[t].at(row_in_tile(thread, half), column_in_tile(thread, g, pair));
-            const int tile = first + static_cast<int>(t);
-            upper.template add<0>(args, x, thread, tile, store);
-            lower.template add<1>(args, x, thread, tile, store);
-          }
-          upper.finish(args, thread, first / together);
-          lower.finish(args, thread, first / together);
-        };
-        if (args.bias == nullptr && args.softcap == 0.0f)
-          walk.template operator()<true>();
+        const bool store = args.kept.e && first < stored;
+        float x[Layout::kAccumulators];
+        for (int fragment = 0; fragment < Layout::kFragments; ++fragment)
+          for (int half = 0; half < 2; ++half)
+            for (int g = 0; g < Layout::kGroups; ++g)
+              for (int pair = 0; pair < 2; ++pair)
+                x[Layout::accumulator(fragment, half, g, pair)] = product.at(
+                    Layout::row(thread, fragment, half), Layout::column(thread, g, pair));
+        if (args.bias)
+          scan_tile<kSchedule, true, true>(args, x, thread, first, rows, tile, store);
         else
-          walk.template operator()<false>();
+          scan_tile<kSchedule, true, false>(args, x, thread, first, rows, tile, store);
       });
     }
   }
+}
+
+}  // namespace
+
+cudaError_t launch_head_scan(Schedule schedule, const ScanArgs& args, cudaStream_t) {
+  ++scans;
+  schedule == Schedule::kPingpong ? scan<Schedule::kPingpong>(args)
+                                  : scan<Schedule::kCooperative>(args);
   return cudaSuccess;
 }
 

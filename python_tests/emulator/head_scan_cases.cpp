@@ -15,7 +15,7 @@ extern int resident_clusters;
 }
 
 namespace bupo::cuda::sm90 {
-cudaError_t launch_head_scan(const ScanArgs& args, cudaStream_t stream);
+cudaError_t launch_head_scan(Schedule schedule, const ScanArgs& args, cudaStream_t stream);
 
 namespace {
 
@@ -41,10 +41,10 @@ std::vector<uint16_t> matrix(int64_t rows, int64_t all_rows, int64_t width, int6
 struct Results {
   std::vector<float> partials, target_logits, references;
   std::vector<uint16_t> e;
-  Results(int64_t capacity, int64_t vocab, int64_t stride)
-      : partials(static_cast<size_t>(3 * splits_of(vocab) * capacity), -7.0f),
+  Results(int64_t capacity, int64_t tiles, int64_t stride)
+      : partials(static_cast<size_t>(3 * tiles * capacity), -7.0f),
         target_logits(static_cast<size_t>(capacity), -7.0f),
-        references(static_cast<size_t>(capacity * tiles_of(vocab)), -7.0f),
+        references(static_cast<size_t>(capacity * tiles), -7.0f),
         e(static_cast<size_t>(capacity * stride + 8), 0xabab) {}
 };
 
@@ -61,11 +61,12 @@ bool same(const char* name, const std::vector<T>& got, const std::vector<T>& tru
 }
 
 bool check() {
+  const Schedule schedule = number("pingpong") ? Schedule::kPingpong : Schedule::kCooperative;
   const int64_t capacity = number("capacity", 128), vocab = number("vocab", 256);
   const int64_t rows = number("rows", capacity), width = number("width", 64);
   const int64_t hidden_stride = number("hidden_stride", width);
   const int64_t weight_stride = number("weight_stride", width);
-  const int64_t e_stride = (vocab + 63) / 64 * 64;
+  const int64_t e_stride = (vocab + 63) / 64 * 64, tiles = tiles_of(vocab, columns_of(schedule));
   const auto hidden = matrix(rows, capacity, width, hidden_stride, 1.0f);
   const auto weight = matrix(vocab, vocab, width, weight_stride, 0.7f);
   const int32_t counts[2] = {static_cast<int32_t>(rows),
@@ -77,7 +78,7 @@ bool check() {
     guess.push_back(std::round(normal(20.0f)));
     temperature.push_back(0.5f + static_cast<float>(r % 4));
   }
-  for (int64_t j = 0; j < tiles_of(vocab) * kTileColumns; ++j) bias.push_back(normal(1.0f));
+  for (int64_t j = 0; j < tiles * columns_of(schedule); ++j) bias.push_back(normal(1.0f));
 
   const auto run = [&](auto* launch, Results& results) {
     ScanArgs args{};
@@ -92,23 +93,22 @@ bool check() {
     args.targets = targets.data();
     if (number("bias")) args.bias = bias.data();
     if (number("temperature")) args.temperature = temperature.data();
-    args.softcap = static_cast<float>(number("softcap"));
     args.partials = reinterpret_cast<BitSums*>(results.partials.data());
     args.target_logits = results.target_logits.data();
-    args.tiles = tiles_of(vocab);
+    args.tiles = tiles;
     if (number("store")) {
       const auto place = reinterpret_cast<uintptr_t>(results.e.data());
       args.kept = {reinterpret_cast<BFloat16*>((place + 15) / 16 * 16), e_stride, guess.data(),
                    results.references.data()};
     }
-    return launch(args, nullptr);
+    return launch(schedule, args, nullptr);
   };
-  Results truth(capacity, vocab, e_stride);
+  Results truth(capacity, tiles, e_stride);
   run(launch_plain_head_scan, truth);
   bool fine = true;
   const int64_t first = number("seed");
   for (int64_t seed = first; fine && seed < first + number("seeds", 1); ++seed) {
-    Results got(capacity, vocab, e_stride);
+    Results got(capacity, tiles, e_stride);
     emulator::seed = static_cast<uint64_t>(seed);
     emulator::draws = 0;
     emulator::resident_clusters = static_cast<int>(number("clusters", 1));

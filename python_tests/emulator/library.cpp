@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/library.h"
-#include "workspace.h"
+#include "settings.h"
 
 namespace bupo::cuda::sm90 {
 extern int64_t scans;  // calls of the Hopper path's product
@@ -25,7 +25,21 @@ BUPO_EXPORT void emulator_workspace(int64_t bytes) { bupo::workspace_bytes = byt
 BUPO_EXPORT void emulator_capturing(bool yes) { capturing = yes; }
 BUPO_EXPORT void emulator_capability(int value) { capability = value; }
 BUPO_EXPORT int64_t emulator_scans() { return bupo::cuda::sm90::scans; }
-BUPO_EXPORT void emulator_portable_only(bool yes) { bupo::portable_only = yes; }
+BUPO_EXPORT void emulator_kernels(int which) {
+  bupo::kernels = static_cast<bupo::Kernels>(which);
+}
+BUPO_EXPORT void emulator_plan(int64_t tile_columns, const int64_t* shape, int64_t budget,
+                               int64_t* out) {
+  using namespace bupo::cuda;
+  const Shape given{shape[0],      shape[1],      shape[2],     shape[3],
+                    shape[4] != 0, shape[5] != 0, shape[6] != 0};
+  const Plan plan = best_plan(given, budget, [&](const Shape& s, int64_t bytes) {
+    return tile_columns ? sm90_plan(s, bytes, tile_columns) : portable_plan(s, bytes);
+  });
+  for (const int64_t value : {plan.block, plan.chunk, int64_t{plan.accumulate}, plan.bytes})
+    *out++ = value;
+}
+BUPO_EXPORT int64_t emulator_budget(int64_t free) { return bupo::cuda::budget_within(free); }
 BUPO_EXPORT int64_t emulator_reads() { return reads; }
 
 namespace bupo::cuda {
@@ -55,7 +69,7 @@ cpu::Block view(const std::vector<float>& dense, const Matrix& m) {
 
 Device current_device(const torch::stable::Tensor&) { return {0, capability, nullptr, capturing}; }
 
-void multiply(const Device&, const Matrix& out, const Matrix& a, const Matrix& b) {
+void multiply(const Device&, const Matrix& out, const Matrix& a, const Matrix& b, bool add) {
   const std::vector<float> left = copy(a), right = copy(b);
   std::vector<float> result(static_cast<size_t>(out.rows * out.columns));
   cpu::multiply(cpu::block(result.data(), out.rows, out.columns, out.columns), view(left, a),
@@ -66,7 +80,7 @@ void multiply(const Device&, const Matrix& out, const Matrix& a, const Matrix& b
       const int64_t at = r * out.stride + c;
       void* data = const_cast<void*>(out.data);
       if (out.number == Number::kFloat) {
-        static_cast<float*>(data)[at] = x;
+        static_cast<float*>(data)[at] = add ? static_cast<float*>(data)[at] + x : x;
       } else {
         static_cast<uint16_t*>(data)[at] =
             out.number == Number::kBfloat16 ? emulator::to_bfloat16(x) : emulator::to_half(x);
@@ -75,11 +89,16 @@ void multiply(const Device&, const Matrix& out, const Matrix& a, const Matrix& b
   }
 }
 
-int64_t read_count(const Device&, const int32_t* count) {
+CountReader::CountReader(const Device&, const int32_t* count)
+    : value_(const_cast<int32_t*>(count)) {}
+
+int64_t CountReader::wait() {
   if (capturing) throw std::logic_error("the host would wait during a graph capture");
   ++reads;
-  return *count;
+  return *value_;
 }
+
+int64_t workspace_budget(const Device&) { return workspace_bytes; }
 
 void set_zero(const Device&, void* data, int64_t bytes) {
   std::memset(data, 0, static_cast<size_t>(bytes));

@@ -1,6 +1,6 @@
-// wgmma.mma_async m64n256k16 of bf16 in shared memory, k contiguous and swizzled. It happens when
-// its first thread has waited for it, no earlier; until a thread has waited for all, its
-// accumulators hold nan.
+// wgmma.mma_async m64nNk16 of bf16 in shared memory, k contiguous and swizzled. It happens when its
+// first thread has waited for it, no earlier; until a thread has waited for all, its accumulators
+// hold nan.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace emulator {
 
-constexpr int kWgmmaRows = 64, kWgmmaColumns = 256, kWgmmaDepth = 16, kAccumulators = 128;
+constexpr int kWgmmaRows = 64, kWgmmaDepth = 16, kMostColumns = 256;
 
 // An operand as wgmma's descriptor states it.
 struct Operand {
@@ -32,14 +32,21 @@ struct Operand {
 
 struct Wgmma {
   uint64_t a, b;
+  uint32_t columns;
+  size_t set;  // of accumulators
   bool adds;
   int threads = 0;  // that have issued it
 };
 
+struct Accumulators {
+  float* data;
+  uint32_t columns;  // of the product; a thread has half as many numbers
+};
+
 struct WgmmaThread {
   size_t issued = 0, done = 0;    // of the warpgroup's operations
-  std::vector<size_t> groups;     // what was issued at each commit
-  float* accumulators = nullptr;  // while one is not done
+  std::vector<size_t> groups;      // what was issued at each commit
+  std::vector<Accumulators> sets;  // while one operation is not done
   bool fenced = false;
 };
 
@@ -48,7 +55,7 @@ struct Warpgroup {
   size_t executed = 0;
   Event issued;
   std::vector<WgmmaThread> threads = std::vector<WgmmaThread>(128);
-  std::vector<float> sums = std::vector<float>(kWgmmaRows * kWgmmaColumns);
+  std::vector<std::vector<float>> sums{};  // of each set
 };
 
 inline std::map<int64_t, Warpgroup> warpgroups;  // of the blocks that run, by number
@@ -60,23 +67,41 @@ inline WgmmaThread& own_thread() {
 
 // Where the accumulators of a thread are in the product.
 template <class Visit>
-void each_accumulator(const Visit& visit) {
+void each_accumulator(uint32_t columns, const Visit& visit) {
   const int64_t thread = current->thread % 128;
-  for (int i = 0; i < kAccumulators; ++i) {
+  for (uint32_t i = 0; i < columns / 2; ++i) {
     const int64_t row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
-    visit(i, static_cast<size_t>(row * kWgmmaColumns + i / 4 * 8 + thread % 4 * 2 + i % 2));
+    visit(i, static_cast<size_t>(row * columns + i / 4 * 8 + thread % 4 * 2 + i % 2));
   }
 }
 
 inline void wgmma_fence() { own_thread().fenced = true; }
 
-inline void wgmma(uint64_t a, uint64_t b, float* accumulators, bool adds) {
+// Which of the thread's accumulators these are. What they hold goes to the sums.
+inline size_t set_of(float* data, uint32_t columns) {
+  std::vector<Accumulators>& sets = own_thread().sets;
+  for (size_t i = 0; i < sets.size(); ++i)
+    if (sets[i].data == data && sets[i].columns == columns) return i;
+  for (const Accumulators& other : sets)
+    require(data >= other.data + other.columns / 2 || data + columns / 2 <= other.data,
+            "wgmma into some of the accumulators of another one before a wait");
+  sets.push_back({data, columns});
+  auto& sums = own_warpgroup().sums;
+  if (sums.size() < sets.size()) sums.emplace_back(kWgmmaRows * kMostColumns);
+  each_accumulator(columns, [&](uint32_t i, size_t place) {
+    sums[sets.size() - 1][place] = std::exchange(data[i], NAN);
+  });
+  return sets.size() - 1;
+}
+
+inline void wgmma(uint64_t a, uint64_t b, float* accumulators, uint32_t columns, bool adds) {
   Warpgroup& group = own_warpgroup();
   WgmmaThread& thread = own_thread();
   require(thread.fenced, "wgmma without wgmma.fence before it");
+  const size_t set = set_of(accumulators, columns);
   if (thread.issued == group.operations.size()) {
-    group.operations.push_back({a, b, adds});
-    for (const Span read : {Operand(a).span(kWgmmaRows), Operand(b).span(kWgmmaColumns)}) {
+    group.operations.push_back({a, b, columns, set, adds});
+    for (const Span read : {Operand(a).span(kWgmmaRows), Operand(b).span(columns)}) {
       require(read.last <= kSharedBase + own_block().shared_bytes, "wgmma beyond shared memory");
       for (const Span written : own_block().loading)
         require(!read.overlaps(written), "wgmma of what TMA still loads");
@@ -84,14 +109,9 @@ inline void wgmma(uint64_t a, uint64_t b, float* accumulators, bool adds) {
     }
   }
   Wgmma& operation = group.operations[thread.issued++];
-  require(operation.a == a && operation.b == b && operation.adds == adds,
+  require(operation.a == a && operation.b == b && operation.columns == columns &&
+              operation.set == set && operation.adds == adds,
           "the threads of a warpgroup issue different wgmma");
-  if (!thread.accumulators) {
-    thread.accumulators = accumulators;
-    each_accumulator(
-        [&](int i, size_t place) { group.sums[place] = std::exchange(accumulators[i], NAN); });
-  }
-  require(thread.accumulators == accumulators, "wgmma into other accumulators before a wait");
   if (++operation.threads == 128) wake(group.issued);
 }
 
@@ -100,18 +120,19 @@ inline void wgmma_commit() { own_thread().groups.push_back(own_thread().issued);
 inline void execute(const Wgmma& operation, std::vector<float>& sums) {
   Block& block = own_block();
   const Operand left(operation.a), right(operation.b);
-  float b[kWgmmaDepth][kWgmmaColumns];
-  for (uint32_t n = 0; n < kWgmmaColumns; ++n)
+  const uint32_t columns = operation.columns;
+  float b[kWgmmaDepth][kMostColumns];
+  for (uint32_t n = 0; n < columns; ++n)
     for (uint32_t k = 0; k < kWgmmaDepth; ++k) b[k][n] = right.at(block, n, k);
   if (!operation.adds) std::fill(sums.begin(), sums.end(), 0.0f);
   for (uint32_t m = 0; m < kWgmmaRows; ++m) {
-    float* row = sums.data() + m * kWgmmaColumns;
+    float* row = sums.data() + m * columns;
     for (uint32_t k = 0; k < kWgmmaDepth; ++k) {
       const float a = left.at(block, m, k);
-      for (int n = 0; n < kWgmmaColumns; ++n) row[n] += a * b[k][n];
+      for (uint32_t n = 0; n < columns; ++n) row[n] += a * b[k][n];
     }
   }
-  for (const Span read : {left.span(kWgmmaRows), right.span(kWgmmaColumns)})
+  for (const Span read : {left.span(kWgmmaRows), right.span(columns)})
     block.reading.erase(std::find(block.reading.begin(), block.reading.end(), read));
 }
 
@@ -125,14 +146,18 @@ inline void wgmma_wait(size_t pending) {
     if (next.threads < 128) {
       wait_for(group.issued, "wgmma of other warps");
     } else {
-      execute(next, group.sums);
+      execute(next, group.sums[next.set]);
       ++group.executed;
     }
   }
   thread.fenced = false;
-  if (!thread.accumulators || thread.done < thread.issued) return;
-  float* accumulators = std::exchange(thread.accumulators, nullptr);
-  each_accumulator([&](int i, size_t place) { accumulators[i] = group.sums[place]; });
+  if (thread.done < thread.issued) return;
+  for (size_t set = 0; set < thread.sets.size(); ++set) {
+    const auto [data, columns] = thread.sets[set];
+    each_accumulator(columns,
+                     [&](uint32_t i, size_t place) { data[i] = group.sums[set][place]; });
+  }
+  thread.sets.clear();
 }
 
 // Called by each thread at its end.

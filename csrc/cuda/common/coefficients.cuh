@@ -7,15 +7,23 @@
 
 namespace bupo::cuda {
 
-__device__ inline float largest(const Coefficients& c, int64_t i) {
-  const float a = fmaxf(fabsf(c.on_logprob[i]), fabsf(c.on_entropy[i]));
-  return c.on_logsumexp ? fmaxf(a, fabsf(c.on_logsumexp[i])) : a;
-}
+// One row's.
+struct Coefficient {
+  float on_logprob, on_entropy, on_logsumexp;
 
-__device__ inline bool is_live(const Coefficients& c, int64_t i) {
-  const float sum = c.on_logprob[i] + c.on_entropy[i] + (c.on_logsumexp ? c.on_logsumexp[i] : 0.0f);
-  return largest(c, i) != 0.0f || sum != sum;
-}
+  __device__ Coefficient(const Coefficients& c, int64_t row)
+      : on_logprob(c.on_logprob ? c.on_logprob[row] : 0.0f),
+        on_entropy(c.on_entropy ? c.on_entropy[row] : 0.0f),
+        on_logsumexp(c.on_logsumexp ? c.on_logsumexp[row] : 0.0f) {}
+
+  __device__ float largest() const {
+    return fmaxf(fmaxf(fabsf(on_logprob), fabsf(on_entropy)), fabsf(on_logsumexp));
+  }
+  __device__ bool is_live() const {
+    const float sum = on_logprob + on_entropy + on_logsumexp;
+    return largest() != 0.0f || sum != sum;
+  }
+};
 
 // A finite power of two not above x; 1 for 0, nan and infinity.
 __device__ inline float power_of_two(float x) {

@@ -7,11 +7,7 @@
 
 namespace bupo::cuda {
 
-#ifdef BUPO_EMULATED
-inline constexpr int kRowThreads = 64;  // several warps, and still quick on the host
-#else
-inline constexpr int kRowThreads = 512;
-#endif
+inline constexpr int kRowThreads = 256;
 
 __device__ inline bool takes_part(const RowChoice& choice, int64_t row) {
   return choice.token_weights ? choice.token_weights[row] != 0.0f

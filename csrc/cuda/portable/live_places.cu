@@ -16,11 +16,7 @@
 namespace bupo::cuda {
 namespace {
 
-#ifdef BUPO_EMULATED
-constexpr int kThreads = 64;
-#else
 constexpr int kThreads = 1024;
-#endif
 constexpr int kWarps = kThreads / 32;
 constexpr float kHalfGain = 1024.0f;
 
@@ -29,12 +25,13 @@ __global__ void __launch_bounds__(kThreads) live_places_kernel(LiveArgs args) {
   int base = args.compact ? *args.places.count : static_cast<int>(args.first);
   for (int64_t start = 0; start < args.rows; start += kThreads) {
     const int64_t i = start + threadIdx.x;
-    const bool live = i < args.rows && takes_part(args.choice, i) && is_live(args.coefficients, i);
+    const bool live =
+        i < args.rows && takes_part(args.choice, i) && Coefficient(args.coefficients, i).is_live();
     const bool placed = i < args.rows && (live || !args.compact);
     const int place = next_place<kThreads>(placed, base, counts);
     if (i < args.rows) args.places.position[i] = placed ? place : -1;
     if (!placed) continue;
-    float size = largest(args.coefficients, i);
+    float size = Coefficient(args.coefficients, i).largest();
     if (args.temperature) size /= args.temperature[i];
     args.places.order[place] = args.first + i;
     args.places.scale[place] = live ? power_of_two(size) / (args.half ? kHalfGain : 1.0f) : 0.0f;
@@ -47,7 +44,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float shared[kWarps];
   float mine = 0.0f;
   for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
-    const float size = largest(bounds, i);
+    const float size = Coefficient(bounds, i).largest();
     if (size > mine && size < INFINITY) mine = size;
   }
   mine = block_reduce<kThreads>(

@@ -12,17 +12,18 @@
 //
 // Tests: python_tests/test_cuda_emulated.py runs this file on the host.
 
-#include "../lm_head.h"
-
 #include <algorithm>
 #include <optional>
 
-#include "../../workspace.h"
 #include "../gradient_products.h"
-#include "../memory.h"
+#include "../paths.h"
 
 namespace bupo::cuda::portable {
 namespace {
+
+Plan plan(const Shape& shape, int64_t budget) { return best_plan(shape, budget, portable_plan); }
+
+int64_t kept_bytes(const Call& call);
 
 // What a forward leaves for its backward.
 struct Kept {
@@ -30,12 +31,12 @@ struct Kept {
   Row<float>* records = nullptr;  // [tokens]
 
   static Kept lay_out(const HeadArgs& head, Slab& slab) {
-    float* products = slab.take<float>(head.tokens * round_up(head.vocab, 8));
+    float* products = slab.take<float>(head.tokens * products_stride(head.vocab));
     return {products, slab.take<Row<float>>(head.tokens)};
   }
   static Kept in(const Call& call, void* memory) {
     if (memory == nullptr) return {};
-    Slab slab(memory, portable::kept_bytes(call));
+    Slab slab(memory, kept_bytes(call));
     return lay_out(call.head, slab);
   }
 };
@@ -43,18 +44,14 @@ struct Kept {
 // The products and statistics of one block of rows after another.
 class Head {
  public:
-  Head(const Call& call, const Plan& plan, const Kept& kept, bool records, Slab& slab)
-      : call_(call), kept_(kept), stride_(plan.products_stride) {
-    if (!kept.products) products_ = slab.take<float>(plan.block * stride_);
-    if (records && !kept.records) records_ = slab.take<Row<float>>(plan.block);
+  Head(const Call& call, int64_t block, const Kept& kept, bool records, Slab& slab)
+      : call_(call), kept_(kept), stride_(products_stride(call.head.vocab)) {
+    if (!kept.products) products_ = slab.take<float>(block * stride_);
+    if (records && !kept.records) records_ = slab.take<Row<float>>(block);
     if (call.head.bias) {
       bias_ = slab.take<float>(call.head.vocab);
       check(launch_widen(call.number, call.head.bias, bias_, call.head.vocab, call.device.stream));
     }
-  }
-
-  RowChoice choice(int64_t row, int64_t ignore_index, const void* token_weights) const {
-    return {call_.head.targets + row, ignore_index, at<float>(token_weights, row)};
   }
 
   LogitBlock logits(int64_t row, int64_t rows) const {
@@ -77,11 +74,8 @@ class Head {
     multiply(call_.device, {products(row), rows, head.vocab, stride_, Number::kFloat},
              {x, rows, head.width, head.hidden_stride, number},
              transpose({head.weight, head.vocab, head.width, head.weight_stride, number}));
-    const auto of = [row](void* array) {
-      return array ? static_cast<float*>(array) + row : nullptr;
-    };
-    check(launch_row_stats({logits(row, rows), choice, records(row), of(out.logprobs),
-                            of(out.entropy), of(out.logsumexp)},
+    check(launch_row_stats({logits(row, rows), choice, records(row), from(out.logprobs, row),
+                            from(out.entropy, row), from(out.logsumexp, row)},
                            call_.device.stream));
   }
 
@@ -101,7 +95,7 @@ class Head {
 class LiveRows {
  public:
   LiveRows(const Call& call, const Plan& plan, Slab& slab)
-      : call_(call), stride_(plan.products_stride) {
+      : call_(call), stride_(products_stride(call.head.vocab)) {
     dz_ = slab.bytes(plan.chunk * stride_ * bytes_of(call.number));
     places_ = {slab.take<int32_t>(1), slab.take<int32_t>(plan.block),
                slab.take<int64_t>(plan.chunk), slab.take<float>(plan.chunk)};
@@ -127,9 +121,12 @@ class LiveRows {
 
   void end(int64_t first, GradientProducts& products) {
     const Device& device = call_.device;
-    const int64_t live = device.capturing ? rows_ : read_count(device, places_.count);
-    products.add(first, live, {dz_, live, call_.head.vocab, stride_, call_.number}, places_.order,
-                 places_.scale);
+    const int64_t live = device.capturing ? rows_ : CountReader(device, places_.count).wait();
+    products.add({{dz_, live, call_.head.vocab, stride_, call_.number},
+                  places_.order,
+                  places_.scale,
+                  first,
+                  nullptr});
   }
 
  private:
@@ -145,37 +142,35 @@ constexpr int64_t kPieces = 16;  // at most, each rounded up
 // The walk over chunks and blocks. coefficients(row, rows) are those of a block whose statistics
 // have just been written, or are kept (`forward` false).
 template <class CoefficientsOf>
-void run(const Call& call, int64_t ignore_index, const void* token_weights, const TokenOutputs& out,
-         const GradArgs& grads, const Coefficients& bounds, const Kept& kept, bool forward,
+void run(const Call& call, const RowChoice& choice, const TokenOutputs& out, const GradArgs& grads,
+         const Coefficients& bounds, const Kept& kept, bool forward,
          const CoefficientsOf& coefficients) {
   const HeadArgs& head = call.head;
-  const Plan plan = plan_of(Path::kPortable, call.shape(grads), workspace_bytes);
-  Workspace workspace(call.like, plan.bytes + 2 * 4 * head.vocab + kPieces * Slab::kAlignment);
-  Head rows_of(call, plan, kept, grads.any(), workspace);
+  const Plan p = plan(call.shape(grads), workspace_budget(call.device));
+  Workspace workspace(call.like, p.bytes + 2 * 4 * head.vocab + kPieces * Slab::kAlignment);
+  Head rows_of(call, p.block, kept, grads.any(), workspace);
   std::optional<LiveRows> live;
   std::optional<GradientProducts> products;
   if (grads.any()) {
-    live.emplace(call, plan, workspace);
-    products.emplace(call.like, call.device, call.number, head, grads, plan, workspace);
+    live.emplace(call, p, workspace);
+    products.emplace(call.like, call.device, call.number, head, grads, p.accumulate, p.chunk, false,
+                     workspace);
     products->set_norm(bounds);
   }
-  for (int64_t chunk = 0; chunk < head.tokens; chunk += plan.chunk) {
-    const int64_t end = std::min(chunk + plan.chunk, head.tokens);
+  for (int64_t chunk = 0; chunk < head.tokens; chunk += p.chunk) {
+    const int64_t end = std::min(chunk + p.chunk, head.tokens);
     if (live) live->begin();
-    for (int64_t row = chunk; row < end; row += plan.block) {
-      const int64_t rows = std::min(plan.block, end - row);
-      const RowChoice choice = rows_of.choice(row, ignore_index, token_weights);
-      if (forward) rows_of.forward(row, rows, choice, out);
+    for (int64_t row = chunk; row < end; row += p.block) {
+      const int64_t rows = std::min(p.block, end - row);
+      if (forward) rows_of.forward(row, rows, from(choice, row), out);
       if (live)
-        live->append(rows_of.logits(row, rows), rows_of.records(row), choice, row - chunk,
-                     coefficients(row, rows));
+        live->append(rows_of.logits(row, rows), rows_of.records(row), from(choice, row),
+                     row - chunk, coefficients(row, rows));
     }
     if (live) live->end(chunk, *products);
   }
   if (products) products->finish();
 }
-
-}  // namespace
 
 int64_t kept_bytes(const Call& call) {
   Slab counting;
@@ -184,23 +179,25 @@ int64_t kept_bytes(const Call& call) {
 }
 
 void lm_head_logprobs(const Call& call, int64_t ignore_index, const TokenOutputs& out, void* kept) {
-  run(call, ignore_index, nullptr, out, {}, {}, Kept::in(call, kept), true,
+  run(call, {call.head.targets, ignore_index, nullptr}, out, {}, {}, Kept::in(call, kept), true,
       [](int64_t, int64_t) { return Coefficients{}; });
 }
 
 void lm_head_logprobs_backward(const Call& call, int64_t ignore_index, const Coefficients& upstream,
                                const GradArgs& grads, void* kept) {
-  run(call, ignore_index, nullptr, {}, grads, upstream, Kept::in(call, kept), kept == nullptr,
-      [&](int64_t row, int64_t) {
-        return Coefficients{upstream.on_logprob + row, upstream.on_entropy + row,
-                            upstream.on_logsumexp ? upstream.on_logsumexp + row : nullptr};
-      });
+  run(call, {call.head.targets, ignore_index, nullptr}, {}, grads, upstream, Kept::in(call, kept),
+      kept == nullptr, [&](int64_t row, int64_t) { return from(upstream, row); });
 }
 
 void policy_loss(const Call& call, const PolicyCoefficients& policy, const TokenOutputs& out,
                  const GradArgs& grads) {
-  run(call, 0, policy.policy().token_weights, out, grads, policy.bounds(), {}, true,
-      [&](int64_t row, int64_t rows) { return policy.make(row, rows); });
+  run(call, {call.head.targets, 0, at<float>(policy.policy().token_weights, 0)}, out, grads,
+      policy.bounds(), {}, true, [&](int64_t row, int64_t rows) { return policy.make(row, rows); });
 }
+
+}  // namespace
+
+const Path kPath{"portable",       [](const Call&) { return true; }, plan,       kept_bytes,
+                 lm_head_logprobs, lm_head_logprobs_backward,        policy_loss};
 
 }  // namespace bupo::cuda::portable

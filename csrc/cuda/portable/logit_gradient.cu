@@ -9,6 +9,7 @@
 //
 // Tests: python_tests/test_cuda_emulated.py, on a GPU bench/gpu_check.py. Bench: the latter.
 
+#include "../common/coefficients.cuh"
 #include "../common/device.cuh"
 #include "../common/logit.cuh"
 #include "../launch.h"
@@ -24,24 +25,22 @@ __global__ void __launch_bounds__(kThreads) logit_gradient_kernel(LogitGradientA
   const int place = args.places.position[row];
   if (place < 0) return;
   T* out = static_cast<T*>(args.out) + place * args.out_stride;
-  const Coefficients& c = args.coefficients;
-  const float on_logprob = c.on_logprob[row], on_entropy = c.on_entropy[row];
-  const float on_logsumexp = c.on_logsumexp ? c.on_logsumexp[row] : 0.0f;
+  const Coefficient c(args.coefficients, row);
   const int64_t vocab = args.logits.vocab;
-  if (on_logprob == 0.0f && on_entropy == 0.0f && on_logsumexp == 0.0f) {
+  if (!c.is_live()) {
     for (int64_t j = threadIdx.x; j < vocab; j += kThreads) narrow(0.0f, out[j]);
     return;
   }
   const RowLogits z(args.logits, row);
   const Row<float> record = args.records[row];
   const float factor = 1.0f / (z.temperature() * args.places.scale[place]);
-  const float on_p = (on_logsumexp - on_logprob) * factor, on_gap = -on_entropy * factor;
+  const float on_p = (c.on_logsumexp - c.on_logprob) * factor, on_gap = -c.on_entropy * factor;
   const int64_t target = args.targets[row];
   for (int64_t j = threadIdx.x; j < vocab; j += kThreads) {
     const float unit = z.unit(j), d = z.z(unit) - record.max;
     float dz = 0.0f;
     if (j == target) {
-      dz = factor * (on_logprob * record.target_rest + on_logsumexp * record.target_prob);
+      dz = factor * (c.on_logprob * record.target_rest + c.on_logsumexp * record.target_prob);
       if (record.target_prob != 0.0f)
         dz += on_gap * record.target_prob * (record.target - record.mean);
       dz *= z.slope(unit);

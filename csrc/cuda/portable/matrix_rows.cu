@@ -1,7 +1,9 @@
-// Copies around the gradient products: gather and scatter of rows with a factor, column sums, sums
-// and conversions of whole matrices. Each element is touched once: bound by memory.
+// Copies around the gradient products: gather and scatter of rows with a factor, column sums,
+// scaling and conversion of whole matrices. Each element is touched once: bound by memory.
 //
 // Tests: python_tests/test_cuda_emulated.py.
+
+#include <algorithm>
 
 #include "../common/device.cuh"
 #include "../common/logit.cuh"
@@ -15,7 +17,7 @@ constexpr int kThreads = kRowThreads / 2;
 template <class T>
 __global__ void __launch_bounds__(kThreads) gather_kernel(GatherArgs args) {
   const int64_t k = blockIdx.x;
-  const T* from = static_cast<const T*>(args.x) + args.order[k] * args.stride;
+  const T* from = static_cast<const T*>(args.x) + (args.order ? args.order[k] : k) * args.stride;
   T* to = static_cast<T*>(args.out) + k * args.width;
   const float factor = args.scale[k] / (args.norm ? *args.norm : 1.0f);
   for (int64_t d = threadIdx.x; d < args.width; d += kThreads)
@@ -27,8 +29,9 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(ScatterArgs args) {
   const int64_t k = blockIdx.x;
   const float* from = args.in + k * args.width;
   T* to = static_cast<T*>(args.out) + args.order[k] * args.width;
+  const float scale = args.scale[k];
   for (int64_t d = threadIdx.x; d < args.width; d += kThreads)
-    narrow(from[d] * args.scale[k], to[d]);
+    narrow(scale == 0.0f ? 0.0f : from[d] * scale, to[d]);  // 0 also where the weight is nan
 }
 
 template <class T>
@@ -42,9 +45,13 @@ __global__ void __launch_bounds__(kThreads)
   sums[j] += sum;
 }
 
-__global__ void __launch_bounds__(kThreads) add_kernel(float* total, const float* part, int64_t n) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) total[i] += part[i];
+template <class T>
+__global__ void __launch_bounds__(kThreads) scale_kernel(T* data, const float* scale, int64_t n) {
+  const float factor = *scale;
+  if (factor == 1.0f) return;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n; i += step)
+    narrow(widen(data[i]) * factor, data[i]);
 }
 
 template <class T>
@@ -91,8 +98,13 @@ cudaError_t launch_column_sums(Number number, const void* dz, int64_t stride, co
   });
 }
 
-cudaError_t launch_add(float* total, const float* part, int64_t count, cudaStream_t stream) {
-  return launch(add_kernel, blocks_of(count), kThreads, stream, total, part, count);
+cudaError_t launch_scale(Number number, void* data, const float* scale, int64_t count,
+                         cudaStream_t stream) {
+  constexpr int64_t kMostBlocks = 2048;  // most often they have nothing to do
+  return with_number(number, [&]<class T>(T) {
+    return launch(scale_kernel<T>, std::min(blocks_of(count), kMostBlocks), kThreads, stream,
+                  static_cast<T*>(data), scale, count);
+  });
 }
 
 cudaError_t launch_narrow(Number number, const float* in, const float* norm, void* out,

@@ -13,11 +13,7 @@
 namespace bupo::cuda {
 namespace {
 
-#ifdef BUPO_EMULATED
-constexpr int kSumThreads = 64;
-#else
 constexpr int kSumThreads = 512;
-#endif
 
 __device__ PolicyToken<double> token_of(const PolicyRows& r, int64_t i) {
   return policy_token<double>(r.settings, r.logprobs[i], r.entropy[i], r.old_logprobs[i],
@@ -29,13 +25,10 @@ __global__ void coefficients_kernel(PolicyRows rows, float* on_logprob, float* o
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
   if (i >= rows.rows) return;
   const double weight = rows.token_weights[i];
-  if (weight == 0) {
-    on_logprob[i] = on_entropy[i] = 0.0f;
-    return;
-  }
-  const PolicyToken<double> token = token_of(rows, i);
+  PolicyToken<double> token{};
+  if (weight != 0) token = token_of(rows, i);
   on_logprob[i] = static_cast<float>(weight * token.d_logprob);
-  on_entropy[i] = static_cast<float>(weight * token.d_entropy);
+  if (on_entropy) on_entropy[i] = static_cast<float>(weight * token.d_entropy);
 }
 
 struct Sums {

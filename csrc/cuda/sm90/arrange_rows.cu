@@ -1,10 +1,12 @@
 // The rows of a chunk in the order in which the scan takes them, and the scan's input.
 //
-//   arrange  places = rows that may have a gradient, then the others that take part; masked rows
-//            have none. One block, two sweeps, counted by ballots: always the same order.
-//   place    hidden by place, and the guess of L: log2(e) (z_t - old log-prob), z_t a dot product.
-//            A block a row; 4D bytes read, 2D
-//            written.
+//   arrange      places = rows that may have a gradient, then the others that take part; masked
+//                rows have none
+//   live_places  of the places that store E those whose row has a gradient after all
+//   place        hidden by place, and the guess of L: log2(e) (z_t - old log-prob), z_t a dot
+//                product. A block a row; 4D bytes read, 2D written.
+//
+// The first two are one block, counted by ballots: always the same order.
 //
 // Tests: python_tests/test_cuda_emulated.py.
 
@@ -16,11 +18,7 @@
 namespace bupo::cuda::sm90 {
 namespace {
 
-#ifdef BUPO_EMULATED
-constexpr int kThreads = 64, kRowThreads = 64;
-#else
-constexpr int kThreads = 1024, kRowThreads = 128;
-#endif
+constexpr int kThreads = 1024, kPlaceThreads = 128;
 
 __global__ void __launch_bounds__(kThreads) arrange_kernel(ArrangeArgs args) {
   __shared__ int counts[kThreads / 32];
@@ -37,15 +35,28 @@ __global__ void __launch_bounds__(kThreads) arrange_kernel(ArrangeArgs args) {
           i < args.rows &&
           (args.compact ? takes_part(args.choice, i) && stores(i) == (sweep == 0) : sweep == 0);
       const int place = next_place<kThreads>(placed, base, counts);
-      if (placed) args.places.order[place] = i;
+      if (placed) args.order[place] = i;
     }
-    if (threadIdx.x == 0) args.places.counts[0] = base;
-    if (threadIdx.x == 0 && sweep == 0) args.places.counts[1] = base;
+    if (threadIdx.x == 0) args.counts[0] = base;
+    if (threadIdx.x == 0 && sweep == 0) args.counts[1] = base;
   }
 }
 
-__global__ void __launch_bounds__(kRowThreads) place_kernel(PlaceArgs args) {
-  __shared__ float shared[kRowThreads / 32];
+__global__ void __launch_bounds__(kThreads) live_places_kernel(LivePlacesArgs args) {
+  __shared__ int counts[kThreads / 32];
+  const int stored = args.places.counts[1];
+  int base = 0;
+  for (int start = 0; start < stored; start += kThreads) {
+    const int i = start + static_cast<int>(threadIdx.x);
+    const bool live = i < stored && Coefficient(args.coefficients, args.places.order[i]).is_live();
+    const int place = next_place<kThreads>(live, base, counts);
+    if (live) args.source[place] = i;
+  }
+  if (threadIdx.x == 0) *args.count = base;
+}
+
+__global__ void __launch_bounds__(kPlaceThreads) place_kernel(PlaceArgs args) {
+  __shared__ float shared[kPlaceThreads / 32];
   const int64_t place = blockIdx.x;
   if (place >= args.places.counts[0]) return;
   const int64_t row = args.places.order[place], target = args.targets[row];
@@ -54,11 +65,11 @@ __global__ void __launch_bounds__(kRowThreads) place_kernel(PlaceArgs args) {
   const BFloat16* w = args.weight + (valid ? target : 0) * args.weight_stride;
   BFloat16* out = args.out + place * args.width;
   float dot = 0.0f;
-  for (int64_t d = threadIdx.x; d < args.width; d += kRowThreads) {
+  for (int64_t d = threadIdx.x; d < args.width; d += kPlaceThreads) {
     out[d] = x[d];
     if (args.guess) dot = fmaf(widen(x[d]), widen(w[d]), dot);
   }
-  dot = block_reduce<kRowThreads>(
+  dot = block_reduce<kPlaceThreads>(
       dot, shared, [](float v, int offset) { return __shfl_down_sync(kAllLanes, v, offset); },
       [](float a, float b) { return a + b; });
   if (threadIdx.x != 0) return;
@@ -67,7 +78,6 @@ __global__ void __launch_bounds__(kRowThreads) place_kernel(PlaceArgs args) {
   if (args.places.temperature) args.places.temperature[place] = temperature;
   if (!args.guess) return;
   if (args.bias && valid) dot += args.bias[target];
-  if (args.softcap != 0.0f) dot = args.softcap * tanhf(dot / args.softcap);
   constexpr float kLog2E = 1.44269504f;
   const float old = args.old_logprobs ? args.old_logprobs[row] : 0.0f;
   const float guess =
@@ -81,8 +91,12 @@ cudaError_t launch_arrange_rows(const ArrangeArgs& args, cudaStream_t stream) {
   return launch(arrange_kernel, 1, kThreads, stream, args);
 }
 
+cudaError_t launch_live_places(const LivePlacesArgs& args, cudaStream_t stream) {
+  return launch(live_places_kernel, 1, kThreads, stream, args);
+}
+
 cudaError_t launch_place_rows(const PlaceArgs& args, cudaStream_t stream) {
-  return launch(place_kernel, args.places.capacity, kRowThreads, stream, args);
+  return launch(place_kernel, args.places.capacity, kPlaceThreads, stream, args);
 }
 
 }  // namespace bupo::cuda::sm90

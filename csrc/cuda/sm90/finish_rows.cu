@@ -1,7 +1,8 @@
 // The partial sums of each row to its log-prob, entropy and logsumexp, and to what its gradient
 // needs.
 //
-// A thread a row, partials in the order of the columns, in double: 12 bytes a row and split.
+// A warp a row: a lane merges every 32nd tile, then lanes are merged pairwise, in double and always
+// in this order. 12 bytes a row and tile; neighbouring rows share the lines they are read from.
 //
 // Tests: python_tests/test_cuda_emulated.py.
 
@@ -13,34 +14,52 @@
 namespace bupo::cuda::sm90 {
 namespace {
 
-constexpr int kThreads = 64;  // few a block: a row is a long chain of merges
+constexpr int kThreads = 256, kRows = kThreads / 32;
 constexpr double kLn2 = 0.693147180559945309;
 
-__device__ Row<double> row_of(const FinishArgs& args, int64_t place) {
+// Relative to an integer, so that a change of reference rounds nothing but what it loses.
+struct Sums {
   float ref = -INFINITY;
   double sum = 0, dot = 0;
-  for (int64_t split = 0; split < splits_of(args.vocab); ++split) {
-    const BitSums part = args.partials[split * args.places.capacity + place];
-    if (part.sum == 0.0f) continue;  // no mass
-    const float next = fmaxf(ref, part.ref), down = ref - next, part_down = part.ref - next;
-    if (sum != 0) {
-      const double scale = exp2_integer(down);
+
+  __device__ void merge(const Sums& other) {
+    if (other.sum == 0) return;  // no mass; nan is some
+    const float next = fmaxf(ref, other.ref);
+    shift_to(next);
+    Sums part = other;
+    part.shift_to(next);
+    sum += part.sum;
+    dot += part.dot;
+  }
+  __device__ void shift_to(float next) {
+    if (sum != 0 && next != ref) {
+      const double down = static_cast<double>(ref) - next, scale = exp2_integer(ref - next);
       dot = scale == 0 ? 0 : scale * (dot + sum * down);
       sum *= scale;
     }
-    const double scale = next == -INFINITY ? 1.0f : exp2_integer(part_down);
-    dot += scale == 0 ? 0 : scale * (part.dot + static_cast<double>(part.sum) * part_down);
-    sum += scale * part.sum;
     ref = next;
   }
-  const RowSums<double> sums{ref * kLn2, sum, dot * kLn2};
-  const double bits = bits_per_logit(args.places.temperature, place, args.softcap);
-  return finish_row<double>(sums, args.target_logits[place] * bits * kLn2, args.vocab);
+};
+
+__device__ Sums sums_of(const FinishArgs& args, int64_t place) {
+  Sums sums;
+#pragma unroll 4
+  for (int64_t tile = threadIdx.x % 32; tile < args.tiles; tile += 32) {
+    const BitSums part = args.partials[tile * args.places.capacity + place];
+    sums.merge({part.ref, part.sum, part.dot});
+  }
+  for (int offset = 16; offset > 0; offset /= 2)
+    sums.merge({__shfl_down_sync(kAllLanes, sums.ref, offset),
+                __shfl_down_sync(kAllLanes, sums.sum, offset),
+                __shfl_down_sync(kAllLanes, sums.dot, offset)});
+  return sums;  // lane 0 has all
 }
 
 __global__ void __launch_bounds__(kThreads) finish_kernel(FinishArgs args) {
-  const int64_t place = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / 32;
   if (place >= (args.places.counts ? args.places.counts[0] : args.places.capacity)) return;
+  const Sums sums = sums_of(args, place);
+  if (threadIdx.x % 32 != 0) return;
   const int64_t row = args.places.order ? args.places.order[place] : place;
   const int64_t target = args.places.targets[place];
   const bool included = takes_part(args.choice, row);
@@ -49,7 +68,9 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(FinishArgs args) {
   if (!included || target < 0 || target >= args.vocab) {
     exact.logprob = exact.entropy = exact.logsumexp = included ? NAN : 0.0;
   } else {
-    exact = row_of(args, place);
+    const double bits = bits_per_logit(args.places.temperature, place);
+    exact = finish_row<double>({sums.ref * kLn2, sums.sum, sums.dot * kLn2},
+                               args.target_logits[place] * bits * kLn2, args.vocab);
     if (args.guess) {
       const double largest = exact.max / kLn2, guess = args.guess[place];
       const bool within = largest <= guess + kAboveGuess && largest >= guess - kBelowGuess;
@@ -73,8 +94,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(FinishArgs args) {
 }  // namespace
 
 cudaError_t launch_finish_rows(const FinishArgs& args, cudaStream_t stream) {
-  return launch(finish_kernel, (args.places.capacity + kThreads - 1) / kThreads, kThreads, stream,
-                args);
+  return launch(finish_kernel, (args.places.capacity + kRows - 1) / kRows, kThreads, stream, args);
 }
 
 }  // namespace bupo::cuda::sm90

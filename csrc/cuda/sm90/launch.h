@@ -14,21 +14,23 @@ struct BFloat16;
 
 namespace bupo::cuda::sm90 {
 
-// E = bf16(2^(z log2(e) - reference)), an integer reference for each row and tile of kTileColumns.
-// A row's guess is the reference of every tile whose largest entry is at most so many bits above
-// it, or below it. Far below is harmless: such a tile is small beside the row.
+// Kernels of the scan. kCooperative: both warpgroups of a block multiply one tile of 256 columns,
+// and reduce it together. kPingpong: each has a tile of 192 columns of its own, and one multiplies
+// while the other reduces.
+enum class Schedule : int { kCooperative, kPingpong };
+inline constexpr int kTileRows = 128;
+BUPO_HOST_DEVICE constexpr int columns_of(Schedule schedule) {
+  return schedule == Schedule::kPingpong ? 192 : 256;
+}
+BUPO_HOST_DEVICE constexpr int64_t tiles_of(int64_t vocab, int tile_columns) {
+  return (vocab + tile_columns - 1) / tile_columns;
+}
+
+// E = bf16(2^(z log2(e) - reference)), an integer reference for each row and tile. A row's guess is
+// the reference of every tile whose largest entry is at most so many bits above it, or below it.
+// Far below is harmless: such a tile is small beside the row.
 inline constexpr float kAboveGuess = 16.0f, kBelowGuess = 64.0f;
 inline constexpr float kNoMass = -1e30f;  // bits, in place of -inf
-
-inline constexpr int kTileRows = 128, kTileColumns = 256;
-// Columns of one partial. Fixed, so that a row's result depends on nothing but the row and V.
-inline constexpr int kSplitColumns = 1024;
-BUPO_HOST_DEVICE constexpr int64_t tiles_of(int64_t vocab) {
-  return (vocab + kTileColumns - 1) / kTileColumns;
-}
-BUPO_HOST_DEVICE constexpr int64_t splits_of(int64_t vocab) {
-  return (vocab + kSplitColumns - 1) / kSplitColumns;
-}
 
 // RowSums of row_math.h in bits: max = ref, an integer.
 struct BitSums {
@@ -45,7 +47,7 @@ struct PlacedRow {
 
 // E of a chunk and what goes with it, by place. Null pointers where nothing is stored.
 struct Kept {
-  BFloat16* e;        // [capacity, stride]; with a softcap times its slope
+  BFloat16* e;        // [capacity, stride]
   int64_t stride;     // a multiple of 64
   float* guess;       // [capacity]
   float* references;  // [capacity, tiles]
@@ -67,9 +69,19 @@ struct ArrangeArgs {
   bool all_store;           // every row that takes part does
   bool only_stored;         // leave the others out
   bool compact;             // false: places are rows, all of them (CUDA-graph capture)
-  Places places;
+  int32_t* counts;
+  int64_t* order;
 };
 cudaError_t launch_arrange_rows(const ArrangeArgs& args, cudaStream_t stream);
+
+// Of the places that store E those whose row has a gradient, in the order of places.
+struct LivePlacesArgs {
+  Coefficients coefficients;  // by row
+  Places places;
+  int32_t* count;   // [1]
+  int32_t* source;  // [capacity]: the place of each
+};
+cudaError_t launch_live_places(const LivePlacesArgs& args, cudaStream_t stream);
 
 // Rows of hidden to their places, and the guess of each row that stores E, in bits: the logit of
 // the target less its old log-prob, which is near L; without one, the logit and kGuessAbove.
@@ -80,8 +92,7 @@ struct PlaceArgs {
   const BFloat16* weight;
   int64_t weight_stride, vocab;
   const float *bias, *temperature, *old_logprobs;  // [vocab] and by row; null where not given
-  float softcap;
-  const int64_t* targets;  // by row
+  const int64_t* targets;                          // by row
   Places places;
   BFloat16* out;  // [capacity, width]
   float* guess;   // by place; null: none
@@ -94,65 +105,43 @@ struct ScanArgs {
   int64_t hidden_stride, weight_stride, width, vocab, capacity;
   const int32_t* counts;     // of Places; null: all rows, no E
   const int64_t* targets;    // by place
-  const float* bias;         // [tiles * kTileColumns], any values beyond V; or null
+  const float* bias;         // [tiles * columns of a tile], any values beyond V; or null
   const float* temperature;  // by place, or null
-  float softcap;             // 0: none
-  BitSums* partials;         // [splits, capacity], without the target
-  float* target_logits;      // by place: x of the target, tanh(x / softcap) with a softcap
-  int64_t tiles;             // tiles_of(vocab)
+  BitSums* partials;         // [tiles, capacity], without the target
+  float* target_logits;      // by place
+  int64_t tiles;
   Kept kept;
 };
-cudaError_t launch_head_scan(const ScanArgs& args, cudaStream_t stream);
+cudaError_t launch_head_scan(Schedule schedule, const ScanArgs& args, cudaStream_t stream);
 
 // Partials to results by row, and to records by place.
 struct FinishArgs {
   const BitSums* partials;
+  int64_t tiles;
   const float* target_logits;
   const float* guess;  // by place; null where E is not stored
   Places places;       // counts and order null: every row at its own place
   RowChoice choice;    // by row
   int64_t vocab;
-  float softcap;
   PlacedRow* records;
   float *logprobs, *entropy, *logsumexp;  // by row; null where not wanted
 };
 cudaError_t launch_finish_rows(const FinishArgs& args, cudaStream_t stream);
 
-// Which stored rows have a gradient after all, in places of their own: 0, 1, ... Holes are filled
-// from the end, so that most rows stay where they are.
-struct LiveRowsArgs {
-  Coefficients coefficients;  // by row
-  RowChoice choice;           // by row
-  Places places;
-  int64_t first, rows;  // of the stored places, those that are looked at
-  const PlacedRow* records;
-  bool compact;        // as in ArrangeArgs
-  bool scaled_by_row;  // scale = dz / E of the row; false: a power of two near it
-  int32_t* count;      // [1]
-  int32_t* source;     // [rows]: the stored place of each live one
-  int32_t* scratch;    // [rows]
-  int64_t* order;      // [rows]: its row
-  float* scale;        // [rows]
-};
-cudaError_t launch_live_rows(const LiveRowsArgs& args, cudaStream_t stream);
-
-// E of the live rows to dz / scale: the target's column, tiles of another reference, rows that
-// move, and everything if there is a gradient of the entropy.
+// E of some rows to dz / scale: the target's column, tiles of another reference, and everything if
+// there is a gradient of entropy or logsumexp. In place, or elsewhere.
 struct GradientRowsArgs {
-  Coefficients coefficients;  // by row
+  Coefficients coefficients;  // by row; on_entropy and on_logsumexp null: E scaled by row
   Places places;
   Kept kept;
   int64_t vocab, tiles;
+  int tile_columns;
   const PlacedRow* records;
-  const float* target_logits;
-  bool softcap;
-  const int32_t* source;  // of LiveRowsArgs
-  const int64_t* order;
-  const float* scale;
-  int64_t rows;  // live ones
-  bool scaled_by_row;
-  BFloat16* out;  // [rows, out_stride], or kept.e
-  int64_t out_stride;
+  int64_t rows;
+  const int32_t* source;  // the place of each; null: 0, 1, ..., in place
+  BFloat16* out;          // [rows, kept.stride]
+  int64_t* order;         // out: the row of each; null where in place
+  float* scale;           // out
 };
 cudaError_t launch_gradient_rows(const GradientRowsArgs& args, cudaStream_t stream);
 

@@ -1,18 +1,20 @@
-// What one thread makes of its accumulators of one tile of logits, and of a row of tiles.
+// What one thread makes of its accumulators of one tile of logits.
 //
-// A warpgroup holds 64 rows x kTileColumns of a tile in registers, laid out by wgmma: thread t has
-// rows 16 (t / 32) + t % 32 / 4 + {0, 8} and, of each group of 8 columns, the two at 2 (t % 4). So
-// the four threads of a quad share two rows, and nothing else is shared.
+// A warpgroup holds 64 rows of a tile in registers, or twice 64, laid out by wgmma: of each 64 rows
+// thread t has rows 16 (t / 32) + t % 32 / 4 + {0, 8} and, of each group of 8 columns, the two at
+// 2 (t % 4). So the four threads of a quad share their rows, and nothing else is shared.
 //
 // Everything is in bits, x scale with scale = log2(e) / T, and relative to an integer reference, so
 // that a change of reference multiplies by a power of two and rounds nothing:
 //
 //   sum = sum_j 2^(x_j scale - ref)       dot = sum_j 2^(x_j scale - ref) (x_j scale - ref)
 //
-// over the entries j other than the target, kept by each thread over its columns. Sums are built
-// from short ones, of eight entries: beside one dominant entry a long sum would round the small
-// ones away. What is stored for the gradient, E = bf16(2^(x scale - tile reference)), is the same
-// exponential times a power of two. Hence a row's statistics do not depend on whether E is stored.
+// over the entries j of a row and tile other than the target; ref is at the largest of them. Sums
+// are built from short ones, of eight entries: beside one dominant entry a long sum would round the
+// small ones away. What is stored for the gradient, E = bf16(2^(x scale - tile reference)), is the
+// same exponential times a power of two. Hence a row's statistics do not depend on whether E is
+// stored. What is left out (the target, padding, a bias of -inf) is a finite number without mass;
+// a logit that is -inf by overflow, without a bias, gives nan as the row's entropy, as in torch.
 //
 // No CUTLASS here: python_tests/emulator runs this file on the host. That wgmma's layout is the one
 // above is a static_assert of head_scan.cu.
@@ -26,35 +28,10 @@
 
 namespace bupo::cuda::sm90 {
 
-inline constexpr int kGroups = kTileColumns / 8;
-inline constexpr int kScanThreads = 256;  // two warpgroups, 64 rows each
-
-// The accumulators of a thread: [row of the pair][group of 8 columns][column of the pair].
-BUPO_HOST_DEVICE constexpr int accumulator(int half, int group, int pair) {
-  return group * 4 + half * 2 + pair;
-}
-BUPO_HOST_DEVICE constexpr int row_in_tile(int thread, int half) {
-  return thread / 32 * 16 + thread % 32 / 4 + 8 * half;
-}
-BUPO_HOST_DEVICE constexpr int column_in_tile(int thread, int group, int pair) {
-  return group * 8 + thread % 4 * 2 + pair;
-}
-
-// Keeps the compiler from gathering the loads of a long unrolled loop: registers are scarce here.
-__device__ inline void keep_order() { asm volatile("" ::: "memory"); }
-
-// What the scan's x is multiplied by to be bits: log2(e) / T, times the softcap, whose x is a tanh.
-__device__ inline float bits_per_logit(const float* temperature, int64_t row, float softcap) {
+// What the scan's x is multiplied by to be bits.
+__device__ inline float bits_per_logit(const float* temperature, int64_t row) {
   constexpr float kLog2E = 1.44269504f;
-  const float scale = softcap == 0.0f ? kLog2E : kLog2E * softcap;
-  return temperature ? scale / temperature[row] : scale;
-}
-
-// The exponent that E of a tile is relative to: the row's guess where the tile's largest entry is
-// within reach of it, else that entry's own.
-__device__ inline float tile_reference(float guess, float largest) {
-  const bool within = largest <= guess + kAboveGuess && largest >= guess - kBelowGuess;
-  return within || !(largest > -INFINITY) || largest == INFINITY ? guess : ceilf(largest);
+  return temperature ? kLog2E / temperature[row] : kLog2E;
 }
 
 __device__ inline uint32_t pack(float low, float high) {
@@ -64,137 +41,140 @@ __device__ inline uint32_t pack(float low, float high) {
   return static_cast<uint32_t>(b.bits) << 16 | a.bits;
 }
 
-// One of the two rows of a thread.
-// kPlain: neither bias nor softcap. A template, for a branch among the exponentials costs more than
-// they do.
-template <bool kStore, bool kPlain>
-class RowScan {
- public:
-  // rows: how many there are, args.capacity at most.
-  __device__ void begin(const ScanArgs& args, int row, int rows) {
-    row_ = row;
-    inside_ = row < rows;
-    scale_ = inside_ ? bits_per_logit(args.temperature, row, args.softcap) : 1.0f;
-    const int64_t target = inside_ ? args.targets[row] : -1;
-    target_ = target < args.vocab ? static_cast<int>(target) : -1;
-    sum_ = dot_ = 0.0f;
-    ref_ = -INFINITY;
-  }
+// kThreads: 128 for a warpgroup with a tile of its own, 256 for two that share one.
+template <Schedule kSchedule>
+struct TileLayout {
+  static constexpr int kColumns = columns_of(kSchedule), kGroups = kColumns / 8;
+  static constexpr int kThreads = kSchedule == Schedule::kPingpong ? 128 : 256;
+  static constexpr int kFragments = 2 * kTileRows / kThreads;  // of 64 rows, in a thread
+  static constexpr int kAccumulators = kFragments * 4 * kGroups;
 
-  // Takes a tile in: statistics, the target's logit, and E if `store`. x: all 128 accumulators.
-  template <int kHalf>
-  __device__ void add(const ScanArgs& args, float* x, int thread, int tile, bool store) {
-    const int column = tile * kTileColumns;
-    const int columns = static_cast<int>(args.vocab) - column;  // of the tile, or more
-    if constexpr (!kPlain) to_logits<kHalf>(args, x, thread, column);
-    if (columns < kTileColumns) mask_padding<kHalf>(x, thread, columns);
-    take_target<kHalf>(args, x, thread, column);
-    float largest = -INFINITY;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g)
-      largest = fmaxf(largest, fmaxf(x[accumulator(kHalf, g, 0)], x[accumulator(kHalf, g, 1)]));
-    largest *= scale_;
-    if (largest == INFINITY) sum_ = NAN;  // as in torch: inf - inf
-    if (largest > ref_ && largest < INFINITY) shift_to(ceilf(largest));
+  BUPO_HOST_DEVICE static constexpr int accumulator(int fragment, int half, int group, int pair) {
+    return (fragment * kGroups + group) * 4 + half * 2 + pair;
+  }
+  BUPO_HOST_DEVICE static constexpr int row(int thread, int fragment, int half) {
+    return fragment * 64 + thread / 32 * 16 + thread % 32 / 4 + 8 * half;
+  }
+  BUPO_HOST_DEVICE static constexpr int column(int thread, int group, int pair) {
+    return group * 8 + thread % 4 * 2 + pair;
+  }
+};
+
+// One of a thread's rows of a tile. kBias is a template parameter, for a branch among the
+// exponentials costs more than they do.
+template <Schedule kSchedule, bool kStore, bool kBias, int kFragment, int kHalf>
+class RowOfTile {
+  using Layout = TileLayout<kSchedule>;
+  static constexpr int kGroups = Layout::kGroups;
+
+ public:
+  // x: all accumulators. first: of the tile's rows, of which there are `rows` in all. Writes the
+  // partial sums, the target's logit, and E if `store`.
+  __device__ RowOfTile(const ScanArgs& args, float* x, int thread, int first, int rows, int tile,
+                       bool store)
+      : args_(args),
+        x_(x),
+        thread_(thread),
+        row_(first + Layout::row(thread, kFragment, kHalf)),
+        column_(tile * Layout::kColumns),
+        inside_(row_ < rows),
+        scale_(inside_ ? bits_per_logit(args.temperature, row_) : 1.0f) {
+    const float none = fmaxf(kNoMass / scale_, -3e38f);
+    if constexpr (kBias) add_bias(none);
+    const int64_t columns = args.vocab - column_;  // of the tile, or more
+    if (columns < Layout::kColumns) mask_padding(static_cast<int>(columns), none);
+    take_target(none);
+    const float largest = largest_of_quad();
+    const bool has_mass = largest > none * scale_ / 2 && largest < INFINITY;
+    const float ref = has_mass ? ceilf(largest) : 0.0f;
     float factor = 0.0f;
     if (kStore && store) {
-      float shared = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-      shared = fmaxf(shared, __shfl_xor_sync(kAllLanes, shared, 2));
-      const float reference = tile_reference(inside_ ? args.kept.guess[row_] : 0.0f, shared);
+      // Relative to the row's guess where the tile's largest entry is within reach of it.
+      const float guess = inside_ ? args.kept.guess[row_] : 0.0f;
+      const bool within = largest <= guess + kAboveGuess && largest >= guess - kBelowGuess;
+      const float reference = within || !has_mass ? guess : ref;
       if (inside_ && thread % 4 == 0)
         args.kept.references[static_cast<int64_t>(row_) * args.tiles + tile] = reference;
-      // Beyond 2^126 the tile has no mass beside what this thread has seen, and 0 inf is nan.
-      factor = ref_ - reference > 126.0f ? 0.0f : exp2_integer(ref_ - reference);
+      factor = has_mass ? exp2_integer(ref - reference) : 0.0f;
     }
-    exponentials<kHalf>(args, x, factor);
-    if (kStore && store) {
-      __syncwarp();  // else the packing begins among the exponentials, and registers spill
-      store_row<kHalf>(args, x, thread, column);
-    }
-  }
-
-  // The quad's four parts in a fixed order, written by its first thread.
-  __device__ void finish(const ScanArgs& args, int thread, int64_t split) {
-    const float ref =
-        fmaxf(fmaxf(__shfl_xor_sync(kAllLanes, ref_, 1), ref_),
-              fmaxf(__shfl_xor_sync(kAllLanes, ref_, 2), __shfl_xor_sync(kAllLanes, ref_, 3)));
-    shift_to(ref);
-    float sum = sum_ + __shfl_xor_sync(kAllLanes, sum_, 1);
-    float dot = dot_ + __shfl_xor_sync(kAllLanes, dot_, 1);
+    float sum = 0.0f, dot = 0.0f;
+    exponentials(ref, factor, sum, dot);
+    if (largest == INFINITY) sum = NAN;  // as in torch: inf - inf
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    dot += __shfl_xor_sync(kAllLanes, dot, 1);
     sum += __shfl_xor_sync(kAllLanes, sum, 2);
     dot += __shfl_xor_sync(kAllLanes, dot, 2);
-    if (inside_ && thread % 4 == 0) args.partials[split * args.capacity + row_] = {ref, sum, dot};
+    if (inside_ && thread % 4 == 0)
+      args.partials[static_cast<int64_t>(tile) * args.capacity + row_] = {ref, sum, dot};
+    if (kStore && store) {
+      __syncwarp();  // else the packing begins among the exponentials, and registers spill
+      store_row();
+    }
   }
 
  private:
-  template <int kHalf>
-  __device__ static void to_logits(const ScanArgs& args, float* x, int thread, int column) {
-    if (args.bias) {
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        keep_order();
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-          x[accumulator(kHalf, g, pair)] += args.bias[column + column_in_tile(thread, g, pair)];
-        }
-      }
-    }
-    if (args.softcap == 0.0f) return;
+  __device__ float& value(int group, int pair) const {
+    return x_[Layout::accumulator(kFragment, kHalf, group, pair)];
+  }
+
+  __device__ void add_bias(float none) const {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      keep_order();
+      asm volatile("" ::: "memory");  // else the loads are gathered, and registers spill
 #pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        float& value = x[accumulator(kHalf, g, pair)];
-        value = tanhf(value / args.softcap);
-      }
+      for (int pair = 0; pair < 2; ++pair)
+        value(g, pair) =
+            max_nan(value(g, pair) + args_.bias[column_ + Layout::column(thread_, g, pair)], none);
     }
   }
 
-  template <int kHalf>
-  __device__ static void mask_padding(float* x, int thread, int columns) {
+  __device__ void mask_padding(int columns, float none) const {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair)
-        if (column_in_tile(thread, g, pair) >= columns) x[accumulator(kHalf, g, pair)] = -INFINITY;
+        if (Layout::column(thread_, g, pair) >= columns) value(g, pair) = none;
     }
   }
 
   // Takes the target's logit out of the sums. Its place in E is overwritten later.
-  template <int kHalf>
-  __device__ void take_target(const ScanArgs& args, float* x, int thread, int column) const {
-    const int place = target_ - column;
-    if (place < 0 || place >= kTileColumns || place % 8 / 2 != thread % 4) return;
+  __device__ void take_target(float none) const {
+    const int64_t place = (inside_ ? args_.targets[row_] : -1) - column_;
+    if (place < 0 || place >= Layout::kColumns || column_ + place >= args_.vocab ||
+        place % 8 / 2 != thread_ % 4)
+      return;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
-        if (place != column_in_tile(thread, g, pair)) continue;
-        args.target_logits[row_] = x[accumulator(kHalf, g, pair)];
-        x[accumulator(kHalf, g, pair)] = -INFINITY;
+        if (static_cast<int>(place) != Layout::column(thread_, g, pair)) continue;
+        args_.target_logits[row_] = value(g, pair) == none ? -INFINITY : value(g, pair);
+        value(g, pair) = none;
       }
     }
   }
 
-  // Another reference; exact, since references are integers.
-  __device__ void shift_to(float ref) {
-    if (ref == ref_) return;
-    if (sum_ != 0.0f && ref_ != -INFINITY) {  // nan too
-      const float shift = ref_ - ref, scale = exp2_integer(shift);
-      dot_ = scale == 0.0f ? 0.0f : scale * fmaf(sum_, shift, dot_);
-      sum_ *= scale;
+  __device__ float largest_of_quad() const {
+    constexpr int kChains = 4;
+    float most[kChains];
+#pragma unroll
+    for (int c = 0; c < kChains; ++c) most[c] = -INFINITY;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        float& chain = most[g % 2 * 2 + pair];
+        chain = fmaxf(chain, value(g, pair));
+      }
     }
-    ref_ = ref;
+    float largest = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])) * scale_;
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+    return fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
   }
 
   // x -> E before rounding, and the sums.
-  template <int kHalf>
-  __device__ void exponentials(const ScanArgs& args, float* x, float factor) {
+  __device__ void exponentials(float ref, float factor, float& sum, float& dot) const {
     constexpr int kTogether = 4;
-    const float bend = args.softcap == 0.0f ? 0.0f : 1.0f;
-    const float ref = ref_ == -INFINITY ? 0.0f : ref_;  // no mass yet: every d is -inf, or nan
-    float sum = 0.0f, dot = 0.0f;
 #pragma unroll
     for (int first = 0; first < kGroups; first += kTogether) {
       float short_sum = 0.0f, short_dot = 0.0f;
@@ -202,38 +182,28 @@ class RowScan {
       for (int g = first; g < first + kTogether; ++g) {
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
-          float& value = x[accumulator(kHalf, g, pair)];
-          const float d = max_nan(fmaf(value, scale_, -ref), kNoMass);  // 0 (-inf) would be nan
-          const float e = exp2_fast(d);
+          const float d = fmaf(value(g, pair), scale_, -ref), e = exp2_fast(d);
           short_sum += e;
           short_dot = fmaf(e, d, short_dot);
-          if constexpr (kPlain) {
-            value = e * factor;
-          } else {  // times the softcap's slope, which -inf, a padding column, has not
-            value = e == 0.0f ? 0.0f : e * factor * fmaf(-bend * value, value, 1.0f);
-          }
+          value(g, pair) = e * factor;
         }
       }
       sum += short_sum;
       dot += short_dot;
     }
-    sum_ += sum;
-    dot_ += dot;
   }
 
   // A quad has 8 columns of each group, two a thread. It trades them, so that thread q ends up with
   // all of group q of four neighbouring ones: 16 bytes a thread, 64 contiguous bytes a quad.
-  template <int kHalf>
-  __device__ void store_row(const ScanArgs& args, const float* x, int thread, int column) const {
-    const int lane = thread % 4;
+  __device__ void store_row() const {
+    const int lane = thread_ % 4;
     const bool odd = lane & 1, upper = lane & 2;
-    BFloat16* row = args.kept.e + row_ * args.kept.stride;
+    BFloat16* row = args_.kept.e + row_ * args_.kept.stride;
 #pragma unroll
     for (int g = 0; g < kGroups; g += 4) {
       uint32_t w[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        w[k] = pack(x[accumulator(kHalf, g + k, 0)], x[accumulator(kHalf, g + k, 1)]);
+      for (int k = 0; k < 4; ++k) w[k] = pack(value(g + k, 0), value(g + k, 1));
       // 4 x 4 transpose: words w[k] of thread q become word q of thread k.
       const uint32_t a = __shfl_xor_sync(kAllLanes, odd ? w[0] : w[1], 1);
       const uint32_t b = __shfl_xor_sync(kAllLanes, odd ? w[2] : w[3], 1);
@@ -242,8 +212,8 @@ class RowScan {
       const uint32_t c = __shfl_xor_sync(kAllLanes, upper ? m0 : m2, 2);
       const uint32_t d = __shfl_xor_sync(kAllLanes, upper ? m1 : m3, 2);
       const Words words = upper ? Words{c, d, m2, m3} : Words{m0, m1, c, d};
-      const int j = column + (g + lane) * 8;
-      if (inside_ && j < args.kept.stride) *reinterpret_cast<Words*>(row + j) = words;
+      const int64_t j = column_ + (g + lane) * 8;
+      if (inside_ && j < args_.kept.stride) *reinterpret_cast<Words*>(row + j) = words;
     }
   }
 
@@ -251,9 +221,23 @@ class RowScan {
     uint32_t a, b, c, d;
   };
 
-  int row_, target_;  // -1: none, or not in the vocabulary
-  float scale_, ref_, sum_, dot_;
+  const ScanArgs& args_;
+  float* x_;
+  int thread_, row_, column_;
   bool inside_;
+  float scale_;
 };
+
+// All rows of a thread.
+template <Schedule kSchedule, bool kStore, bool kBias>
+__device__ inline void scan_tile(const ScanArgs& args, float* x, int thread, int first, int rows,
+                                 int tile, bool store) {
+  RowOfTile<kSchedule, kStore, kBias, 0, 0>(args, x, thread, first, rows, tile, store);
+  RowOfTile<kSchedule, kStore, kBias, 0, 1>(args, x, thread, first, rows, tile, store);
+  if constexpr (TileLayout<kSchedule>::kFragments == 2) {
+    RowOfTile<kSchedule, kStore, kBias, 1, 0>(args, x, thread, first, rows, tile, store);
+    RowOfTile<kSchedule, kStore, kBias, 1, 1>(args, x, thread, first, rows, tile, store);
+  }
+}
 
 }  // namespace bupo::cuda::sm90

@@ -1,0 +1,108 @@
+// A call of an operator on device pointers, and what every path makes of it. Per-token arrays are
+// fp32.
+
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+#include "../args.h"
+#include "choose.h"
+#include "launch.h"
+#include "library.h"
+#include "memory.h"
+
+namespace bupo::cuda {
+
+// `like` is a tensor of the call: its device, its allocator.
+struct Call {
+  const torch::stable::Tensor& like;
+  Device device;
+  Number number;
+  HeadArgs head;
+
+  Shape shape(const GradArgs& grads) const {
+    return {head.tokens,
+            head.width,
+            head.vocab,
+            bytes_of(number),
+            grads.any(),
+            grads.weight != nullptr,
+            number == Number::kFloat16};
+  }
+};
+
+// Whether TMA can read rows of 16-bit numbers. Overlapping rows have no tensor map.
+inline bool rows_readable(const void* data, int64_t width, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && width % 8 == 0 && stride % 8 == 0 &&
+         stride >= width;
+}
+
+// Upstream gradients, or the policy loss's, from row on.
+inline Coefficients from(const Coefficients& c, int64_t row) {
+  return {at<float>(c.on_logprob, row), at<float>(c.on_entropy, row),
+          at<float>(c.on_logsumexp, row)};
+}
+
+inline RowChoice from(const RowChoice& choice, int64_t row) {
+  return {choice.targets + row, choice.ignore_index, at<float>(choice.token_weights, row)};
+}
+
+// Outputs from row on.
+inline float* from(void* array, int64_t row) {
+  return array ? static_cast<float*>(array) + row : nullptr;
+}
+
+// The policy loss as a path sees it: the rows' arrays, and where to put d loss / d logprob and
+// d loss / d entropy of a block of rows whose log-probs have just been written.
+class PolicyCoefficients {
+ public:
+  PolicyCoefficients(const Call& call, const PolicyArgs& policy, const TokenOutputs& out)
+      : device_(call.device),
+        policy_(policy),
+        out_(out),
+        tokens_(call.head.tokens),
+        arrays_(call.like, 2 * round_up(4 * tokens_, Slab::kAlignment)) {
+    all_.on_logprob = logprob_ = arrays_.take<float>(tokens_);
+    if (policy.settings.entropy_coef != 0)
+      all_.on_entropy = entropy_ = arrays_.take<float>(tokens_);
+  }
+
+  // Of rows [first, first + count), made now.
+  Coefficients make(int64_t first, int64_t count) const {
+    check(launch_policy_coefficients(rows(first, count), from(logprob_, first),
+                                     from(entropy_, first), device_.stream));
+    return from(all_, first);
+  }
+  // token_weights bound the coefficients up to advantages of ordinary size.
+  Coefficients bounds() const { return {at<float>(policy_.token_weights, 0), nullptr, nullptr}; }
+  const PolicyArgs& policy() const { return policy_; }
+  void sum(void* loss, void* metrics) const {
+    check(launch_policy_sums(rows(0, tokens_), static_cast<float*>(loss),
+                             static_cast<float*>(metrics), device_.stream));
+  }
+
+ private:
+  PolicyRows rows(int64_t first, int64_t count) const {
+    return {policy_.settings,
+            at<float>(out_.logprobs, first),
+            at<float>(out_.entropy, first),
+            at<float>(policy_.old_logprobs, first),
+            at<float>(policy_.advantages, first),
+            at<float>(policy_.token_weights, first),
+            at<float>(policy_.ref_logprobs, first),
+            at<float>(policy_.importance_weights, first),
+            count};
+  }
+
+  Device device_;
+  PolicyArgs policy_;
+  TokenOutputs out_;
+  int64_t tokens_;
+  Workspace arrays_;
+  float *logprob_ = nullptr, *entropy_ = nullptr;
+  Coefficients all_{};
+};
+
+}  // namespace bupo::cuda
