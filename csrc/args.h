@@ -29,7 +29,8 @@ struct GradArgs {
   bool any() const { return hidden != nullptr || weight != nullptr || bias != nullptr; }
 };
 
-// Per-token results in the accumulator type (double for float64 input, float otherwise).
+// Per-token results in the accumulator type (double for float64 input, float otherwise), zeroed by
+// the caller.
 struct TokenOutputs {
   void* logprobs;
   void* entropy;

@@ -88,6 +88,12 @@ struct Inputs {
             weight.stride(0),
             softcap};
   }
+
+  // Entry i of a per-token tensor, on the host.
+  double value(const void* values, int64_t i) const {
+    return acc == ScalarType::Double ? static_cast<const double*>(values)[i]
+                                     : static_cast<const float*>(values)[i];
+  }
 };
 
 // Upstream gradients of the per-token op.

@@ -55,6 +55,12 @@ struct Row {
   T logprob, entropy, logsumexp;
 };
 
+BUPO_HOST_DEVICE inline Row<float> in_float(const Row<double>& r) {
+  return {float(r.max),     float(r.log_total),   float(r.mean),
+          float(r.target),  float(r.target_prob), float(r.target_rest),
+          float(r.logprob), float(r.entropy),     float(r.logsumexp)};
+}
+
 template <class T>
 BUPO_HOST_DEVICE inline Row<T> finish_row(RowSums<T> others, T target_logit, long long vocab) {
   const T inf = T(INFINITY);

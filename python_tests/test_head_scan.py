@@ -27,8 +27,8 @@ CASES = [
     "capacity=500 vocab=300 width=320 rows=1 stored=0 store=1",
     # Several tiles; more units than clusters, and fewer.
     "capacity=300 vocab=2600 width=72 rows=290 stored=140 store=1 clusters=2",
-    "capacity=300 vocab=2600 width=72 counts=0",
-    "capacity=260 vocab=511 width=256 counts=0 bias=1 clusters=9",
+    "capacity=300 vocab=2600 width=72",
+    "capacity=260 vocab=511 width=256 bias=1 clusters=9",
     # Strides, a tile of one column, all that a logit can be made of.
     "capacity=700 vocab=1000 width=200 rows=600 stored=300 store=1 clusters=2 bias=1"
     " hidden_stride=208 weight_stride=256",

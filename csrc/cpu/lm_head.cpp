@@ -150,31 +150,34 @@ class Gradients {
   void append(const int64_t* tokens, const std::vector<Row<double>>& rows,
               const std::vector<Coefficients>& coefficients) {
     const int64_t base = static_cast<int64_t>(columns_.size());
-    Lanes lanes;
-    std::vector<int64_t> members;
+    GradientColumns<Acc> live{};
     for (size_t i = 0; i < rows.size(); ++i) {
-      if (!coefficients[i].live()) continue;
-      members.push_back(static_cast<int64_t>(i));
+      const Coefficients& c = coefficients[i];
+      if (!c.live()) continue;
+      const double temperature = head_.temperature(tokens[i]);
       columns_.push_back(tokens[i]);
-      lanes.push(static_cast<int32_t>(i), rows[i], coefficients[i], head_.temperature(tokens[i]),
-                 head_.scale(tokens[i]));
+      live.column.push_back(static_cast<int32_t>(i));
+      live.max.push_back(Acc(rows[i].max));
+      live.log_total.push_back(Acc(rows[i].log_total));
+      live.mean.push_back(Acc(rows[i].mean));
+      live.on_p.push_back(Acc((c.logsumexp - c.logprob) / temperature));
+      live.on_gap.push_back(Acc(-c.entropy / temperature));
+      if (head_.capped()) live.scale.push_back(head_.scale(tokens[i]));
     }
-    const int64_t count = static_cast<int64_t>(members.size());
+    const int64_t count = live.count = static_cast<int64_t>(live.column.size());
     if (count == 0) return;
-    lanes.pad();
+    const size_t padded = static_cast<size_t>(round_up(count, kColumnPad));
+    live.column.resize(padded);
+    for (auto* v : {&live.max, &live.log_total, &live.mean, &live.on_p, &live.on_gap})
+      v->resize(padded);
+    if (head_.capped()) live.scale.resize(padded);
     for_each(head_.tiles(), [&](int64_t tile) {
       Acc* logits = buffer_.get() + tile * kTileRows * ld_;
       double* row_sums = out_.bias ? bias_.data() + tile * kTileRows : nullptr;
-      if constexpr (kPackedGrad) {
-        tile_gradient_bfloat16(logits, ld_, head_.tile_rows(tile), base, base,
-                               lanes.view(count, head_.capped()), row_sums);
-      } else {
-        tile_gradient(logits, ld_, head_.tile_rows(tile), base, base,
-                      lanes.view(count, head_.capped()), row_sums);
-      }
+      tile_gradient<kPackedGrad>(logits, ld_, head_.tile_rows(tile), base, base, live, row_sums);
     });
     for (int64_t n = 0; n < count; ++n) {
-      const int64_t i = members[n], target = args_.targets[tokens[i]];
+      const int64_t i = live.column[n], target = args_.targets[tokens[i]];
       const Acc dz = Acc(target_gradient(rows[i], coefficients[i], tokens[i]));
       Acc* row = buffer_.get() + target * ld_;
       if constexpr (kPackedGrad) {
@@ -206,40 +209,6 @@ class Gradients {
   }
 
  private:
-  // Per-token constants of the gradient, as arrays.
-  struct Lanes {
-    std::vector<int32_t> column;
-    std::vector<Acc> max, log_total, mean, on_p, on_gap, scale;
-
-    void push(int32_t at, const Row<double>& row, const Coefficients& c, double temperature,
-              Acc scale_of_row) {
-      column.push_back(at);
-      max.push_back(Acc(row.max));
-      log_total.push_back(Acc(row.log_total));
-      mean.push_back(Acc(row.mean));
-      on_p.push_back(Acc((c.logsumexp - c.logprob) / temperature));
-      on_gap.push_back(Acc(-c.entropy / temperature));
-      scale.push_back(scale_of_row);
-    }
-
-    void pad() {
-      const size_t size = round_up(static_cast<int64_t>(column.size()), kColumnPad);
-      column.resize(size, 0);
-      for (auto* v : {&max, &log_total, &mean, &on_p, &on_gap, &scale}) v->resize(size, Acc(0));
-    }
-
-    GradientColumns<Acc> view(int64_t count, bool capped) const {
-      return {column.data(),
-              max.data(),
-              log_total.data(),
-              mean.data(),
-              on_p.data(),
-              on_gap.data(),
-              capped ? scale.data() : nullptr,
-              count};
-    }
-  };
-
   double target_gradient(const Row<double>& row, const Coefficients& c, int64_t token) const {
     double dz = c.logprob * row.target_rest + c.logsumexp * row.target_prob;
     if (row.target_prob != 0) dz -= c.entropy * row.target_prob * (row.target - row.mean);

@@ -68,13 +68,14 @@ template <class V, bool kBfloat16, class T>
 BUPO_INLINE void gradient(T* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
                           const GradientColumns<T>& c, double* row_sums) {
   constexpr int kW = kLanes<V>;
+  const bool capped = !c.scale.empty();
   for (int64_t i = 0; i < c.count; i += kW) {
     const int64_t valid = c.count - i < kW ? c.count - i : kW;
     const bool whole = valid == kW && c.column[i + kW - 1] - c.column[i] == kW - 1;
-    const V max = load<V>(c.max + i), log_total = load<V>(c.log_total + i),
-            mean = load<V>(c.mean + i);
-    const V on_p = load<V>(c.on_p + i), on_gap = load<V>(c.on_gap + i);
-    const V scale = c.scale ? load<V>(c.scale + i) : fill<V>(T(1));
+    const auto at = [i](const std::vector<T>& values) { return load<V>(values.data() + i); };
+    const V max = at(c.max), log_total = at(c.log_total), mean = at(c.mean);
+    const V on_p = at(c.on_p), on_gap = at(c.on_gap);
+    const V scale = capped ? at(c.scale) : fill<V>(T(1));
     for (int64_t j = 0; j < rows; ++j) {
       T* row = tile + j * ld;
       V kept = max;
@@ -86,7 +87,7 @@ BUPO_INLINE void gradient(T* tile, int64_t ld, int64_t rows, int64_t base, int64
       V d = kept * scale - max;
       d = d < T(-800) ? fill<V>(T(-800)) : d;
       V dz = exp_nonpositive<V>(d - log_total) * (on_p + on_gap * (d - mean));
-      if (c.scale) {
+      if (capped) {
         const V u = d == T(-800) ? V{} : kept;  // no -inf * 0
         dz = dz - dz * u * u;
       }
@@ -155,41 +156,26 @@ void transpose(const float* in, int64_t ld, int64_t rows, int64_t columns, float
       BUPO_EACH { transpose_blocks<Vec<float, bytes>>(in, ld, rows, columns, out, out_ld); });
 }
 
-void tile_stats(float* tile, int64_t ld, int64_t rows, int64_t columns, const LogitMap<float>& map,
-                int64_t first, const int64_t* targets, float* targets_kept, RowSums<float>* sums) {
+template <class T>
+void tile_stats(T* tile, int64_t ld, int64_t rows, int64_t columns, const LogitMap<T>& map,
+                int64_t first, const int64_t* targets, T* targets_kept, RowSums<T>* sums) {
   with_vectors(BUPO_EACH {
-    stats<Vec<float, bytes>>(tile, ld, rows, columns, map, first, targets, targets_kept, sums);
+    stats<Vec<T, bytes>>(tile, ld, rows, columns, map, first, targets, targets_kept, sums);
   });
 }
+template decltype(tile_stats<float>) tile_stats<float>;
+template decltype(tile_stats<double>) tile_stats<double>;
 
-void tile_stats(double* tile, int64_t ld, int64_t rows, int64_t columns,
-                const LogitMap<double>& map, int64_t first, const int64_t* targets,
-                double* targets_kept, RowSums<double>* sums) {
+template <bool kBfloat16, class T>
+void tile_gradient(T* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
+                   const GradientColumns<T>& columns, double* row_sums) {
   with_vectors(BUPO_EACH {
-    stats<Vec<double, bytes>>(tile, ld, rows, columns, map, first, targets, targets_kept, sums);
+    gradient<Vec<T, bytes>, kBfloat16>(tile, ld, rows, base, out, columns, row_sums);
   });
 }
-
-void tile_gradient(float* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
-                   const GradientColumns<float>& columns, double* row_sums) {
-  with_vectors(BUPO_EACH {
-    gradient<Vec<float, bytes>, false>(tile, ld, rows, base, out, columns, row_sums);
-  });
-}
-
-void tile_gradient_bfloat16(float* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
-                            const GradientColumns<float>& columns, double* row_sums) {
-  with_vectors(BUPO_EACH {
-    gradient<Vec<float, bytes>, true>(tile, ld, rows, base, out, columns, row_sums);
-  });
-}
-
-void tile_gradient(double* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
-                   const GradientColumns<double>& columns, double* row_sums) {
-  with_vectors(BUPO_EACH {
-    gradient<Vec<double, bytes>, false>(tile, ld, rows, base, out, columns, row_sums);
-  });
-}
+template decltype(tile_gradient<true, float>) tile_gradient<true, float>;
+template decltype(tile_gradient<false, float>) tile_gradient<false, float>;
+template decltype(tile_gradient<false, double>) tile_gradient<false, double>;
 
 void round_to_bfloat16(const float* from, uint16_t* to, int64_t count) {
   with_vectors(BUPO_EACH {

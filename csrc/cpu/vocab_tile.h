@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../row_math.h"
 
@@ -31,32 +32,28 @@ struct LogitMap {
 // tile's first vocabulary entry. What the tile keeps of a target that lies in it goes to
 // targets_kept [i] and stays out of the sums; its place in the tile is set to -inf (tile_gradient
 // never reads it).
-void tile_stats(float* tile, int64_t ld, int64_t rows, int64_t columns, const LogitMap<float>& map,
-                int64_t first, const int64_t* targets, float* targets_kept, RowSums<float>* sums);
-void tile_stats(double* tile, int64_t ld, int64_t rows, int64_t columns,
-                const LogitMap<double>& map, int64_t first, const int64_t* targets,
-                double* targets_kept, RowSums<double>* sums);
+template <class T>
+void tile_stats(T* tile, int64_t ld, int64_t rows, int64_t columns, const LogitMap<T>& map,
+                int64_t first, const int64_t* targets, T* targets_kept, RowSums<T>* sums);
 
 // One token's part in the gradient: dz_j = p_j (on_p + on_gap (d_j - mean)) f'(z_j), where
 // d_j = z_j - max, p_j = e^{d_j - log_total} and f' = 1 - u_j^2 with a softcap, arrays of a
 // multiple of kColumnPad tokens. `column` is where its logits stand in the tile, ascending.
 template <class T>
 struct GradientColumns {
-  const int32_t* column;
-  const T *max, *log_total, *mean, *on_p, *on_gap;
-  const T* scale;  // with a softcap z = u scale; null without
   int64_t count;
+  std::vector<int32_t> column;
+  std::vector<T> max, log_total, mean, on_p, on_gap;
+  std::vector<T> scale;  // with a softcap z = u scale; empty without
 };
 
 // Reads tile[j * ld + base + column[i]] and writes element out + i of row j, where a row of the
 // result starts where the row of the tile starts (out <= base, so nothing unread is overwritten);
-// the last vector is filled up with zeros. row_sums[j], if wanted, grows by the row's sum.
-void tile_gradient(float* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
-                   const GradientColumns<float>& columns, double* row_sums);
-void tile_gradient_bfloat16(float* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
-                            const GradientColumns<float>& columns, double* row_sums);
-void tile_gradient(double* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
-                   const GradientColumns<double>& columns, double* row_sums);
+// the last vector is filled up with zeros. Elements are T, or bfloat16. row_sums[j], if wanted,
+// grows by the row's sum.
+template <bool kBfloat16, class T>
+void tile_gradient(T* tile, int64_t ld, int64_t rows, int64_t base, int64_t out,
+                   const GradientColumns<T>& columns, double* row_sums);
 
 // out[i * out_ld + j] = in[j * ld + i] for j < rows, i < columns.
 void transpose(const float* in, int64_t ld, int64_t rows, int64_t columns, float* out,

@@ -61,48 +61,35 @@ class PolicyCoefficients {
   PolicyCoefficients(const Call& call, const PolicyArgs& policy, const TokenOutputs& out)
       : device_(call.device),
         policy_(policy),
-        out_(out),
+        logprobs_(at<float>(out.logprobs, 0)),
+        entropy_(at<float>(out.entropy, 0)),
         tokens_(call.head.tokens),
-        arrays_(call.like, 2 * round_up(4 * tokens_, Slab::kAlignment)) {
-    all_.on_logprob = logprob_ = arrays_.take<float>(tokens_);
-    if (policy.settings.entropy_coef != 0)
-      all_.on_entropy = entropy_ = arrays_.take<float>(tokens_);
+        arrays_(call.like, 2 * round_up(4 * tokens_, Slab::kAlignment)),
+        on_logprob_(arrays_.take<float>(tokens_)) {
+    if (policy.settings.entropy_coef != 0) on_entropy_ = arrays_.take<float>(tokens_);
   }
 
   // Of rows [first, first + count), made now.
   Coefficients make(int64_t first, int64_t count) const {
-    check(launch_policy_coefficients(rows(first, count), from(logprob_, first),
-                                     from(entropy_, first), device_.stream));
-    return from(all_, first);
+    check(launch_policy_coefficients({policy_, logprobs_, entropy_, first, count}, on_logprob_,
+                                     on_entropy_, device_.stream));
+    return from(Coefficients{on_logprob_, on_entropy_, nullptr}, first);
   }
   // token_weights bound the coefficients up to advantages of ordinary size.
   Coefficients bounds() const { return {at<float>(policy_.token_weights, 0), nullptr, nullptr}; }
   const PolicyArgs& policy() const { return policy_; }
   void sum(void* loss, void* metrics) const {
-    check(launch_policy_sums(rows(0, tokens_), static_cast<float*>(loss),
+    check(launch_policy_sums({policy_, logprobs_, entropy_, 0, tokens_}, static_cast<float*>(loss),
                              static_cast<float*>(metrics), device_.stream));
   }
 
  private:
-  PolicyRows rows(int64_t first, int64_t count) const {
-    return {policy_.settings,
-            at<float>(out_.logprobs, first),
-            at<float>(out_.entropy, first),
-            at<float>(policy_.old_logprobs, first),
-            at<float>(policy_.advantages, first),
-            at<float>(policy_.token_weights, first),
-            at<float>(policy_.ref_logprobs, first),
-            at<float>(policy_.importance_weights, first),
-            count};
-  }
-
   Device device_;
   PolicyArgs policy_;
-  TokenOutputs out_;
+  const float *logprobs_, *entropy_;
   int64_t tokens_;
   Workspace arrays_;
-  float *logprob_ = nullptr, *entropy_ = nullptr;
-  Coefficients all_{};
+  float *on_logprob_, *on_entropy_ = nullptr;
 };
 
 }  // namespace bupo::cuda

@@ -79,8 +79,7 @@ inline Plan portable_plan(const Shape& s, int64_t budget) {
 }
 
 // Hopper: E [chunk, stride], whose rows begin on 128 bytes; the rows of hidden by place; partial
-// sums and references of every tile of `tile_columns` columns. Statistics alone need the partial
-// sums and nothing else, unless TMA cannot read the rows of hidden where they are.
+// sums and references of every tile of `tile_columns` columns.
 inline Plan sm90_plan(const Shape& s, int64_t budget, int64_t tile_columns) {
   constexpr int64_t kClusterRows = 256, kPerPlace = 128, kPartial = 12, kReference = 4;
   const int64_t tiles = (s.vocab + tile_columns - 1) / tile_columns;

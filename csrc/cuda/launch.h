@@ -40,15 +40,13 @@ struct RowStatsArgs {
 };
 cudaError_t launch_row_stats(const RowStatsArgs& args, cudaStream_t stream);
 
-// The policy loss's arrays, [rows] each. Null where optional and not given.
+// Rows [first, first + rows) of a call.
 struct PolicyRows {
-  PolicySettings settings;
-  const float *logprobs, *entropy, *old_logprobs, *advantages, *token_weights, *ref_logprobs,
-      *importance_weights;
-  int64_t rows;
+  PolicyArgs policy;
+  const float *logprobs, *entropy;
+  int64_t first, rows;
 };
-// d loss / d logprob and d loss / d entropy of each row, its weight included; on_entropy null:
-// none.
+// d loss / d logprob and d loss / d entropy, the token's weight included; on_entropy null: none.
 cudaError_t launch_policy_coefficients(const PolicyRows& rows, float* on_logprob, float* on_entropy,
                                        cudaStream_t stream);
 // The loss and the kPolicyMetrics metrics, from all rows at once, summed in double.

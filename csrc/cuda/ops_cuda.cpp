@@ -1,20 +1,15 @@
-// Tensors to arguments and back, and the registration for dispatch key CUDA: device guard, then
-// paths.h. Values are not read on the host: a target out of range gives nan, never a wild read.
+// The operators on a GPU. Values are not read on the host: a target out of range gives nan, never a
+// wild read.
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 
 #include <platform.cuh>
-#include <tuple>
-#include <vector>
 
-#include "../operands.h"
+#include "../operators.h"
 #include "paths.h"
 
 namespace bupo {
 namespace {
-
-constexpr auto kDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
 
 cuda::Number number_of(ScalarType dtype) {
   return dtype == ScalarType::Float      ? cuda::Number::kFloat
@@ -22,99 +17,63 @@ cuda::Number number_of(ScalarType dtype) {
                                          : cuda::Number::kFloat16;
 }
 
-using Guard = torch::stable::accelerator::DeviceGuard;
+struct Cuda {
+  static constexpr auto kDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  using Guard = torch::stable::accelerator::DeviceGuard;
 
-cuda::Call call_of(const Tensor& hidden, const Inputs& in) {
-  return {hidden, cuda::current_device(hidden), number_of(in.dtype), in.args};
-}
+  Cuda(const Tensor& hidden, const Inputs& in)
+      : call{hidden, cuda::current_device(hidden), number_of(in.dtype), in.args},
+        path(path_of(call)) {}
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lm_head_logprobs(Tensor hidden, Tensor weight,
-                                                            Tensor targets, OptionalTensor bias,
-                                                            OptionalTensor temperature,
-                                                            double softcap, int64_t ignore_index,
-                                                            bool keep) {
-  const Guard guard(hidden.get_device());
-  const Inputs in("bupo.ops.lm_head_logprobs", kDtypes, hidden, weight, targets, bias, temperature,
-                  softcap);
-  const cuda::Call call = call_of(hidden, in);
-  Tensor logprobs = make_uninitialised(hidden, {in.args.tokens}, in.acc);
-  Tensor entropy = make_uninitialised(hidden, {in.args.tokens}, in.acc);
-  Tensor logsumexp = make_uninitialised(hidden, {in.args.tokens}, in.acc);
-  const int64_t bytes = keep ? cuda::bytes_to_keep(call) : 0;
-  Tensor kept = make_uninitialised(hidden, {bytes}, ScalarType::Byte);
-  path_of(call).lm_head_logprobs(
-      call, ignore_index,
-      {logprobs.mutable_data_ptr(), entropy.mutable_data_ptr(), logsumexp.mutable_data_ptr()},
-      bytes ? kept.mutable_data_ptr() : nullptr);
-  return {logprobs, entropy, logsumexp, kept};
-}
+  template <class Included>
+  void check_tokens(const char*, const Included&) const {}
 
-std::tuple<Tensor, Tensor, Tensor> lm_head_logprobs_backward(
-    OptionalTensor grad_logprobs, OptionalTensor grad_entropy, OptionalTensor grad_logsumexp,
-    Tensor hidden, Tensor weight, Tensor targets, OptionalTensor bias, OptionalTensor temperature,
-    Tensor kept, double softcap, int64_t ignore_index, bool need_hidden, bool need_weight,
-    bool need_bias) {
-  const Guard guard(hidden.get_device());
-  constexpr const char* op = "bupo.ops.lm_head_logprobs (backward)";
-  const Inputs in(op, kDtypes, hidden, weight, targets, bias, temperature, softcap);
-  const TokenGrads upstream = token_grads(op, in, grad_logprobs, grad_entropy, grad_logsumexp);
-  Grads grads(in, hidden, need_hidden, need_weight, need_bias);
-  const cuda::Call call = call_of(hidden, in);
-  check_vector(op, "kept", kept, kept.numel(), ScalarType::Byte);
-  if (!grads.args.any()) return {grads.hidden, grads.weight, grads.bias};
-  const cuda::Path& path = path_of(call);
-  // A saved weight may come back at another address (hooks that offload it), on the other path.
-  const bool fits = kept.numel() && kept.numel() == path.kept_bytes(call);
-  path.lm_head_logprobs_backward(
-      call, ignore_index,
-      {cuda::at<float>(upstream.logprobs, 0), cuda::at<float>(upstream.entropy, 0),
-       cuda::at<float>(upstream.logsumexp, 0)},
-      grads.args, fits ? kept.mutable_data_ptr() : nullptr);
-  return {grads.hidden, grads.weight, grads.bias};
-}
+  // Nothing where that is over the budget, or while a CUDA graph is recorded.
+  int64_t bytes_to_keep() const {
+    const int64_t bytes = call.device.capturing ? 0 : path.kept_bytes(call);
+    return bytes <= workspace_budget(call.device) ? bytes : 0;
+  }
+  void lm_head_logprobs(int64_t ignore_index, const TokenOutputs& out, void* kept) const {
+    path.lm_head_logprobs(call, ignore_index, out, kept);
+  }
+  void lm_head_logprobs_backward(int64_t ignore_index, const TokenGrads& upstream,
+                                 const GradArgs& grads, void* kept, int64_t bytes) const {
+    // A saved weight may come back at another address (hooks that offload it), on the other path.
+    if (bytes != path.kept_bytes(call)) kept = nullptr;
+    path.lm_head_logprobs_backward(
+        call, ignore_index,
+        {cuda::at<float>(upstream.logprobs, 0), cuda::at<float>(upstream.entropy, 0),
+         cuda::at<float>(upstream.logsumexp, 0)},
+        grads, kept);
+  }
+  void policy_loss(const PolicyArgs& policy, const TokenOutputs& out, const GradArgs& grads,
+                   void* loss, void* metrics) const {
+    const cuda::PolicyCoefficients coefficients(call, policy, out);
+    path.policy_loss(call, coefficients, out, grads);
+    coefficients.sum(loss, metrics);
+  }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
-    Tensor hidden, Tensor weight, Tensor targets, Tensor old_logprobs, Tensor advantages,
-    Tensor token_weights, OptionalTensor bias, OptionalTensor temperature, double softcap,
-    std::vector<double> settings, OptionalTensor ref_logprobs, OptionalTensor importance_weights,
-    bool need_hidden, bool need_weight, bool need_bias) {
-  const Guard guard(hidden.get_device());
-  constexpr const char* op = "bupo.ops.policy_loss";
-  const Inputs in(op, kDtypes, hidden, weight, targets, bias, temperature, softcap);
-  const PolicyArgs policy = policy_args(op, in, settings, old_logprobs, advantages, token_weights,
-                                        ref_logprobs, importance_weights);
-  Tensor logprobs = make_uninitialised(hidden, {in.args.tokens}, in.acc);
-  Tensor entropy = make_uninitialised(hidden, {in.args.tokens}, in.acc);
-  Tensor loss = make_uninitialised(hidden, {}, in.acc);
-  Tensor metrics = make_uninitialised(hidden, {kPolicyMetrics}, in.acc);
-  Grads grads(in, hidden, need_hidden, need_weight, need_bias);
-  const cuda::Call call = call_of(hidden, in);
-  const TokenOutputs out{logprobs.mutable_data_ptr(), entropy.mutable_data_ptr(), nullptr};
-  const cuda::PolicyCoefficients coefficients(call, policy, out);
-  path_of(call).policy_loss(call, coefficients, out, grads.args);
-  coefficients.sum(loss.mutable_data_ptr(), metrics.mutable_data_ptr());
-  return {loss, logprobs, entropy, metrics, grads.hidden, grads.weight, grads.bias};
-}
+  cuda::Call call;
+  const cuda::Path& path;
+};
 
 // gradient *= scale, which the host does not read.
 void scale_(Tensor gradient, Tensor scale) {
-  const Guard guard(gradient.get_device());
-  constexpr const char* op = "bupo.ops.scale_";
+  const Cuda::Guard guard(gradient.get_device());
   require(
       gradient.is_contiguous() && scale.numel() == 1 && scale.scalar_type() == ScalarType::Float,
-      op, ": expected a contiguous gradient and a float32 scalar");
-  const cuda::Device device = cuda::current_device(gradient);
+      "bupo.ops.scale_: expected a contiguous gradient and a float32 scalar");
   cuda::check(cuda::launch_scale(number_of(gradient.scalar_type()), gradient.mutable_data_ptr(),
                                  static_cast<const float*>(data(scale)), gradient.numel(),
-                                 device.stream));
+                                 cuda::current_device(gradient).stream));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bupo, BUPO_DISPATCH_KEY, m) {
-  m.impl("lm_head_logprobs", TORCH_BOX(&lm_head_logprobs));
-  m.impl("lm_head_logprobs_backward", TORCH_BOX(&lm_head_logprobs_backward));
-  m.impl("policy_loss", TORCH_BOX(&policy_loss));
+  m.impl("lm_head_logprobs", TORCH_BOX(&Operators<Cuda>::lm_head_logprobs));
+  m.impl("lm_head_logprobs_backward", TORCH_BOX(&Operators<Cuda>::lm_head_logprobs_backward));
+  m.impl("policy_loss", TORCH_BOX(&Operators<Cuda>::policy_loss));
   m.impl("scale_", TORCH_BOX(&scale_));
 }
 

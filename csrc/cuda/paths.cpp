@@ -16,9 +16,4 @@ const Path& path_of(const Call& call) {
   return portable::kPath;
 }
 
-int64_t bytes_to_keep(const Call& call) {
-  const int64_t bytes = call.device.capturing ? 0 : path_of(call).kept_bytes(call);
-  return bytes <= workspace_budget(call.device) ? bytes : 0;
-}
-
 }  // namespace bupo::cuda

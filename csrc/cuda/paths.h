@@ -35,7 +35,4 @@ extern const Path kPath;
 // The first of the table that serves the call; the setting `kernels` may leave it the last alone.
 const Path& path_of(const Call& call);
 
-// What to keep: nothing where that is over the budget, or while a CUDA graph is recorded.
-int64_t bytes_to_keep(const Call& call);
-
 }  // namespace bupo::cuda

@@ -41,11 +41,10 @@ void multiply(const std::vector<float>& a, const std::vector<float>& b, int64_t 
 template <Schedule kSchedule>
 void scan(const ScanArgs& args) {
   using Layout = TileLayout<kSchedule>;
-  const int rows = args.counts ? args.counts[0] : static_cast<int>(args.capacity);
-  const int stored = args.counts ? args.counts[1] : 0;
+  const int rows = args.places.counts[0], stored = args.places.counts[1];
   std::vector<float> a, b;
   for (int first = 0; first < rows; first += kTileRows) {
-    widen_rows(args.hidden, first, kTileRows, args.capacity, args.width, args.hidden_stride, a);
+    widen_rows(args.hidden, first, kTileRows, args.places.capacity, args.width, args.hidden_stride, a);
     for (int tile = 0; tile < static_cast<int>(args.tiles); ++tile) {
       Tile product{Layout::kColumns};
       widen_rows(args.weight, int64_t{tile} * Layout::kColumns, Layout::kColumns, args.vocab,

@@ -69,7 +69,7 @@ bool check() {
   const int64_t e_stride = (vocab + 63) / 64 * 64, tiles = tiles_of(vocab, columns_of(schedule));
   const auto hidden = matrix(rows, capacity, width, hidden_stride, 1.0f);
   const auto weight = matrix(vocab, vocab, width, weight_stride, 0.7f);
-  const int32_t counts[2] = {static_cast<int32_t>(rows),
+  int32_t counts[2] = {static_cast<int32_t>(rows),
                              static_cast<int32_t>(number("stored", rows))};
   std::vector<int64_t> targets;
   std::vector<float> guess, temperature, bias;
@@ -88,11 +88,9 @@ bool check() {
     args.weight_stride = weight_stride;
     args.width = width;
     args.vocab = vocab;
-    args.capacity = capacity;
-    if (number("counts", 1)) args.counts = counts;
-    args.targets = targets.data();
+    args.places = {counts, nullptr, targets.data(),
+                   number("temperature") ? temperature.data() : nullptr, capacity};
     if (number("bias")) args.bias = bias.data();
-    if (number("temperature")) args.temperature = temperature.data();
     args.partials = reinterpret_cast<BitSums*>(results.partials.data());
     args.target_logits = results.target_logits.data();
     args.tiles = tiles;

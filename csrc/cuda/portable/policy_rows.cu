@@ -15,16 +15,22 @@ namespace {
 
 constexpr int kSumThreads = 512;
 
+__device__ double at(const void* array, int64_t i, double otherwise = 0) {
+  return array ? static_cast<const float*>(array)[i] : otherwise;
+}
+
 __device__ PolicyToken<double> token_of(const PolicyRows& r, int64_t i) {
-  return policy_token<double>(r.settings, r.logprobs[i], r.entropy[i], r.old_logprobs[i],
-                              r.advantages[i], r.ref_logprobs ? r.ref_logprobs[i] : 0.0,
-                              r.importance_weights ? r.importance_weights[i] : 1);
+  const PolicyArgs& p = r.policy;
+  return policy_token<double>(p.settings, r.logprobs[i], r.entropy[i], at(p.old_logprobs, i),
+                              at(p.advantages, i), at(p.ref_logprobs, i),
+                              at(p.importance_weights, i, 1));
 }
 
 __global__ void coefficients_kernel(PolicyRows rows, float* on_logprob, float* on_entropy) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
-  if (i >= rows.rows) return;
-  const double weight = rows.token_weights[i];
+  const int64_t offset = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (offset >= rows.rows) return;
+  const int64_t i = rows.first + offset;
+  const double weight = at(rows.policy.token_weights, i);
   PolicyToken<double> token{};
   if (weight != 0) token = token_of(rows, i);
   on_logprob[i] = static_cast<float>(weight * token.d_logprob);
@@ -40,7 +46,7 @@ __global__ void __launch_bounds__(kSumThreads)
   __shared__ Sums shared[kSumThreads / 32];
   Sums mine;
   for (int64_t i = threadIdx.x; i < rows.rows; i += kSumThreads) {
-    const double weight = rows.token_weights[i];
+    const double weight = at(rows.policy.token_weights, i);
     if (weight == 0) continue;
     const PolicyToken<double> token = token_of(rows, i);
     mine.included += 1;

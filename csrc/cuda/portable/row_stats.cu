@@ -71,13 +71,8 @@ __global__ void __launch_bounds__(kThreads) row_stats_kernel(RowStatsArgs args) 
           merge(a, b);
           return a;
         });
-    if (threadIdx.x == 0) {
-      const Row<double> exact =
-          finish_row<double>({sums.max, sums.sum, sums.dot}, static_cast<double>(z[target]), vocab);
-      record = {float(exact.max),     float(exact.log_total),   float(exact.mean),
-                float(exact.target),  float(exact.target_prob), float(exact.target_rest),
-                float(exact.logprob), float(exact.entropy),     float(exact.logsumexp)};
-    }
+    if (threadIdx.x == 0)
+      record = in_float(finish_row<double>({sums.max, sums.sum, sums.dot}, z[target], vocab));
   }
   if (threadIdx.x != 0) return;
   if (args.records) args.records[row] = record;

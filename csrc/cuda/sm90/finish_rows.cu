@@ -57,11 +57,10 @@ __device__ Sums sums_of(const FinishArgs& args, int64_t place) {
 
 __global__ void __launch_bounds__(kThreads) finish_kernel(FinishArgs args) {
   const int64_t place = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / 32;
-  if (place >= (args.places.counts ? args.places.counts[0] : args.places.capacity)) return;
+  if (place >= args.places.counts[0]) return;
   const Sums sums = sums_of(args, place);
   if (threadIdx.x % 32 != 0) return;
-  const int64_t row = args.places.order ? args.places.order[place] : place;
-  const int64_t target = args.places.targets[place];
+  const int64_t row = args.places.order[place], target = args.places.targets[place];
   const bool included = takes_part(args.choice, row);
   Row<double> exact{};
   double ref = 0, gain = 0;
@@ -78,14 +77,8 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(FinishArgs args) {
       gain = exp(ref * kLn2 - exact.max - exact.log_total);
     }
   }
-  if (args.records) {
-    args.records[place] = {{float(exact.max), float(exact.log_total), float(exact.mean),
-                            float(exact.target), float(exact.target_prob), float(exact.target_rest),
-                            float(exact.logprob), float(exact.entropy), float(exact.logsumexp)},
-                           float(ref),
-                           float(gain),
-                           float(ref * kLn2 - exact.max)};
-  }
+  if (args.records)
+    args.records[place] = {in_float(exact), float(ref), float(gain), float(ref * kLn2 - exact.max)};
   if (args.logprobs) args.logprobs[row] = static_cast<float>(exact.logprob);
   if (args.entropy) args.entropy[row] = static_cast<float>(exact.entropy);
   if (args.logsumexp) args.logsumexp[row] = static_cast<float>(exact.logsumexp);

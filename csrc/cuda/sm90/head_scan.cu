@@ -141,8 +141,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   cluster_arrive_relaxed();  // barriers are there before another block of the cluster uses them
   cluster_wait();
 
-  const int rows = args.counts ? args.counts[0] : static_cast<int>(args.capacity);
-  const int stored = args.counts ? args.counts[1] : 0;
+  const int rows = args.places.counts[0], stored = args.places.counts[1];
   const int rank = block_rank_in_cluster();
   const Units units(rows, static_cast<int>(args.tiles), static_cast<int>(args.width));
   const int clusters = gridDim.x / kCluster;
@@ -153,8 +152,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (loads) {
     cutlass::arch::warpgroup_reg_dealloc<S::kLoaderRegisters>();
     if (warp == 0) {
-      const auto shape = make_shape(static_cast<int>(args.capacity), static_cast<int>(args.vocab),
-                                    static_cast<int>(args.width), 1);
+      const auto shape = make_shape(static_cast<int>(args.places.capacity),
+                                    static_cast<int>(args.vocab), static_cast<int>(args.width), 1);
       const auto inputs = mainloop.load_init(shape, map);
       auto state = cutlass::make_producer_start_state<Pipeline>();
       for (; unit < units.count(); unit += clusters) {
@@ -238,8 +237,8 @@ cudaError_t launch(const ScanArgs& args, cudaStream_t stream) {
   using Strides = Stride<int64_t, _1, int64_t>;
   static_assert(is_same_v<Strides, typename Mainloop::StrideA> &&
                 is_same_v<Strides, typename Mainloop::StrideB>);
-  const auto shape = make_shape(static_cast<int>(args.capacity), static_cast<int>(args.vocab),
-                                static_cast<int>(args.width), 1);
+  const auto shape = make_shape(static_cast<int>(args.places.capacity),
+                                static_cast<int>(args.vocab), static_cast<int>(args.width), 1);
   const auto params =
       Mainloop::to_underlying_arguments(shape,
                                         {static_cast<const cutlass::bfloat16_t*>(args.hidden),
@@ -258,7 +257,7 @@ cudaError_t launch(const ScanArgs& args, cudaStream_t stream) {
   int clusters = 0;
   const cudaError_t error = resident_clusters(kernel, kShared, known, clusters);
   if (error != cudaSuccess) return error;
-  const int64_t units = (args.capacity + kClusterRows - 1) / kClusterRows * args.tiles;
+  const int64_t units = (args.places.capacity + kClusterRows - 1) / kClusterRows * args.tiles;
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config = config_of(
       static_cast<int>(std::min<int64_t>(clusters, units)) * kCluster, kShared, cluster, stream);
@@ -277,7 +276,7 @@ cudaError_t launch(const ScanArgs& args, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_head_scan(Schedule schedule, const ScanArgs& args, cudaStream_t stream) {
-  if (args.capacity == 0) return cudaSuccess;
+  if (args.places.capacity == 0) return cudaSuccess;
   return schedule == Schedule::kPingpong ? launch<Schedule::kPingpong>(args, stream)
                                          : launch<Schedule::kCooperative>(args, stream);
 }

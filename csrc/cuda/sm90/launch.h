@@ -102,13 +102,11 @@ cudaError_t launch_place_rows(const PlaceArgs& args, cudaStream_t stream);
 struct ScanArgs {
   const void* hidden;  // bf16 [capacity, D], by place; stride and address on 16 bytes
   const void* weight;  // bf16 [V, D], likewise
-  int64_t hidden_stride, weight_stride, width, vocab, capacity;
-  const int32_t* counts;     // of Places; null: all rows, no E
-  const int64_t* targets;    // by place
-  const float* bias;         // [tiles * columns of a tile], any values beyond V; or null
-  const float* temperature;  // by place, or null
-  BitSums* partials;         // [tiles, capacity], without the target
-  float* target_logits;      // by place
+  int64_t hidden_stride, weight_stride, width, vocab;
+  Places places;
+  const float* bias;     // [tiles * columns of a tile], any values beyond V; or null
+  BitSums* partials;     // [tiles, capacity], without the target
+  float* target_logits;  // by place
   int64_t tiles;
   Kept kept;
 };
@@ -120,8 +118,8 @@ struct FinishArgs {
   int64_t tiles;
   const float* target_logits;
   const float* guess;  // by place; null where E is not stored
-  Places places;       // counts and order null: every row at its own place
-  RowChoice choice;    // by row
+  Places places;
+  RowChoice choice;  // by row
   int64_t vocab;
   PlacedRow* records;
   float *logprobs, *entropy, *logsumexp;  // by row; null where not wanted

@@ -82,87 +82,49 @@ class Head {
  public:
   Head(const Call& call, int64_t capacity, Slab& slab) : call_(call), head_(call.head) {
     partials_ = slab.take<BitSums>(tiles_of(head_) * capacity);
+    placed_ = static_cast<BFloat16*>(slab.bytes(2 * capacity * head_.width));
     if (!head_.bias) return;
     bias_ = slab.take<float>(tiles_of(head_) * columns_of(schedule()));
     check(launch_widen(call.number, head_.bias, bias_, head_.vocab, call.device.stream));
   }
 
-  // Rows in places: only those that take part are read, and E is stored where there is room for it.
-  // Returns a reader of how many rows store.
-  CountReader scan(int64_t first, int64_t count, const Rows& rows, BFloat16* placed,
-                   const Scanned& s, const TokenOutputs& out) {
+  // Of rows [first, first + s.places.capacity) those that take part; E is stored where there is
+  // room for it. Returns a reader of how many rows store.
+  CountReader scan(int64_t first, const Rows& rows, const Scanned& s, const TokenOutputs& out) {
     const Device& device = call_.device;
     const RowChoice choice = from(rows.choice, first);
-    ArrangeArgs arrange{
-        choice,          count,         {}, rows.all_store, rows.only_stored, !device.capturing,
-        s.places.counts, s.places.order};
+    ArrangeArgs arrange{choice,          s.places.capacity, {},
+                        rows.all_store,  rows.only_stored,  !device.capturing,
+                        s.places.counts, s.places.order};
     for (int i = 0; i < 3; ++i) arrange.signals[i] = at<float>(rows.signals[i], first);
     check(launch_arrange_rows(arrange, device.stream));
     const CountReader stored(device, s.places.counts + 1);
+    const auto* hidden = static_cast<const char*>(head_.hidden) + 2 * first * head_.hidden_stride;
     check(launch_place_rows(
-        {hidden(first), head_.hidden_stride, head_.width,
+        {reinterpret_cast<const BFloat16*>(hidden), head_.hidden_stride, head_.width,
          static_cast<const BFloat16*>(head_.weight), head_.weight_stride, head_.vocab, bias_,
          at<float>(head_.temperature, first), at<float>(rows.old_logprobs, first),
-         head_.targets + first, s.places, placed, s.kept.guess},
+         head_.targets + first, s.places, placed_, s.kept.guess},
         device.stream));
-    ScanArgs args = scan_args(s.places, s.target_logits);
-    args.hidden = placed;
-    args.hidden_stride = head_.width;
-    args.counts = s.places.counts;
-    args.kept = s.kept;
-    check(launch_head_scan(schedule(), args, device.stream));
-    for (void* array : {out.logprobs, out.entropy, out.logsumexp})
-      if (array) set_zero(device, from(array, first), 4 * count);
-    finish(first, choice, s, out);
-    return stored;
-  }
-
-  // Rows where they are, all of them, for their statistics alone.
-  void scan(int64_t first, int64_t count, const RowChoice& choice, float* target_logits,
-            const TokenOutputs& out) {
-    Scanned s;
-    s.places.targets = const_cast<int64_t*>(head_.targets + first);
-    s.places.temperature = const_cast<float*>(at<float>(head_.temperature, first));
-    s.places.capacity = count;
-    s.target_logits = target_logits;
-    ScanArgs args = scan_args(s.places, target_logits);
-    args.hidden = hidden(first);
-    args.hidden_stride = head_.hidden_stride;
-    check(launch_head_scan(schedule(), args, call_.device.stream));
-    finish(first, from(choice, first), s, out);
-  }
-
- private:
-  const BFloat16* hidden(int64_t first) const {
-    return reinterpret_cast<const BFloat16*>(static_cast<const char*>(head_.hidden) +
-                                             2 * first * head_.hidden_stride);
-  }
-  ScanArgs scan_args(const Places& places, float* target_logits) const {
-    ScanArgs args{};
-    args.weight = head_.weight;
-    args.weight_stride = head_.weight_stride;
-    args.width = head_.width;
-    args.vocab = head_.vocab;
-    args.capacity = places.capacity;
-    args.targets = places.targets;
-    args.bias = bias_;
-    args.temperature = places.temperature;
-    args.partials = partials_;
-    args.target_logits = target_logits;
-    args.tiles = tiles_of(head_);
-    return args;
-  }
-  void finish(int64_t first, const RowChoice& choice, const Scanned& s,
-              const TokenOutputs& out) const {
+    check(launch_head_scan(
+        schedule(),
+        {placed_, head_.weight, head_.width, head_.weight_stride, head_.width, head_.vocab,
+         s.places, bias_, partials_, s.target_logits, tiles_of(head_), s.kept},
+        device.stream));
     check(launch_finish_rows({partials_, tiles_of(head_), s.target_logits, s.kept.guess, s.places,
                               choice, head_.vocab, s.records, from(out.logprobs, first),
                               from(out.entropy, first), from(out.logsumexp, first)},
-                             call_.device.stream));
+                             device.stream));
+    return stored;
   }
 
+  BFloat16* placed() const { return placed_; }  // rows of hidden of the last scan, by place
+
+ private:
   const Call& call_;
   HeadArgs head_;
   BitSums* partials_;
+  BFloat16* placed_;
   float* bias_ = nullptr;
 };
 
@@ -190,7 +152,6 @@ void run(const Call& call, const Rows& rows, const TokenOutputs& out, const Grad
   Workspace workspace(call.like, p.bytes + kPieces * Slab::kAlignment);
   const int64_t capacity = std::min(p.chunk, head.tokens);
   Head scanner(call, capacity, workspace);
-  auto* placed = static_cast<BFloat16*>(workspace.bytes(2 * capacity * head.width));
   Scanned scanned = Scanned::lay_out(head, capacity, grads.any(), workspace);
   float* scale = grads.any() ? workspace.take<float>(capacity) : nullptr;
   std::optional<GradientProducts> products;
@@ -200,7 +161,7 @@ void run(const Call& call, const Rows& rows, const TokenOutputs& out, const Grad
   for (int64_t row = 0; row < head.tokens; row += capacity) {
     const int64_t count = std::min(capacity, head.tokens - row);
     scanned.places.capacity = count;
-    CountReader stored = scanner.scan(row, count, rows, placed, scanned, out);
+    CountReader stored = scanner.scan(row, rows, scanned, out);
     if (!products) continue;
     GradientRowsArgs gradient = gradient_args(head, scanned, coefficients(row, count));
     gradient.rows = call.device.capturing ? count : stored.wait();
@@ -210,7 +171,7 @@ void run(const Call& call, const Rows& rows, const TokenOutputs& out, const Grad
                    scanned.places.order,
                    scale,
                    row,
-                   placed});
+                   scanner.placed()});
   }
   if (products) products->finish();
 }
@@ -222,33 +183,14 @@ int64_t kept_bytes(const Call& call) {
 }
 
 void lm_head_logprobs(const Call& call, int64_t ignore_index, const TokenOutputs& out, void* kept) {
-  const HeadArgs& head = call.head;
-  const RowChoice choice{head.targets, ignore_index, nullptr};
-  if (kept == nullptr && !rows_readable(head.hidden, head.width, head.hidden_stride)) {
-    Rows rows{choice};
-    return run(call, rows, out, {}, [](int64_t, int64_t) { return Coefficients{}; });
-  }
-  const Plan p = plan(call.shape({}), workspace_budget(call.device));
-  const int64_t capacity = kept ? head.tokens : std::min(p.chunk, head.tokens);
-  Slab measure;
-  measure.take<BitSums>(tiles_of(head) * capacity);
-  measure.take<float>(tiles_of(head) * columns_of(schedule()));
-  measure.take<float>(capacity);
-  if (kept) measure.bytes(2 * capacity * head.width);
-  Workspace workspace(call.like, measure.used());
-  Head scanner(call, capacity, workspace);
-  if (kept) {
-    Slab slab(kept, kept_bytes(call));
-    const Scanned scanned = Scanned::lay_out(head, capacity, true, slab);
-    Rows rows{choice};
-    rows.all_store = true;
-    auto* placed = static_cast<BFloat16*>(workspace.bytes(2 * capacity * head.width));
-    scanner.scan(0, capacity, rows, placed, scanned, out);
-    return;
-  }
-  float* target_logits = workspace.take<float>(capacity);
-  for (int64_t row = 0; row < head.tokens; row += capacity)
-    scanner.scan(row, std::min(capacity, head.tokens - row), choice, target_logits, out);
+  Rows rows{{call.head.targets, ignore_index, nullptr}};
+  if (!kept) return run(call, rows, out, {}, [](int64_t, int64_t) { return Coefficients{}; });
+  rows.all_store = true;
+  Slab slab(kept, kept_bytes(call));
+  const Plan p = sm90_plan(call.shape({}), INT64_MAX, columns_of(schedule()));
+  Workspace workspace(call.like, p.bytes + kPieces * Slab::kAlignment);
+  Head(call, call.head.tokens, workspace)
+      .scan(0, rows, Scanned::lay_out(call.head, call.head.tokens, true, slab), out);
 }
 
 // From E that the forward has kept: in place where every row has a gradient of its log-prob alone,

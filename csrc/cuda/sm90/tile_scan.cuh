@@ -78,7 +78,7 @@ class RowOfTile {
         row_(first + Layout::row(thread, kFragment, kHalf)),
         column_(tile * Layout::kColumns),
         inside_(row_ < rows),
-        scale_(inside_ ? bits_per_logit(args.temperature, row_) : 1.0f) {
+        scale_(inside_ ? bits_per_logit(args.places.temperature, row_) : 1.0f) {
     const float none = fmaxf(kNoMass / scale_, -3e38f);
     if constexpr (kBias) add_bias(none);
     const int64_t columns = args.vocab - column_;  // of the tile, or more
@@ -105,7 +105,7 @@ class RowOfTile {
     sum += __shfl_xor_sync(kAllLanes, sum, 2);
     dot += __shfl_xor_sync(kAllLanes, dot, 2);
     if (inside_ && thread % 4 == 0)
-      args.partials[static_cast<int64_t>(tile) * args.capacity + row_] = {ref, sum, dot};
+      args.partials[static_cast<int64_t>(tile) * args.places.capacity + row_] = {ref, sum, dot};
     if (kStore && store) {
       __syncwarp();  // else the packing begins among the exponentials, and registers spill
       store_row();
@@ -139,7 +139,7 @@ class RowOfTile {
 
   // Takes the target's logit out of the sums. Its place in E is overwritten later.
   __device__ void take_target(float none) const {
-    const int64_t place = (inside_ ? args_.targets[row_] : -1) - column_;
+    const int64_t place = (inside_ ? args_.places.targets[row_] : -1) - column_;
     if (place < 0 || place >= Layout::kColumns || column_ + place >= args_.vocab ||
         place % 8 / 2 != thread_ % 4)
       return;

@@ -1,0 +1,83 @@
+// The operators, from tensors to a backend's arguments and back: one text for CPU and CUDA. Values
+// of tensors are not read here.
+//
+// Backend(hidden, in) has check_tokens(op, included), bytes_to_keep() and the three operators; it
+// is made on the device of hidden, which Backend::Guard sees to.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "operands.h"
+
+namespace bupo {
+
+template <class Backend>
+struct Operators {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> lm_head_logprobs(
+      Tensor hidden, Tensor weight, Tensor targets, OptionalTensor bias, OptionalTensor temperature,
+      double softcap, int64_t ignore_index, bool keep) {
+    const typename Backend::Guard guard(hidden.get_device());
+    constexpr const char* op = "bupo.ops.lm_head_logprobs";
+    const Inputs in(op, Backend::kDtypes, hidden, weight, targets, bias, temperature, softcap);
+    const Backend backend(hidden, in);
+    backend.check_tokens(op, [&](int64_t i) { return in.args.targets[i] != ignore_index; });
+    Tensor logprobs = make(hidden, {in.args.tokens}, in.acc);
+    Tensor entropy = make(hidden, {in.args.tokens}, in.acc);
+    Tensor logsumexp = make(hidden, {in.args.tokens}, in.acc);
+    Tensor kept =
+        make_uninitialised(hidden, {keep ? backend.bytes_to_keep() : 0}, ScalarType::Byte);
+    backend.lm_head_logprobs(
+        ignore_index,
+        {logprobs.mutable_data_ptr(), entropy.mutable_data_ptr(), logsumexp.mutable_data_ptr()},
+        kept.numel() ? kept.mutable_data_ptr() : nullptr);
+    return {logprobs, entropy, logsumexp, kept};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> lm_head_logprobs_backward(
+      OptionalTensor grad_logprobs, OptionalTensor grad_entropy, OptionalTensor grad_logsumexp,
+      Tensor hidden, Tensor weight, Tensor targets, OptionalTensor bias, OptionalTensor temperature,
+      Tensor kept, double softcap, int64_t ignore_index, bool need_hidden, bool need_weight,
+      bool need_bias) {
+    const typename Backend::Guard guard(hidden.get_device());
+    constexpr const char* op = "bupo.ops.lm_head_logprobs (backward)";
+    const Inputs in(op, Backend::kDtypes, hidden, weight, targets, bias, temperature, softcap);
+    const Backend backend(hidden, in);
+    backend.check_tokens(op, [&](int64_t i) { return in.args.targets[i] != ignore_index; });
+    check_vector(op, "kept", kept, kept.numel(), ScalarType::Byte);
+    const TokenGrads upstream = token_grads(op, in, grad_logprobs, grad_entropy, grad_logsumexp);
+    Grads grads(in, hidden, need_hidden, need_weight, need_bias);
+    if (grads.args.any())
+      backend.lm_head_logprobs_backward(ignore_index, upstream, grads.args,
+                                        kept.numel() ? kept.mutable_data_ptr() : nullptr,
+                                        kept.numel());
+    return {grads.hidden, grads.weight, grads.bias};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
+      Tensor hidden, Tensor weight, Tensor targets, Tensor old_logprobs, Tensor advantages,
+      Tensor token_weights, OptionalTensor bias, OptionalTensor temperature, double softcap,
+      std::vector<double> settings, OptionalTensor ref_logprobs, OptionalTensor importance_weights,
+      bool need_hidden, bool need_weight, bool need_bias) {
+    const typename Backend::Guard guard(hidden.get_device());
+    constexpr const char* op = "bupo.ops.policy_loss";
+    const Inputs in(op, Backend::kDtypes, hidden, weight, targets, bias, temperature, softcap);
+    const PolicyArgs policy = policy_args(op, in, settings, old_logprobs, advantages, token_weights,
+                                          ref_logprobs, importance_weights);
+    const Backend backend(hidden, in);
+    backend.check_tokens(op, [&](int64_t i) { return in.value(policy.token_weights, i) != 0; });
+    Tensor logprobs = make(hidden, {in.args.tokens}, in.acc);
+    Tensor entropy = make(hidden, {in.args.tokens}, in.acc);
+    Tensor loss = make(hidden, {}, in.acc);
+    Tensor metrics = make(hidden, {kPolicyMetrics}, in.acc);
+    Grads grads(in, hidden, need_hidden, need_weight, need_bias);
+    backend.policy_loss(policy, {logprobs.mutable_data_ptr(), entropy.mutable_data_ptr(), nullptr},
+                        grads.args, loss.mutable_data_ptr(), metrics.mutable_data_ptr());
+    return {loss, logprobs, entropy, metrics, grads.hidden, grads.weight, grads.bias};
+  }
+};
+
+}  // namespace bupo
