@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import scan_model
 from rows import gradient_is_right
 
 ROOT = Path(__file__).parent.parent
@@ -209,6 +210,7 @@ TABLES = {
     "rooflines": pictures,
     "train_step": train_step_table,
     "internal": internal_table,
+    "predictions": scan_model.table,
 }
 
 

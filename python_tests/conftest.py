@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def emulated() -> Path:
     """The CUDA operators, compiled for the host."""
     emulation.build("bupo_emulated")
     return emulation.BUILD / "libbupo_emulated.so"
+
+
+@pytest.fixture(scope="session")
+def plan(emulated: Path) -> Callable[..., dict[str, int]]:
+    """emulation.cuda_plan"""
+    return functools.partial(emulation.cuda_plan, emulated)
 
 
 @pytest.fixture

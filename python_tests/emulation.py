@@ -1,5 +1,6 @@
 """The CUDA sources compiled for the host: how tests build and run them (emulator/)."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -27,6 +28,35 @@ def build(target: str) -> None:
             command, env=os.environ | {"PATH": PATH}, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+TILE_COLUMNS = {"portable": 0, "cooperative": 256, "pingpong": 192}
+"""of the paths of a CUDA call"""
+
+
+def cuda_plan(
+    library: Path,
+    tokens: int,
+    width: int,
+    vocab: int,
+    *,
+    element: int = 2,
+    gradients: bool = True,
+    weight_gradient: bool = True,
+    half: bool = False,
+    budget: int = 4 << 30,
+    path: str = "pingpong",
+) -> dict[str, int]:
+    """How a call would be cut (csrc/cuda/choose.h)."""
+    shape = (tokens, width, vocab, element, gradients, weight_gradient, half)
+    out = (ctypes.c_int64 * 4)()
+    ctypes.CDLL(str(library)).emulator_plan(
+        ctypes.c_int64(TILE_COLUMNS[path]),
+        (ctypes.c_int64 * len(shape))(*shape),
+        ctypes.c_int64(budget),
+        out,
+    )
+    return dict(zip(("block", "chunk", "accumulate", "bytes"), out))
 
 
 SCRIPT = """

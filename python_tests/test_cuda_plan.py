@@ -5,47 +5,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-GIB = 1 << 30
-PATHS = {"portable": 0, "cooperative": 256, "pingpong": 192}
-"""and the columns of a tile"""
+from emulation import TILE_COLUMNS
 
 Plan = Callable[..., dict[str, int]]
-
-
-@pytest.fixture(scope="module")
-def plan(emulated: Path) -> Plan:
-    library = ctypes.CDLL(str(emulated))
-
-    def plan(
-        tokens: int,
-        width: int,
-        vocab: int,
-        element: int = 2,
-        gradients: bool = True,
-        weight_gradient: bool = True,
-        half: bool = False,
-        budget: int = 4 * GIB,
-        path: str = "pingpong",
-    ) -> dict[str, int]:
-        shape = (tokens, width, vocab, element, gradients, weight_gradient, half)
-        out = (ctypes.c_int64 * 4)()
-        library.emulator_plan(
-            ctypes.c_int64(PATHS[path]), (ctypes.c_int64 * 7)(*shape), ctypes.c_int64(budget), out
-        )
-        return dict(zip(("block", "chunk", "accumulate", "bytes"), out))
-
-    return plan
-
-
+GIB = 1 << 30
 SHAPES = [(n, d, v) for n in (1, 127, 8192, 65537) for d in (64, 4096) for v in (1, 7, 151936)]
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", TILE_COLUMNS)
 @pytest.mark.parametrize("element", [2, 4])
 @pytest.mark.parametrize("budget", [1, 1 << 26, GIB, 64 * GIB])
 def test_a_plan_covers_the_call_within_its_budget(
-    plan: Plan, path: str, element: int, budget: int
+    plan: Plan,
+    path: str,
+    element: int,
+    budget: int,
 ) -> None:
     for tokens, width, vocab in SHAPES:
         for gradients in (True, False):
@@ -66,12 +40,16 @@ def chunks(p: dict[str, int], tokens: int) -> list[int]:
     return [min(p["chunk"], tokens - first) for first in range(0, tokens, p["chunk"])]
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", TILE_COLUMNS)
 @pytest.mark.parametrize(
     ("tokens", "width", "most"), [(8192, 2560, 2), (8192, 4096, 2), (32768, 4096, 4)]
 )
 def test_the_default_budget_at_full_size(
-    plan: Plan, path: str, tokens: int, width: int, most: int
+    plan: Plan,
+    path: str,
+    tokens: int,
+    width: int,
+    most: int,
 ) -> None:
     """Few chunks, of equal size: each further one reads and writes dW in fp32 once more."""
     if path == "portable":
