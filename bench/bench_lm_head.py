@@ -45,6 +45,7 @@ from rows import Row, add_best_peer
 from truth import Truth
 
 import bupo.ops as ops
+from bupo.ops.registration import CUDA_KERNELS
 
 CPU_SHAPE = (2048, 1024, 32768)
 # Of a GPU, the most important first: what does not fit into --minutes is left out from the end.
@@ -159,6 +160,7 @@ def parse() -> argparse.Namespace:
         choices=[peer.name for peer in peers.PEERS],
         help="cpu: those of torch, cuda: all",
     )
+    add("--kernels", default="auto", choices=CUDA_KERNELS, help="bupo.ops.set_cuda_kernels")
     add("--json", type=Path, metavar="FILE", help="append one JSON line per implementation")
     args = parser.parse_args()
     cuda = args.device == "cuda"
@@ -249,6 +251,7 @@ def main() -> int:
     """Exit status 1 if an implementation of ours failed."""
     args = parse()
     torch.set_num_threads(args.threads)
+    ops.set_cuda_kernels(args.kernels)
     run = environment(args.device, args.threads) | ceilings(args.device, args.dtypes[0])
     others, missing = peers.load(args.peers, args.device)
     shown = run

@@ -73,11 +73,12 @@ def portable(run: Callable[[Batch], Outputs]) -> Callable[[Batch], Outputs]:
     """The same on the path that serves every other GPU."""
 
     def on_portable(batch: Batch) -> Outputs:
+        chosen = ops.build_info()["cuda_kernels"]
         ops.set_cuda_kernels("portable")
         try:
             return run(batch)
         finally:
-            ops.set_cuda_kernels("auto")
+            ops.set_cuda_kernels(chosen)
 
     return on_portable
 

@@ -22,7 +22,7 @@ from statistics import median
 from rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent
-SCAN, TILE, LAUNCH = (f"csrc/cuda/sm90/{n}" for n in ("head_scan.cu", "tile_scan.cuh", "launch.h"))
+SCAN, TILE = (f"csrc/cuda/sm90/{n}" for n in ("head_scan.cu", "tile_scan.cuh"))
 BUILT = ("csrc", "python_tests/emulator", "CMakeLists.txt", "setup.py", "pyproject.toml")
 COPIED = (*BUILT, "bench", "bupo", "recipes")
 POLICY = "policy_loss fwd+bwd"
@@ -40,55 +40,69 @@ SECONDS = 60
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
+    kernels: str = "sm90_pingpong"
+    """as in bupo.ops.set_cuda_kernels"""
     changes: tuple[tuple[str, str, str], ...] = ()
     """file, what stands there once, what takes its place"""
     right: bool = True
     """False: its numbers are wrong on purpose, only its time says something"""
 
 
+COOPERATIVE = "sm90_cooperative"
+
+
 def resident(mib: int) -> Variant:
-    return Variant(((SCAN, "kResident = 16 << 20;", f"kResident = {mib} << 20;"),))
+    return Variant(changes=((SCAN, "kResident = 16 << 20;", f"kResident = {mib} << 20;"),))
 
 
 def late(steps: int) -> Variant:
     """The second warpgroup begins when so many more steps are loaded than it needs. At its own
     pace it stays behind, and multiplies while the first one reduces."""
-    begin = "Mainloop::PipelineState state;"
+    begin = "typename S::Mainloop::PipelineState state;"
     wait = f"""
-    if (warpgroup == 2 && blockIdx.x / kCluster < units.count()) {{
+    if (warpgroup == 2 && unit < units.count()) {{
       auto later = state;
       later.advance(min({steps}, steps - 1));
       pipeline.consumer_wait(later);
     }}"""
-    return Variant(((SCAN, begin, begin + wait),))
+    return Variant(COOPERATIVE, ((SCAN, begin, begin + wait),))
 
 
-STORE = "const bool store = kStore && row_tile * kTileRows < stored;"
-ADD = "{}.template add<{}>(args, sums.data(), thread, tile, store);"
-NEVER = "if (sums(0) == 1e30f) "
+def without_epilogue(kernels: str) -> Variant:
+    """The product alone; what it would make of the sums must not be known to be unused."""
+    call = "scan_tile<kSchedule, kStore, kBias>("
+    return Variant(kernels, ((SCAN, call, f"if (sums(0) == 1e30f) {call}"),), right=False)
+
+
+def stages(count: int) -> Variant:
+    old = "kStages = kPingpong ? 5 : 4;"
+    return Variant(changes=((SCAN, old, f"kStages = kPingpong ? {count} : 4;"),))
+
+
+STORE = "kStore && first < stored);"
 VARIANTS = {
-    "as it is": Variant(),
-    "one step late": late(1),
-    "two steps late": late(2),
-    "three steps late": late(3),
+    "ping-pong": Variant(),
+    "cooperative": Variant(COOPERATIVE),
+    "cooperative, one step late": late(1),
+    "cooperative, two steps late": late(2),
+    "4 stages": stages(4),
     "8 MiB in L2": resident(8),
     "32 MiB in L2": resident(32),
-    "splits of 2048": Variant(
-        ((LAUNCH, "constexpr int kSplitColumns = 1024;", "constexpr int kSplitColumns = 2048;"),)
+    "no turns": Variant(
+        changes=(
+            (SCAN, "if constexpr (S::kPingpong) turns.wait();", ""),
+            (SCAN, "if constexpr (S::kPingpong) turns.arrive();", " "),
+        )
     ),
     "no exponentials": Variant(
-        ((TILE, "const float e = exp2_fast(d);", "const float e = d;"),), right=False
-    ),
-    "no epilogue": Variant(
-        tuple(
-            (SCAN, ADD.format(*row), NEVER + ADD.format(*row))
-            for row in (("upper", 0), ("lower", 1))
-        ),
+        changes=((TILE, "e = exp2_fast(d);", "e = d;"),),
         right=False,
     ),
-    "E not stored": Variant(((SCAN, STORE, "const bool store = false;"),), right=False),
+    "no epilogue": without_epilogue("sm90_pingpong"),
+    "cooperative, no epilogue": without_epilogue(COOPERATIVE),
+    "E not stored": Variant(changes=((SCAN, STORE, "false);"),), right=False),
 }
-DEFAULT = ["as it is", "two steps late", "no epilogue"]
+DEFAULT = ["ping-pong", "cooperative", "no epilogue"]
 
 
 def lay_out(name: str, folder: Path) -> Path:
@@ -116,13 +130,13 @@ def build(tree: Path) -> str:
     return "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
 
 
-def run(tree: Path, shape: list[int], rounds: int) -> tuple[list[Row], str]:
+def run(tree: Path, kernels: str, shape: list[int], rounds: int) -> tuple[list[Row], str]:
     """The rows of one process, and what went wrong: a kernel that waits for ever, say."""
     file = tree / "rows.jsonl"
     file.unlink(missing_ok=True)
     command = [sys.executable, "bench/bench_lm_head.py", "--device", "cuda", "--json", str(file)]
     command += [f"--{k}={n}" for k, n in zip(("tokens", "width", "vocab"), shape, strict=True)]
-    command += [f"--rounds={rounds}", "--peers"]
+    command += [f"--rounds={rounds}", "--kernels", kernels, "--peers"]
     environment = os.environ | {"PYTHONPATH": f"{tree}:{os.environ.get('PYTHONPATH', '')}"}
     try:
         done = subprocess.run(
@@ -151,7 +165,7 @@ def summary(found: dict[str, list[Row]]) -> list[Row]:
 
 
 def print_rows(rows: list[Row]) -> None:
-    print(f"| {'':16} | " + " | ".join(f"{figure:>30}" for figure in FIGURES) + " | error dW |")
+    print(f"| {'':28} | " + " | ".join(f"{figure:>30}" for figure in FIGURES) + " | error dW |")
     for row in rows:
         cells = []
         for figure in FIGURES:
@@ -160,7 +174,7 @@ def print_rows(rows: list[Row]) -> None:
             cells.append(f"{text:>30}")
         error = row["error_d_weight"]
         cells.append("     any" if not row["right"] else "-" if error is None else f"{error:8.1e}")
-        print(f"| {row['name']:16} | " + " | ".join(cells) + " |")
+        print(f"| {row['name']:28} | " + " | ".join(cells) + " |")
 
 
 def main() -> int:
@@ -185,7 +199,7 @@ def main() -> int:
     found: dict[str, list[Row]] = {name: [] for name, wrong in built.items() if not wrong}
     for turn in range(0 if args.build_only else args.turns):
         for name in found:
-            rows, wrong = run(trees[name], args.shape, args.rounds)
+            rows, wrong = run(trees[name], VARIANTS[name].kernels, args.shape, args.rounds)
             print(f"  {name}, turn {turn + 1}: {wrong or 'done'}", flush=True)
             found[name] += rows
             if args.json:

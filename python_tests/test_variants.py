@@ -26,7 +26,7 @@ def test_a_variant_changes_what_it_says(name: str, tmp_path: Path) -> None:
 def test_a_change_that_no_longer_fits_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone = variants.Variant(((variants.SCAN, "no such line", "x"),))
+    gone = variants.Variant(changes=((variants.SCAN, "no such line", "x"),))
     monkeypatch.setitem(variants.VARIANTS, "gone", gone)
     with pytest.raises(SystemExit, match=r"gone: expected once .* came 0 x: no such"):
         variants.lay_out("gone", tmp_path)
@@ -44,7 +44,7 @@ def test_a_variant_that_hangs_or_breaks_loses_nothing(
         ("import sys; open(sys.argv[4], 'w').write('{\"name\": 1}')", ""),
     ):
         program.write_text(text)
-        rows, came = variants.run(tmp_path, [1, 2, 3], 1)
+        rows, came = variants.run(tmp_path, "auto", [1, 2, 3], 1)
         assert came.endswith(wrong) and bool(came) == bool(wrong)
         assert rows == ([] if wrong else [{"name": 1}])
 
@@ -57,9 +57,12 @@ def row(name: str, ratio: float, **more: Any) -> dict[str, Any]:
 def test_figures_of_several_processes(capsys: pytest.CaptureFixture[str]) -> None:
     forward, policy = "lm_head_logprobs fwd", variants.POLICY
     found = {
-        "as it is": [row(forward, x) for x in (1.1, 1.2, 1.0)] + [row(policy, 1.3)],
+        "ping-pong": [row(forward, x) for x in (1.1, 1.2, 1.0)] + [row(policy, 1.3)],
         "no exponentials": [row(policy, 1.0, error_d_weight=float("nan"))],
-        "one step late": [row(forward, 1.0), {"name": policy, "failed": "out of memory"}],
+        "cooperative, one step late": [
+            row(forward, 1.0),
+            {"name": policy, "failed": "out of memory"},
+        ],
     }
     rows = variants.summary(found)
     assert rows[0][forward] == 1.1 and rows[0][f"{forward}, range"] == [1.0, 1.2]
