@@ -20,6 +20,7 @@ import torch
 from batch import Batch
 from implementations import (
     ONE,
+    POLICY,
     SWEEP,
     SWEEP_GEMM,
     SWEEP_ROWS,
@@ -60,6 +61,8 @@ GPU_SHAPES = (
     (32768, 2560, 151936),
     (32768, 4096, 128256),
 )
+BUDGET = 4 << 30
+"""what bupo.ops takes by default on a GPU with 16 GiB free"""
 SWEEP_TOKENS = 100_000
 """from so many tokens on, a shape is a sweep"""
 
@@ -76,10 +79,8 @@ def input_sets(shape: Shape, dtype: torch.dtype, device: str) -> list[Batch]:
     return [Batch.make(*shape, dtype, device, seed) for seed in range(count)]
 
 
-def cases(
-    sets: list[Batch], dtype: torch.dtype, device: str, others: list[Implementation]
-) -> list[Case]:
-    """The floor first, then ours, then peers."""
+def cases(sets: list[Batch], dtype: torch.dtype, device: str) -> list[Case]:
+    """The floor first, then ours."""
     if len(sets[0].hidden) >= SWEEP_TOKENS:
         floor = Gemms(sets[0], SWEEP_ROWS)
         return [
@@ -98,7 +99,7 @@ def cases(
         if implementation.live != 1:
             batches = [batch.live(implementation.live) for batch in sets]
         found.append(Case(implementation, dtype, batches))
-    return found + [Case(x, dtype, sets) for x in others if fits(x, dtype, device)]
+    return found
 
 
 def fits(peer: Implementation, dtype: torch.dtype, device: str) -> bool:
@@ -106,14 +107,11 @@ def fits(peer: Implementation, dtype: torch.dtype, device: str) -> bool:
     return device == "cuda" or dtype == torch.float32 or not peer.name.startswith(peers.EAGER)
 
 
-def measure(found: list[Case], rounds: int, error_tokens: int, entries: int) -> list[Row]:
-    """One row of the table per case."""
+def measure(found: list[Case], rounds: int, checked: tuple[Batch, Truth] | None) -> list[Row]:
+    """One row of the table per case; errors on the batch whose truth is known."""
     cuda = found[0].device.type == "cuda"
     time_rounds(found, rounds, warm_up=2 if cuda else 1)
     timed = {c.name: c.quantile(0.5) for c in found if not c.failed}
-    whole = found[0].batches[0]
-    batch = whole if error_tokens >= len(whole.hidden) else whole.first(error_tokens)
-    truth = Truth.of(batch, 256, entries) if len(whole.hidden) < SWEEP_TOKENS else None
     rows = []
     for case in found:
         row: Row = {"name": case.name, "dtype": str(case.dtype).removeprefix("torch.")}
@@ -121,8 +119,8 @@ def measure(found: list[Case], rounds: int, error_tokens: int, entries: int) -> 
             row = row_of(case, timed)
             try:
                 row |= memory_of(case)
-                if truth and case.name not in (ONE, THREE):
-                    row |= errors_of(case, batch, truth)
+                if checked and case.name not in (ONE, THREE):
+                    row |= errors_of(case, *checked)
             except Exception as error:
                 case.failed = reason(error)
         if case.failed:
@@ -130,7 +128,6 @@ def measure(found: list[Case], rounds: int, error_tokens: int, entries: int) -> 
             row = {"name": case.name, "dtype": row["dtype"], "failed": case.failed}
             row["peer"] = case.implementation.peer
         rows.append(row)
-    add_best_peer(rows)
     return rows
 
 
@@ -199,20 +196,41 @@ class Session:
                 out.writelines(json.dumps(where | row) + "\n" for row in rows)
 
     def bench(self, shape: Shape) -> list[Row]:
+        """Ours first, then each peer beside the floor and ours; rows are written as they are made,
+        so that a peer that hangs, or the end of the time, loses none that was there."""
         args = self.args
         everything = args.device == "cuda"
-        error_tokens = args.error_tokens or (shape[0] if everything else 256)
+        error_tokens = min(args.error_tokens or (shape[0] if everything else 256), shape[0])
         entries = args.entries or (512 if everything else shape[2])
         rows: list[Row] = []
+
+        def add(more: list[Row]) -> None:
+            self.write(shape, more)
+            rows.extend(more)
+
         for name in args.dtypes:
             torch.compiler.reset()  # a compiled peer is compiled for one shape, not for any
             dtype = getattr(torch, name)
-            found = cases(input_sets(shape, dtype, args.device), dtype, args.device, self.others)
-            rows += measure(found, args.rounds, min(error_tokens, shape[0]), entries)
-            del found
+            sets = input_sets(shape, dtype, args.device)
+            mine, checked = cases(sets, dtype, args.device), None
+            if shape[0] < SWEEP_TOKENS:
+                batch = sets[0] if error_tokens == shape[0] else sets[0].first(error_tokens)
+                checked = (batch, Truth.of(batch, 256, entries))
+            add(measure(mine, args.rounds, checked))
+            beside = [
+                case for case in mine if case.name in (THREE, ONE, POLICY) and not case.failed
+            ]
+            for peer in self.others if checked else []:
+                if fits(peer, dtype, args.device):
+                    for case in beside:
+                        case.milliseconds.clear()
+                    found = [*beside, Case(peer, dtype, sets)]
+                    add(measure(found, args.rounds, checked)[len(beside) :])
+            del mine, beside, sets, checked
             gc.collect()
             if everything:
                 torch.cuda.empty_cache()
+        add_best_peer(rows)
         return rows
 
     def all_shapes(self) -> bool:
@@ -235,8 +253,7 @@ class Session:
             if self.args.device == "cpu" and shape == CPU_SHAPE:
                 print_cpu_bars(rows)
             elif self.args.device == "cuda":
-                print(*cuda_bars(rows, ops.build_info()["workspace_bytes"] / MIB), sep="\n")
-            self.write(shape, rows)
+                print(*cuda_bars(rows, shape, BUDGET / MIB), sep="\n")
             flops_a_second = max(flops_a_second, size / (time.monotonic() - start))
             good &= not any("failed" in r and not r.get("peer") for r in rows)
         absent = [{"name": n, "missing": why, "peer": True} for n, why in self.missing.items()]

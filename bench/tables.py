@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import scan_model
-from rows import gradient_is_right
+from rows import add_best_peer, gradient_is_right
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/performance.md")
@@ -86,6 +86,7 @@ def _cuda_shape(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> str:
     """Peers whose gradient is wrong, and what could not be timed, with the reason in place of
     figures."""
     rows = [row for row in rows if shape_of(row) == shape]
+    add_best_peer(rows)
     run = rows[0]
     lines = [
         "| | ms | x one bare GEMM | x three | x best peer | peak MiB | rel. error dW |",
