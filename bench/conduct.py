@@ -1,10 +1,11 @@
-"""Runs stages one after another: a time cap and a log file for each, live output, a summary last.
+"""Runs stages one after another: a time cap for each, live output, one log, a summary last.
 
 Knows nothing of what the stages do; gpu_check.py says that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -13,11 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 Command = list[str]
+GRACE = 10.0
+"""seconds between the interrupt and the kill; what is left of a group is killed then"""
 
 
 class NotRun(Exception):
@@ -36,7 +39,8 @@ class Job:
     log: TextIO
     deadline: float
     """of time.monotonic()"""
-    environment: Mapping[str, str]
+    environment: dict[str, str]
+    """of commands; what a stage adds holds for later ones too"""
     folder: Path
     """where commands run"""
     dry_run: bool = False
@@ -46,13 +50,15 @@ class Job:
 
     def say(self, text: str) -> None:
         print(f"[{self.name}] {text}", flush=True)
-        self.log.write(text + "\n")
+        self.log.write(f"[{self.name}] {text}\n")
+        self.log.flush()
 
     def run(
         self, command: Command, *, seconds: float = float("inf"), **environment: str
     ) -> tuple[int, str]:
-        """Exit status and output. A command over its time is killed with all its children, and
-        the stage fails: what it printed until then is in the log."""
+        """Exit status and output. A command over its time is interrupted, so that it can say what
+        it has found, then killed with all its children, and the stage fails: what it printed is in
+        the log."""
         self.say("$ " + shlex.join([*(f"{k}={v}" for k, v in environment.items()), *command]))
         if self.dry_run:
             return 0, ""
@@ -76,7 +82,7 @@ class Job:
             assert process.stdout is not None
             for line in process.stdout:
                 lines.append(line)
-                self.log.write(line)
+                self.log.write(f"[{self.name}] {line}")
                 self.log.flush()
                 print(f"[{self.name}] {line}", end="", flush=True)
 
@@ -85,11 +91,14 @@ class Job:
         try:
             status = process.wait(max(seconds, 0))
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
             raise Failed(f"over its {max(seconds, 0):.0f} s: {shlex.join(command)}") from None
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # children may have outlived it
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
             reader.join(5)
         return status, "".join(lines)
 
@@ -121,7 +130,6 @@ class Verdict:
     """ok, FAILED, not run; planned in a dry run"""
     seconds: float
     why: str
-    log: str
 
 
 def conduct(
@@ -129,7 +137,7 @@ def conduct(
     out: Path,
     minutes: float,
     folder: Path,
-    environment: Mapping[str, str],
+    environment: dict[str, str],
     dry_run: bool = False,
 ) -> list[Verdict]:
     """All stages within `minutes` together; one that fails does not stop the others, unless they
@@ -138,14 +146,14 @@ def conduct(
     end = time.monotonic() + 60 * minutes
     verdicts: list[Verdict] = []
     broken = ""
-    for number, stage in enumerate(stages, start=1):
-        began = time.monotonic()
-        reserve = sum(later.minimum for later in stages[number:])
-        cap = min(stage.seconds, max(end - began - reserve, 0))
-        path = out / f"{stage.name}.log"
-        with (Path(os.devnull) if dry_run else path).open("w") as log:
+    print(f"{minutes:g} minutes: " + ", ".join(f"{s.name} {s.seconds:.0f} s" for s in stages))
+    with (Path(os.devnull) if dry_run else out / "log.txt").open("a") as log:
+        for number, stage in enumerate(stages, start=1):
+            began = time.monotonic()
+            reserve = sum(later.minimum for later in stages[number:])
+            cap = min(stage.seconds, max(end - began - reserve, 0))
             job = Job(stage.name, log, began + cap, environment, folder, dry_run)
-            job.say(f"at most {cap:.0f} s, log {path}")
+            job.say(f"at most {cap:.0f} s")
             try:
                 if broken:
                     raise NotRun(f"{broken} failed")
@@ -162,9 +170,9 @@ def conduct(
                 verdict, why = "FAILED", f"{type(error).__name__}: {error}"
             if verdict == "FAILED" and stage.needed:
                 broken = stage.name
-        seconds = time.monotonic() - began
-        verdicts.append(Verdict(stage.name, verdict, seconds, why, str(path)))
-        print(f"[{stage.name}] {verdict}, {seconds:.0f} s {why}", flush=True)
+            seconds = time.monotonic() - began
+            verdicts.append(Verdict(stage.name, verdict, seconds, why))
+            job.say(f"{verdict}, {seconds:.0f} s {why}")
     return verdicts
 
 
@@ -176,7 +184,7 @@ def failed(verdict: Verdict) -> bool:
 
 
 def print_summary(verdicts: list[Verdict], file: TextIO = sys.stdout) -> None:
-    print("\n| stage    | verdict | seconds | log, remarks |", file=file)
-    print("| -------- | ------- | ------: | ------------ |", file=file)
+    print("\n| stage    | verdict | seconds | remarks |", file=file)
+    print("| -------- | ------- | ------: | ------- |", file=file)
     for v in verdicts:
-        print(f"| {v.stage:8} | {v.verdict:7} | {v.seconds:7.0f} | {v.log} {v.why} |", file=file)
+        print(f"| {v.stage:8} | {v.verdict:7} | {v.seconds:7.0f} | {v.why} |", file=file)

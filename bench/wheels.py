@@ -12,7 +12,13 @@ WHEELS = {
     "the build": ["pybind11", "setuptools>=77", "cmake>=3.25", "ninja", "nvidia-cutlass==4.2.0.0"],
     "the tests": [
         *("pytest", "pytest-timeout", "pluggy", "iniconfig", "packaging", "pygments"),
-        *("hypothesis", "sortedcontainers"),
+        *("hypothesis", "sortedcontainers", "pytest-xdist", "execnet"),
+    ],
+    "the training loop": [
+        "omegaconf==2.4.*",
+        "math-verify==0.9.0",
+        "latex2sympy2-extended==1.11.0",
+        "antlr4-python3-runtime==4.13.2",
     ],
     "peers (all optional; the kernels alone, without what their trainers need)": [
         *("liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "trl==1.16.0", "verl==0.9.1"),

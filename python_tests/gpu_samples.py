@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from on_device import OnDevice
@@ -33,10 +35,16 @@ def on_gpu(
     return exact_on_gpu(op, tokens, width, vocab, name).to(dtype)
 
 
+@functools.lru_cache(maxsize=1)
+def _head_on_gpu(tokens: int, width: int, vocab: int, name: str) -> dict[str, Tensor]:
+    with OnDevice("cuda"):
+        return head(f"{name} {tokens}x{width}x{vocab}", (tokens,), width, vocab)
+
+
 def exact_on_gpu(op: str, tokens: int, width: int, vocab: int, name: str = "gpu") -> Sample:
     """The same before rounding: float64."""
+    arguments = _head_on_gpu(tokens, width, vocab, name)
     with OnDevice("cuda"):
-        arguments = head(f"{name} {tokens}x{width}x{vocab}", (tokens,), width, vocab)
         if op == "policy_loss":
             arguments = with_policy(name, arguments)
     return Sample(name, op, arguments)

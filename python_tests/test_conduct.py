@@ -11,6 +11,7 @@ from typing import Any
 import conduct
 import gpu_check
 import pytest
+import run_samples
 import torch
 import wheels
 
@@ -48,7 +49,8 @@ def test_a_failed_stage_stops_only_what_needs_it(tmp_path: Path) -> None:
     assert [v.verdict for v in found.values()] == ["FAILED", "ok", "not run", "FAILED", "FAILED"]
     assert found["good"].why == "fine"
     assert "exit status 3" in found["bad"].why and "KeyError" in found["broken"].why
-    assert "why it broke" in Path(found["bad"].log).read_text()
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "[bad] why it broke" in log and log.index("[bad]") < log.index("[good] fine")
     assert found["cannot"].why == "because the tool is not installed"
     assert [conduct.failed(v) for v in found.values()] == [True, False, False, True, True]
 
@@ -56,10 +58,22 @@ def test_a_failed_stage_stops_only_what_needs_it(tmp_path: Path) -> None:
     assert found["good"].why == "because build failed" and conduct.failed(found["good"])
 
 
-def test_a_stage_over_its_time_is_killed_with_its_children(tmp_path: Path) -> None:
+def test_a_stage_over_its_time_is_interrupted_then_killed_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conduct, "GRACE", 1.0)
     mark = tmp_path / "mark"
-    late = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {late!r}])"
+    late = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(4); "
+    late += f"open({str(mark)!r}, 'w')"
+    parent = f"""
+import subprocess, sys
+child = subprocess.Popen([sys.executable, '-c', {late!r}])
+try:
+    child.wait()
+except KeyboardInterrupt:
+    print('found so far: 3', flush=True)
+    child.wait()
+"""
 
     def slow(job: conduct.Job) -> None:
         job.check(python(parent))
@@ -69,10 +83,11 @@ def test_a_stage_over_its_time_is_killed_with_its_children(tmp_path: Path) -> No
 
     began = time.monotonic()
     found = conducted(tmp_path, conduct.Stage("slow", 1.5, slow), conduct.Stage("next", 5, unlucky))
-    assert time.monotonic() - began < 3.5
+    assert time.monotonic() - began < 4
     assert found["slow"].verdict == "FAILED" and "over its" in found["slow"].why
+    assert "[slow] found so far: 3" in (tmp_path / "out" / "log.txt").read_text()
     assert found["next"].verdict == "ok"
-    time.sleep(max(0, began + 5 - time.monotonic()))
+    time.sleep(max(0, began + 6 - time.monotonic()))
     assert not mark.exists(), "the grandchild lived on"
     found = conducted(tmp_path, conduct.Stage("next", 5, unlucky), minutes=0)
     assert found["next"].why == "because no time was left" and conduct.failed(found["next"])
@@ -80,7 +95,8 @@ def test_a_stage_over_its_time_is_killed_with_its_children(tmp_path: Path) -> No
 
 def test_the_plan_can_be_read_without_a_gpu(tmp_path: Path) -> None:
     command = [sys.executable, "bench/gpu_check.py", "--dry_run", "--out", str(tmp_path / "out")]
-    kept = [tmp_path / "out" / name for name in ("bench.jsonl", "models.jsonl", "bench.log")]
+    command += ["--call", "all", "--minutes", "40"]
+    kept = [tmp_path / "out" / name for name in ("bench.jsonl", "models.jsonl", "log.txt")]
     kept[0].parent.mkdir()
     for file in kept:
         file.write_text("of an earlier run")
@@ -88,11 +104,22 @@ def test_the_plan_can_be_read_without_a_gpu(tmp_path: Path) -> None:
         [*command, "--bench", "--rounds", "3"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in ("build_ext --inplace", "BUPO_TEST_DEVICE=cuda", "memcheck", "racecheck"):
-        assert part in done.stdout, part
-    assert "bench_lm_head.py --device cuda" in done.stdout and "--rounds 3" in done.stdout
-    assert "bench_models.py" in done.stdout and "--clock-control none" in done.stdout
-    assert done.stdout.count("planned") == 2 * 6
+    shown = done.stdout
+    assert shown.startswith("40 minutes: build 240 s, smoke 180 s, bench 150 s, test 240 s")
+    for part in (
+        "build_ext --inplace",
+        "smoke.py sm90_pingpong",
+        "BUPO_TEST_DEVICE=cuda",
+        "model.compute_dtype=bfloat16",
+        "memcheck",
+        "bench_models.py",
+        "variants.py",
+        "regex:head_scan",
+    ):
+        assert part in shown, part
+    assert "bench_lm_head.py --device cuda" in shown and "--rounds 3 --peers" in shown
+    order = [shown.index(f"[{name}] planned") for name in gpu_check.CALLS["all"]]
+    assert order == sorted(order) and shown.count("planned") == 2 * 10
     assert [file.read_text() for file in kept] == ["of an earlier run"] * 3
     assert not (tmp_path / "out" / "summary.jsonl").exists()
 
@@ -116,65 +143,169 @@ def test_stages_leave_time_for_those_that_were_chosen(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         return {name: int(s) for name, s in re.findall(r"\[(\w+)\] at most (\d+) s", done.stdout)}
 
-    assert caps("bench", "models", "profile")["bench"] == 570 - 145
+    assert caps("peers", "models", "profile")["peers"] == 400
     assert caps("build", "test", "bench")["test"] == 240
-    assert caps("bench")["bench"] == 570 and caps("models", "profile")["models"] == 525
-    left = 570 - sum(stage.minimum for stage in gpu_check.stages_of(gpu_check.parse([])))
-    assert left > 150, "for the build, and what stages take beyond their least"
+    assert caps("models", "profile")["models"] == 400
+    for call, stages in gpu_check.CALLS.items():
+        chosen = gpu_check.stages_of(gpu_check.parse(["--call", call]))
+        if call == "all":
+            continue
+        assert [stage.name for stage in chosen] == stages
+        left = 570 - sum(stage.minimum for stage in chosen)
+        assert left > 240, "for the build, and what stages take beyond their least"
+
+
+class Recorded:
+    """A job whose commands answer as told: (part of the command, exit status, output)."""
+
+    dry_run = False
+
+    def __init__(self, folder: Path, *answers: tuple[str, int, str]) -> None:
+        self.answers = answers
+        self.ran: list[str] = []
+        self.environment = {"PYTHONPATH": str(folder / "site"), "PATH": ""}
+
+    def left(self) -> float:
+        return 140.0
+
+    def run(self, command: list[str], **options: Any) -> tuple[int, str]:
+        self.ran.append(" ".join(command))
+        for part, status, output in self.answers:
+            if part in self.ran[-1]:
+                return status, output
+        return 0, ""
+
+    check = conduct.Job.check
+
+
+def test_a_kernel_that_hangs_or_is_wrong_is_left_out(tmp_path: Path) -> None:
+    hangs = "sm90_pingpong, forward: right\nsm90_pingpong, backward: begins\nTimeout (0:00:20)!"
+    wrong = "sm90_cooperative, forward: outputs are off by 3.0e-01 nats"
+    bad = [("sm90_pingpong", 1, hangs), ("sm90_cooperative", 1, wrong)]
+    job: Any = Recorded(tmp_path, *bad)
+    with pytest.raises(conduct.Failed) as failed:
+        gpu_check.smoke(job)
+    assert "sm90_pingpong, backward: hangs; sm90_cooperative, forward: outputs" in str(failed.value)
+    assert str(failed.value).endswith("later stages use portable")
+    assert job.environment["BUPO_CUDA_KERNELS"] == "portable"
+    assert (tmp_path / "kernels.txt").read_text() == "portable", "for a later call"
+    environment = gpu_check.environment_of(tmp_path / "site")
+    assert environment["BUPO_CUDA_KERNELS"] == "portable"
+
+    job = Recorded(tmp_path)
+    assert gpu_check.smoke(job) == "all kernels are right"
+    assert job.environment["BUPO_CUDA_KERNELS"] == "sm90_pingpong"
+    with pytest.raises(conduct.Failed, match="portable: exit status 134"):
+        gpu_check.smoke(Recorded(tmp_path, ("smoke.py", 134, "")))  # type: ignore[arg-type]
+
+
+SMOKE = """
+import sys, time
+sys.path.insert(0, "bench")
+import smoke
+smoke.SECONDS = 2
+{planted}
+raise SystemExit(smoke.main(["portable", "--device", "cpu"]))
+"""
+PLANTED = {
+    "nothing": ("", 0, ""),
+    "a hang": ("smoke.CALLS[2:3] = [lambda *_: time.sleep(60)]", 1, "<lambda>: begins"),
+    "a wrong sum": (
+        "right = smoke.ops.policy_loss\n"
+        "smoke.ops.policy_loss = lambda *a, **k: right(*a, **k | {'clip_low': 0.01})",
+        1,
+        "policy_loss: outputs are off by",
+    ),
+    "a crash": ("smoke.CALLS[3:4] = [lambda *_: 1 / 0]", 1, "ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_smoke_test_names_what_is_broken(name: str) -> None:
+    planted, status, said = PLANTED[name]
+    code = SMOKE.format(planted=f"smoke.CALLS = list(smoke.CALLS)\n{planted}")
+    done = subprocess.run(python(code), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert said in done.stdout
+    if name == "a hang":
+        assert done.stdout.strip().endswith(said), "the last line names it"
+    else:
+        assert done.stdout.count("begins") == len(done.stdout.splitlines()) / 2
+
+
+def test_the_loop_is_trained_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but on the CPU and smaller."""
+    monkeypatch.setattr(gpu_check, "SCRATCH", tmp_path / "scratch")
+    small = [x for x in run_samples.arguments(tmp_path) if not x.startswith(("out=", "steps="))]
+    environment = gpu_check.environment_of(tmp_path / "scratch" / "site")
+    environment["PYTHONPATH"] += f":{ROOT / 'python_tests'}"
+    with (tmp_path / "log").open("w") as log:
+        job = conduct.Job("train", log, time.monotonic() + 600, environment, ROOT)
+        said = gpu_check.train(job, tmp_path, tuple(small))
+    assert "float32: reward" in said and "bfloat16: reward" in said
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [*range(1, 7)] * 2
+
+
+def test_the_build_names_the_wheels_that_it_lacks(tmp_path: Path) -> None:
+    lacking = "nvidia-cutlass==4.2.0.0 pybind11\n"
+    job: Any = Recorded(tmp_path, ("cutlass_library", 0, lacking), ("nvcc", 1, ""))
+    with pytest.raises(conduct.Failed, match=r"missing: nvidia-cutlass==4.2.0.0, pybind11, nvcc"):
+        gpu_check.build(job, None, tmp_path / "site")
+    assert len(job.ran) == 1, "before anything else"
 
 
 def test_models_meet_the_fastest_peer_of_the_bench(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran = []
-
-    class Recorded:
-        dry_run = False
-
-        def left(self) -> float:
-            return 140.0
-
-        def check(self, command: list[str], **environment: str) -> None:
-            ran.append((command, environment))
-
+    job: Any = Recorded(tmp_path)
     monkeypatch.setattr(gpu_check, "LAST_BENCH", tmp_path / "bench.jsonl")
-    gpu_check.models(Recorded(), tmp_path / "a")  # type: ignore[arg-type]
+    gpu_check.models(job, tmp_path / "a")
     (tmp_path / "bench.jsonl").touch()
-    gpu_check.models(Recorded(), tmp_path / "b")  # type: ignore[arg-type]
-    (first, environment), (second, _) = ran
-    assert first[-4:] == ["--peers", "eager", "--minutes", "2.00"]
-    assert second[-4:-2] == ["--fastest", str(tmp_path / "bench.jsonl")]
-    assert str(tmp_path / "b" / "models.jsonl") in second and environment
+    gpu_check.models(job, tmp_path / "b")
+    first, second = job.ran
+    assert first.endswith("--peers eager --minutes 2.00")
+    assert f"--fastest {tmp_path / 'bench.jsonl'}" in second
+    assert str(tmp_path / "b" / "models.jsonl") in second
 
 
-def test_a_bench_that_fails_leaves_no_older_one(
+def test_a_bench_that_fails_leaves_no_older_one_but_what_it_wrote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Job:
-        dry_run, fails = False, False
+    class Job(Recorded):
+        writes = '{"name": "x"}\n'
 
-        def left(self) -> float:
-            return 100.0
+        def run(self, command: list[str], **options: Any) -> tuple[int, str]:
+            if self.writes:
+                (tmp_path / "bench.jsonl").write_text(self.writes)
+            return super().run(command, **options)
 
-        def check(self, command: list[str]) -> None:
-            if self.fails:
-                raise conduct.Failed("exit status 1")
-            (tmp_path / "bench.jsonl").write_text('{"name": "x"}\n')
-
-    job = Job()
     monkeypatch.setattr(gpu_check, "LAST_BENCH", tmp_path / "last.jsonl")
-    gpu_check.bench(job, tmp_path, [])  # type: ignore[arg-type]
+    job: Any = Job(tmp_path)
+    gpu_check.bench(job, tmp_path, [])
     assert gpu_check.LAST_BENCH.read_text() == '{"name": "x"}\n'
-    job.fails = True
+    job.answers = (("bench_lm_head", 1, ""),)
     with pytest.raises(conduct.Failed):
-        gpu_check.bench(job, tmp_path, [])  # type: ignore[arg-type]
+        gpu_check.bench(job, tmp_path, [])
+    assert gpu_check.LAST_BENCH.exists(), "rows that were written before the failure"
+    job.writes = ""
+    with pytest.raises(conduct.Failed):
+        gpu_check.bench(job, tmp_path, [])
     assert not gpu_check.LAST_BENCH.exists()
 
 
 def test_wheels_are_named_and_installed_apart(tmp_path: Path) -> None:
     text = "\n".join(wheels.download_commands())
     assert "--python-version 3.12" in text and "manylinux_2_28_x86_64" in text
-    for name in ("pybind11", "hypothesis", "liger-kernel==0.8.5", "trl==1.16.0", "verl==0.9.1"):
+    for name in (
+        "pybind11",
+        "nvidia-cutlass",
+        "math-verify",
+        "hypothesis",
+        "liger-kernel==0.8.5",
+        "trl==1.16.0",
+        "verl==0.9.1",
+    ):
         assert name in text, name
     with pytest.raises(conduct.Failed, match="no wheel in it"):
         wheels.install_command(tmp_path, tmp_path / "site")

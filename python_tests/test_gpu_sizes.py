@@ -48,14 +48,15 @@ def free_memory() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-# Random numbers are made on the CPU: the dtypes of one size follow one another and share them.
+# Random numbers are made on the CPU: the dtypes of one size follow one another and share them. The
+# decorator on top changes fastest.
 exact = functools.lru_cache(maxsize=1)(exact_on_gpu)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_op
 @pytest.mark.parametrize("size", WHOLE, ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_against_plain_torch(dtype: torch.dtype, size: tuple[int, int, int], op: str) -> None:
+def test_against_plain_torch(size: tuple[int, int, int], op: str, dtype: torch.dtype) -> None:
     check_three_way(exact(op, *size), dtype)
 
 

@@ -5,6 +5,7 @@ The only file, with lm_head.py and policy_loss.py, that names torch.ops.bupo.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,7 @@ def set_cuda_kernels(name: str) -> None:
     ``auto``, the default, takes the best that can serve a call. ``portable`` runs on every GPU from
     sm_80 on. ``sm90_cooperative`` and ``sm90_pingpong`` are two schedules of the Hopper kernel; a
     call that it cannot serve still takes the portable path. docs/ops.md says which calls those are.
+    The environment variable ``BUPO_CUDA_KERNELS`` sets it when bupo.ops is imported.
 
     Raises:
         ValueError: name is none of these.
@@ -87,6 +89,10 @@ def set_cuda_kernels(name: str) -> None:
             f"got {name!r}"
         )
     _C.set_cuda_kernels(name)
+
+
+if "BUPO_CUDA_KERNELS" in os.environ:
+    set_cuda_kernels(os.environ["BUPO_CUDA_KERNELS"])
 
 
 def call(op: Callable[..., Any], *args: Any) -> Any:
@@ -222,7 +228,8 @@ def _backward_policy(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tenso
     if grad_loss is None:
         return (None,) * 15
     grads = [
-        _scaled(g, grad_loss) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs)
+        _scaled(g.detach(), grad_loss) if need else None
+        for g, need in zip(ctx.saved_tensors, ctx.needs)
     ]
     return grads[0], grads[1], *(None,) * 4, grads[2], *(None,) * 8
 
