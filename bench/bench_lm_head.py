@@ -119,6 +119,11 @@ def measure(found: list[Case], rounds: int, checked: tuple[Batch, Truth] | None)
             row = row_of(case, timed)
             try:
                 row |= memory_of(case)
+                outside = peers.RESERVED.get(
+                    case.name.removesuffix(" fwd+bwd").removesuffix(" fwd")
+                )
+                if outside:
+                    row |= {k: row[k] + outside for k in ("peak_mib", "extra_mib")}
                 if checked and case.name not in (ONE, THREE):
                     row |= errors_of(case, *checked)
             except Exception as error:

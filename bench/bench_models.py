@@ -23,7 +23,7 @@ from implementations import Implementation, policy_loss
 from measure import MIB, Peak, environment, milliseconds_of, reason, release
 from real_models import MODELS, Training, build
 from rows import GRADIENT_RIGHT, Row, gradient_is_right
-from torch import Tensor
+from torch import Tensor, nn
 from truth import relative_error
 
 from bupo.internal import Text, entropy_flow
@@ -33,6 +33,7 @@ OURS, ADAMW = "bupo", "bupo, with AdamW"
 SWEEP, SWEEP_GEMMS = "entropy_flow", "bare GEMMs of entropy_flow"
 SWEEP_ROWS = 8192
 """of one bare product of the sweep"""
+LONGEST = ", longest sequence"
 POLICY_PEERS = [peer.name for peer in peers.PEERS if peer.gives != "cross entropy"]
 DEFAULT_PEERS = [name for name in POLICY_PEERS if name != peers.COMPILED]
 """Compiling takes longer than everything else."""
@@ -166,6 +167,55 @@ def sweep_cases(training: Training, tokens: int) -> list[Case]:
     ]
 
 
+def longest(fits: Callable[[int], bool], step: int, most: int) -> int:
+    """The largest multiple of step up to most that fits, found by doubling and halving; 0: none."""
+    low, high = 0, step
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + step)
+    while high - low > step:
+        middle = (low + high) // 2 // step * step
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def longest_rows(
+    model: nn.Module, others: list[Implementation], args: argparse.Namespace, deadline: float
+) -> list[Row]:
+    """The longest sequence that a card of --card_gib has memory for: weights, gradients and all
+    that one forward and backward of it needs, without an optimizer."""
+    rows: list[Row] = []
+    for implementation in (Implementation(OURS, policy_loss, 3), *others):
+
+        def fits(length: int, run: Implementation = implementation) -> bool:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            training = Training(model, 1, length)
+            device = training.device
+            try:
+                with Peak(device) as peak:
+                    training.step(None, run)
+                if device.type == "cuda":
+                    return torch.cuda.max_memory_allocated() / 2**30 <= args.card_gib
+                return peak.mib / 2**10 <= args.card_gib
+            except torch.OutOfMemoryError:
+                return False
+            finally:
+                training.clear()
+                release(device)
+
+        row: Row = {"name": implementation.name.removesuffix(" fwd+bwd") + LONGEST, "layer": None}
+        try:
+            row |= {"sequence": longest(fits, args.longest_step, 1 << 20), "gib": args.card_gib}
+        except TimeoutError:
+            row["failed"] = "no time was left"
+        except Exception as error:
+            row["failed"] = reason(error)
+        print(f"  {row['name']}: {row.get('sequence', row.get('failed'))}", flush=True)
+        rows.append(row)
+    return rows
+
+
 def add_ratios(rows: list[Row]) -> None:
     """x_bupo: over ours for the same policy. x_full: over the same loss for the full policy.
     x_gemms: of the sweep."""
@@ -212,6 +262,8 @@ def print_rows(rows: list[Row]) -> None:
             cells += [f"{cell(row, 'peak_mib', '.0f'):>8}", f"{cell(row, 'total_mib', '.0f'):>9}"]
             print(f"| {row['name']:28} | {' | '.join(cells)} |")
     for row in rows:
+        if "sequence" in row:
+            print(f"{row['name']} with {row['gib']:g} GiB: {row['sequence']:,} tokens")
         if "failed" in row:
             print(f"no time: {row['name']}, layer {row['layer'] or 'all'}: {row['failed']}")
 
@@ -239,6 +291,8 @@ def bench(
         yield [case.row() for case in cases]
         del cases, group
         release(training.device)
+    if name == next(iter(MODELS)) and args.card_gib:
+        yield longest_rows(model, others, args, deadline)
 
 
 def fastest_peer(file: Path) -> str:
@@ -265,6 +319,8 @@ def parse() -> argparse.Namespace:
     add("--length", type=int, default=2048, help="of a sequence")
     add("--layer", type=int, default=6, help="the internal policy of phase 1")
     add("--sweep_tokens", type=int, default=2048, help="of the sweep of all internal policies")
+    add("--card_gib", type=float, default=78, help="for the longest sequence; 0: leave it out")
+    add("--longest_step", type=int, default=4096, help="to which it is found")
     add("--rounds", type=int, default=3, help="timed rounds after the warm-up")
     add("--peers", nargs="*", default=DEFAULT_PEERS, choices=POLICY_PEERS, metavar="NAME")
     add("--fastest", type=Path, metavar="FILE", help="eager and the fastest right peer of this run")

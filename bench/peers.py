@@ -25,6 +25,8 @@ from implementations import Implementation, Outputs, ratio_loss
 from torch import Tensor
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+RESERVED: dict[str, float] = {}
+"""MiB that a peer holds outside of torch, by its name"""
 EAGER, COMPILED = "eager", "torch.compile of eager"
 CROSS_ENTROPY = "F.linear_cross_entropy"
 
@@ -146,6 +148,54 @@ def load_liger_scaled() -> LogProbs:
     return logprobs
 
 
+# ---- liger-cute-kernels 0.8.5 ------------------------------------------------------------------
+
+
+def load_liger_native() -> LogProbs:
+    """Its C++ kernels, through liger-kernel 0.8.5. They reserve their memory up front, outside of
+    torch: what the card has less of afterwards is counted as theirs (RESERVED)."""
+    import torch.distributed as dist
+
+    importlib.import_module("liger_cute_kernels")
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyTPFunction as Function
+    from liger_kernel.ops.configure import FusedLinearCrossEntropyConfig, configure
+
+    if not dist.is_initialized():
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    ready: set[tuple[int, int, int]] = set()
+
+    def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (len(hidden), hidden.shape[1], len(weight))
+        if shape not in ready:
+            free = torch.cuda.mem_get_info()[0]
+            config = FusedLinearCrossEntropyConfig(
+                max_tokens=shape[0], hidden_size=shape[1], local_vocab_size=shape[2], group="tp"
+            )
+            configure(
+                process_groups={"tp": group},
+                bootstrap_group=group,
+                device=torch.device("cuda", torch.cuda.current_device()),
+                flsce=config,
+            )
+            ready.add(shape)
+            RESERVED["liger-cute-kernels"] = (free - torch.cuda.mem_get_info()[0]) / 2**20
+        nll, entropy = Function.apply(hidden, weight, targets, group, 1.0, -100, 1, True)
+        return -nll, entropy
+
+    return logprobs
+
+
+# ---- quack-kernels 0.6.5 -----------------------------------------------------------------------
+
+
+def load_quack() -> Callable[[Batch], Outputs]:
+    """Cross-entropy by exponentials in bfloat16 and three products, as policy_loss does it."""
+    from quack.linear_cross_entropy import scaled_exp_linear_cross_entropy
+
+    return _with_backward(lambda batch: (scaled_exp_linear_cross_entropy(*batch.head()), {}))
+
+
 # ---- cut-cross-entropy 25.1.1 ------------------------------------------------------------------
 
 
@@ -246,6 +296,7 @@ def _outputs(found: tuple[Tensor, Tensor | None]) -> Outputs:
 
 LIGER, CCE = "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"
 TRL, VERL = "trl==1.16.0", "verl==0.9.1"
+NATIVE, QUACK = "liger-cute-kernels==0.8.5", "quack-kernels==0.6.5"
 PEERS = (
     Peer(EAGER, "policy", load_eager, entropy=True),
     Peer(COMPILED, "policy", load_compiled, entropy=True),
@@ -253,6 +304,8 @@ PEERS = (
     Peer("liger fused linear CE", "cross entropy", load_liger_cross_entropy, False, LIGER, True),
     Peer("liger fused linear GRPO", "policy", load_liger_grpo, False, LIGER),
     Peer("liger scaled CE", "logprobs", load_liger_scaled, True, LIGER),
+    Peer("liger-cute-kernels", "logprobs", load_liger_native, True, NATIVE, True),
+    Peer("quack scaled-exp CE", "cross entropy", load_quack, False, QUACK, True),
     Peer("cce", "logprobs", load_cce("auto"), False, CCE, True),
     Peer("cce_exact", "logprobs", load_cce(None), False, CCE, True),
     Peer("trl ChunkedLogProb", "logprobs", load_trl, True, TRL),

@@ -133,6 +133,9 @@ def models_table() -> str:
         if "failed" in row:
             lines.append(f"| {name} | {row['failed']} | | | | | |")
             continue
+        if "sequence" in row:
+            lines.append(f"| {name} | {row['sequence']:,} tokens, {row['gib']:g} GiB | | | | | |")
+            continue
         cells = [figure(row, "ms", ".0f")]
         cells += [figure(row, k, ".2f") for k in ("x_bupo", "x_full", "x_gemms")]
         cells += [figure(row, k, ".0f") for k in ("peak_mib", "total_mib")]

@@ -88,12 +88,6 @@ VARIANTS = {
     "4 stages": stages(4),
     "8 MiB in L2": resident(8),
     "32 MiB in L2": resident(32),
-    "no turns": Variant(
-        changes=(
-            (SCAN, "if constexpr (S::kPingpong) turns.wait();", ""),
-            (SCAN, "if constexpr (S::kPingpong) turns.arrive();", " "),
-        )
-    ),
     "no exponentials": Variant(
         changes=((TILE, "e = exp2_fast(d);", "e = d;"),),
         right=False,

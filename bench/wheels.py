@@ -23,9 +23,13 @@ WHEELS = {
     "peers (all optional; the kernels alone, without what their trainers need)": [
         *("liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "trl==1.16.0", "verl==0.9.1"),
     ],
-    "liger's Hopper kernels (optional, 100 MB)": [
+    "liger's and QuACK's Hopper kernels by CuTe (optional, 100 MB)": [
         *("nvidia-cutlass-dsl==4.8.1", "nvidia-cutlass-dsl-libs-base==4.8.1"),
         *("nvidia-cutlass-dsl-libs-cu13==4.8.1", "apache-tvm-ffi"),
+        *("quack-kernels==0.6.5", "torch-c-dlpack-ext", "einops"),
+    ],
+    "liger's native kernels (optional, 84 MB; nvshmem is on a machine with torch's CUDA 13)": [
+        *("liger-cute-kernels==0.8.5", "apache-tvm-ffi"),
     ],
 }
 # pip takes a wheel for exactly the platforms that are named.

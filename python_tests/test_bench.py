@@ -201,13 +201,15 @@ def test_the_table_of_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         run | {"name": "bupo", "ms": 300.0, "layer": 6, "x_full": 0.3},
         run | {"name": "eager", "failed": "out of memory"},
         run | {"name": "entropy_flow", "ms": 11.0, "x_gemms": 1.1},
+        run | {"name": "bupo, longest sequence", "sequence": 40960, "gib": 78.0},
     )
     lines = tables.models_table().splitlines()
-    assert lines[2:6] == [
+    assert lines[2:7] == [
         "| M: bupo |  | 1000 | 1.00 | 1.00 |  | 7 | 9 |",
         "| M: bupo | layer 6 | 300 |  | 0.30 |  |  |  |",
         "| M: eager |  | out of memory | | | | | |",
         "| M: entropy_flow |  | 11 |  |  | 1.10 |  |  |",
+        "| M: bupo, longest sequence |  | 40,960 tokens, 78 GiB | | | | | |",
     ]
 
 

@@ -1,5 +1,6 @@
 """The benchmark of real models: that it measures what it says, and its arithmetic."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def test_a_small_run(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     command = [sys.executable, "bench/bench_models.py", "--device", "cpu", "--json", str(file)]
     command += ["--models", "Qwen3-4B", "Llama-3.1-8B", "--tokens=64", "--length=32", "--layer=2"]
-    command += ["--sweep_tokens=20", "--rounds=1", f"--fields={json.dumps(SMALL)}"]
+    command += ["--sweep_tokens=20", "--rounds=1", f"--fields={json.dumps(SMALL)}", "--card_gib=0"]
     done = subprocess.run(
         [*command, "--peers", "eager", "cce"], cwd=ROOT, capture_output=True, text=True
     )
@@ -47,6 +48,51 @@ def test_a_small_run(tmp_path: Path) -> None:
             assert ours["off_head"] == 0 and eager["x_bupo"] == eager["ms"] / ours["ms"]
         for name in (bench.OURS, "eager", bench.ADAMW):
             assert found[name, 2]["x_full"] == found[name, 2]["ms"] / found[name, None]["ms"]
+
+
+@pytest.mark.parametrize("longest", [0, 1, 7, 8, 31, 64])
+def test_the_longest_sequence_is_found(longest: int) -> None:
+    tried = []
+
+    def fits(length: int) -> bool:
+        tried.append(length)
+        return length <= 100 * longest + 50
+
+    assert bench.longest(fits, 100, 6400) == 100 * longest
+    assert len(tried) == len(set(tried)) <= 14 and max(tried) <= 6400
+
+
+def test_the_longest_sequences_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a meter that is told what a sequence takes; one loss breaks, and for one there is no
+    time."""
+    taken = {"bupo": 1.0, "eager": 4.0}
+    now = {"mib": 0.0}
+
+    class Meter:
+        def __init__(self, _: object) -> None: ...
+
+        def __enter__(self) -> "Meter":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.mib = now["mib"]
+
+    def step(training: real_models.Training, layer: None, run: Implementation) -> None:
+        if run.name == "broken fwd+bwd":
+            raise RuntimeError("no kernel image")
+        name = run.name.removesuffix(" fwd+bwd")
+        now["mib"] = taken[name] * training.ids.numel() * 8
+
+    monkeypatch.setattr(bench, "Peak", Meter)
+    monkeypatch.setattr(real_models.Training, "step", step)
+    args = argparse.Namespace(card_gib=1.0, longest_step=16)
+    others = [Implementation(f"{name} fwd+bwd", policy_loss, 3) for name in ("eager", "broken")]
+    model = training().model
+    rows = bench.longest_rows(model, others, args, time.monotonic() + 60)
+    assert [row.get("sequence") for row in rows] == [128, 32, None]
+    assert rows[2]["failed"] == "RuntimeError: no kernel image"
+    rows = bench.longest_rows(model, others, args, time.monotonic() - 1)
+    assert {row["failed"] for row in rows} == {"no time was left"}
 
 
 def training() -> bench.Training:

@@ -96,6 +96,7 @@ PLANTED = {
 # Of the ping-pong schedule alone.
 PINGPONG = {
     "second_reads_first": (KERNEL, "state.advance(steps);", 2, STUCK),
+    "no_turn_taken": (KERNEL, "turns.wait();", 1, "TMA still loads"),
     "no_turn_given": (KERNEL, "turns.arrive();", 1, STUCK),
 }
 

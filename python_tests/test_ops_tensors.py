@@ -699,6 +699,17 @@ def test_choice_of_kernels() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_gradients_end_the_graph(op: str) -> None:
+    """What torch.autograd.grad returns holds on to nothing."""
+    call = small(op)
+    leaves = call.leaves()
+    result = call.call(**leaves)
+    total = result.loss if op == "policy_loss" else result.logprobs.sum()
+    for gradient in torch.autograd.grad(total, list(leaves.values())):
+        assert not gradient.requires_grad and gradient.grad_fn is None
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_out_of_memory_is_torch_s_own_error(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     """The extension can only say it in words."""
 

@@ -12,7 +12,9 @@
 //   cooperative  both multiply 64 x 256 of a tile, then both reduce it, while the loader fills the
 //                stages
 //   ping-pong    each has every other tile, of 128 x 192; they multiply in turn, so one reduces
-//                while the other multiplies. A sixth more bytes through L2.
+//                while the other multiplies. A sixth more bytes through L2. The turns are no mere
+//                matter of speed: the barrier of a stage tells odd laps from even ones, so a
+//                warpgroup must not wait for a tile before the one in between has been read.
 //
 // Neither the walk over the tiles nor a row's place reaches a row's numbers: they are the same bits
 // in any batch.
