@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bupo import hub
-from bupo.config import Config, ConfigError, first_line
+from bupo.config import GPU_WORKSPACE, Config, ConfigError, first_line
 
 GIB = 1 << 30
 
@@ -193,7 +193,7 @@ def _memory(
     tokens = max(min(config.optimizer.micro_batch_tokens, update), longest)
     vocabulary, width = head
     block = min(max((64 << 20) // (4 * vocabulary), 128), 2048) * 4 * vocabulary
-    workspace = (1 << 30) if gpu else block
+    workspace = GPU_WORKSPACE if gpu else block
     memory = {
         "weights": 4 * total,
         "gradients": 4 * total,

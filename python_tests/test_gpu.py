@@ -36,7 +36,7 @@ def workspace(request: pytest.FixtureRequest) -> Iterator[int]:
     before = ops.build_info()["workspace_bytes"]
     ops.set_workspace_bytes(request.param)
     yield request.param
-    ops.set_workspace_bytes(before)
+    ops.set_workspace_bytes(before or None)
 
 
 def other_numbers(call: Sample, turn: int) -> dict[str, Tensor]:

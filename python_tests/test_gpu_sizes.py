@@ -106,7 +106,7 @@ def test_memory_is_the_budget(name: str, budget_mib: int) -> None:
         memory_of(case)  # libraries take their workspaces
         extra = memory_of(case)["extra_mib"]
     finally:
-        ops.set_workspace_bytes(before)
+        ops.set_workspace_bytes(before or None)
     smallest = 128 * vocab * (4 + 2) / MIB
     accumulator = 0 if name == "forward" else 4 * vocab * width / MIB
     assert extra <= max(budget_mib, smallest) + accumulator + 64, extra

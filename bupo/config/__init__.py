@@ -21,6 +21,7 @@ from bupo.config.reading import (
 )
 from bupo.config.sampling import EvalConfig, RewardConfig, RolloutConfig
 from bupo.config.settings import (
+    GPU_WORKSPACE,
     MAY_CHANGE,
     CheckpointConfig,
     Config,
@@ -30,6 +31,7 @@ from bupo.config.settings import (
 
 __all__ = [
     "ADVANTAGES",
+    "GPU_WORKSPACE",
     "MAY_CHANGE",
     "QUOTES",
     "AnalysisConfig",

@@ -13,6 +13,10 @@ from bupo.config.objective import ADVANTAGES, TOKENWISE, CriticConfig, LossConfi
 from bupo.config.phases import BupoConfig, PhaseConfig
 from bupo.config.sampling import EvalConfig, RewardConfig, RolloutConfig
 
+GPU_WORKSPACE = 2 << 30
+"""Bytes of the LM-head ops in training, whatever memory is free: how many chunks they make decides
+the last bit of a gradient, and a resumed run is to agree with one that never stopped."""
+
 MAY_CHANGE = (
     *("steps", "name", "out", "resume", "max_bad_steps", "wandb", "watchdog.", "diagnostics."),
     *("eval.", "checkpoint.", "reward.workers", "reward.timeout", "rollout.max_logprob_gap"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bupo import ops
-from bupo.config import Config
+from bupo.config import GPU_WORKSPACE, Config
 from bupo.policy import parameter_layers
 from bupo.rl.finite import first_bad
 from bupo.rl.forward import Forward, MicroBatch, TokenStats, mini_batches
@@ -25,6 +25,7 @@ class Trainer:
 
     def __init__(self, model: nn.Module, config: Config, pad: int) -> None:
         self.model, self._config = model, config
+        ops.set_workspace_bytes(GPU_WORKSPACE)
         self.forward = Forward(model, config, pad)
         self.changed: set[str] = set()
         """Names of the parameters that the last update has moved"""
