@@ -10,6 +10,7 @@ namespace bupo {
 namespace {
 
 struct Cpu {
+  static constexpr bool kKeeps = false;
   static constexpr auto kDtypes = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16};
   struct Guard {
     explicit Guard(int32_t) {}

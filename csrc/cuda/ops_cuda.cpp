@@ -18,6 +18,7 @@ cuda::Number number_of(ScalarType dtype) {
 }
 
 struct Cuda {
+  static constexpr bool kKeeps = true;  // what does not fit is made again
   static constexpr auto kDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
   using Guard = torch::stable::accelerator::DeviceGuard;
 
