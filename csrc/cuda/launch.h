@@ -1,5 +1,9 @@
 // Host-side entry points of the CUDA kernels: plain pointers, sizes and a stream. No torch types.
 // All matrices are row-major with inner stride 1; strides count elements.
+//
+// Rows are addressed by place: arrange_rows puts the rows of a chunk that take part first, those
+// that may have a gradient before all others. Arrays by place hold `capacity` entries; those by
+// row begin with the chunk's first row.
 
 #pragma once
 
@@ -11,6 +15,7 @@
 
 namespace bupo::cuda {
 
+struct BFloat16;
 enum class Number : int { kFloat, kBfloat16, kFloat16 };
 
 // Which rows take part: those whose target is not ignore_index (token_weights null), or those whose
@@ -31,15 +36,6 @@ struct LogitBlock {
   float softcap;             // 0: none
 };
 
-// Statistics of each row. Rows that take no part give 0; a target outside [0, vocab) gives nan.
-struct RowStatsArgs {
-  LogitBlock logits;
-  RowChoice choice;
-  Row<float>* records;                    // [rows], for logit_gradient; null without gradient
-  float *logprobs, *entropy, *logsumexp;  // [rows]; null where not wanted
-};
-cudaError_t launch_row_stats(const RowStatsArgs& args, cudaStream_t stream);
-
 // Rows [first, first + rows) of a call.
 struct PolicyRows {
   PolicyArgs policy;
@@ -58,34 +54,78 @@ struct Coefficients {
   const float *on_logprob, *on_entropy, *on_logsumexp;
 };
 
-// Places of the rows that have a gradient among those of a chunk. scale_k is a power of two, so
-// that dz / scale and x * scale round as dz and x do.
-struct LivePlaces {
-  int32_t* count;     // [1], grows from block to block
-  int32_t* position;  // [block rows]: the place of each row of this block, -1 for none
-  int64_t* order;     // [chunk rows]: the row at each place, counted from the chunk's first
-  float* scale;       // [chunk rows]
+// What the rows of a chunk are, by place.
+struct Places {
+  int32_t* counts;     // [2]: rows that take part, and how many of them come first and are stored
+  int64_t* order;      // the row of each place
+  int64_t* targets;    // outside [0, V) allowed
+  float* temperature;  // null for 1
+  int64_t capacity;
 };
-struct LiveArgs {
-  Coefficients coefficients;  // of the block
-  const float* temperature;   // of the block, or null
-  RowChoice choice;           // of the block
-  int64_t rows, first;        // of the block; `first` counts from the chunk's first row
-  bool compact;               // false: every row keeps its own place (CUDA-graph capture)
-  bool half;                  // values for float16: 2^10 larger, so that small ones survive
-  LivePlaces places;
-};
-cudaError_t launch_live_places(const LiveArgs& args, cudaStream_t stream);
 
-// dz_j / scale of the rows that have a place, in the dtype of the inputs.
-struct LogitGradientArgs {
+struct ArrangeArgs {
+  RowChoice choice;  // of the chunk
+  int64_t rows;
+  const float* signals[3];  // by row: a row may have a gradient if one of them is not 0
+  bool all_store;           // every row that takes part does
+  bool only_stored;         // leave the others out
+  bool compact;             // false: places are rows, all of them (CUDA-graph capture)
+  int32_t* counts;
+  int64_t* order;
+};
+cudaError_t launch_arrange_rows(const ArrangeArgs& args, cudaStream_t stream);
+
+// Of the stored places those whose row has a gradient, in the order of places.
+struct LivePlacesArgs {
+  Coefficients coefficients;  // by row
+  Places places;
+  int32_t* counts;  // [2]: how many, and how many places are stored
+  int32_t* source;  // [capacity]: the place of each
+};
+cudaError_t launch_live_places(const LivePlacesArgs& args, cudaStream_t stream);
+
+// Rows of hidden to their places; and where wanted a guess of each row's L in bits: the logit of
+// the target less its old log-prob, which is near L; without one, the logit and kGuessAbove.
+inline constexpr float kGuessAbove = 8.0f;
+struct PlaceArgs {
+  const void* hidden;  // of the chunk
+  int64_t hidden_stride, width;
+  const void* weight;
+  int64_t weight_stride, vocab;
+  const float *bias, *temperature, *old_logprobs;  // [vocab] and by row; null where not given
+  const int64_t* targets;                          // by row
+  Places places;
+  void* out;     // [capacity, width]
+  float* guess;  // by place; null: none
+};
+cudaError_t launch_place_rows(Number number, const PlaceArgs& args, cudaStream_t stream);
+
+// Statistics of places [first, first + logits.rows), to the rows that are there. Rows that take no
+// part give 0; a target outside [0, vocab) gives nan.
+struct RowStatsArgs {
   LogitBlock logits;
-  const int64_t* targets;
-  const Row<float>* records;
-  Coefficients coefficients;
-  LivePlaces places;
-  void* out;  // [chunk rows, stride]
+  Places places;
+  int64_t first;
+  RowChoice choice;                       // by row
+  Row<float>* records;                    // as logits, for logit_gradient; null without gradient
+  float *logprobs, *entropy, *logsumexp;  // by row; null where not wanted
+};
+cudaError_t launch_row_stats(const RowStatsArgs& args, cudaStream_t stream);
+
+// dz_j / scale of some rows, in the dtype of the inputs, and the power of two that scale is, so
+// that dz / scale and x * scale round as dz and x do.
+struct LogitGradientArgs {
+  LogitBlock logits;  // of the places from the block's first on
+  Places places;
+  const Row<float>* records;  // as logits
+  Coefficients coefficients;  // by row
+  int64_t first, rows;        // places of the block
+  const int32_t* source;      // the place of each row; null: first, first + 1, ...
+  bool half;                  // values for float16: 2^10 larger, so that small ones survive
+  void* out;                  // [rows, out_stride]
   int64_t out_stride;
+  int64_t* order;  // out: the row of each; null: not wanted
+  float* scale;    // out
 };
 cudaError_t launch_logit_gradient(Number number, const LogitGradientArgs& args,
                                   cudaStream_t stream);

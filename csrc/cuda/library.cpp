@@ -70,27 +70,28 @@ void multiply(const Device& device, const Matrix& out, const Matrix& a, const Ma
     call("aten::mm", "dtype_out", left, right, ScalarType::Float, to);
 }
 
-CountReader::CountReader(const Device& device, const int32_t* count) {
+CountReader::CountReader(const Device& device, const int32_t* counts) {
   if (device.capturing) return;
   struct Buffer {  // pinned, so that the copy does not wait for the device
-    int32_t* value = nullptr;
+    int32_t* values = nullptr;
     cudaEvent_t event = nullptr;
   };
   static thread_local std::array<Buffer, 64> buffers;
   Buffer& mine = buffers[static_cast<size_t>(device.index) % buffers.size()];
-  if (!mine.value) {
-    check(cudaHostAlloc(reinterpret_cast<void**>(&mine.value), sizeof(int32_t), 0));
+  if (!mine.values) {
+    check(cudaHostAlloc(reinterpret_cast<void**>(&mine.values), 2 * sizeof(int32_t), 0));
     check(cudaEventCreateWithFlags(&mine.event, cudaEventDisableTiming));
   }
-  value_ = mine.value;
+  values_ = mine.values;
   event_ = mine.event;
-  check(cudaMemcpyAsync(value_, count, sizeof(int32_t), cudaMemcpyDeviceToHost, device.stream));
+  check(
+      cudaMemcpyAsync(values_, counts, 2 * sizeof(int32_t), cudaMemcpyDeviceToHost, device.stream));
   check(cudaEventRecord(event_, device.stream));
 }
 
-int64_t CountReader::wait() {
+std::array<int64_t, 2> CountReader::wait() {
   check(cudaEventSynchronize(event_));
-  return *value_;
+  return {values_[0], values_[1]};
 }
 
 void set_zero(const Device& device, void* data, int64_t bytes) {

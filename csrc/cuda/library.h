@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cstdint>
 
 #include "choose.h"
@@ -41,15 +42,15 @@ Device current_device(const torch::stable::Tensor& like);
 void multiply(const Device& device, const Matrix& out, const Matrix& a, const Matrix& b,
               bool add = false);
 
-// A counter on the device as it was when the reader was made, for the host. Under capture the host
-// cannot read.
+// Two counters on the device as they were when the reader was made, for the host. Under capture the
+// host cannot read.
 class CountReader {
  public:
-  CountReader(const Device& device, const int32_t* count);
-  int64_t wait();  // until the device has come to it
+  CountReader(const Device& device, const int32_t* counts);
+  std::array<int64_t, 2> wait();  // until the device has come to them
 
  private:
-  int32_t* value_ = nullptr;
+  int32_t* values_ = nullptr;
   cudaEvent_t event_ = nullptr;
 };
 

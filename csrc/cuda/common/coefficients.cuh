@@ -25,6 +25,9 @@ struct Coefficient {
   }
 };
 
+// What float16's values are larger by, so that small ones survive.
+inline constexpr float kHalfGain = 1024.0f;
+
 // A finite power of two not above x; 1 for 0, nan and infinity.
 __device__ inline float power_of_two(float x) {
   if (!(x > 0.0f) || x == INFINITY) return 1.0f;

@@ -9,6 +9,14 @@ namespace bupo::cuda {
 
 inline constexpr int kRowThreads = 256;
 
+// body(T{}) for the type of a number.
+template <class Body>
+cudaError_t with_number(Number number, const Body& body) {
+  if (number == Number::kFloat) return body(float{});
+  if (number == Number::kBfloat16) return body(BFloat16{});
+  return body(Float16{});
+}
+
 __device__ inline bool takes_part(const RowChoice& choice, int64_t row) {
   return choice.token_weights ? choice.token_weights[row] != 0.0f
                               : choice.targets[row] != choice.ignore_index;

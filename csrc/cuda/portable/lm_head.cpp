@@ -1,11 +1,11 @@
 // The portable path, for every GPU of sm_80 and newer: library products with fp32 output, block by
-// block of rows, each block reduced by one sweep; rows with a gradient turned into dz and packed
-// into a chunk; two gradient products a chunk.
+// block of rows in places, each block reduced by one sweep; the rows that may have a gradient
+// turned into dz; two gradient products a chunk.
 //
-// Work: 1 + 2k products of 2NDV flop, k = share of live rows. Beside them, of each block: 4V bytes
-// a row written and read, of live rows 4V read again and dz written and read twice. Memory:
-// choose.h. The host waits once a chunk, for the number of live rows; under graph capture every row
-// keeps its place and the host does not wait.
+// Work: 1 + 2k products of 2NDV flop, k = share of rows that may have a gradient. Beside them, of
+// each block: 4V bytes a row written and read, of those rows 4V read again and dz written and read
+// twice. Memory: choose.h. With a gradient masked rows are left out, and the host waits once a
+// chunk, for the numbers of rows; under graph capture every row takes part and it does not.
 //
 // lm_head_logprobs keeps the products of all rows, and its backward starts from them, where that
 // fits the budget; otherwise the backward makes them again, to the same bits.
@@ -23,176 +23,199 @@ namespace {
 
 Plan plan(const Shape& shape, int64_t budget) { return best_plan(shape, budget, portable_plan); }
 
-int64_t kept_bytes(const Call& call);
+// Places, and the products and statistics of some of them.
+struct Scanned {
+  Places places{};
+  float* products = nullptr;      // [block, stride]
+  Row<float>* records = nullptr;  // [block]
 
-// What a forward leaves for its backward.
-struct Kept {
-  float* products = nullptr;      // [tokens, stride]
-  Row<float>* records = nullptr;  // [tokens]
-
-  static Kept lay_out(const HeadArgs& head, Slab& slab) {
-    float* products = slab.take<float>(head.tokens * products_stride(head.vocab));
-    return {products, slab.take<Row<float>>(head.tokens)};
-  }
-  static Kept in(const Call& call, void* memory) {
-    if (memory == nullptr) return {};
-    Slab slab(memory, kept_bytes(call));
-    return lay_out(call.head, slab);
+  static Scanned lay_out(const HeadArgs& head, int64_t capacity, int64_t block, Slab& slab) {
+    return {lay_out_places(head, capacity, slab),
+            slab.take<float>(block * products_stride(head.vocab)), slab.take<Row<float>>(block)};
   }
 };
 
-// The products and statistics of one block of rows after another.
 class Head {
  public:
-  Head(const Call& call, int64_t block, const Kept& kept, bool records, Slab& slab)
-      : call_(call), kept_(kept), stride_(products_stride(call.head.vocab)) {
-    if (!kept.products) products_ = slab.take<float>(block * stride_);
-    if (records && !kept.records) records_ = slab.take<Row<float>>(block);
-    if (call.head.bias) {
-      bias_ = slab.take<float>(call.head.vocab);
-      check(launch_widen(call.number, call.head.bias, bias_, call.head.vocab, call.device.stream));
-    }
+  Head(const Call& call, Slab& slab) : call_(call), stride_(products_stride(call.head.vocab)) {
+    if (!call.head.bias) return;
+    bias_ = slab.take<float>(call.head.vocab);
+    check(launch_widen(call.number, call.head.bias, bias_, call.head.vocab, call.device.stream));
   }
 
-  LogitBlock logits(int64_t row, int64_t rows) const {
-    return {products(row),
+  // Of `rows` places from `first` on; products are the block's.
+  LogitBlock logits(const Scanned& s, int64_t first, int64_t rows) const {
+    return {s.products,
             rows,
             call_.head.vocab,
             stride_,
             bias_,
-            at<float>(call_.head.temperature, row),
+            at<float>(s.places.temperature, first),
             static_cast<float>(call_.head.softcap)};
   }
 
-  Row<float>* records(int64_t row) const { return kept_.records ? kept_.records + row : records_; }
-
-  void forward(int64_t row, int64_t rows, const RowChoice& choice, const TokenOutputs& out) {
+  // The products and statistics of a block; `chunk`: the first row of the chunk.
+  void forward(const Scanned& s, const void* placed, int64_t chunk, int64_t first, int64_t rows,
+               const RowChoice& choice, const TokenOutputs& out) {
     const HeadArgs& head = call_.head;
     const Number number = call_.number;
-    const auto* x =
-        static_cast<const char*>(head.hidden) + row * head.hidden_stride * bytes_of(number);
-    multiply(call_.device, {products(row), rows, head.vocab, stride_, Number::kFloat},
-             {x, rows, head.width, head.hidden_stride, number},
+    const auto* x = static_cast<const char*>(placed) + first * head.width * bytes_of(number);
+    multiply(call_.device, {s.products, rows, head.vocab, stride_, Number::kFloat},
+             {x, rows, head.width, head.width, number},
              transpose({head.weight, head.vocab, head.width, head.weight_stride, number}));
-    check(launch_row_stats({logits(row, rows), choice, records(row), from(out.logprobs, row),
-                            from(out.entropy, row), from(out.logsumexp, row)},
-                           call_.device.stream));
-  }
-
- private:
-  float* products(int64_t row) const {
-    return kept_.products ? kept_.products + row * stride_ : products_;
-  }
-
-  const Call& call_;
-  Kept kept_;
-  int64_t stride_;
-  float *products_ = nullptr, *bias_ = nullptr;
-  Row<float>* records_ = nullptr;
-};
-
-// dz of a chunk's live rows.
-class LiveRows {
- public:
-  LiveRows(const Call& call, const Plan& plan, Slab& slab)
-      : call_(call), stride_(products_stride(call.head.vocab)) {
-    dz_ = slab.bytes(plan.chunk * stride_ * bytes_of(call.number));
-    places_ = {slab.take<int32_t>(1), slab.take<int32_t>(plan.block),
-               slab.take<int64_t>(plan.chunk), slab.take<float>(plan.chunk)};
-  }
-
-  void begin() {
-    set_zero(call_.device, places_.count, sizeof(int32_t));
-    rows_ = 0;
-  }
-
-  // A block whose logits and records are there; `first` counts from the chunk's first row.
-  void append(const LogitBlock& logits, const Row<float>* records, const RowChoice& choice,
-              int64_t first, const Coefficients& coefficients) {
-    const Device& device = call_.device;
-    check(launch_live_places({coefficients, logits.temperature, choice, logits.rows, first,
-                              !device.capturing, call_.number == Number::kFloat16, places_},
-                             device.stream));
-    check(launch_logit_gradient(
-        call_.number, {logits, choice.targets, records, coefficients, places_, dz_, stride_},
-        device.stream));
-    rows_ += logits.rows;
-  }
-
-  void end(int64_t first, GradientProducts& products) {
-    const Device& device = call_.device;
-    const int64_t live = device.capturing ? rows_ : CountReader(device, places_.count).wait();
-    products.add({{dz_, live, call_.head.vocab, stride_, call_.number},
-                  places_.order,
-                  places_.scale,
-                  first,
-                  nullptr});
+    check(launch_row_stats(
+        {logits(s, first, rows), s.places, first, choice, s.records, from(out.logprobs, chunk),
+         from(out.entropy, chunk), from(out.logsumexp, chunk)},
+        call_.device.stream));
   }
 
  private:
   const Call& call_;
   int64_t stride_;
-  void* dz_;
-  LivePlaces places_;
-  int64_t rows_ = 0;
+  float* bias_ = nullptr;
 };
 
-constexpr int64_t kPieces = 16;  // at most, each rounded up
+// dz of a chunk's places, each with its scale.
+struct LogitGradients {
+  LogitGradients(const Call& call, int64_t capacity, Slab& slab)
+      : stride(products_stride(call.head.vocab)),
+        element(bytes_of(call.number)),
+        dz(static_cast<char*>(slab.bytes(capacity * stride * element))),
+        scale(slab.take<float>(capacity)) {}
 
-// The walk over chunks and blocks. coefficients(row, rows) are those of a block whose statistics
-// have just been written, or are kept (`forward` false).
+  // args.out and args.scale are those of place `at`.
+  void make(const Call& call, LogitGradientArgs args, int64_t at) const {
+    args.half = call.number == Number::kFloat16;
+    args.out = dz + at * stride * element;
+    args.out_stride = stride;
+    args.scale = scale + at;
+    check(launch_logit_gradient(call.number, args, call.device.stream));
+  }
+  Matrix matrix(const Call& call, int64_t rows) const {
+    return {dz, rows, call.head.vocab, stride, call.number};
+  }
+
+  int64_t stride, element;
+  char* dz;
+  float* scale;
+};
+
+constexpr int64_t kPieces = 32;  // at most, each rounded up
+
+// The walk over chunks and blocks. coefficients(row, rows) are those of a chunk, as far as its
+// statistics have been written. kept: where products and records of all places stay.
 template <class CoefficientsOf>
-void run(const Call& call, const RowChoice& choice, const TokenOutputs& out, const GradArgs& grads,
-         const Coefficients& bounds, const Kept& kept, bool forward,
-         const CoefficientsOf& coefficients) {
+void run(const Call& call, const Rows& rows, const TokenOutputs& out, const GradArgs& grads,
+         const Coefficients& bounds, void* kept, const CoefficientsOf& coefficients) {
   const HeadArgs& head = call.head;
-  const Plan p = plan(call.shape(grads), workspace_budget(call.device));
-  Workspace workspace(call.like, p.bytes + 2 * 4 * head.vocab + kPieces * Slab::kAlignment);
-  Head rows_of(call, p.block, kept, grads.any(), workspace);
-  std::optional<LiveRows> live;
+  const Device& device = call.device;
+  Plan p = plan(call.shape(grads), workspace_budget(device));
+  if (kept) p.chunk = head.tokens;
+  const int64_t capacity = std::min(p.chunk, head.tokens), block = std::min(p.block, capacity);
+  const int64_t placed_bytes = capacity * head.width * bytes_of(call.number);
+  Workspace workspace(call.like, p.bytes + placed_bytes + 2 * 4 * head.vocab +
+                                     kPieces * Slab::kAlignment + 128 * capacity);
+  Slab keeping(kept, kept ? kPath.kept_bytes(call) : 0);
+  const Scanned all = Scanned::lay_out(head, capacity, kept ? capacity : block,
+                                       kept ? keeping : static_cast<Slab&>(workspace));
+  void* placed = workspace.bytes(placed_bytes);
+  Head scanner(call, workspace);
+  std::optional<LogitGradients> gradients;
   std::optional<GradientProducts> products;
   if (grads.any()) {
-    live.emplace(call, p, workspace);
-    products.emplace(call.like, call.device, call.number, head, grads, p.accumulate, p.chunk, false,
+    gradients.emplace(call, capacity, workspace);
+    products.emplace(call.like, device, call.number, head, grads, p.accumulate, capacity, true,
                      workspace);
     products->set_norm(bounds);
   }
-  for (int64_t chunk = 0; chunk < head.tokens; chunk += p.chunk) {
-    const int64_t end = std::min(chunk + p.chunk, head.tokens);
-    if (live) live->begin();
-    for (int64_t row = chunk; row < end; row += p.block) {
-      const int64_t rows = std::min(p.block, end - row);
-      if (forward) rows_of.forward(row, rows, from(choice, row), out);
-      if (live)
-        live->append(rows_of.logits(row, rows), rows_of.records(row), from(choice, row),
-                     row - chunk, coefficients(row, rows));
+  for (int64_t chunk = 0; chunk < head.tokens; chunk += capacity) {
+    Scanned s = all;
+    s.places.capacity = std::min(capacity, head.tokens - chunk);
+    check(launch_arrange_rows(arrange_args(call, rows, chunk, s.places), device.stream));
+    CountReader reader(device, s.places.counts);
+    check(launch_place_rows(call.number, place_args(call, chunk, s.places, placed), device.stream));
+    std::array<int64_t, 2> counts{s.places.capacity, s.places.capacity};
+    if (products && !device.capturing) counts = reader.wait();
+    const auto [taking_part, stored] = counts;
+    for (int64_t first = 0; first < taking_part; first += block) {
+      const int64_t count = std::min(block, taking_part - first);
+      if (kept) {
+        s.products = all.products + first * products_stride(head.vocab);
+        s.records = all.records + first;
+      }
+      scanner.forward(s, placed, chunk, first, count, from(rows.choice, chunk), out);
+      if (!products || first >= stored) continue;
+      gradients->make(
+          call,
+          {scanner.logits(s, first, count), s.places, s.records,
+           coefficients(chunk, s.places.capacity), first, std::min(count, stored - first)},
+          first);
     }
-    if (live) live->end(chunk, *products);
+    if (products)
+      products->add(
+          {gradients->matrix(call, stored), s.places.order, gradients->scale, chunk, placed});
   }
   if (products) products->finish();
 }
 
 int64_t kept_bytes(const Call& call) {
   Slab counting;
-  Kept::lay_out(call.head, counting);
+  Scanned::lay_out(call.head, call.head.tokens, call.head.tokens, counting);
   return counting.used();
 }
 
 void lm_head_logprobs(const Call& call, int64_t ignore_index, const TokenOutputs& out, void* kept) {
-  run(call, {call.head.targets, ignore_index, nullptr}, out, {}, {}, Kept::in(call, kept), true,
-      [](int64_t, int64_t) { return Coefficients{}; });
+  Rows rows{{call.head.targets, ignore_index, nullptr}};
+  rows.all_store = true;
+  run(call, rows, out, {}, {}, kept, [](int64_t, int64_t) { return Coefficients{}; });
+}
+
+void backward_of_kept(const Call& call, const Coefficients& upstream, const GradArgs& grads,
+                      void* kept) {
+  const HeadArgs& head = call.head;
+  const Device& device = call.device;
+  Slab slab(kept, kept_bytes(call));
+  const Scanned s = Scanned::lay_out(head, head.tokens, head.tokens, slab);
+  Workspace list(call.like, 4 * head.tokens + 2 * Slab::kAlignment);
+  auto *counts = list.take<int32_t>(2), *source = list.take<int32_t>(head.tokens);
+  check(launch_live_places({upstream, s.places, counts, source}, device.stream));
+  const int64_t live = CountReader(device, counts).wait()[0];
+  Shape shape = call.shape(grads);
+  shape.tokens = live;
+  const Plan p = plan(shape, workspace_budget(device));
+  const int64_t capacity = std::min(p.chunk, live);
+  Workspace workspace(call.like, p.bytes + 2 * 4 * head.vocab + kPieces * Slab::kAlignment);
+  const Head scanner(call, workspace);
+  const LogitGradients gradients(call, capacity, workspace);
+  auto* order = workspace.take<int64_t>(capacity);
+  GradientProducts products(call.like, device, call.number, head, grads, p.accumulate, capacity,
+                            false, workspace);
+  products.set_norm(upstream);
+  for (int64_t first = 0; first < live; first += capacity) {
+    LogitGradientArgs args{scanner.logits(s, 0, head.tokens), s.places,      s.records, upstream, 0,
+                           std::min(capacity, live - first),  source + first};
+    args.order = order;
+    gradients.make(call, args, 0);
+    products.add({gradients.matrix(call, args.rows), order, gradients.scale, 0, nullptr});
+  }
+  products.finish();
 }
 
 void lm_head_logprobs_backward(const Call& call, int64_t ignore_index, const Coefficients& upstream,
                                const GradArgs& grads, void* kept) {
-  run(call, {call.head.targets, ignore_index, nullptr}, {}, grads, upstream, Kept::in(call, kept),
-      kept == nullptr, [&](int64_t row, int64_t) { return from(upstream, row); });
+  // Under capture every row keeps its place, and an eager forward has not left them so.
+  if (kept && !call.device.capturing) return backward_of_kept(call, upstream, grads, kept);
+  Rows rows{{call.head.targets, ignore_index, nullptr},
+            {upstream.on_logprob, upstream.on_entropy, upstream.on_logsumexp}};
+  rows.only_stored = true;
+  run(call, rows, {}, grads, upstream, nullptr,
+      [&](int64_t row, int64_t) { return from(upstream, row); });
 }
 
 void policy_loss(const Call& call, const PolicyCoefficients& policy, const TokenOutputs& out,
                  const GradArgs& grads) {
-  run(call, {call.head.targets, 0, at<float>(policy.policy().token_weights, 0)}, out, grads,
-      policy.bounds(), {}, true, [&](int64_t row, int64_t rows) { return policy.make(row, rows); });
+  run(call, policy.rows(), out, grads, policy.bounds(), nullptr,
+      [&](int64_t row, int64_t count) { return policy.make(row, count); });
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // dLoss/dz of the rows that have a gradient, packed, in the dtype of the inputs.
 //
 //   dz_j = [ p_j (g_L - g_logp) - g_H p_j (z_j - m) ] f'_j / T        p_j = e^{z_j - max -
-//   log_total} dz_t = [ g_logp (1 - p_t) + g_L p_t - g_H p_t (z_t - m) ] f'_t / T out[place, j] =
+//   log_total} dz_t = [ g_logp (1 - p_t) + g_L p_t - g_H p_t (z_t - m) ] f'_t / T out[k, j] =
 //   dz_j / scale
 //
 // One block a row: 4V bytes read, 2V or 4V written, V exponentials, bound by memory. 1 - p_t comes
@@ -21,21 +21,27 @@ constexpr int kThreads = kRowThreads;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) logit_gradient_kernel(LogitGradientArgs args) {
-  const int64_t row = blockIdx.x;
-  const int place = args.places.position[row];
-  if (place < 0) return;
-  T* out = static_cast<T*>(args.out) + place * args.out_stride;
+  const int64_t k = blockIdx.x, place = args.source ? args.source[k] : args.first + k;
+  const int64_t at = args.source ? place : k;  // in the block
+  const int64_t row = args.places.order[place], vocab = args.logits.vocab;
+  T* out = static_cast<T*>(args.out) + k * args.out_stride;
   const Coefficient c(args.coefficients, row);
-  const int64_t vocab = args.logits.vocab;
-  if (!c.is_live()) {
+  const RowLogits z(args.logits, at);
+  const float scale =
+      !c.is_live() ? 0.0f
+                   : power_of_two(c.largest() / z.temperature()) / (args.half ? kHalfGain : 1.0f);
+  if (threadIdx.x == 0) {
+    args.scale[k] = scale;
+    if (args.order) args.order[k] = row;
+  }
+  if (scale == 0.0f) {
     for (int64_t j = threadIdx.x; j < vocab; j += kThreads) narrow(0.0f, out[j]);
     return;
   }
-  const RowLogits z(args.logits, row);
-  const Row<float> record = args.records[row];
-  const float factor = 1.0f / (z.temperature() * args.places.scale[place]);
+  const Row<float> record = args.records[at];
+  const float factor = 1.0f / (z.temperature() * scale);
   const float on_p = (c.on_logsumexp - c.on_logprob) * factor, on_gap = -c.on_entropy * factor;
-  const int64_t target = args.targets[row];
+  const int64_t target = args.places.targets[place];
   for (int64_t j = threadIdx.x; j < vocab; j += kThreads) {
     const float unit = z.unit(j), d = z.z(unit) - record.max;
     float dz = 0.0f;
@@ -59,7 +65,7 @@ cudaError_t launch_logit_gradient(Number number, const LogitGradientArgs& args,
   const auto kernel = number == Number::kFloat      ? logit_gradient_kernel<float>
                       : number == Number::kBfloat16 ? logit_gradient_kernel<BFloat16>
                                                     : logit_gradient_kernel<Float16>;
-  return launch(kernel, args.logits.rows, kThreads, stream, args);
+  return launch(kernel, args.rows, kThreads, stream, args);
 }
 
 }  // namespace bupo::cuda

@@ -69,13 +69,6 @@ __global__ void __launch_bounds__(kThreads) widen_kernel(const T* in, float* out
 
 int64_t blocks_of(int64_t n) { return (n + kThreads - 1) / kThreads; }
 
-template <class Body>
-cudaError_t with_number(Number number, const Body& body) {
-  if (number == Number::kFloat) return body(float{});
-  if (number == Number::kBfloat16) return body(BFloat16{});
-  return body(Float16{});
-}
-
 }  // namespace
 
 cudaError_t launch_gather_rows(Number number, const GatherArgs& args, cudaStream_t stream) {

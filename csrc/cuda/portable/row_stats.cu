@@ -47,16 +47,18 @@ struct RunningSums {
 
 __global__ void __launch_bounds__(kThreads) row_stats_kernel(RowStatsArgs args) {
   __shared__ RowSums<float> shared[kThreads / 32];
-  const int64_t row = blockIdx.x;
+  const int64_t k = blockIdx.x, place = args.first + k;
+  if (place >= args.places.counts[0]) return;
+  const int64_t row = args.places.order[place];
   const bool included = takes_part(args.choice, row);
-  const int64_t target = args.choice.targets[row], vocab = args.logits.vocab;
+  const int64_t target = args.places.targets[place], vocab = args.logits.vocab;
   const bool valid = included && target >= 0 && target < vocab;
   Row<float> record{};
   if (!valid) {
     const float value = included ? NAN : 0.0f;
     record.logprob = record.entropy = record.logsumexp = value;
   } else {
-    const RowLogits z(args.logits, row);
+    const RowLogits z(args.logits, k);
     RunningSums running;
     for (int64_t j = threadIdx.x; j < vocab; j += kThreads)
       if (j != target) running.add(z[j]);
@@ -75,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) row_stats_kernel(RowStatsArgs args) 
       record = in_float(finish_row<double>({sums.max, sums.sum, sums.dot}, z[target], vocab));
   }
   if (threadIdx.x != 0) return;
-  if (args.records) args.records[row] = record;
+  if (args.records) args.records[k] = record;
   if (args.logprobs) args.logprobs[row] = record.logprob;
   if (args.entropy) args.entropy[row] = record.entropy;
   if (args.logsumexp) args.logsumexp[row] = record.logsumexp;

@@ -1,16 +1,8 @@
 // Host-side entry points of the Hopper kernels; the structs are their contracts. Plain pointers.
-//
-// Rows are addressed by place: arrange_rows puts the rows of a chunk that take part first, those
-// that may have a gradient before all others. Arrays by place hold `capacity` entries; those by
-// row begin with the chunk's first row.
 
 #pragma once
 
 #include "../launch.h"
-
-namespace bupo::cuda {
-struct BFloat16;
-}
 
 namespace bupo::cuda::sm90 {
 
@@ -52,52 +44,6 @@ struct Kept {
   float* guess;       // [capacity]
   float* references;  // [capacity, tiles]
 };
-
-// What the rows of a chunk are, by place.
-struct Places {
-  int32_t* counts;     // [2]: rows that take part, and how many of them come first and store E
-  int64_t* order;      // the row of each place
-  int64_t* targets;    // outside [0, V) allowed
-  float* temperature;  // null for 1
-  int64_t capacity;
-};
-
-struct ArrangeArgs {
-  RowChoice choice;  // of the chunk
-  int64_t rows;
-  const float* signals[3];  // by row: a row may have a gradient if one of them is not 0
-  bool all_store;           // every row that takes part does
-  bool only_stored;         // leave the others out
-  bool compact;             // false: places are rows, all of them (CUDA-graph capture)
-  int32_t* counts;
-  int64_t* order;
-};
-cudaError_t launch_arrange_rows(const ArrangeArgs& args, cudaStream_t stream);
-
-// Of the places that store E those whose row has a gradient, in the order of places.
-struct LivePlacesArgs {
-  Coefficients coefficients;  // by row
-  Places places;
-  int32_t* count;   // [1]
-  int32_t* source;  // [capacity]: the place of each
-};
-cudaError_t launch_live_places(const LivePlacesArgs& args, cudaStream_t stream);
-
-// Rows of hidden to their places, and the guess of each row that stores E, in bits: the logit of
-// the target less its old log-prob, which is near L; without one, the logit and kGuessAbove.
-inline constexpr float kGuessAbove = 8.0f;
-struct PlaceArgs {
-  const BFloat16* hidden;  // of the chunk
-  int64_t hidden_stride, width;
-  const BFloat16* weight;
-  int64_t weight_stride, vocab;
-  const float *bias, *temperature, *old_logprobs;  // [vocab] and by row; null where not given
-  const int64_t* targets;                          // by row
-  Places places;
-  BFloat16* out;  // [capacity, width]
-  float* guess;   // by place; null: none
-};
-cudaError_t launch_place_rows(const PlaceArgs& args, cudaStream_t stream);
 
 struct ScanArgs {
   const void* hidden;  // bf16 [capacity, D], by place; stride and address on 16 bytes

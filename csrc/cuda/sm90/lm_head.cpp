@@ -57,8 +57,7 @@ struct Scanned {
 
   static Scanned lay_out(const HeadArgs& head, int64_t capacity, bool stores, Slab& slab) {
     Scanned s;
-    s.places = {slab.take<int32_t>(2), slab.take<int64_t>(capacity), slab.take<int64_t>(capacity),
-                head.temperature ? slab.take<float>(capacity) : nullptr, capacity};
+    s.places = lay_out_places(head, capacity, slab);
     s.target_logits = slab.take<float>(capacity);
     if (!stores) return s;
     const int64_t stride = round_up(head.vocab, 64);
@@ -67,14 +66,6 @@ struct Scanned {
     s.records = slab.take<PlacedRow>(capacity);
     return s;
   }
-};
-
-// Which rows a scan is of, and which of them store E.
-struct Rows {
-  RowChoice choice;  // of the call's first row
-  const float* signals[3] = {};
-  bool all_store = false, only_stored = false;
-  const float* old_logprobs = nullptr;
 };
 
 // The LM head's weight, and the scan of some rows of hidden with it.
@@ -93,19 +84,14 @@ class Head {
   CountReader scan(int64_t first, const Rows& rows, const Scanned& s, const TokenOutputs& out) {
     const Device& device = call_.device;
     const RowChoice choice = from(rows.choice, first);
-    ArrangeArgs arrange{choice,          s.places.capacity, {},
-                        rows.all_store,  rows.only_stored,  !device.capturing,
-                        s.places.counts, s.places.order};
-    for (int i = 0; i < 3; ++i) arrange.signals[i] = at<float>(rows.signals[i], first);
+    ArrangeArgs arrange = arrange_args(call_, rows, first, s.places);
     check(launch_arrange_rows(arrange, device.stream));
-    const CountReader stored(device, s.places.counts + 1);
-    const auto* hidden = static_cast<const char*>(head_.hidden) + 2 * first * head_.hidden_stride;
-    check(launch_place_rows(
-        {reinterpret_cast<const BFloat16*>(hidden), head_.hidden_stride, head_.width,
-         static_cast<const BFloat16*>(head_.weight), head_.weight_stride, head_.vocab, bias_,
-         at<float>(head_.temperature, first), at<float>(rows.old_logprobs, first),
-         head_.targets + first, s.places, placed_, s.kept.guess},
-        device.stream));
+    const CountReader stored(device, s.places.counts);
+    PlaceArgs place = place_args(call_, first, s.places, placed_);
+    place.bias = bias_;
+    place.old_logprobs = at<float>(rows.old_logprobs, first);
+    place.guess = s.kept.guess;
+    check(launch_place_rows(call_.number, place, device.stream));
     check(launch_head_scan(
         schedule(),
         {placed_, head_.weight, head_.width, head_.weight_stride, head_.width, head_.vocab,
@@ -164,7 +150,7 @@ void run(const Call& call, const Rows& rows, const TokenOutputs& out, const Grad
     CountReader stored = scanner.scan(row, rows, scanned, out);
     if (!products) continue;
     GradientRowsArgs gradient = gradient_args(head, scanned, coefficients(row, count));
-    gradient.rows = call.device.capturing ? count : stored.wait();
+    gradient.rows = call.device.capturing ? count : stored.wait()[1];
     gradient.scale = scale;
     check(launch_gradient_rows(gradient, call.device.stream));
     products->add({{gradient.out, gradient.rows, head.vocab, scanned.kept.stride, call.number},
@@ -203,11 +189,10 @@ void backward_of_kept(const Call& call, const Coefficients& upstream, const Grad
   const Scanned scanned = Scanned::lay_out(head, head.tokens, true, slab);
   const int64_t stride = scanned.kept.stride;
   Workspace list(call.like, 4 * head.tokens + 2 * Slab::kAlignment);
-  auto *count = list.take<int32_t>(1), *source = list.take<int32_t>(head.tokens);
-  check(launch_live_places({upstream, scanned.places, count, source}, device.stream));
-  const int64_t live = CountReader(device, count).wait();
-  const bool in_place = !upstream.on_entropy && !upstream.on_logsumexp &&
-                        live == CountReader(device, scanned.places.counts + 1).wait();
+  auto *counts = list.take<int32_t>(2), *source = list.take<int32_t>(head.tokens);
+  check(launch_live_places({upstream, scanned.places, counts, source}, device.stream));
+  const auto [live, stored] = CountReader(device, counts).wait();
+  const bool in_place = !upstream.on_entropy && !upstream.on_logsumexp && live == stored;
   Shape shape = call.shape(grads);
   shape.tokens = live;
   const int64_t capacity =
@@ -247,12 +232,8 @@ void lm_head_logprobs_backward(const Call& call, int64_t ignore_index, const Coe
 
 void policy_loss(const Call& call, const PolicyCoefficients& policy, const TokenOutputs& out,
                  const GradArgs& grads) {
-  const PolicyArgs& args = policy.policy();
-  Rows rows{{call.head.targets, 0, at<float>(args.token_weights, 0)},
-            {at<float>(args.advantages, 0)}};
-  rows.all_store = args.settings.entropy_coef != 0 || args.settings.kl_coef != 0;
-  rows.old_logprobs = at<float>(args.old_logprobs, 0);
-  run(call, rows, out, grads, [&](int64_t row, int64_t count) { return policy.make(row, count); });
+  run(call, policy.rows(), out, grads,
+      [&](int64_t row, int64_t count) { return policy.make(row, count); });
 }
 
 }  // namespace

@@ -1,21 +1,22 @@
-// The rows of a chunk in the order in which the scan takes them, and the scan's input.
+// The rows of a chunk in the order in which the products take them.
 //
 //   arrange      places = rows that may have a gradient, then the others that take part; masked
 //                rows have none
-//   live_places  of the places that store E those whose row has a gradient after all
+//   live_places  of the stored places those whose row has a gradient after all
 //   place        hidden by place, and the guess of L: log2(e) (z_t - old log-prob), z_t a dot
-//                product. A block a row; 4D bytes read, 2D written.
+//                product. A block a row; a row of hidden, and of the weight, read and one written.
+//   norm         the bound of all coefficients, for float16
 //
-// The first two are one block, counted by ballots: always the same order.
+// All but `place` are one block, which counts by ballots: always the same order.
 //
 // Tests: python_tests/test_cuda_emulated.py.
 
 #include "../common/coefficients.cuh"
 #include "../common/device.cuh"
 #include "../common/logit.cuh"
-#include "launch.h"
+#include "../launch.h"
 
-namespace bupo::cuda::sm90 {
+namespace bupo::cuda {
 namespace {
 
 constexpr int kThreads = 1024, kPlaceThreads = 128;
@@ -52,18 +53,35 @@ __global__ void __launch_bounds__(kThreads) live_places_kernel(LivePlacesArgs ar
     const int place = next_place<kThreads>(live, base, counts);
     if (live) args.source[place] = i;
   }
-  if (threadIdx.x == 0) *args.count = base;
+  if (threadIdx.x != 0) return;
+  args.counts[0] = base;
+  args.counts[1] = stored;
 }
 
+__global__ void __launch_bounds__(kThreads)
+    norm_kernel(Coefficients bounds, int64_t rows, float* norm) {
+  __shared__ float shared[kThreads / 32];
+  float mine = 0.0f;
+  for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
+    const float size = Coefficient(bounds, i).largest();
+    if (size > mine && size < INFINITY) mine = size;
+  }
+  mine = block_reduce<kThreads>(
+      mine, shared, [](float x, int offset) { return __shfl_down_sync(kAllLanes, x, offset); },
+      [](float a, float b) { return a > b ? a : b; });
+  if (threadIdx.x == 0) *norm = power_of_two(mine) / kHalfGain;
+}
+
+template <class T>
 __global__ void __launch_bounds__(kPlaceThreads) place_kernel(PlaceArgs args) {
   __shared__ float shared[kPlaceThreads / 32];
   const int64_t place = blockIdx.x;
   if (place >= args.places.counts[0]) return;
   const int64_t row = args.places.order[place], target = args.targets[row];
-  const BFloat16* x = args.hidden + row * args.hidden_stride;
+  const T* x = static_cast<const T*>(args.hidden) + row * args.hidden_stride;
   const bool valid = target >= 0 && target < args.vocab;
-  const BFloat16* w = args.weight + (valid ? target : 0) * args.weight_stride;
-  BFloat16* out = args.out + place * args.width;
+  const T* w = static_cast<const T*>(args.weight) + (valid ? target : 0) * args.weight_stride;
+  T* out = static_cast<T*>(args.out) + place * args.width;
   float dot = 0.0f;
   for (int64_t d = threadIdx.x; d < args.width; d += kPlaceThreads) {
     out[d] = x[d];
@@ -95,8 +113,15 @@ cudaError_t launch_live_places(const LivePlacesArgs& args, cudaStream_t stream) 
   return launch(live_places_kernel, 1, kThreads, stream, args);
 }
 
-cudaError_t launch_place_rows(const PlaceArgs& args, cudaStream_t stream) {
-  return launch(place_kernel, args.places.capacity, kPlaceThreads, stream, args);
+cudaError_t launch_norm(const Coefficients& bounds, int64_t rows, float* norm,
+                        cudaStream_t stream) {
+  return launch(norm_kernel, 1, kThreads, stream, bounds, rows, norm);
 }
 
-}  // namespace bupo::cuda::sm90
+cudaError_t launch_place_rows(Number number, const PlaceArgs& args, cudaStream_t stream) {
+  return with_number(number, [&]<class T>(T) {
+    return launch(place_kernel<T>, args.places.capacity, kPlaceThreads, stream, args);
+  });
+}
+
+}  // namespace bupo::cuda
