@@ -66,7 +66,8 @@ from bupo.ops import operands
 operands.DTYPES["cpu"] += (torch.float16,)
 torch.ops.load_library(sys.argv[1])
 library = ctypes.CDLL(sys.argv[1])
-library.emulator_reads.restype = library.emulator_scans.restype = ctypes.c_int64
+for count in (library.emulator_reads, library.emulator_scans, library.emulator_logit_rows):
+    count.restype = ctypes.c_int64
 
 def sample(dtype, seed=0, tokens=300, width=24, vocab=151, scale=0.8):
     g = torch.Generator().manual_seed(seed)

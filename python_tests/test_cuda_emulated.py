@@ -99,6 +99,18 @@ for dtype in (torch.float32, torch.bfloat16):
     run_script(emulated, text)
 
 
+def test_masked_tokens_are_not_multiplied(emulated: Path) -> None:
+    text = """
+for workspace in (1 << 17, 1 << 30):
+    library.emulator_workspace(ctypes.c_int64(workspace))
+    call = sample(torch.float32)
+    before = library.emulator_logit_rows()
+    run(call)
+    assert library.emulator_logit_rows() - before == int((call["token_weights"] != 0).sum()) < 300
+"""
+    run_script(emulated, text)
+
+
 def test_targets_out_of_range_give_nan_and_spare_other_rows(emulated: Path) -> None:
     text = """
 call = sample(torch.float32)

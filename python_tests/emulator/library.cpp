@@ -17,7 +17,7 @@ extern int64_t scans;  // calls of the Hopper path's product
 namespace {
 bool capturing = false;
 int capability = 80;
-int64_t reads = 0;
+int64_t reads = 0, logit_rows = 0;
 }  // namespace
 
 #define BUPO_EXPORT extern "C" __attribute__((visibility("default")))
@@ -41,6 +41,7 @@ BUPO_EXPORT void emulator_plan(int64_t tile_columns, const int64_t* shape, int64
 }
 BUPO_EXPORT int64_t emulator_budget(int64_t free) { return bupo::cuda::budget_within(free); }
 BUPO_EXPORT int64_t emulator_reads() { return reads; }
+BUPO_EXPORT int64_t emulator_logit_rows() { return logit_rows; }
 
 namespace bupo::cuda {
 namespace {
@@ -70,6 +71,7 @@ cpu::Block view(const std::vector<float>& dense, const Matrix& m) {
 Device current_device(const torch::stable::Tensor&) { return {0, capability, nullptr, capturing}; }
 
 void multiply(const Device&, const Matrix& out, const Matrix& a, const Matrix& b, bool add) {
+  if (b.transposed) logit_rows += out.rows;
   const std::vector<float> left = copy(a), right = copy(b);
   std::vector<float> result(static_cast<size_t>(out.rows * out.columns));
   cpu::multiply(cpu::block(result.data(), out.rows, out.columns, out.columns), view(left, a),
