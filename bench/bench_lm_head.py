@@ -162,7 +162,7 @@ def parse() -> argparse.Namespace:
         choices=[peer.name for peer in peers.PEERS],
         help="cpu: those of torch, cuda: all",
     )
-    add("--kernels", default="auto", choices=CUDA_KERNELS, help="bupo.ops.set_cuda_kernels")
+    add("--kernels", choices=CUDA_KERNELS, help="bupo.ops.set_cuda_kernels; as it is set already")
     add("--json", type=Path, metavar="FILE", help="append one JSON line per implementation")
     args = parser.parse_args()
     cuda = args.device == "cuda"
@@ -273,7 +273,8 @@ def main() -> int:
     """Exit status 1 if an implementation of ours failed."""
     args = parse()
     torch.set_num_threads(args.threads)
-    ops.set_cuda_kernels(args.kernels)
+    if args.kernels:
+        ops.set_cuda_kernels(args.kernels)
     run = environment(args.device, args.threads) | ceilings(args.device, args.dtypes[0])
     others, missing = peers.load(args.peers, args.device)
     shown = run

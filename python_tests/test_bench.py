@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench_lm_head
 import measure
 import peers
 import pytest
@@ -46,6 +47,24 @@ def test_a_small_run_on_the_cpu(tmp_path: Path) -> None:
             limit = 5e-5 if dtype == "float32" else 1e-2
             assert row["error_d_hidden"] < limit and row["error_d_weight"] < limit, row
     assert regression.main([str(file), "--baseline", str(file)]) == 0
+
+
+def test_the_kernels_that_are_set_stay_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpu-check's smoke test leaves out those that hang by an environment variable."""
+    seen: list[object] = []
+
+    def all_shapes(_: object) -> bool:
+        seen.append(ops.build_info()["cuda_kernels"])
+        return True
+
+    monkeypatch.setattr(bench_lm_head.Session, "all_shapes", all_shapes)
+    monkeypatch.setattr(bench_lm_head, "ceilings", lambda *_: {})
+    for given in ([], ["--kernels", "sm90_cooperative"]):
+        ops.set_cuda_kernels("portable")
+        monkeypatch.setattr(sys, "argv", ["bench_lm_head.py", *given])
+        assert bench_lm_head.main() == 0
+    ops.set_cuda_kernels("auto")
+    assert seen == ["portable", "sm90_cooperative"]
 
 
 def test_the_truth_is_that_of_the_reference() -> None:

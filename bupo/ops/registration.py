@@ -46,18 +46,18 @@ def build_info() -> dict[str, Any]:
 
 
 def set_workspace_bytes(size: int | None) -> None:
-    """The memory in bytes that a CUDA op may take beside its results.
+    """The workspace in bytes of a CUDA op, beside its results.
 
     None, the default: a quarter of the memory that is free on the GPU when the first op runs
     there, rounded down to a power of two, at least 256 MiB and at most 4 GiB. It does not change
     afterwards, but it may differ from process to process, and with it the number of chunks and the
     rounding of dW; set a number where two runs must agree to the last bit.
 
-    More memory means fewer, larger chunks of tokens. 128 rows of logits are always taken. When
-    there is more than one chunk, bfloat16 and float16 weights also get a float32 accumulator of the
-    size of dW; where one chunk of all tokens takes less than budget and accumulator together, it is
-    taken instead. lm_head_logprobs keeps up to this much from its forward for its backward as well.
-    CPU ops need no such budget.
+    More memory means fewer, larger chunks of tokens. 128 rows of logits are always taken. Two
+    things come on top: a float32 accumulator of the size of dW, for bfloat16 weights when there is
+    more than one chunk (if a single chunk fits into budget plus accumulator, a single one is used)
+    and for float16 weights always; and what lm_head_logprobs keeps from its forward for its
+    backward, at most this budget once more. CPU ops need no such budget.
 
     Raises:
         TypeError, ValueError: size is neither None nor a positive int.

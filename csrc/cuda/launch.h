@@ -2,7 +2,8 @@
 // All matrices are row-major with inner stride 1; strides count elements.
 //
 // Rows are addressed by place: arrange_rows puts the rows of a chunk that take part first, those
-// that may have a gradient before all others. Arrays by place hold `capacity` entries; those by
+// that may have a gradient before all others, and gives masked rows no place (under graph capture
+// every row keeps its own). Arrays by place hold `capacity` entries; those by
 // row begin with the chunk's first row.
 
 #pragma once
@@ -67,7 +68,7 @@ struct ArrangeArgs {
   RowChoice choice;  // of the chunk
   int64_t rows;
   const float* signals[3];  // by row: a row may have a gradient if one of them is not 0
-  bool all_store;           // every row that takes part does
+  bool all_store;           // every row that takes part is stored
   bool only_stored;         // leave the others out
   bool compact;             // false: places are rows, all of them (CUDA-graph capture)
   int32_t* counts;
@@ -85,7 +86,7 @@ struct LivePlacesArgs {
 cudaError_t launch_live_places(const LivePlacesArgs& args, cudaStream_t stream);
 
 // Rows of hidden to their places; and where wanted a guess of each row's L in bits: the logit of
-// the target less its old log-prob, which is near L; without one, the logit and kGuessAbove.
+// the target less its old log-prob, which is near L; without one, the logit plus kGuessAbove.
 inline constexpr float kGuessAbove = 8.0f;
 struct PlaceArgs {
   const void* hidden;  // of the chunk
@@ -112,8 +113,8 @@ struct RowStatsArgs {
 };
 cudaError_t launch_row_stats(const RowStatsArgs& args, cudaStream_t stream);
 
-// dz_j / scale of some rows, in the dtype of the inputs, and the power of two that scale is, so
-// that dz / scale and x * scale round as dz and x do.
+// dz_j / scale of some rows, in the dtype of the inputs. scale is a power of two, so that dz /
+// scale and x * scale round as dz and x do.
 struct LogitGradientArgs {
   LogitBlock logits;  // of the places from the block's first on
   Places places;
@@ -130,8 +131,8 @@ struct LogitGradientArgs {
 cudaError_t launch_logit_gradient(Number number, const LogitGradientArgs& args,
                                   cudaStream_t stream);
 
-// norm[0] = the power of two just above the largest |coefficient|-like bound of all rows, 1 if it
-// is 0 or not finite. float16 only: it keeps x * scale / norm in range.
+// norm[0] = the power of two not above the largest finite |coefficient| of all rows, 1 where there
+// is none, over 2^10. float16 only: it keeps x * scale / norm in range.
 cudaError_t launch_norm(const Coefficients& bounds, int64_t rows, float* norm, cudaStream_t stream);
 
 // out[k, :] = x[order[k], :] * scale[k] / norm; order null: x[k, :], and out may be x; norm

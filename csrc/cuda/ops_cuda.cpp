@@ -29,9 +29,10 @@ struct Cuda {
   template <class Included>
   void check_tokens(const char*, const Included&) const {}
 
-  // Nothing where that is over the budget, or while a CUDA graph is recorded.
+  // Nothing where that is over the budget, while a CUDA graph is recorded, or without a token.
   int64_t bytes_to_keep() const {
-    const int64_t bytes = call.device.capturing ? 0 : path.kept_bytes(call);
+    if (call.device.capturing || call.head.tokens == 0) return 0;
+    const int64_t bytes = path.kept_bytes(call);
     return bytes <= workspace_budget(call.device) ? bytes : 0;
   }
   void lm_head_logprobs(int64_t ignore_index, const TokenOutputs& out, void* kept) const {

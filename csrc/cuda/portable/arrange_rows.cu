@@ -3,11 +3,12 @@
 //   arrange      places = rows that may have a gradient, then the others that take part; masked
 //                rows have none
 //   live_places  of the stored places those whose row has a gradient after all
-//   place        hidden by place, and the guess of L: log2(e) (z_t - old log-prob), z_t a dot
-//                product. A block a row; a row of hidden, and of the weight, read and one written.
+//   place        hidden by place, and for Hopper the guess of L: log2(e) (z_t - old log-prob),
+//                rounded, z_t a dot product. A block a row; a row of hidden read and written, one
+//                of the weight read for the guess.
 //   norm         the bound of all coefficients, for float16
 //
-// All but `place` are one block, which counts by ballots: always the same order.
+// All but `place` are one block. The first two count by ballots: always the same order.
 //
 // Tests: python_tests/test_cuda_emulated.py.
 

@@ -2,13 +2,13 @@
 // block of rows in places, each block reduced by one sweep; the rows that may have a gradient
 // turned into dz; two gradient products a chunk.
 //
-// Work: 1 + 2k products of 2NDV flop, k = share of rows that may have a gradient. Beside them, of
-// each block: 4V bytes a row written and read, of those rows 4V read again and dz written and read
-// twice. Memory: choose.h. With a gradient masked rows are left out, and the host waits once a
-// chunk, for the numbers of rows; under graph capture every row takes part and it does not.
+// Work: 1 + 2k products of 2NDV flop, k = share of rows that may have a gradient. Further traffic a
+// row: 4V bytes written and read; for those rows 4V read again, and dz written once and read twice.
+// Memory: choose.h. Where gradients are computed masked rows are left out, and the host waits once
+// a chunk, for the numbers of rows; under graph capture every row takes part and it does not.
 //
 // lm_head_logprobs keeps the products of all rows, and its backward starts from them, where that
-// fits the budget; otherwise the backward makes them again, to the same bits.
+// fits the budget; otherwise the backward makes them again.
 //
 // Tests: python_tests/test_cuda_emulated.py runs this file on the host.
 
@@ -113,8 +113,10 @@ void run(const Call& call, const Rows& rows, const TokenOutputs& out, const Grad
   if (kept) p.chunk = head.tokens;
   const int64_t capacity = std::min(p.chunk, head.tokens), block = std::min(p.block, capacity);
   const int64_t placed_bytes = capacity * head.width * bytes_of(call.number);
-  Workspace workspace(call.like, p.bytes + placed_bytes + 2 * 4 * head.vocab +
-                                     kPieces * Slab::kAlignment + 128 * capacity);
+  // With gradients the plan has room for x and its places.
+  const int64_t beside = grads.any() ? 0 : placed_bytes;
+  Workspace workspace(call.like, p.bytes + beside + 128 * capacity + 2 * 4 * head.vocab +
+                                     kPieces * Slab::kAlignment);
   Slab keeping(kept, kept ? kPath.kept_bytes(call) : 0);
   const Scanned all = Scanned::lay_out(head, capacity, kept ? capacity : block,
                                        kept ? keeping : static_cast<Slab&>(workspace));

@@ -1,8 +1,9 @@
-// dLoss/dz of the rows that have a gradient, packed, in the dtype of the inputs.
+// dLoss/dz of the rows that may have a gradient, in the dtype of the inputs; out[k, j] = dz_j /
+// scale.
 //
-//   dz_j = [ p_j (g_L - g_logp) - g_H p_j (z_j - m) ] f'_j / T        p_j = e^{z_j - max -
-//   log_total} dz_t = [ g_logp (1 - p_t) + g_L p_t - g_H p_t (z_t - m) ] f'_t / T out[k, j] =
-//   dz_j / scale
+//   p_j = e^{z_j - max - log_total}
+//   dz_j = [ p_j (g_L - g_logp) - g_H p_j (z_j - m) ] f'_j / T
+//   dz_t = [ g_logp (1 - p_t) + g_L p_t - g_H p_t (z_t - m) ] f'_t / T
 //
 // One block a row: 4V bytes read, 2V or 4V written, V exponentials, bound by memory. 1 - p_t comes
 // from the sum without the target, so it keeps its digits where p_t rounds to 1.

@@ -13,10 +13,11 @@
 //                stages
 //   ping-pong    each has every other tile, of 128 x 192; they multiply in turn, so one reduces
 //                while the other multiplies. A sixth more bytes through L2. The turns are no mere
-//                matter of speed: the barrier of a stage tells odd laps from even ones, so a
-//                warpgroup must not wait for a tile before the one in between has been read.
+//                matter of speed: the barrier of a stage has only a parity bit, so a warpgroup that
+//                waits before the other has read the tile in between may take an older lap for its
+//                own.
 //
-// Neither the walk over the tiles nor a row's place reaches a row's numbers: they are the same bits
+// Neither the walk over the tiles nor a row's place affects a row's numbers: they are the same bits
 // in any batch.
 //
 // Tests: python_tests/test_head_scan.py runs this file on the host, test_cuda_emulated.py
