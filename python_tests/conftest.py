@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,9 +63,17 @@ def emulated() -> Path:
 
 
 @pytest.fixture(scope="session")
-def plan(emulated: Path) -> Callable[..., dict[str, int]]:
+def plan_library() -> ctypes.CDLL:
+    """How the CUDA operators cut a call. Not `emulated`: loaded into this process it would take
+    over the operators of all tests."""
+    emulation.build("bupo_plan")
+    return ctypes.CDLL(str(emulation.BUILD / "libbupo_plan.so"))
+
+
+@pytest.fixture(scope="session")
+def plan(plan_library: ctypes.CDLL) -> Callable[..., dict[str, int]]:
     """emulation.cuda_plan"""
-    return functools.partial(emulation.cuda_plan, emulated)
+    return functools.partial(emulation.cuda_plan, plan_library)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ TILE_COLUMNS = {"portable": 0, "cooperative": 256, "pingpong": 192}
 
 
 def cuda_plan(
-    library: Path,
+    library: ctypes.CDLL,
     tokens: int,
     width: int,
     vocab: int,
@@ -50,7 +50,7 @@ def cuda_plan(
     """How a call would be cut (csrc/cuda/choose.h)."""
     shape = (tokens, width, vocab, element, gradients, weight_gradient, half)
     out = (ctypes.c_int64 * 4)()
-    ctypes.CDLL(str(library)).emulator_plan(
+    library.bupo_plan(
         ctypes.c_int64(TILE_COLUMNS[path]),
         (ctypes.c_int64 * len(shape))(*shape),
         ctypes.c_int64(budget),

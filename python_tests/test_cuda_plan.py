@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from emulation import TILE_COLUMNS
@@ -84,9 +83,8 @@ def test_forward_alone_holds_one_block(plan: Plan) -> None:
     assert p["chunk"] == p["block"] <= 4 * GIB // (4 * 151936)
 
 
-def test_the_default_budget_follows_the_memory_that_is_free(emulated: Path) -> None:
-    library = ctypes.CDLL(str(emulated))
-    library.emulator_budget.restype = ctypes.c_int64
+def test_the_default_budget_follows_the_memory_that_is_free(plan_library: ctypes.CDLL) -> None:
+    plan_library.bupo_budget.restype = ctypes.c_int64
     mib = 1 << 20
     for free, budget in ((80 * GIB, 4096), (15 * GIB, 2048), (3 * GIB, 512), (GIB // 2, 256)):
-        assert library.emulator_budget(ctypes.c_int64(free)) == budget * mib
+        assert plan_library.bupo_budget(ctypes.c_int64(free)) == budget * mib

@@ -28,18 +28,6 @@ BUPO_EXPORT int64_t emulator_scans() { return bupo::cuda::sm90::scans; }
 BUPO_EXPORT void emulator_kernels(int which) {
   bupo::kernels = static_cast<bupo::Kernels>(which);
 }
-BUPO_EXPORT void emulator_plan(int64_t tile_columns, const int64_t* shape, int64_t budget,
-                               int64_t* out) {
-  using namespace bupo::cuda;
-  const Shape given{shape[0],      shape[1],      shape[2],     shape[3],
-                    shape[4] != 0, shape[5] != 0, shape[6] != 0};
-  const Plan plan = best_plan(given, budget, [&](const Shape& s, int64_t bytes) {
-    return tile_columns ? sm90_plan(s, bytes, tile_columns) : portable_plan(s, bytes);
-  });
-  for (const int64_t value : {plan.block, plan.chunk, int64_t{plan.accumulate}, plan.bytes})
-    *out++ = value;
-}
-BUPO_EXPORT int64_t emulator_budget(int64_t free) { return bupo::cuda::budget_within(free); }
 BUPO_EXPORT int64_t emulator_reads() { return reads; }
 BUPO_EXPORT int64_t emulator_logit_rows() { return logit_rows; }
 
