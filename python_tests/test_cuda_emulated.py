@@ -99,6 +99,18 @@ for dtype in (torch.float32, torch.bfloat16):
     run_script(emulated, text)
 
 
+def test_a_gradient_is_scaled_by_what_the_device_reads(emulated: Path) -> None:
+    text = """
+for dtype, count in ((torch.float32, 5), (torch.bfloat16, 300_000), (torch.float16, 1000)):
+    x = torch.randn(count).to(dtype)
+    for scale in (1.0, 0.5, -3.0):
+        y = x.clone()
+        torch.ops.bupo.scale_(y, torch.tensor(scale))
+        assert torch.equal(y, (x.float() * scale).to(dtype)), (dtype, scale)
+"""
+    run_script(emulated, text)
+
+
 def test_masked_tokens_are_not_multiplied(emulated: Path) -> None:
     text = """
 for workspace in (1 << 17, 1 << 30):
