@@ -55,7 +55,4 @@ struct PolicyArgs {
   const void* importance_weights;
 };
 
-// clip_fraction, ratio_mean, ratio_max, approx_kl, entropy_mean, live_fraction
-inline constexpr int kPolicyMetrics = 6;
-
 }  // namespace bupo

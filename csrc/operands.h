@@ -20,29 +20,12 @@ using OptionalTensor = std::optional<Tensor>;
 inline const void* data(const Tensor& t) { return t.const_data_ptr(); }
 inline const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-inline const char* name_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Byte:
-      return "bytes";
-    default:
-      return "another dtype";
-  }
-}
-
 inline Tensor make_uninitialised(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
   try {
     return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
   } catch (const std::runtime_error&) {  // bupo.ops makes torch.OutOfMemoryError of it
-    throw_torch_error("out of memory for " + shape_of({shape.data(), shape.size()}) + " " +
-                      name_of(dtype));
+    throw_torch_error("out of memory for " + shape_of({shape.data(), shape.size()}) + " of " +
+                      toString(dtype));
   }
 }
 
@@ -64,7 +47,7 @@ struct Inputs {
     check_matrix(op, "weight", weight);
     dtype = hidden.scalar_type();
     require(std::find(supported.begin(), supported.end(), dtype) != supported.end(), op,
-            ": hidden of ", name_of(dtype), " is not supported on this device");
+            ": hidden of ", toString(dtype), " is not supported on this device");
     require(weight.scalar_type() == dtype, op, ": weight must have the dtype of hidden");
     require(weight.size(1) == hidden.size(1), op, ": weight must be [V, ", hidden.size(1),
             "] for hidden ", shape_of(hidden), ", got ", shape_of(weight));

@@ -91,6 +91,15 @@ BUPO_HOST_DEVICE inline Row<T> finish_row(RowSums<T> others, T target_logit, lon
   return row;
 }
 
+// dz_t of the target, less the temperature, of the gradients of log-prob, entropy and logsumexp.
+template <class T>
+BUPO_HOST_DEVICE inline T target_gradient(const Row<T>& row, T on_logprob, T on_entropy,
+                                          T on_logsumexp) {
+  const T dz = on_logprob * row.target_rest + on_logsumexp * row.target_prob;
+  if (row.target_prob == T(0)) return dz;
+  return dz - on_entropy * row.target_prob * (row.target - row.mean);
+}
+
 enum class LossType : int { kPpo = 0, kCispo = 1 };
 enum class KlEstimator : int { kK1 = 0, kK2 = 1, kK3 = 2 };
 
@@ -167,5 +176,37 @@ BUPO_HOST_DEVICE inline PolicyToken<T> policy_token(const PolicySettings& s, T l
   token.d_entropy = -T(s.entropy_coef);
   return token;
 }
+
+// clip_fraction, ratio_mean, ratio_max, approx_kl, entropy_mean, live_fraction
+inline constexpr int kPolicyMetrics = 6;
+
+// Over the tokens with weight. The largest ratio is nan if one of them is.
+struct PolicySums {
+  double loss = 0, clipped = 0, ratio = 0, largest = 0, kl = 0, entropy = 0, live = 0, included = 0;
+
+  BUPO_HOST_DEVICE void add(const PolicyToken<double>& t, double weight, double its_entropy,
+                            bool is_live) {
+    merge({weight * t.loss, double(t.clipped), t.ratio, t.ratio,
+           std::expm1(t.log_ratio) - t.log_ratio, its_entropy, double(is_live), 1});
+  }
+  BUPO_HOST_DEVICE void merge(const PolicySums& o) {
+    loss += o.loss;
+    clipped += o.clipped;
+    ratio += o.ratio;
+    if (o.largest > largest || o.largest != o.largest) largest = o.largest;
+    kl += o.kl;
+    entropy += o.entropy;
+    live += o.live;
+    included += o.included;
+  }
+  template <class T>
+  BUPO_HOST_DEVICE void write(long long tokens, T* loss_out, T* metrics) const {
+    const double n = included > 1 ? included : 1, all = tokens > 1 ? double(tokens) : 1;
+    const double values[kPolicyMetrics] = {clipped / n, ratio / n,   largest,
+                                           kl / n,      entropy / n, live / all};
+    *loss_out = T(loss);
+    for (int m = 0; m < kPolicyMetrics; ++m) metrics[m] = T(values[m]);
+  }
+};
 
 }  // namespace bupo

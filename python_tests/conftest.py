@@ -14,7 +14,7 @@ from sample_inputs import EMULATED
 from torch._guards import active_fake_mode
 
 NO_FLOAT64 = (
-    "hidden of float64 is not supported on this device",  # the operator
+    "hidden of Double is not supported on this device",  # the operator
     "hidden on cuda must be float32, bfloat16 or float16, got torch.float64",  # the Python checks
 )
 

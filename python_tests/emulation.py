@@ -56,7 +56,7 @@ def cuda_plan(
         ctypes.c_int64(budget),
         out,
     )
-    return dict(zip(("block", "chunk", "accumulate", "bytes"), out))
+    return dict(zip(("chunk", "accumulate", "bytes"), out))
 
 
 SCRIPT = """

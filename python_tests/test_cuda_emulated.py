@@ -168,7 +168,7 @@ def test_float64_is_refused(emulated: Path) -> None:
 try:
     run(double(sample(torch.float32)))
 except ValueError as error:
-    assert "bupo.ops.policy_loss: hidden of float64 is not supported on this device" in str(error)
+    assert "bupo.ops.policy_loss: hidden of Double is not supported on this device" in str(error)
 else:
     raise AssertionError("accepted")
 """

@@ -210,8 +210,7 @@ class Gradients {
 
  private:
   double target_gradient(const Row<double>& row, const Coefficients& c, int64_t token) const {
-    double dz = c.logprob * row.target_rest + c.logsumexp * row.target_prob;
-    if (row.target_prob != 0) dz -= c.entropy * row.target_prob * (row.target - row.mean);
+    double dz = bupo::target_gradient(row, c.logprob, c.entropy, c.logsumexp);
     if (head_.capped()) {
       const double u = (row.max + row.target) / head_.kept_scale(token);
       dz *= 1 - u * u;
@@ -331,11 +330,12 @@ void policy_loss(Scalar dtype, const HeadArgs& args, const PolicyArgs& policy,
     std::vector<int64_t> tokens;
     for (int64_t i = 0; i < args.tokens; ++i)
       if (at<Acc>(policy.token_weights, i) != Acc(0)) tokens.push_back(i);
-    const int64_t included = static_cast<int64_t>(tokens.size());
     std::unique_ptr<Gradients<Products>> gradients;
-    if (grads.any()) gradients = std::make_unique<Gradients<Products>>(head, grads, included);
+    if (grads.any())
+      gradients =
+          std::make_unique<Gradients<Products>>(head, grads, static_cast<int64_t>(tokens.size()));
 
-    double total = 0, clipped = 0, ratio_sum = 0, ratio_max = 0, kl = 0, entropy = 0, live = 0;
+    PolicySums sums;
     for_chunks(head, tokens, gradients.get(), [&](const int64_t* chunk, const auto& rows) {
       std::vector<Coefficients> coefficients(rows.size());
       for (size_t i = 0; i < rows.size(); ++i) {
@@ -347,25 +347,13 @@ void policy_loss(Scalar dtype, const HeadArgs& args, const PolicyArgs& policy,
             at<Acc>(policy.advantages, token),
             policy.ref_logprobs ? at<Acc>(policy.ref_logprobs, token) : 0,
             policy.importance_weights ? at<Acc>(policy.importance_weights, token) : 1);
-        total += weight * t.loss;
         coefficients[i] = {weight * t.d_logprob, weight * t.d_entropy, 0};
-        live += coefficients[i].live();
-        clipped += t.clipped;
-        ratio_sum += t.ratio;
-        if (t.ratio > ratio_max || std::isnan(t.ratio)) ratio_max = t.ratio;  // nan stays
-        kl += std::expm1(t.log_ratio) - t.log_ratio;
-        entropy += rows[i].entropy;
+        sums.add(t, weight, rows[i].entropy, coefficients[i].live());
       }
       if (gradients) gradients->append(chunk, rows, coefficients);
     });
     if (gradients) gradients->finish();
-
-    const double n = static_cast<double>(std::max<int64_t>(included, 1));
-    *static_cast<Acc*>(loss) = Acc(total);
-    const double values[kPolicyMetrics] = {
-        clipped / n, ratio_sum / n, ratio_max,
-        kl / n,      entropy / n,   live / static_cast<double>(std::max<int64_t>(args.tokens, 1))};
-    for (int m = 0; m < kPolicyMetrics; ++m) static_cast<Acc*>(metrics)[m] = Acc(values[m]);
+    sums.write(args.tokens, static_cast<Acc*>(loss), static_cast<Acc*>(metrics));
   });
 }
 

@@ -1,11 +1,6 @@
-// How a call is cut into chunks and blocks of rows: from shapes and a budget alone. Plain C++:
-// tested on any machine (python_tests/test_cuda_plan.py).
-//
-//   block  rows whose fp32 products [block, V] are held at once (portable)
-//   chunk  rows whose dz or E [chunk, V] is held until the two gradient products
-//
-// A further chunk reads and writes dW in fp32 once more, so chunks are as large as the budget
-// allows, and of equal size.
+// How a call is cut into chunks of rows: from shapes and a budget alone. Plain C++: tested on any
+// machine (python_tests/test_cuda_plan.py). A further chunk reads and writes dW in fp32 once more,
+// so chunks are as large as the budget allows, and of equal size.
 
 #pragma once
 
@@ -21,7 +16,7 @@ struct Shape {
 };
 
 struct Plan {
-  int64_t block = 0, chunk = 0;
+  int64_t chunk = 0;
   bool accumulate = false;  // dW needs an fp32 accumulator [V, D] beside the workspace
   int64_t bytes = 0;        // of the workspace
 };
@@ -50,47 +45,31 @@ inline int64_t rows_within(int64_t tokens, int64_t bytes, int64_t bytes_a_row,
   return std::min(most, round_up((tokens + chunks - 1) / chunks, kRowMultiple));
 }
 
-// Of a chunk's row beside its dz: x times a scale, dx in fp32, statistics and place.
-inline int64_t row_bytes(const Shape& s) { return (s.element + 4) * s.width + 64; }
-
 inline bool accumulates(const Shape& s, int64_t chunk) {
   return s.weight_gradient && s.element != 4 && (s.half || s.tokens > chunk);
 }
 
 inline constexpr int64_t products_stride(int64_t vocab) { return (vocab + 7) / 8 * 8; }
 
+// Of a chunk's row: products in fp32, dz in their place; x; dx in fp32; statistics and place.
 inline Plan portable_plan(const Shape& s, int64_t budget) {
-  Plan p;
-  const int64_t stride = products_stride(s.vocab), products = 4 * stride, columns = 4 * s.vocab;
-  if (!s.gradients) {
-    p.block = p.chunk = rows_within(s.tokens, budget - columns, products);
-    p.bytes = p.block * products + columns;
-    return p;
-  }
-  const int64_t of_chunk = s.element * stride + row_bytes(s);
-  p.block = std::min(rows_within(s.tokens, budget / 4, products),
-                     rows_within(s.tokens, budget - columns, products + of_chunk));
-  const int64_t rest = budget - columns - p.block * products;
-  p.chunk = std::max(p.block, rows_within(s.tokens, rest, of_chunk));
-  p.block = std::min(p.block, rows_within(p.chunk, budget / 4, products));
-  p.accumulate = accumulates(s, p.chunk);
-  p.bytes = p.block * products + columns + p.chunk * of_chunk;
-  return p;
+  int64_t of_row = 4 * products_stride(s.vocab) + s.element * s.width + 128;
+  if (s.gradients) of_row += 4 * s.width;
+  const int64_t columns = 8 * s.vocab;  // bias, and its gradient
+  const int64_t chunk = rows_within(s.tokens, budget - columns, of_row);
+  return {chunk, accumulates(s, chunk), chunk * of_row + columns};
 }
 
-// Hopper: E [chunk, stride], whose rows begin on 128 bytes; the rows of hidden by place; partial
-// sums and references of every tile of `tile_columns` columns.
+// Hopper: E, whose rows begin on 128 bytes, in place of products and dz; partial sums and
+// references of every tile of `tile_columns` columns.
 inline Plan sm90_plan(const Shape& s, int64_t budget, int64_t tile_columns) {
-  constexpr int64_t kClusterRows = 256, kPerPlace = 128, kPartial = 12, kReference = 4;
+  constexpr int64_t kClusterRows = 256, kPartial = 12, kReference = 4;
   const int64_t tiles = (s.vocab + tile_columns - 1) / tile_columns;
-  int64_t of_chunk = kPartial * tiles + kPerPlace + s.element * s.width;
-  if (s.gradients) of_chunk += s.element * round_up(s.vocab, 64) + kReference * tiles + 4 * s.width;
-  const int64_t columns = 8 * tiles * tile_columns;  // bias, and its gradient
-  Plan p;
-  p.block = p.chunk = rows_within(s.tokens, budget - columns, of_chunk, kClusterRows);
-  p.accumulate = accumulates(s, p.chunk);
-  p.bytes = p.chunk * of_chunk + columns;
-  return p;
+  int64_t of_row = kPartial * tiles + s.element * s.width + 128;
+  if (s.gradients) of_row += s.element * round_up(s.vocab, 64) + kReference * tiles + 4 * s.width;
+  const int64_t columns = 8 * tiles * tile_columns;
+  const int64_t chunk = rows_within(s.tokens, budget - columns, of_row, kClusterRows);
+  return {chunk, accumulates(s, chunk), chunk * of_row + columns};
 }
 
 // One chunk where that takes no more than several and their accumulator would.

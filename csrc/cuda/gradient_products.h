@@ -6,14 +6,9 @@
 
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 
-#include "../args.h"
-#include "choose.h"
-#include "library.h"
-#include "memory.h"
+#include "call.h"
 
 namespace bupo::cuda {
 
@@ -23,15 +18,15 @@ struct LiveRowsOfChunk {
   const int64_t* order;  // the row of each place, counted from `first`
   const float* scale;
   int64_t first;
-  void* hidden;  // if by_place: rows of hidden by place, to be overwritten
+  void* hidden;  // if by_place: rows of hidden by place, which are overwritten
 };
 
 class GradientProducts {
  public:
-  GradientProducts(const torch::stable::Tensor& like, const Device& device, Number number,
-                   const HeadArgs& args, const GradArgs& out, bool accumulate, int64_t chunk,
-                   bool by_place, Slab& slab);
+  GradientProducts(const Call& call, const GradArgs& out, bool accumulate, int64_t capacity,
+                   bool by_place);
 
+  void take(Slab& slab);
   // The bound that keeps float16 rows in range; before the first chunk.
   void set_norm(const Coefficients& bounds);
   void add(const LiveRowsOfChunk& rows);
@@ -39,16 +34,13 @@ class GradientProducts {
   void finish();
 
  private:
-  float* total();  // where dW is summed: fp32
-
-  const Device& device_;
-  Number number_;
-  HeadArgs args_;
+  const Call& call_;
   GradArgs out_;
+  int64_t capacity_;
+  bool by_place_, written_ = false;
   void* x_ = nullptr;
   float *dx_ = nullptr, *bias_ = nullptr, *norm_ = nullptr;
-  std::optional<torch::stable::Tensor> accumulator_;
-  bool written_ = false;
+  std::optional<Tensor> accumulator_;
 };
 
 }  // namespace bupo::cuda

@@ -28,7 +28,7 @@ struct RowChoice {
 };
 
 // Products of some rows with the whole vocabulary, and how they become logits:
-// z = softcap(x + bias_j) / temperature_i. The arrays of rows begin with the block's first row.
+// z = softcap(x + bias_j) / temperature_i.
 struct LogitBlock {
   const float* products;  // [rows, vocab], fp32 accumulators of the product
   int64_t rows, vocab, stride;
@@ -101,14 +101,13 @@ struct PlaceArgs {
 };
 cudaError_t launch_place_rows(Number number, const PlaceArgs& args, cudaStream_t stream);
 
-// Statistics of places [first, first + logits.rows), to the rows that are there. Rows that take no
-// part give 0; a target outside [0, vocab) gives nan.
+// Statistics of the first logits.rows places, to the rows that are there. Rows that take no part
+// give 0; a target outside [0, vocab) gives nan.
 struct RowStatsArgs {
-  LogitBlock logits;
+  LogitBlock logits;  // by place
   Places places;
-  int64_t first;
   RowChoice choice;                       // by row
-  Row<float>* records;                    // as logits, for logit_gradient; null without gradient
+  Row<float>* records;                    // by place, for logit_gradient; null without gradient
   float *logprobs, *entropy, *logsumexp;  // by row; null where not wanted
 };
 cudaError_t launch_row_stats(const RowStatsArgs& args, cudaStream_t stream);
@@ -116,17 +115,16 @@ cudaError_t launch_row_stats(const RowStatsArgs& args, cudaStream_t stream);
 // dz_j / scale of some rows, in the dtype of the inputs. scale is a power of two, so that dz /
 // scale and x * scale round as dz and x do.
 struct LogitGradientArgs {
-  LogitBlock logits;  // of the places from the block's first on
+  LogitBlock logits;  // by place; logits.rows of them
   Places places;
-  const Row<float>* records;  // as logits
+  const Row<float>* records;  // by place
   Coefficients coefficients;  // by row
-  int64_t first, rows;        // places of the block
-  const int32_t* source;      // the place of each row; null: first, first + 1, ...
+  const int32_t* source;      // the place of each; null: 0, 1, ...
   bool half;                  // values for float16: 2^10 larger, so that small ones survive
-  void* out;                  // [rows, out_stride]
-  int64_t out_stride;
-  int64_t* order;  // out: the row of each; null: not wanted
-  float* scale;    // out
+  void* out;                  // [rows, out_stride]; without source it may be the products, in place
+  int64_t out_stride;         // rows as long as those of the products, or longer
+  int64_t* order;             // out: the row of each; null: not wanted
+  float* scale;               // out
 };
 cudaError_t launch_logit_gradient(Number number, const LogitGradientArgs& args,
                                   cudaStream_t stream);

@@ -70,7 +70,8 @@ void multiply(const Device& device, const Matrix& out, const Matrix& a, const Ma
     call("aten::mm", "dtype_out", left, right, ScalarType::Float, to);
 }
 
-CountReader::CountReader(const Device& device, const int32_t* counts) {
+CountReader::CountReader(const Device& device, const int32_t* counts, int64_t otherwise)
+    : otherwise_(otherwise) {
   if (device.capturing) return;
   struct Buffer {  // pinned, so that the copy does not wait for the device
     int32_t* values = nullptr;
@@ -90,6 +91,7 @@ CountReader::CountReader(const Device& device, const int32_t* counts) {
 }
 
 std::array<int64_t, 2> CountReader::wait() {
+  if (!values_) return {otherwise_, otherwise_};
   check(cudaEventSynchronize(event_));
   return {values_[0], values_[1]};
 }

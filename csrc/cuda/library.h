@@ -42,14 +42,15 @@ Device current_device(const torch::stable::Tensor& like);
 void multiply(const Device& device, const Matrix& out, const Matrix& a, const Matrix& b,
               bool add = false);
 
-// Two counters on the device as they were when the reader was made, for the host. Under capture the
-// host cannot read.
+// Two counters on the device as they were when the reader was made, for the host, which waits until
+// the device has come to them; under capture it cannot, and `otherwise` stands for both.
 class CountReader {
  public:
-  CountReader(const Device& device, const int32_t* counts);
-  std::array<int64_t, 2> wait();  // until the device has come to them
+  CountReader(const Device& device, const int32_t* counts, int64_t otherwise);
+  std::array<int64_t, 2> wait();
 
  private:
+  int64_t otherwise_;
   int32_t* values_ = nullptr;
   cudaEvent_t event_ = nullptr;
 };

@@ -6,7 +6,7 @@
 #include <platform.cuh>
 
 #include "../operators.h"
-#include "paths.h"
+#include "lm_head.h"
 
 namespace bupo {
 namespace {
@@ -32,27 +32,25 @@ struct Cuda {
   // Nothing where that is over the budget, while a CUDA graph is recorded, or without a token.
   int64_t bytes_to_keep() const {
     if (call.device.capturing || call.head.tokens == 0) return 0;
-    const int64_t bytes = path.kept_bytes(call);
+    const int64_t bytes = kept_bytes(path, call);
     return bytes <= workspace_budget(call.device) ? bytes : 0;
   }
   void lm_head_logprobs(int64_t ignore_index, const TokenOutputs& out, void* kept) const {
-    path.lm_head_logprobs(call, ignore_index, out, kept);
+    cuda::lm_head_logprobs(path, call, ignore_index, out, kept);
   }
   void lm_head_logprobs_backward(int64_t ignore_index, const TokenGrads& upstream,
                                  const GradArgs& grads, void* kept, int64_t bytes) const {
     // A saved weight may come back at another address (hooks that offload it), on the other path.
-    if (bytes != path.kept_bytes(call)) kept = nullptr;
-    path.lm_head_logprobs_backward(
-        call, ignore_index,
+    if (bytes != kept_bytes(path, call)) kept = nullptr;
+    cuda::lm_head_logprobs_backward(
+        path, call, ignore_index,
         {cuda::at<float>(upstream.logprobs, 0), cuda::at<float>(upstream.entropy, 0),
          cuda::at<float>(upstream.logsumexp, 0)},
         grads, kept);
   }
   void policy_loss(const PolicyArgs& policy, const TokenOutputs& out, const GradArgs& grads,
                    void* loss, void* metrics) const {
-    const cuda::PolicyCoefficients coefficients(call, policy, out);
-    path.policy_loss(call, coefficients, out, grads);
-    coefficients.sum(loss, metrics);
+    cuda::policy_loss(path, call, policy, out, grads, loss, metrics);
   }
 
   cuda::Call call;

@@ -79,11 +79,11 @@ void multiply(const Device&, const Matrix& out, const Matrix& a, const Matrix& b
   }
 }
 
-CountReader::CountReader(const Device&, const int32_t* counts)
-    : values_(const_cast<int32_t*>(counts)) {}
+CountReader::CountReader(const Device& device, const int32_t* counts, int64_t otherwise)
+    : otherwise_(otherwise), values_(device.capturing ? nullptr : const_cast<int32_t*>(counts)) {}
 
 std::array<int64_t, 2> CountReader::wait() {
-  if (capturing) throw std::logic_error("the host would wait during a graph capture");
+  if (!values_) return {otherwise_, otherwise_};
   ++reads;
   return {values_[0], values_[1]};
 }

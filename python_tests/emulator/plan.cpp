@@ -14,7 +14,7 @@ BUPO_EXPORT void bupo_plan(int64_t tile_columns, const int64_t* shape, int64_t b
   const Plan plan = best_plan(given, budget, [&](const Shape& s, int64_t bytes) {
     return tile_columns ? sm90_plan(s, bytes, tile_columns) : portable_plan(s, bytes);
   });
-  for (const int64_t value : {plan.block, plan.chunk, int64_t{plan.accumulate}, plan.bytes})
+  for (const int64_t value : {plan.chunk, int64_t{plan.accumulate}, plan.bytes})
     *out++ = value;
 }
 

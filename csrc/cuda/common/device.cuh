@@ -49,11 +49,23 @@ __device__ inline float exp2_integer(float n) {
   return y;
 }
 
+// The value of the lane `offset` further on.
+template <class T>
+__device__ T shuffle_down(const T& value, int offset) {
+  uint32_t words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof value);
+  for (uint32_t& word : words) word = __shfl_down_sync(kAllLanes, word, offset);
+  T shifted;
+  memcpy(&shifted, words, sizeof shifted);
+  return shifted;
+}
+
 // The block's values combined in lane and warp order: the same result in every run. Thread 0 has
 // it.
-template <int kThreads, class T, class Shift, class Combine>
-__device__ T block_reduce(T value, T* shared, const Shift& shift, const Combine& combine) {
-  for (int offset = 16; offset > 0; offset /= 2) value = combine(value, shift(value, offset));
+template <int kThreads, class T, class Combine>
+__device__ T block_reduce(T value, T* shared, const Combine& combine) {
+  for (int offset = 16; offset > 0; offset /= 2)
+    value = combine(value, shuffle_down(value, offset));
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
   __syncthreads();
   if (threadIdx.x == 0)

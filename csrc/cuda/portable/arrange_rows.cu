@@ -67,9 +67,7 @@ __global__ void __launch_bounds__(kThreads)
     const float size = Coefficient(bounds, i).largest();
     if (size > mine && size < INFINITY) mine = size;
   }
-  mine = block_reduce<kThreads>(
-      mine, shared, [](float x, int offset) { return __shfl_down_sync(kAllLanes, x, offset); },
-      [](float a, float b) { return a > b ? a : b; });
+  mine = block_reduce<kThreads>(mine, shared, [](float a, float b) { return a > b ? a : b; });
   if (threadIdx.x == 0) *norm = power_of_two(mine) / kHalfGain;
 }
 
@@ -88,9 +86,7 @@ __global__ void __launch_bounds__(kPlaceThreads) place_kernel(PlaceArgs args) {
     out[d] = x[d];
     if (args.guess) dot = fmaf(widen(x[d]), widen(w[d]), dot);
   }
-  dot = block_reduce<kPlaceThreads>(
-      dot, shared, [](float v, int offset) { return __shfl_down_sync(kAllLanes, v, offset); },
-      [](float a, float b) { return a + b; });
+  dot = block_reduce<kPlaceThreads>(dot, shared, [](float a, float b) { return a + b; });
   if (threadIdx.x != 0) return;
   const float temperature = args.temperature ? args.temperature[row] : 1.0f;
   args.places.targets[place] = target;

@@ -5,8 +5,9 @@
 //   dz_j = [ p_j (g_L - g_logp) - g_H p_j (z_j - m) ] f'_j / T
 //   dz_t = [ g_logp (1 - p_t) + g_L p_t - g_H p_t (z_t - m) ] f'_t / T
 //
-// One block a row: 4V bytes read, 2V or 4V written, V exponentials, bound by memory. 1 - p_t comes
-// from the sum without the target, so it keeps its digits where p_t rounds to 1.
+// One block a row, in place of the products: 4V bytes read, 2V or 4V written, V exponentials, bound
+// by memory. 1 - p_t comes from the sum without the target, so it keeps its digits where p_t rounds
+// to 1.
 //
 // Tests: python_tests/test_cuda_emulated.py, on a GPU bench/gpu_check.py. Bench: the latter.
 
@@ -22,12 +23,11 @@ constexpr int kThreads = kRowThreads;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) logit_gradient_kernel(LogitGradientArgs args) {
-  const int64_t k = blockIdx.x, place = args.source ? args.source[k] : args.first + k;
-  const int64_t at = args.source ? place : k;  // in the block
+  const int64_t k = blockIdx.x, place = args.source ? args.source[k] : k;
   const int64_t row = args.places.order[place], vocab = args.logits.vocab;
   T* out = static_cast<T*>(args.out) + k * args.out_stride;
   const Coefficient c(args.coefficients, row);
-  const RowLogits z(args.logits, at);
+  const RowLogits z(args.logits, place);
   const float scale =
       !c.is_live() ? 0.0f
                    : power_of_two(c.largest() / z.temperature()) / (args.half ? kHalfGain : 1.0f);
@@ -39,23 +39,25 @@ __global__ void __launch_bounds__(kThreads) logit_gradient_kernel(LogitGradientA
     for (int64_t j = threadIdx.x; j < vocab; j += kThreads) narrow(0.0f, out[j]);
     return;
   }
-  const Row<float> record = args.records[at];
+  const Row<float> record = args.records[place];
   const float factor = 1.0f / (z.temperature() * scale);
   const float on_p = (c.on_logsumexp - c.on_logprob) * factor, on_gap = -c.on_entropy * factor;
   const int64_t target = args.places.targets[place];
-  for (int64_t j = threadIdx.x; j < vocab; j += kThreads) {
-    const float unit = z.unit(j), d = z.z(unit) - record.max;
+  for (int64_t base = 0; base < vocab; base += kThreads) {
+    const int64_t j = base + threadIdx.x;
     float dz = 0.0f;
-    if (j == target) {
-      dz = factor * (c.on_logprob * record.target_rest + c.on_logsumexp * record.target_prob);
-      if (record.target_prob != 0.0f)
-        dz += on_gap * record.target_prob * (record.target - record.mean);
-      dz *= z.slope(unit);
-    } else if (d != -INFINITY) {
-      const float p = expf(d - record.log_total);
-      dz = p * (on_p + on_gap * (d - record.mean)) * z.slope(unit);
+    if (j < vocab) {
+      const float unit = z.unit(j), d = z.z(unit) - record.max;
+      if (j == target) {
+        dz = factor * target_gradient(record, c.on_logprob, c.on_entropy, c.on_logsumexp) *
+             z.slope(unit);
+      } else if (d != -INFINITY) {
+        const float p = expf(d - record.log_total);
+        dz = p * (on_p + on_gap * (d - record.mean)) * z.slope(unit);
+      }
     }
-    narrow(dz, out[j]);
+    __syncthreads();  // in place: dz is no wider than a product, so it covers none of those to come
+    if (j < vocab) narrow(dz, out[j]);
   }
 }
 
@@ -66,7 +68,7 @@ cudaError_t launch_logit_gradient(Number number, const LogitGradientArgs& args,
   const auto kernel = number == Number::kFloat      ? logit_gradient_kernel<float>
                       : number == Number::kBfloat16 ? logit_gradient_kernel<BFloat16>
                                                     : logit_gradient_kernel<Float16>;
-  return launch(kernel, args.rows, kThreads, stream, args);
+  return launch(kernel, args.logits.rows, kThreads, stream, args);
 }
 
 }  // namespace bupo::cuda

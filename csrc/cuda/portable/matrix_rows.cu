@@ -45,29 +45,25 @@ __global__ void __launch_bounds__(kThreads)
   sums[j] += sum;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) scale_kernel(T* data, const float* scale, int64_t n) {
-  const float factor = *scale;
-  if (factor == 1.0f) return;
+// out = in * factor[0], factor null for 1. In place a factor of 1 leaves nothing to do.
+template <class From, class To>
+__global__ void __launch_bounds__(kThreads)
+    convert_kernel(const From* in, const float* factor, To* out, int64_t n) {
+  const float by = factor ? *factor : 1.0f;
+  if (static_cast<const void*>(in) == out && by == 1.0f) return;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n; i += step)
-    narrow(widen(data[i]) * factor, data[i]);
+    narrow(widen(in[i]) * by, out[i]);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    narrow_kernel(const float* in, const float* norm, T* out, int64_t n) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) narrow(in[i] * (norm ? *norm : 1.0f), out[i]);
+template <class From, class To>
+cudaError_t convert(const void* in, const float* factor, void* out, int64_t n,
+                    cudaStream_t stream) {
+  constexpr int64_t kMostBlocks = 4096;
+  const int64_t blocks = std::min((n + kThreads - 1) / kThreads, kMostBlocks);
+  return launch(convert_kernel<From, To>, blocks, kThreads, stream, static_cast<const From*>(in),
+                factor, static_cast<To*>(out), n);
 }
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) widen_kernel(const T* in, float* out, int64_t n) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) out[i] = widen(in[i]);
-}
-
-int64_t blocks_of(int64_t n) { return (n + kThreads - 1) / kThreads; }
 
 }  // namespace
 
@@ -86,34 +82,27 @@ cudaError_t launch_scatter_rows(Number number, const ScatterArgs& args, cudaStre
 cudaError_t launch_column_sums(Number number, const void* dz, int64_t stride, const float* scale,
                                int64_t count, int64_t columns, float* sums, cudaStream_t stream) {
   return with_number(number, [&]<class T>(T) {
-    return launch(column_sums_kernel<T>, blocks_of(columns), kThreads, stream,
+    return launch(column_sums_kernel<T>, (columns + kThreads - 1) / kThreads, kThreads, stream,
                   static_cast<const T*>(dz), stride, scale, count, columns, sums);
   });
 }
 
 cudaError_t launch_scale(Number number, void* data, const float* scale, int64_t count,
                          cudaStream_t stream) {
-  constexpr int64_t kMostBlocks = 2048;  // most often they have nothing to do
-  return with_number(number, [&]<class T>(T) {
-    return launch(scale_kernel<T>, std::min(blocks_of(count), kMostBlocks), kThreads, stream,
-                  static_cast<T*>(data), scale, count);
-  });
+  return with_number(number,
+                     [&]<class T>(T) { return convert<T, T>(data, scale, data, count, stream); });
 }
 
 cudaError_t launch_narrow(Number number, const float* in, const float* norm, void* out,
                           int64_t count, cudaStream_t stream) {
-  return with_number(number, [&]<class T>(T) {
-    return launch(narrow_kernel<T>, blocks_of(count), kThreads, stream, in, norm,
-                  static_cast<T*>(out), count);
-  });
+  return with_number(number,
+                     [&]<class T>(T) { return convert<float, T>(in, norm, out, count, stream); });
 }
 
 cudaError_t launch_widen(Number number, const void* in, float* out, int64_t count,
                          cudaStream_t stream) {
-  return with_number(number, [&]<class T>(T) {
-    return launch(widen_kernel<T>, blocks_of(count), kThreads, stream, static_cast<const T*>(in),
-                  out, count);
-  });
+  return with_number(
+      number, [&]<class T>(T) { return convert<T, float>(in, nullptr, out, count, stream); });
 }
 
 }  // namespace bupo::cuda

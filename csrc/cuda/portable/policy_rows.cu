@@ -37,47 +37,25 @@ __global__ void coefficients_kernel(PolicyRows rows, float* on_logprob, float* o
   if (on_entropy) on_entropy[i] = static_cast<float>(weight * token.d_entropy);
 }
 
-struct Sums {
-  double loss = 0, clipped = 0, ratio = 0, largest = 0, kl = 0, entropy = 0, live = 0, included = 0;
-};
-
 __global__ void __launch_bounds__(kSumThreads)
     sums_kernel(PolicyRows rows, float* loss, float* metrics) {
-  __shared__ Sums shared[kSumThreads / 32];
-  Sums mine;
+  __shared__ PolicySums shared[kSumThreads / 32];
+  PolicySums mine;
   for (int64_t i = threadIdx.x; i < rows.rows; i += kSumThreads) {
     const double weight = at(rows.policy.token_weights, i);
     if (weight == 0) continue;
     const PolicyToken<double> token = token_of(rows, i);
-    mine.included += 1;
-    mine.loss += weight * token.loss;
-    mine.clipped += token.clipped;
-    mine.ratio += token.ratio;
-    if (token.ratio > mine.largest || token.ratio != token.ratio) mine.largest = token.ratio;
-    mine.kl += expm1(token.log_ratio) - token.log_ratio;
-    mine.entropy += rows.entropy[i];
     // Live as the gradient sees it: coefficients are floats there.
-    mine.live += static_cast<float>(weight * token.d_logprob) != 0.0f ||
-                 static_cast<float>(weight * token.d_entropy) != 0.0f;
+    const bool live = static_cast<float>(weight * token.d_logprob) != 0.0f ||
+                      static_cast<float>(weight * token.d_entropy) != 0.0f;
+    mine.add(token, weight, rows.entropy[i], live);
   }
-  const auto shift = [](const Sums& s, int offset) {
-    const auto from = [offset](double x) { return __shfl_down_sync(kAllLanes, x, offset); };
-    return Sums{from(s.loss), from(s.clipped), from(s.ratio), from(s.largest),
-                from(s.kl),   from(s.entropy), from(s.live),  from(s.included)};
-  };
-  const Sums all = block_reduce<kSumThreads>(mine, shared, shift, [](const Sums& a, const Sums& b) {
-    const bool second = b.largest > a.largest || b.largest != b.largest;
-    return Sums{
-        a.loss + b.loss, a.clipped + b.clipped, a.ratio + b.ratio, second ? b.largest : a.largest,
-        a.kl + b.kl,     a.entropy + b.entropy, a.live + b.live,   a.included + b.included};
-  });
-  if (threadIdx.x != 0) return;
-  const double n = all.included > 1 ? all.included : 1;
-  const double tokens = rows.rows > 1 ? static_cast<double>(rows.rows) : 1;
-  *loss = static_cast<float>(all.loss);
-  const double values[kPolicyMetrics] = {all.clipped / n, all.ratio / n,   all.largest,
-                                         all.kl / n,      all.entropy / n, all.live / tokens};
-  for (int m = 0; m < kPolicyMetrics; ++m) metrics[m] = static_cast<float>(values[m]);
+  const PolicySums all =
+      block_reduce<kSumThreads>(mine, shared, [](PolicySums a, const PolicySums& b) {
+        a.merge(b);
+        return a;
+      });
+  if (threadIdx.x == 0) all.write(rows.rows, loss, metrics);
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ struct RunningSums {
 
 __global__ void __launch_bounds__(kThreads) row_stats_kernel(RowStatsArgs args) {
   __shared__ RowSums<float> shared[kThreads / 32];
-  const int64_t k = blockIdx.x, place = args.first + k;
+  const int64_t place = blockIdx.x;
   if (place >= args.places.counts[0]) return;
   const int64_t row = args.places.order[place];
   const bool included = takes_part(args.choice, row);
@@ -58,26 +58,20 @@ __global__ void __launch_bounds__(kThreads) row_stats_kernel(RowStatsArgs args) 
     const float value = included ? NAN : 0.0f;
     record.logprob = record.entropy = record.logsumexp = value;
   } else {
-    const RowLogits z(args.logits, k);
+    const RowLogits z(args.logits, place);
     RunningSums running;
     for (int64_t j = threadIdx.x; j < vocab; j += kThreads)
       if (j != target) running.add(z[j]);
     RowSums<float> sums = running.sums;
-    const auto shift = [](const RowSums<float>& s, int offset) {
-      return RowSums<float>{__shfl_down_sync(kAllLanes, s.max, offset),
-                            __shfl_down_sync(kAllLanes, s.sum, offset),
-                            __shfl_down_sync(kAllLanes, s.dot, offset)};
-    };
-    sums =
-        block_reduce<kThreads>(sums, shared, shift, [](RowSums<float> a, const RowSums<float>& b) {
-          merge(a, b);
-          return a;
-        });
+    sums = block_reduce<kThreads>(sums, shared, [](RowSums<float> a, const RowSums<float>& b) {
+      merge(a, b);
+      return a;
+    });
     if (threadIdx.x == 0)
       record = in_float(finish_row<double>({sums.max, sums.sum, sums.dot}, z[target], vocab));
   }
   if (threadIdx.x != 0) return;
-  if (args.records) args.records[k] = record;
+  if (args.records) args.records[place] = record;
   if (args.logprobs) args.logprobs[row] = record.logprob;
   if (args.entropy) args.entropy[row] = record.entropy;
   if (args.logsumexp) args.logsumexp[row] = record.logsumexp;

@@ -48,10 +48,7 @@ __device__ Sums sums_of(const FinishArgs& args, int64_t place) {
     const BitSums part = args.partials[tile * args.places.capacity + place];
     sums.merge({part.ref, part.sum, part.dot});
   }
-  for (int offset = 16; offset > 0; offset /= 2)
-    sums.merge({__shfl_down_sync(kAllLanes, sums.ref, offset),
-                __shfl_down_sync(kAllLanes, sums.sum, offset),
-                __shfl_down_sync(kAllLanes, sums.dot, offset)});
+  for (int offset = 16; offset > 0; offset /= 2) sums.merge(shuffle_down(sums, offset));
   return sums;  // lane 0 has all
 }
 

@@ -80,15 +80,8 @@ __global__ void __launch_bounds__(kThreads) gradient_rows_kernel(GradientRowsArg
   args.scale[k] = scale;
   const int64_t target = args.places.targets[place];
   if (scale == 0.0f || target < 0 || target >= args.vocab) return;
-  float dz;
-  if (by_row) {
-    dz = -record.row.target_rest / record.gain;
-  } else {
-    dz = factor * (c.on_logprob * record.row.target_rest + c.on_logsumexp * record.row.target_prob);
-    if (record.row.target_prob != 0.0f)
-      dz -= factor * c.on_entropy * record.row.target_prob * (record.row.target - record.row.mean);
-  }
-  narrow(dz, out[target]);
+  const float dz = target_gradient(record.row, c.on_logprob, c.on_entropy, c.on_logsumexp);
+  narrow(by_row ? -record.row.target_rest / record.gain : factor * dz, out[target]);
 }
 
 }  // namespace
