@@ -49,7 +49,7 @@ def cuda_plan(
 ) -> dict[str, int]:
     """How a call would be cut (csrc/cuda/choose.h)."""
     shape = (tokens, width, vocab, element, gradients, weight_gradient, half)
-    out = (ctypes.c_int64 * 4)()
+    out = (ctypes.c_int64 * 3)()
     library.bupo_plan(
         ctypes.c_int64(TILE_COLUMNS[path]),
         (ctypes.c_int64 * len(shape))(*shape),

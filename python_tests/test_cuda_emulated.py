@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,29 @@ for dtype, count in ((torch.float32, 5), (torch.bfloat16, 300_000), (torch.float
         assert torch.equal(y, (x.float() * scale).to(dtype)), (dtype, scale)
 """
     run_script(emulated, text)
+
+
+@pytest.mark.parametrize(("capability", "path"), [(80, "portable"), (90, "pingpong")])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_call_takes_the_memory_that_was_planned(
+    emulated: Path, plan: Callable[..., dict[str, int]], capability: int, path: str, gradients: bool
+) -> None:
+    """The chunks are cut by a formula, the memory is laid out piece by piece: they must agree, or a
+    call takes more than its budget."""
+    text = f"""
+library.emulator_capability({capability})
+library.emulator_workspace(ctypes.c_int64(1 << 18))
+call = sample(torch.bfloat16, tokens=700, width=64, vocab=800)
+with torch.set_grad_enabled({gradients}), torch.profiler.profile(profile_memory=True) as seen:
+    ops.policy_loss(**call)
+print(max(event.cpu_memory_usage for event in seen.events()))
+"""
+    planned = plan(
+        700, 64, 800, budget=1 << 18, path=path, gradients=gradients, weight_gradient=gradients
+    )["bytes"]
+    taken = int(run_script(emulated, text).split()[-1])
+    pieces = 16  # at most, each rounded up to 256 bytes
+    assert planned / 2 < taken <= planned + 256 * pieces
 
 
 def test_masked_tokens_are_not_multiplied(emulated: Path) -> None:

@@ -42,7 +42,7 @@ class Slab {
   }
   void* bytes(int64_t count) {
     const int64_t at = used_;
-    used_ += round_up(count, 256);
+    used_ += round_up(count, 256);  // pieces begin where any access is aligned
     return begin_ ? begin_ + at : nullptr;
   }
   int64_t used() const { return used_; }
