@@ -24,8 +24,8 @@ inline Tensor make_uninitialised(const Tensor& like, std::vector<int64_t> shape,
   try {
     return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
   } catch (const std::runtime_error&) {  // bupo.ops makes torch.OutOfMemoryError of it
-    throw_torch_error("out of memory for " + shape_of({shape.data(), shape.size()}) + " of " +
-                      toString(dtype));
+    throw_torch_error("out of memory for a tensor of shape " +
+                      shape_of({shape.data(), shape.size()}) + ", type " + toString(dtype));
   }
 }
 

@@ -55,7 +55,7 @@ def lm_head_logprobs(
         TypeError, ValueError: naming the argument, what was expected and what came; also for a
             target out of range (on the CPU). RuntimeError: double backward.
 
-    Source: KERNELS mathematics, derived in docs/ops.md; reference.lm_head_logprobs is the oracle.
+    Derived in docs/ops.md; reference.lm_head_logprobs is the oracle.
     """
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(

@@ -67,8 +67,9 @@ def policy_loss(
 
     The forward costs one product of hidden and weight, the gradient two more on live tokens only:
     a token with weight 0, with a clipped ratio, or with advantage 0 (and no KL or entropy term)
-    has gradient 0 and takes no part in them. `backward()` only scales what the forward stored, so
-    without grad mode, or with frozen hidden and weight, nothing is computed or stored for it.
+    has gradient 0 and takes no part in them; only a GPU keeps the clipped ones, as zeros.
+    `backward()` only scales what the forward stored, so without grad mode, or with frozen hidden
+    and weight, nothing is computed or stored for it.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap: as in :func:`lm_head_logprobs`.
