@@ -2,7 +2,7 @@
 
 emulator/ plays the device: a block's threads are fibers, products come from torch's CPU library.
 The result then takes over the operators' CPU key in a process of its own, and the tests of the CPU
-operators run again, with a workspace so small that every call has several blocks and chunks.
+operators run again, with a workspace so small that every call has several chunks.
 """
 
 import ctypes
