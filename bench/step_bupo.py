@@ -16,7 +16,7 @@ from workload import Size
 
 from bupo import run as program
 from bupo.rl import loop
-from bupo.rl.metrics import read_rows
+from bupo.runlog.run_directory import read_rows
 
 STAGES = ("rollout", "old_logprobs", "update", "sync")
 

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from bupo.rl.types import Prompt, Rollout
 from bupo.tasks import tiny
+from bupo.types import Prompt, Rollout
 
 VOCAB, DEPTH = 43, 3
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."

@@ -9,7 +9,7 @@ from rl_samples import rewarded
 
 from bupo.config import ADVANTAGES
 from bupo.rl.advantages import ESTIMATORS, by_group, estimate, gae, penalise_length
-from bupo.rl.types import REWARD_TOLERANCE
+from bupo.types import REWARD_TOLERANCE
 
 
 def grpo(rollouts):

@@ -12,6 +12,7 @@ from run_samples import assert_same_run, rows, run
 from safetensors.torch import load_file, save_file
 
 from bupo.rl import checkpoint
+from bupo.runlog import run_directory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,7 +46,7 @@ ALGORITHMS = {
 
 def models(out: Path) -> list[dict[str, torch.Tensor]]:
     """Parameters after each step, from first to last."""
-    return [load_file(folder / "model.safetensors") for folder in checkpoint.complete(out)]
+    return [load_file(folder / "model.safetensors") for folder in run_directory.checkpoints(out)]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -129,7 +130,7 @@ def test_dynamic_sampling_resumes_at_the_next_prompts(tmp_path: Path) -> None:
     assert all(not asked[n] & asked[n + 1] for n in range(3))
     out = tmp_path / "stopped"  # within a step
     assert run(out, *settings, stop=7) == 128 + signal.SIGTERM
-    assert checkpoint.load_state(checkpoint.complete(out)[-1])["drawn"] > 0
+    assert checkpoint.load_state(run_directory.checkpoints(out)[-1])["drawn"] > 0
     assert run(out, *settings, "resume=auto") == 0
     assert_same_run(tmp_path / "whole", out)
 
@@ -148,7 +149,7 @@ PPO = ["advantage=ppo", "critic.lr=1e-3", "checkpoint.every=0"]
 
 
 def critic_files(out: Path) -> dict[str, bytes]:
-    folder = checkpoint.complete(out)[-1] / "critic"
+    folder = run_directory.checkpoints(out)[-1] / "critic"
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bupo import config
-from bupo.analysis.texts import Measured, choose_rows, measurable
 from bupo.analyze import main
+from bupo.commands.analysis_texts import Measured, choose_rows, measurable
 from bupo.internal import IdentityError, analysis
 from bupo.policy import decoder_stack, unembedding
 from bupo.tasks import tiny
@@ -444,7 +444,7 @@ def test_a_broken_model_is_one_line(
 ) -> None:
     """Whether the weights show it or not."""
     if not seen:
-        monkeypatch.setattr("bupo.rl.finite.first_bad", lambda tensors: None)
+        monkeypatch.setattr("bupo.finite.first_bad", lambda tensors: None)
     broken = tiny_model(tmp_path)
     network = AutoModelForCausalLM.from_pretrained(broken)
     with torch.no_grad():
@@ -494,7 +494,7 @@ def test_a_second_beginning_is_taken_off(model: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.bos_token = "<|im_start|>"
     begin = tokenizer.bos_token_id
-    from bupo.analysis.texts import _one_beginning
+    from bupo.commands.analysis_texts import _one_beginning
 
     assert _one_beginning([begin, begin, 5], tokenizer) == [begin, 5]
     assert _one_beginning([begin, 5, begin], tokenizer) == [begin, 5, begin]

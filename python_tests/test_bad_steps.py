@@ -15,10 +15,12 @@ from rl_samples import random_rollouts, small_model
 from run_samples import assert_same_run, rows
 
 from bupo import config
-from bupo.rl import checkpoint, metrics
-from bupo.rl.types import Policy
+from bupo.rl import checkpoint
 from bupo.rl.update import Trainer
 from bupo.run import main
+from bupo.runlog import recorder as metrics
+from bupo.runlog import run_directory
+from bupo.types import Policy
 
 BAD_CALLS: dict[int, float | None] = {}
 """Number of the call of `reward` to the value that its first rewards then have"""
@@ -173,7 +175,7 @@ def test_a_step_that_is_mostly_without_rewards_ends_the_run(
         f"test_bad_steps:reward returned nan; the state after step 2 is saved in {out}"
     )
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2]
-    assert checkpoint.load_step(checkpoint.complete(out)[-1]) == 2
+    assert checkpoint.load_step(run_directory.checkpoints(out)[-1]) == 2
     BAD_CALLS.clear()
     assert run(out, "resume=auto") == 0
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
@@ -200,7 +202,7 @@ def test_too_many_bad_steps_end_the_run_with_everything_saved(
     )
     assert last.endswith(f"values are not finite; its state is saved in {out}")
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3]
-    assert checkpoint.load_step(checkpoint.complete(out)[-1]) == 3
+    assert checkpoint.load_step(run_directory.checkpoints(out)[-1]) == 3
     assert out in reported
     assert run(out, "resume=auto", "max_bad_steps=3") == 1, "one more is the third"
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3, 4]
@@ -217,7 +219,7 @@ def test_a_stage_that_raises_costs_no_step(
     out = tmp_path / "run"
     with pytest.raises(KeyError, match="a fault of the user's function"):
         run(out)
-    assert checkpoint.load_step(checkpoint.complete(out)[-1]) == 4
+    assert checkpoint.load_step(run_directory.checkpoints(out)[-1]) == 4
     assert run(out, "resume=auto") == 0
     assert_same_run(whole, out)
 
@@ -236,7 +238,7 @@ def test_a_broken_update_is_not_saved(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Trainer, "update", broken)
     with pytest.raises(RuntimeError, match="in the middle"):
         run(tmp_path / "run", "checkpoint.every=2")
-    assert checkpoint.load_step(checkpoint.complete(tmp_path / "run")[-1]) == 2
+    assert checkpoint.load_step(run_directory.checkpoints(tmp_path / "run")[-1]) == 2
 
 
 def test_a_model_that_is_not_finite_is_not_saved(

@@ -1,4 +1,4 @@
-"""bupo.rl.data_files: the places that rows come from."""
+"""bupo.data.data_files: the places that rows come from."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ import pytest
 from rl_samples import verl_row, write_parquet
 
 from bupo.config import ConfigError
-from bupo.rl import data_files
+from bupo.data import data_files
 
 ROWS = [verl_row(f"{n}+{n}?", str(2 * n)) for n in range(5)]
 

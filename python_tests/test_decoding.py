@@ -1,4 +1,4 @@
-"""bupo.rl.rollouts.decoding: the tokens it draws, and rows that join and leave a batch."""
+"""bupo.rollouts.decoding: the tokens it draws, and rows that join and leave a batch."""
 
 import warnings
 
@@ -10,9 +10,9 @@ from rl_samples import small_model
 from torch import Tensor, nn
 
 from bupo.config import RolloutConfig, RunError
-from bupo.rl.rollouts import HFEngine, decoding
-from bupo.rl.rollouts.decoding import Sampler, draw, rows_can_move
-from bupo.rl.types import Prompt, Rollout
+from bupo.rollouts import HFEngine, decoding
+from bupo.rollouts.decoding import Sampler, draw, rows_can_move
+from bupo.types import Prompt, Rollout
 
 EOS = [2, *range(5, 24, 2)]
 """Of a vocabulary of 61: responses of many lengths."""

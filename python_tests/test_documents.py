@@ -60,7 +60,7 @@ def test_every_metric_is_explained(tmp_path: Path) -> None:
     lines = [json.loads(line) for file in files for line in file.open()]
     written = {key for line in lines for key in line}
     assert written <= explained("metrics"), f"not explained: {written - explained('metrics')}"
-    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "bupo/rl").rglob("*.py"))
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "bupo").rglob("*.py"))
     gone = {key for key in explained("metrics") - written if key.rpartition("/")[2] not in code}
     assert not gone and len(explained("metrics")) > 20
     evals = {key for line in (out / "eval.jsonl").open() for key in json.loads(line)}

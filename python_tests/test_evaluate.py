@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from bupo.evaluate import main
-from bupo.rl import metrics
-from bupo.rl.rollouts import HFEngine
+from bupo.rollouts import HFEngine
+from bupo.runlog import run_directory as metrics
 
 SIZES = "task_options={layers: 2, width: 32, warm_steps: 4, eval_problems: 40}"
 SETTINGS = [

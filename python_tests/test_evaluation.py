@@ -1,4 +1,4 @@
-"""bupo.rl.evaluation: Pass@K by enumeration, and errors whose unit is the problem."""
+"""bupo.evaluation.estimates: Pass@K by enumeration, and errors whose unit is the problem."""
 
 import math
 import statistics
@@ -8,7 +8,7 @@ import pytest
 from rl_samples import rewarded
 
 from bupo.config import Config
-from bupo.rl.evaluation import (
+from bupo.evaluation.estimates import (
     by_dataset,
     evaluate,
     file_name,
@@ -17,7 +17,7 @@ from bupo.rl.evaluation import (
     problem_rows,
     summarise,
 )
-from bupo.rl.types import Prompt, Rollout
+from bupo.types import Prompt, Rollout
 
 
 @pytest.mark.parametrize("n", range(1, 9))

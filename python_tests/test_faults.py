@@ -20,13 +20,14 @@ from run_samples import arguments, run
 from test_analyze import tiny_model
 from test_report import write_run
 
-from bupo import analyze, config
+from bupo import analyze, config, report
+from bupo.commands.models import load_model
 from bupo.config import ConfigError, DataConfig, RewardConfig
-from bupo.models import load_model
-from bupo.rl import checkpoint, report
-from bupo.rl.prompts import load_prompts
-from bupo.rl.rewards import MathReward
+from bupo.data.prompts import load_prompts
+from bupo.rewards.choice import MathReward
+from bupo.rl import checkpoint
 from bupo.run import main
+from bupo.runlog import run_directory
 
 VALUES = [
     "null", "true", "-1", "0", "1e309", ".nan", "-.inf", "''", "[]", "{}", "[[]]", "{a: {b: 1}}",
@@ -119,7 +120,7 @@ def test_every_file_of_a_checkpoint_is_guarded(
     few = ["steps=2", "bupo.steps=1", "eval.every=0", "advantage=ppo", "checkpoint.every=0"]
     few.append("optimizer.schedule=constant")
     assert run(out, *few) == 0
-    (folder,) = checkpoint.complete(out)[-1:]
+    (folder,) = run_directory.checkpoints(out)[-1:]
     files = [p for p in folder.rglob("*") if p.is_file()]
     assert len(files) >= 8
     checkpoint.verify(folder)

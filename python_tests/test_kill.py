@@ -13,6 +13,7 @@ import pytest
 from run_samples import assert_same_run
 
 from bupo.rl import checkpoint
+from bupo.runlog import run_directory
 
 KILLS, STEPS = 20, 30
 
@@ -68,7 +69,7 @@ def test_killed_twenty_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         torn += bool(saving(out))
         steps = metric_steps(out)
         assert steps == list(range(1, len(steps) + 1)), "no step is missing or there twice"
-        points = [checkpoint.load_step(p) for p in checkpoint.complete(out)]
+        points = [checkpoint.load_step(p) for p in run_directory.checkpoints(out)]
         assert max(points, default=0) <= len(steps), "no checkpoint is ahead of the metrics"
         assert max(points, default=0) >= highest, "no whole checkpoint is lost"
         highest = max(points, default=0)

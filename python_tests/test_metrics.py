@@ -1,4 +1,4 @@
-"""bupo.rl.metrics: files that a kill can cut, a mirror that may break, lines for two terminals."""
+"""bupo.runlog: files that a kill can cut, a mirror that may break, lines for two terminals."""
 
 import io
 import json
@@ -10,11 +10,14 @@ import types
 import pytest
 import torch.utils.tensorboard
 
-from bupo.rl import metrics, progress
-from bupo.rl.metrics import Recorder, Stopwatch, read_rows
-from bupo.rl.progress import Progress
-from bupo.rl.step_metrics import time_line
-from bupo.rl.types import EvalResult
+from bupo.runlog import progress
+from bupo.runlog import recorder as metrics
+from bupo.runlog.monitor import Stopwatch
+from bupo.runlog.progress import Progress
+from bupo.runlog.recorder import Recorder
+from bupo.runlog.run_directory import read_rows
+from bupo.runlog.step_metrics import time_line
+from bupo.types import EvalResult
 
 
 def strict_lines(file):

@@ -1,4 +1,4 @@
-"""bupo.models by the three commands: what is wrong with a model is one line, before training."""
+"""Models by the three commands: what is wrong with a model is one line, before training."""
 
 import json
 import logging
@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, T5Config
 
 from bupo import analyze, evaluate, run
+from bupo.commands.models import check_place, load_model, read_model
 from bupo.config import Config, ConfigError
-from bupo.models import check_place, load_model, read_model
 from bupo.tasks import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,8 +22,8 @@ from test_update import (
 )
 
 from bupo.ops import LogProbs
-from bupo.rl.objective import drop, gspo_loss, mean_kl
-from bupo.rl.types import Policy
+from bupo.rl.losses import drop, gspo_loss, mean_kl
+from bupo.types import Policy
 
 POLICIES = [Policy(2), FINAL]
 

@@ -1,4 +1,4 @@
-"""bupo.rl.prompts: files to token ids, and an order that is a function of seed and step."""
+"""bupo.data.prompts: files to token ids, and an order that is a function of seed and step."""
 
 import copy
 import json
@@ -13,8 +13,8 @@ from rl_samples import SYSTEM, data_file, prompt, tiny_tokenizer, verl_row, writ
 from tokenizers.processors import TemplateProcessing
 
 from bupo.config import ConfigError, DataConfig
-from bupo.rl.prompts import PromptOrder, load_prompts
-from bupo.rl.types import Prompt
+from bupo.data.prompts import PromptOrder, load_prompts
+from bupo.types import Prompt
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 from run_samples import rows
 
 from bupo.config import shipped
-from bupo.rl.boxed import strict
-from bupo.rl.math_worker import grade
+from bupo.rewards.boxed import strict
+from bupo.rewards.math_worker import grade
 from bupo.run import main
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

@@ -16,7 +16,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from bupo import config, sizes
+from bupo import config
+from bupo.commands import sizes
 from bupo.config import shipped
 from bupo.policy import hidden_states
 from bupo.run import main

@@ -1,4 +1,4 @@
-"""bupo.rl.report: the page and its plots say what the files say, and no file can make it fail."""
+"""bupo.report: the page and its plots say what the files say, and no file can make it fail."""
 
 import ast
 import base64
@@ -17,7 +17,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from bupo.rl import report
+from bupo import report
 
 PICTURES = {"reward", "pass_at_k", "entropy", "ratio", "length", "time"}
 INTERNAL = np.array([0xD9, 0x77, 0x06]) / 255
@@ -501,17 +501,17 @@ def test_comparison_of_directories_with_the_same_name(tmp_path):
 
 def test_command_line(tmp_path):
     run = write_run(tmp_path / "run")
-    command = [sys.executable, "-m", "bupo.rl.report"]
+    command = [sys.executable, "-m", "bupo.report"]
     done = subprocess.run([*command, run], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(run / "report.html")
     assert (run / "report.html").exists()
     done = subprocess.run([*command, tmp_path / "absent"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == f"bupo.rl.report: no such run directory: {tmp_path / 'absent'}\n"
+    assert done.stderr == f"bupo.report: no such run directory: {tmp_path / 'absent'}\n"
     (tmp_path / "empty").mkdir()
     done = subprocess.run([*command, run, tmp_path / "empty"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"bupo.rl.report: {tmp_path / 'empty'} holds no run: ")
+    assert done.stderr.startswith(f"bupo.report: {tmp_path / 'empty'} holds no run: ")
     assert len(done.stderr.splitlines()) == 1 and not list((tmp_path / "empty").iterdir())
     done = subprocess.run([*command, "--help"], capture_output=True, text=True)
-    assert done.stdout.startswith("usage: python -m bupo.rl.report ")
+    assert done.stdout.startswith("usage: python -m bupo.report ")

@@ -16,7 +16,9 @@ from safetensors import safe_open
 
 from bupo import evaluate
 from bupo.rl import checkpoint
-from bupo.rl.checkpoint import complete, load_step
+from bupo.rl.checkpoint import load_step
+from bupo.runlog import run_directory
+from bupo.runlog.run_directory import checkpoints as complete
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def test_the_uninterrupted_run_is_what_its_settings_say(whole: Path) -> None:
     averages = {e["step"]: e["avg"] for e in rows(whole / "eval.jsonl") if e["step"]}
     best = max(averages, key=lambda step: averages[step])
     kept = sorted({best, 3, 4, 6})  # the best, the end of phase 1, the newest two
-    assert [checkpoint.load_step(p) for p in checkpoint.complete(whole)] == kept
+    assert [checkpoint.load_step(p) for p in run_directory.checkpoints(whole)] == kept
 
 
 def test_same_seed_same_run_and_other_seed_other_run(whole: Path, tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ def test_stopped_and_continued(whole: Path, tmp_path: Path, stop: int, done: int
     """In phase 1, at the switch and after it, in a step and in an evaluation."""
     out = tmp_path / "run"
     assert run(out, stop=stop) == 128 + signal.SIGTERM
-    assert checkpoint.load_step(checkpoint.complete(out)[-1]) == done
+    assert checkpoint.load_step(run_directory.checkpoints(out)[-1]) == done
     assert (out / "report.html").exists()
     assert run(out, "resume=auto") == 0
     assert_same_run(whole, out)
@@ -68,7 +70,7 @@ def test_stopped_and_continued(whole: Path, tmp_path: Path, stop: int, done: int
 
 def test_bupo_evaluate_gives_the_figures_of_training(whole: Path, tmp_path: Path) -> None:
     """The same code, seeds and batches: figure for figure, response for response."""
-    newest = checkpoint.complete(whole)[-1]
+    newest = run_directory.checkpoints(whole)[-1]
     out = tmp_path / "evaluation"
     command = ["--config", str(whole / "config.yaml"), "--out", str(out), f"model.path={newest}"]
     assert evaluate.main(command) == 0
@@ -137,7 +139,7 @@ def test_killed_then_terminated_then_continued(whole: Path, tmp_path: Path) -> N
 def test_layers_above_are_untouched_until_the_switch(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(out, stop=6) == 128 + signal.SIGTERM  # evaluation at the switch: 3 steps are done
-    trained = checkpoint.complete(out)[-1]
+    trained = run_directory.checkpoints(out)[-1]
     cache = Path(os.environ["BUPO_CACHE"])
     (start,) = cache.glob("arithmetic-2-32-4-*-4-0/model/model.safetensors")  # 4 eval_problems
     changed, same = set(), set()
@@ -155,7 +157,7 @@ def test_layers_above_are_untouched_until_the_switch(whole: Path, tmp_path: Path
 def test_a_checkpoint_is_a_model_that_transformers_loads(whole: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    newest = checkpoint.complete(whole)[-1]
+    newest = run_directory.checkpoints(whole)[-1]
     assert AutoModelForCausalLM.from_pretrained(newest).config.num_hidden_layers == 2
     assert AutoTokenizer.from_pretrained(newest)("1+2=")["input_ids"]
 

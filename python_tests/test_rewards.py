@@ -1,4 +1,4 @@
-"""bupo.rl.rewards: Math-Verify in processes that may hang or die, and functions of the user's."""
+"""bupo.rewards: Math-Verify in processes that may hang or die, and functions of the user's."""
 
 import shutil
 import subprocess
@@ -12,11 +12,11 @@ import pytest
 from rl_samples import prompt
 
 from bupo.config import ConfigError, RewardConfig
-from bupo.rl import rewards
-from bupo.rl.boxed import last_boxed, normal_form, strict
-from bupo.rl.math_worker import grade
-from bupo.rl.rewards import FunctionReward, MathReward, check_sources, make_reward
-from bupo.rl.types import RewardReport, Rollout
+from bupo.rewards import choice as rewards
+from bupo.rewards.boxed import last_boxed, normal_form, strict
+from bupo.rewards.choice import FunctionReward, MathReward, check_sources, make_reward
+from bupo.rewards.math_worker import grade
+from bupo.types import RewardReport, Rollout
 
 HANGS = ("\\boxed{9^{9^{9^9}}}", "9^{9^{9^8}}")
 """Numbers of about 10^369,693,100 digits, which sympy would like to know exactly."""
@@ -299,7 +299,7 @@ def test_custom_function_that_cannot_be_imported(what):
 def test_a_killed_trainer_leaves_no_worker_behind():
     """SIGKILL of the parent while an answer hangs: the worker must not compute on for ever."""
     code = (
-        "from bupo.config import RewardConfig; from bupo.rl.rewards import MathReward\n"
+        "from bupo.config import RewardConfig; from bupo.rewards.choice import MathReward\n"
         "r = MathReward(RewardConfig(timeout=600, workers=1))\n"
         "print(r._workers[0]._process.pid, flush=True)\n"
         "r.grade([('\\\\boxed{9^{9^{9^9}}}', '3')])\n"

@@ -1,4 +1,4 @@
-"""bupo.rl.rollouts: what HFEngine samples, and whether it samples from the policy that it says."""
+"""bupo.rollouts: what HFEngine samples, and whether it samples from the policy that it says."""
 
 import copy
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ import torch
 from rl_samples import small_model, tiny_qwen3
 
 from bupo.config import Config, ModelConfig, RolloutConfig
-from bupo.rl.rollouts import HFEngine, seed_of
-from bupo.rl.types import Policy, Prompt
 from bupo.rl.update import Trainer
+from bupo.rollouts import HFEngine, seed_of
+from bupo.types import Policy, Prompt
 
 TEXTS = ("a", "17+25=", "Prove that the square root of two is irrational.")
 """Prompts of 1, 6 and 48 tokens: padding on the left."""

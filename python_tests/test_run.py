@@ -12,8 +12,8 @@ from run_samples import arguments
 from bupo import config
 from bupo.config import shipped
 from bupo.rl import checkpoint
-from bupo.rl.rollouts import HFEngine
 from bupo.rl.schedule import Schedule
+from bupo.rollouts import HFEngine
 from bupo.run import main
 
 REPOSITORY = Path(__file__).parent.parent
@@ -185,7 +185,7 @@ def test_ctrl_c_before_training(
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"bupo.run.{where}", interrupt)
+    monkeypatch.setattr(f"bupo.commands.training.{where}", interrupt)
     assert main(arguments(tmp_path / "run")) == 130
     assert capsys.readouterr().err.endswith("\nstopped before training began\n")
 

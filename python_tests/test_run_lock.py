@@ -16,7 +16,8 @@ import pytest
 import run_samples
 from run_samples import arguments, rows
 
-from bupo import analyze, evaluate, run_lock
+from bupo import analyze, evaluate
+from bupo.commands import run_lock
 from bupo.config import ConfigError
 from bupo.run import main
 

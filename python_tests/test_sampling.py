@@ -1,4 +1,4 @@
-"""bupo.rl.sampling: which prompts a step takes, and what dynamic sampling replaces."""
+"""bupo.rl.collect: which prompts a step takes, and what dynamic sampling replaces."""
 
 import math
 from itertools import count
@@ -6,9 +6,9 @@ from itertools import count
 import pytest
 from rl_samples import prompt, rewarded
 
-from bupo.rl.prompts import PromptOrder
-from bupo.rl.sampling import PromptStream, _flat, collect
-from bupo.rl.types import RewardReport
+from bupo.data.prompts import PromptOrder
+from bupo.rl.collect import PromptStream, _flat, collect
+from bupo.types import RewardReport
 
 
 def stream_of(size=20, per_step=4, drawn=0):

@@ -15,7 +15,8 @@ from bupo.config import BupoConfig, Config, ConfigError, PhaseConfig
 from bupo.policy import parameter_layers
 from bupo.rl import checkpoint
 from bupo.rl.schedule import Schedule
-from bupo.rl.types import Policy, Rates
+from bupo.runlog import run_directory
+from bupo.types import Policy, Rates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -207,7 +208,7 @@ def test_each_phase_of_a_run_moves_what_it_says(whole: Path) -> None:
 
     states = [
         safetensors.torch.load_file(folder / "model.safetensors")
-        for folder in checkpoint.complete(whole)
+        for folder in run_directory.checkpoints(whole)
     ]
     names = {
         "below": [n for n in states[0] if ".layers.0." in n or "embed" in n],
@@ -235,7 +236,7 @@ def test_stopped_at_a_switch_and_continued(
 ) -> None:
     out = tmp_path / "run"
     assert run(out, *SETTINGS, stop=stop) == 128 + signal.SIGTERM
-    assert checkpoint.load_step(checkpoint.complete(out)[-1]) == done
+    assert checkpoint.load_step(run_directory.checkpoints(out)[-1]) == done
     assert run(out, *SETTINGS, "resume=auto") == 0
     assert_same_run(whole, out)
 
@@ -246,4 +247,6 @@ def test_other_phases_are_another_run(tmp_path: Path, capsys: pytest.CaptureFixt
     other = PHASES.replace("0.1", "0.2")
     assert run(out, *SETTINGS, other, "resume=auto") == 2
     assert "holds a run with other settings (phases: " in capsys.readouterr().err
-    assert json.loads((checkpoint.complete(out)[-1] / "trainer.json").read_text())["step"] == 1
+    assert (
+        json.loads((run_directory.checkpoints(out)[-1] / "trainer.json").read_text())["step"] == 1
+    )

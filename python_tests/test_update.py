@@ -15,18 +15,11 @@ import torch
 from rl_samples import DEPTH, VOCAB, prompt, random_rollouts, small_model
 
 from bupo import ops
-from bupo.config import (
-    BupoConfig,
-    Config,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RolloutConfig,
-)
-from bupo.rl.objective import importance_weights, token_weights
+from bupo.config import BupoConfig, Config, LossConfig, ModelConfig, OptimizerConfig, RolloutConfig
+from bupo.rl.losses import importance_weights, token_weights
 from bupo.rl.schedule import Schedule
-from bupo.rl.types import Policy, Rollout
 from bupo.rl.update import Trainer
+from bupo.types import Policy, Rollout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FINAL = Policy(None)

@@ -20,8 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bupo.config import Config, ConfigError, RolloutConfig, RunError
 from bupo.config.sampling import OWN
-from bupo.rl.rollouts import VllmEngine
-from bupo.rl.types import Policy, Prompt
 from bupo.rl.update import Trainer
 from bupo.rl.weight_sync import (
     GapLimit,
@@ -31,7 +29,9 @@ from bupo.rl.weight_sync import (
     gap,
     probes_of,
 )
+from bupo.rollouts import VllmEngine
 from bupo.tasks import tiny
+from bupo.types import Policy, Prompt
 
 TEXTS = ("a", "17+25=", "Prove that the square root of two is irrational. " * 7)
 """The last one fills blocks of the prefix cache (128 tokens each on a CPU)."""
@@ -272,8 +272,8 @@ def test_a_model_that_vllm_cannot_serve_is_named(tmp_path):
     script = f"""
 from transformers import AutoTokenizer
 from bupo.config import ConfigError, RolloutConfig
-from bupo.rl.rollouts import VllmEngine
-from bupo.rl.types import Prompt
+from bupo.rollouts import VllmEngine
+from bupo.types import Prompt
 model = {str(files.model)!r}
 try:
     tokenizer = AutoTokenizer.from_pretrained(model)

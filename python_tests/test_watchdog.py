@@ -1,4 +1,4 @@
-"""bupo.rl.watchdog: a stage that hangs is named, wherever it hangs."""
+"""bupo.runlog.watchdog: a stage that hangs is named, wherever it hangs."""
 
 import subprocess
 import sys
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from run_samples import arguments
 
-from bupo.rl.watchdog import FILE, Watchdog
 from bupo.run import main
+from bupo.runlog.watchdog import FILE, Watchdog
 
 
 def a_stage_that_sleeps(seconds: float) -> None:
@@ -80,7 +80,7 @@ def test_stacks_of_a_process_that_was_killed_while_it_hung_are_kept(tmp_path: Pa
     """No Python could move them to their file any more; the next process does."""
     code = f"""
     from pathlib import Path
-    from bupo.rl.watchdog import Watchdog
+    from bupo.runlog.watchdog import Watchdog
 
     with Watchdog(Path({str(tmp_path)!r}), 0.3).stage("step 1, stage reward"):
         9 ** (9 ** 9)
@@ -114,7 +114,7 @@ def test_code_that_never_lets_go_of_the_interpreter(tmp_path: Path) -> None:
     """A thread of Python's could not run here. With kill the process ends, named and shown."""
     code = f"""
     from pathlib import Path
-    from bupo.rl.watchdog import Watchdog
+    from bupo.runlog.watchdog import Watchdog
 
     def for_ever():
         return 9 ** (9 ** 9)

@@ -15,17 +15,17 @@ from run_samples import rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from bupo.commands.models import check_deterministic
+from bupo.commands.training import _model_to_train
 from bupo.config import RewardConfig, load
-from bupo.models import check_deterministic
+from bupo.rewards.choice import MathReward
 from bupo.rl.loop import Run
-from bupo.rl.monitor import Monitor
 from bupo.rl.optimizer import AdamW
-from bupo.rl.rewards import MathReward
-from bupo.rl.rollouts import VllmEngine
-from bupo.rl.types import Policy, Rollout
 from bupo.rl.update import Trainer
 from bupo.rl.weight_sync import GapLimit, SyncError, WeightSync
-from bupo.run import _model_to_train
+from bupo.rollouts import VllmEngine
+from bupo.runlog.monitor import Monitor
+from bupo.types import Policy, Rollout
 
 SHORT = ("steps=2", "bupo.steps=1", "eval.every=0", "diagnostics.every=0")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bupo.config.analysis import AnalysisConfig
+from bupo.config.analysis_settings import AnalysisConfig
 from bupo.config.errors import BrokenError, ConfigError, RunError, first_line, readable
 from bupo.config.inputs import DataConfig, ModelConfig
 from bupo.config.objective import ADVANTAGES, CriticConfig, LossConfig, OptimizerConfig

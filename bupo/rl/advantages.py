@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bupo.rl.types import REWARD_TOLERANCE, Rollout
+from bupo.types import REWARD_TOLERANCE, Rollout
 
 
 def by_group(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:

@@ -27,20 +27,14 @@ from torch import nn
 from bupo import hub
 from bupo.config import BrokenError, ConfigError, RunError, first_line
 from bupo.rl.optimizer import AdamW
+from bupo.runlog.run_directory import CHECKPOINT, checkpoints
 
-_PREFIX = "step_"
 CHECKSUMS = "checksums.json"
 CRITIC = "critic"
 """Folder of PPO's critic"""
 OPTIMIZER = "optimizer/state.safetensors"
 """In a folder of its own: loaders, vLLM's among them, take every *.safetensors beside the model
 for a part of it."""
-
-
-def complete(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    folder = run / "checkpoints"
-    return sorted(p for p in folder.glob(_PREFIX + "*") if (p / "trainer.json").is_file())
 
 
 def save(
@@ -55,7 +49,7 @@ def save(
     critic: one of bupo.rl.critic, or None."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"{_PREFIX}{state['step']:06d}"
+    final = folder / f"{CHECKPOINT}{state['step']:06d}"
     if (final / "trainer.json").is_file():
         return final
     partial = folder / f".{final.name}.{os.getpid()}"
@@ -81,8 +75,8 @@ def save(
 
 def prune(run: Path, keep_last: int, keep_steps: Collection[int]) -> None:
     """Removes all checkpoints but the newest `keep_last` and those of some steps."""
-    for old in complete(run)[:-keep_last]:
-        if int(old.name.removeprefix(_PREFIX)) not in keep_steps:
+    for old in checkpoints(run)[:-keep_last]:
+        if int(old.name.removeprefix(CHECKPOINT)) not in keep_steps:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -124,7 +118,7 @@ def writing(run: Path, step: int) -> Iterator[None]:
         folder = run / "checkpoints"
         for leftover in folder.glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        earlier = ", ".join(p.name for p in complete(run)) or "none"
+        earlier = ", ".join(p.name for p in checkpoints(run)) or "none"
         raise RunError(
             f"the checkpoint of step {step} cannot be written to {folder}: {first_line(error)} "
             f"({shutil.disk_usage(run).free >> 20} MiB free without it); whole ones there: "

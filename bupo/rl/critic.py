@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bupo.config import Config
+from bupo.finite import first_bad
 from bupo.policy import parameter_layers, unembedding
-from bupo.rl.finite import first_bad
 from bupo.rl.forward import Forward, MicroBatch, mini_batches
 from bupo.rl.optimizer import AdamW, clip_gradients, learning_rate
-from bupo.rl.types import Policy, Rollout
+from bupo.types import Policy, Rollout
 
 _FINAL = Policy(None)
 

@@ -23,9 +23,10 @@ from torch import nn
 
 from bupo.config import Config, RunError
 from bupo.internal import Text, distances
-from bupo.rl.metrics import Recorder, read_rows, replace_text
 from bupo.rl.schedule import Schedule
-from bupo.rl.types import Prompt, Rollout
+from bupo.runlog.recorder import Recorder
+from bupo.runlog.run_directory import read_rows, replace_text
+from bupo.types import Prompt, Rollout
 
 PROBES, PROBE_TOKENS = 32, 128
 """So many responses, each from its beginning to here: under 5 % of a step, every 10 steps"""

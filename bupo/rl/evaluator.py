@@ -8,12 +8,13 @@ from pathlib import Path
 from statistics import fmean
 
 from bupo.config import Config
-from bupo.rl import evaluation
-from bupo.rl.metrics import Recorder, read_rows
-from bupo.rl.monitor import Monitor
-from bupo.rl.rewards import Reward
+from bupo.evaluation import estimates as evaluation
+from bupo.rewards.choice import Reward
 from bupo.rl.schedule import Schedule
-from bupo.rl.types import Prompt, Rollout
+from bupo.runlog.monitor import Monitor
+from bupo.runlog.recorder import Recorder
+from bupo.runlog.run_directory import read_rows
+from bupo.types import Prompt, Rollout
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bupo import ops
 from bupo.config import Config
 from bupo.policy import hidden_states, internal_policy, unembedding
-from bupo.rl.types import Policy, Rollout
+from bupo.types import Policy, Rollout
 
 
 @dataclass

@@ -15,33 +15,34 @@ from torch import Tensor
 
 from bupo import config as configuration
 from bupo.config import Config, RunError
+from bupo.data.prompts import PromptOrder
+from bupo.finite import first_bad
+from bupo.report import write_report
+from bupo.rewards.choice import Reward
 from bupo.rl import checkpoint
 from bupo.rl.advantages import estimate, penalise_length
+from bupo.rl.collect import PromptStream, Sample, collect
 from bupo.rl.critic import Critic
 from bupo.rl.diagnostics import Diagnostics
 from bupo.rl.evaluator import Evaluator
-from bupo.rl.finite import first_bad
 from bupo.rl.forward import TokenStats
-from bupo.rl.metrics import Recorder, Stopwatch, read_rows
-from bupo.rl.monitor import Monitor, Stopped
-from bupo.rl.objective import drop, importance_weights
-from bupo.rl.prompts import PromptOrder
-from bupo.rl.reference import Reference
-from bupo.rl.report import write_report
-from bupo.rl.rewards import Reward
-from bupo.rl.rollouts import RolloutEngine
-from bupo.rl.sampling import PromptStream, Sample, collect
+from bupo.rl.losses import drop, importance_weights
+from bupo.rl.reference_model import Reference
 from bupo.rl.schedule import Schedule
-from bupo.rl.step_metrics import (
+from bupo.rl.update import Trainer
+from bupo.rl.weight_sync import GapLimit, WeightSync, gap, probes_of
+from bupo.rollouts import RolloutEngine
+from bupo.runlog.monitor import Monitor, Stopped, Stopwatch
+from bupo.runlog.recorder import Recorder
+from bupo.runlog.run_directory import checkpoints, read_rows
+from bupo.runlog.step_metrics import (
     bad_steps_at_end,
     gpu_memory,
     rollout_metrics,
     rollout_row,
     time_line,
 )
-from bupo.rl.types import Policy, Prompt, RewardReport, Rollout
-from bupo.rl.update import Trainer
-from bupo.rl.weight_sync import GapLimit, WeightSync, gap, probes_of
+from bupo.types import Policy, Prompt, RewardReport, Rollout
 
 FINAL_ROLLOUTS, FINAL_SHARE = 8, 16
 """In phase 1 the final policy is evaluated on 1 / FINAL_SHARE of the rollouts, at least
@@ -100,7 +101,7 @@ class Run:
         self.failure, self.updating = "", False
         try:
             done = self._steps()
-            if done > self.saved or not checkpoint.complete(self.out):
+            if done > self.saved or not checkpoints(self.out):
                 self._save(done)
         finally:
             self.monitor.release()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from bupo.config import Config, ConfigError, PhaseConfig
-from bupo.rl.types import Policy, Rates
+from bupo.types import Policy, Rates
 
 
 def _phases(config: Config) -> list[tuple[str, PhaseConfig]]:

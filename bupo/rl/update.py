@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from bupo import ops
 from bupo.config import GPU_WORKSPACE, Config
+from bupo.finite import first_bad
 from bupo.policy import parameter_layers
-from bupo.rl.finite import first_bad
 from bupo.rl.forward import Forward, MicroBatch, TokenStats, mini_batches
-from bupo.rl.objective import gspo_loss, token_weights
+from bupo.rl.losses import gspo_loss, token_weights
 from bupo.rl.optimizer import AdamW, clip_gradients, learning_rate
-from bupo.rl.types import Policy, Rollout
+from bupo.types import Policy, Rollout
 
 
 class Trainer:

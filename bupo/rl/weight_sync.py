@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bupo.config import RunError
-from bupo.rl.types import Prompt, Rollout
+from bupo.types import Prompt, Rollout
 
 PROBES, PROBE_TOKENS = 16, 32
 """So many sequences, so many tokens of each are compared"""

@@ -1,0 +1,175 @@
+"""From the name of a model to its facts, its tokenizer and its weights, or to one line on what is
+wrong with it.
+
+Imports of torch and transformers are inside the functions, so that mistakes of a configuration are
+told within a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bupo import hub
+from bupo.config import BrokenError, Config, ConfigError, first_line, readable
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before its weights are loaded."""
+
+    source: str
+    """Folder or hub name"""
+    tokenizer: Any
+    layers: int
+    positions: int | None
+    """Longest text, where the model has a limit"""
+    vocabulary: int | None
+    """Rows of the embedding, where the configuration tells them"""
+    tied: bool
+    """The head is the embedding"""
+
+    def check(self, prompts: Sequence[Any], new_tokens: int) -> None:
+        """Raises ConfigError unless the model takes every prompt and so many tokens more."""
+        longest = max(len(p.token_ids) for p in prompts)
+        if self.positions is not None and longest + new_tokens > self.positions:
+            raise ConfigError(
+                f"a prompt of {longest} tokens and rollout.max_new_tokens={new_tokens} exceed the "
+                f"{self.positions} positions of {self.source}; lower rollout.max_new_tokens, or "
+                "data.max_prompt_tokens with data.overlong=drop"
+            )
+        self.check_tokens(max(max(p.token_ids) for p in prompts))
+
+    def check_tokens(self, highest: int) -> None:
+        """Raises ConfigError where a token id has no embedding."""
+        if self.vocabulary is not None and highest >= self.vocabulary:
+            raise ConfigError(
+                f"{self.source}: its tokenizer has {len(self.tokenizer)} tokens, but its model "
+                f"{self.vocabulary} (token {highest} occurs in the data): they do not belong "
+                "together; take both from one place"
+            )
+
+
+def check_place(key: str, model: str) -> None:
+    """Raises ConfigError for what is neither a folder nor a name that the hub could know."""
+    with readable(f"{key}={model}"):
+        there = Path(model).is_dir()
+    if not there and not hub.is_name(model):
+        raise ConfigError(f"{key}={model}: folder not found")
+
+
+def read_model(config: Config, model: str) -> ModelFacts:
+    """Tokenizer and sizes; also checks what needs a model's configuration."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from bupo.runlog.progress import Progress
+
+    try:
+        with hub.quiet(), Progress(1, 0).waiting(f"reading what {model} is"):
+            model_config = AutoConfig.from_pretrained(model)
+            tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # of as many kinds as there are families
+        raise ConfigError(f"model.path={model} cannot be read: {_reason(model, error)}") from None
+    _check_causal(model, model_config)
+    text_config = model_config.get_text_config(decoder=True)
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is not None and config.rollout.max_new_tokens >= positions:
+        raise ConfigError(
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} does not fit the model's "
+            f"context of {positions} tokens"
+        )
+    vocabulary = getattr(text_config, "vocab_size", None)
+    tied = bool(getattr(text_config, "tie_word_embeddings", False))
+    layers = text_config.num_hidden_layers
+    return ModelFacts(model, tokenizer, layers, positions, vocabulary, tied)
+
+
+def _check_causal(model: str, model_config: Any) -> None:
+    """transformers would make a head for a BERT too: it looks at the tokens that are to come."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    kind = type(model_config)
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model_config, "is_decoder", True)
+    encoder = getattr(model_config, "is_encoder_decoder", False)
+    if masked or encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(
+            f"model.path={model} is no causal LM but of family {model_config.model_type}, which "
+            "cannot be sampled from left to right; choose a decoder-only model"
+        )
+
+
+def load_model(config: Config, source: str) -> Any:
+    """The causal LM of a folder or hub name, in float32 on the GPU if there is one. Raises
+    ConfigError; BrokenError where files are damaged, or do not hold all of the model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from bupo.finite import first_bad
+
+    try:
+        with hub.quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=torch.float32,
+                attn_implementation=config.model.attn_implementation,
+                ignore_mismatched_sizes=True,  # they are in `found`
+                output_loading_info=True,
+            )
+    except (ValueError, ImportError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{source} cannot be loaded: {first_line(error)}") from None
+    except Exception as error:  # of as many kinds as there are formats
+        raise BrokenError(f"{source} cannot be loaded: {_reason(source, error)}") from None
+    model, found = loaded
+    # transformers leaves what it does not find as it was initialised: random.
+    wrong = [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    for name, theirs, ours in sorted(found["mismatched_keys"]):
+        shapes = f"{list(theirs)} in the files, {list(ours)} by config.json"
+        wrong.insert(0, f"{name} is {shapes}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise BrokenError(
+            f"{source} cannot be loaded: its weights are not those of its config.json: "
+            f"{', '.join(wrong[:3])}{more}; get whole files"
+        )
+    if bad := first_bad(model.named_parameters()):
+        raise BrokenError(f"{source} cannot be used: {bad}; get whole files")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def silence_noise(model: Any) -> None:
+    """Sets dropout and the jitter of routers to 0 in a model that is to be trained."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if ("drop" in name or "jitter" in name) and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def check_deterministic(model: Any) -> None:
+    """Raises ValueError where two passes of the model, as it is, over the same tokens differ: then
+    the ratio of new to old probabilities is noise, and the policy that samples is not trained."""
+    import torch
+
+    seeded = torch.Generator().manual_seed(0)
+    rows = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(rows // 2, (2, 8), generator=seeded).to(model.device)
+    with torch.no_grad():
+        first, second = (model(ids, use_cache=False).logits for _ in range(2))
+    off, limit = (first - second).abs().max(), 8 * torch.finfo(first.dtype).eps * first.abs().max()
+    if off > limit:  # nan is for the next check to name
+        raise ValueError(
+            f"two passes over the same tokens in training mode differ by {off:.1e} in their "
+            "logits: something in the model is random (dropout, router noise); set it to 0 in its "
+            "config.json"
+        )
+
+
+def _reason(model: str, error: Exception) -> str:
+    if Path(model).is_dir():
+        return first_line(error)
+    return f"no such folder, and as a name on the Hugging Face hub: {hub.reason(error)}"

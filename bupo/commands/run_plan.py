@@ -1,0 +1,222 @@
+"""All that can be known of a training run, and go wrong, before its weights are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bupo import config as configuration
+from bupo.commands.models import read_model
+from bupo.commands.sizes import Sizes, measure
+from bupo.commands.sources import Sources, check_engine, check_out, find_sources
+from bupo.config import Config, ConfigError
+from bupo.terminal import TERMINAL
+
+PROMPTS_FILE = "prompts.sha256"
+"""In the run directory: says whether data that have moved are still the same"""
+
+
+@dataclass
+class Plan:
+    """All that can be known, and go wrong, before weights are loaded."""
+
+    config: Config
+    out: Path
+    resume_from: Path | None
+    sources: Sources
+    tokenizer: Any
+    layers: int
+    sizes: Sizes
+    train_prompts: list[Any]
+    eval_prompts: list[Any]
+    prompts_hash: str
+    """Of the training prompts and their order"""
+    dropped: int
+    warnings: list[str]
+    """What can be run, but is probably not meant"""
+
+
+def make_plan(config: Config) -> Plan:
+    """Checks paths, model configuration, layer, tokenizer and prompts.
+
+    Raises ConfigError with one line; has written nothing but a task's cached files.
+    """
+    now = time.strftime("%Y%m%d-%H%M%S")
+    out = Path(config.out or f"runs/{config.name}-{config.algorithm}-{now}")
+    check_out(out)
+    resume_from = resume_point(config, out)
+    sources = find_sources(config)
+    check_engine(config)
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"wandb={config.wandb} needs the package wandb, which is not installed")
+
+    from bupo.data.prompts import PromptOrder, load_prompts  # slow, so after the cheap checks
+    from bupo.rewards.choice import check_functions, check_sources
+    from bupo.rl.schedule import Schedule
+    from bupo.runlog.progress import Progress
+
+    check_functions(config.reward)
+    facts = read_model(config, sources.model)
+    tokenizer, layers = facts.tokenizer, facts.layers
+    measured = config.bupo.auto_layer is not None
+    schedule = None if measured else Schedule(config)
+    if schedule is not None:
+        schedule.check(layers, sources.model, facts.tied)
+    with Progress(1, 0).waiting("reading prompts") as share:
+        prompts, dropped = load_prompts(
+            sources.train, tokenizer, config.data, config.data.limit, share
+        )
+    prompts_hash = _hash_of(prompts, bool(config.reward.by_source))
+    earlier = out / PROMPTS_FILE
+    if resume_from and earlier.is_file() and earlier.read_text().strip() != prompts_hash:
+        raise ConfigError(
+            f"resume=auto: the run in out={out} began with other training prompts: data.train, the "
+            "tokenizer or the chat template has changed; restore them or choose another out"
+        )
+    PromptOrder(prompts, config.rollout.prompts, config.seed, config.data.weights)
+    eval_prompts, eval_dropped = (
+        load_prompts(sources.held_out, tokenizer, config.data, config.eval.limit, apart=True)
+        if sources.held_out
+        else ([], 0)
+    )
+    check_sources(config.reward, [*prompts, *eval_prompts])
+    config.eval.check_sources({p.source for p in eval_prompts})
+    facts.check([*prompts, *eval_prompts], config.rollout.max_new_tokens)
+    return Plan(
+        config=config,
+        out=out,
+        resume_from=resume_from,
+        sources=sources,
+        tokenizer=tokenizer,
+        layers=layers,
+        sizes=measure(
+            config,
+            sources.model,
+            max(len(p.token_ids) for p in prompts),
+            max(schedule.layers(), default=None) if schedule is not None else None,
+        ),
+        train_prompts=prompts,
+        eval_prompts=eval_prompts,
+        prompts_hash=prompts_hash,
+        dropped=dropped + eval_dropped,
+        warnings=_warnings(config, tokenizer, [*prompts, *eval_prompts]),
+    )
+
+
+def _hash_of(prompts: Sequence[Any], by_source: bool) -> str:
+    """SHA-256 of what training sees of its prompts, wherever their files lie."""
+    digest = hashlib.sha256()
+    for p in prompts:
+        source = p.source if by_source else ""  # else it may be the name of a file
+        digest.update(json.dumps([p.token_ids, p.answer, source, p.file]).encode())
+    return digest.hexdigest()
+
+
+def _warnings(config: Config, tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
+    """Settings that are allowed, but probably not what the user means."""
+    found, loss = [], config.loss
+    if loss.type == "cispo" and loss.clip_high < 1:
+        found.append(
+            f"loss.type=cispo with loss.clip_high={loss.clip_high:g} caps the ratio at "
+            f"{1 + loss.clip_high:g}; CISPO's published caps are about 5 (loss.clip_high=4)"
+        )
+    clip = max(loss.clip_low, loss.clip_high)
+    if loss.type == "gspo" and clip > 0.01:
+        found.append(
+            f"loss.type=gspo hardly ever clips at {clip:g}: its ratio is a mean over a response; "
+            "published are loss.clip_low=3e-4 loss.clip_high=4e-4"
+        )
+    if config.advantage == "dr_grpo" and loss.aggregation != "seq_sum_longest":
+        found.append(
+            f"advantage=dr_grpo with loss.aggregation={loss.aggregation} is not Dr.GRPO, which has "
+            "loss.aggregation=seq_sum_longest"
+        )
+    bos = tokenizer.bos_token_id
+    without = [p for p in prompts if p.token_ids[0] != bos]
+    if bos is not None and without and tokenizer("a")["input_ids"][0] == bos:
+        found.append(
+            f"{len(without)} of {len(prompts)} prompts do not begin with {tokenizer.bos_token}, "
+            "which this tokenizer puts before plain text: a model that was trained with it answers "
+            "worse without; begin data.chat_template with {{ bos_token }}"
+        )
+    return found
+
+
+def resume_point(config: Config, out: Path) -> Path | None:
+    """The checkpoint to go on from. A folder that holds another run is refused, so no result is
+    lost or continued under other settings."""
+    from bupo.rl.checkpoint import load_step
+    from bupo.runlog.run_directory import checkpoints
+
+    if config.resume == "auto":
+        points, earlier = checkpoints(out), out / "config.yaml"
+        if points or (out / "metrics.jsonl").exists():
+            if not earlier.is_file():
+                raise ConfigError(
+                    f"resume=auto: out={out} holds a run, but not its config.yaml, so nothing "
+                    "tells whether the settings are the same; put it back or choose another out"
+                )
+            free: tuple[str, ...] = configuration.MAY_CHANGE
+            if points and config.optimizer.schedule == "linear":
+                free = tuple(key for key in free if key != "steps")
+            changed = configuration.changes_since(earlier, config, free)
+            why = " (of which optimizer.schedule=linear makes every step's learning rate)"
+            changed = [text + why * text.startswith("steps: ") for text in changed]
+            if changed:
+                raise ConfigError(
+                    f"resume=auto: out={out} holds a run with other settings ("
+                    + "; ".join(changed)
+                    + "); restore them or choose another out"
+                )
+        done = load_step(points[-1]) if points else 0
+        if done > config.steps:
+            raise ConfigError(f"resume=auto: out={out} has done {done} steps, steps={config.steps}")
+        return points[-1] if points else None
+    if (out / "metrics.jsonl").exists() or (out / "checkpoints").exists():
+        raise ConfigError(f"out={out} holds a run; continue it with resume=auto or choose another")
+    return None
+
+
+def print_plan(plan: Plan) -> None:
+    """What --dry_run shows, and every run begins with."""
+    from bupo.rl.schedule import Schedule
+
+    config, size = plan.config, plan.config.rollout
+    responses = size.prompts * size.samples
+    sizes, optimizer = plan.sizes, config.optimizer
+    parts = optimizer.updates_per_step
+    twice = f" x {optimizer.epochs} epochs" if optimizer.epochs > 1 else ""
+    evaluated = {config.eval.samples_of(p.source) for p in plan.eval_prompts}
+    samples = " or ".join(map(str, sorted(evaluated or {config.eval.samples})))
+    trained = f" ({sizes.internal / sizes.parameters:.0%} of the parameters)"
+    fewer = " (fewer where bupo.auto_stop says so)" if config.bupo.auto_stop else ""
+    phases = (
+        f"steps 1-{config.bupo.steps}{fewer} train a layer that is measured before them, then the "
+        f"final policy to step {config.steps}"
+        if config.bupo.auto_layer is not None
+        else Schedule(config).describe(plan.layers)
+    )
+    print(
+        f"{config.name}: {config.algorithm}, {config.advantage} advantages, on "
+        f"{plan.sources.model}\n"
+        f"  model    {sizes.model_line()}\n"
+        f"  phases   {phases}{trained if sizes.internal else ''}\n"
+        f"  step     {size.prompts} prompts x {size.samples} responses = {responses}, "
+        f"{parts} updates{twice} of {responses // parts} responses ({size.prompts // parts} "
+        f"prompts), at most {size.max_new_tokens} new tokens each\n"
+        f"  data     {len(plan.train_prompts)} training prompts, {len(plan.eval_prompts)} for "
+        f"evaluation x {samples}, {plan.dropped} dropped for length\n"
+        f"  memory   {sizes.memory_line()}\n"
+        f"  rollouts {sizes.engine_line(config)}\n"
+        f"  disk     {sizes.disk_line(config)}\n"
+        f"  out      {plan.out}"
+        + (f" (continues {plan.resume_from})" if plan.resume_from else "")
+        + "".join(f"\n  warning  {text}" for text in plan.warnings),
+        file=TERMINAL,
+    )

@@ -1,0 +1,127 @@
+"""From a configuration to what commands work on: where model and data come from, the engine, the
+task, the directory to write. bupo.commands.models has the model itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bupo.commands.models import check_place, load_model
+from bupo.commands.run_lock import check_one_process, waited_for
+from bupo.config import Config, ConfigError, shipped
+from bupo.data import data_files
+from bupo.tasks import TaskFiles
+
+LOCK = "tasks.lock"
+"""In the cache"""
+
+
+@dataclass
+class Sources:
+    """Where a run takes things from."""
+
+    model: str
+    """Folder or hub name"""
+    train: list[str]
+    held_out: list[str]
+    files: TaskFiles | None
+    """What the task made, if there is one"""
+
+
+def cache_dir() -> Path:
+    """Where tasks keep what they make: $BUPO_CACHE, or bupo in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("BUPO_CACHE") or Path(base) / "bupo")
+
+
+def find_sources(config: Config, training: bool = True) -> Sources:
+    """Checks that all of them are there, training data only if asked for; has written nothing but
+    a task's cached files."""
+    files = None
+    if config.task:
+        task, cache = _task(config), cache_dir()
+        with waited_for(cache / LOCK):  # another first run may be making the same files
+            files = task.prepare(config.task_options, cache)
+    for key, given, made in (
+        ("data.train", config.data.train, files and files.train),
+        ("eval.files", config.eval.files, files and files.eval),
+    ):
+        if given and made:
+            raise ConfigError(f"{key} is set, but task={config.task} brings its own data")
+    model = config.model.path or (str(files.model) if files else None)
+    if model is None:
+        raise ConfigError("model.path is not set (folder or hub name of a causal LM)")
+    train = [str(f) for f in files.train] if files and files.train else config.data.train
+    held_out = [str(f) for f in files.eval] if files and files.eval else config.eval.files
+    if training and config.eval.every and not held_out:
+        raise ConfigError(
+            f"eval.every={config.eval.every}, but there is nothing to evaluate on: set eval.files, "
+            "or eval.every=0"
+        )
+    train = train if training else []
+    for name in [*train, *held_out]:
+        data_files.check(name)
+    template = config.data.chat_template
+    if template and not shipped(template).is_file():
+        raise ConfigError(f"data.chat_template={template}: file not found")
+    check_place("model.path", model)
+    return Sources(model, train, held_out, files)
+
+
+def check_engine(config: Config) -> None:
+    """Raises ConfigError for an argument in rollout.vllm that vLLM has not, where it is installed;
+    else the engine does."""
+    rollout = config.rollout
+    if rollout.engine == "vllm" and rollout.vllm and importlib.util.find_spec("vllm"):
+        from bupo.rollouts.vllm import check_options
+
+        check_options(rollout)
+
+
+def make_engine(
+    config: Config, source: str, model: Any, tokenizer: Any, prompts: Sequence[Any], out: Path
+) -> Any:
+    """The rollout engine of the configuration, for these prompts. `model` is the trainer's, or None
+    where there is no trainer; out: the directory for the engine's own output, engine.log."""
+    from bupo.rollouts import HFEngine, VllmEngine
+
+    if config.rollout.engine == "hf":
+        model = model or load_model(config, source)
+        return HFEngine(model, tokenizer, config.rollout, config.model.compute_dtype)
+    longest = max(len(p.token_ids) for p in prompts)
+    dtype = config.model.compute_dtype
+    log = out / "engine.log"
+    return VllmEngine(source, tokenizer, config.rollout, longest, dtype, config.seed, log)
+
+
+def build_task(config: Config, sources: Sources) -> None:
+    """Makes the task's weights, once, if the configuration names a task and no other model."""
+    if sources.files is not None and sources.model == str(sources.files.model):
+        with waited_for(cache_dir() / LOCK):
+            _task(config).build(config.task_options, sources.files)
+
+
+def _task(config: Config) -> Any:
+    try:
+        module = importlib.import_module(str(config.task))
+    except ImportError as error:
+        raise ConfigError(f"task={config.task} cannot be imported: {error}") from None
+    if not hasattr(module, "prepare") or not hasattr(module, "build"):
+        raise ConfigError(f"task={config.task} is not a task: it has no prepare() and build()")
+    return module
+
+
+def check_out(out: Path) -> None:
+    """Whether this process, and it alone, can make a run directory there."""
+    check_one_process()
+    there = out.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ConfigError(f"out={out}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK) or str(there).startswith(("/proc", "/sys")):
+        raise ConfigError(f"out={out}: {there} cannot be written to")

@@ -1,0 +1,199 @@
+"""Train a model by Bottom-up Policy Optimization or a baseline.
+
+    python -m bupo.run                                  the built-in arithmetic recipe
+    python -m bupo.run algorithm=grpo                   its baseline, from the same warm start
+    python -m bupo.run --config recipes/FILE.yaml steps=100 optimizer.lr=2e-6
+    python -m bupo.run --config FILE --out DIR resume=auto
+
+Writes a run directory: config.yaml, metrics.jsonl, eval.jsonl, rollouts/, checkpoints/,
+tensorboard/, report.html and its plots. Ctrl-C or SIGTERM saves a checkpoint and exits.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from bupo import config as configuration
+from bupo.commands.ending import allowed, ended
+from bupo.commands.models import check_deterministic, load_model, silence_noise
+from bupo.commands.run_lock import locked
+from bupo.commands.run_plan import PROMPTS_FILE, Plan, make_plan, print_plan, resume_point
+from bupo.commands.sources import build_task, make_engine
+from bupo.config import Config, ConfigError, shipped
+from bupo.terminal import TERMINAL
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    lines = [
+        f"  {key} = {default}\n      {text}"
+        for key, default, text in configuration.describe(Config)
+    ]
+    parser = argparse.ArgumentParser(
+        prog="python -m bupo.run",
+        description=__doc__,
+        epilog="keys and defaults:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help="YAML file; default: the arithmetic recipe")
+    parser.add_argument("--out", help="run directory (same as out=DIR)")
+    parser.add_argument("--dry_run", action="store_true", help="check and print, load no weights")
+    quotes = configuration.QUOTES
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=quotes)
+    return parser.parse_intermixed_args(argv)  # options may stand between key=value
+
+
+def _model_to_train(config: Config, source: str) -> Any:
+    """In training mode, without randomness: rollout and training must be the same policy."""
+    model = load_model(config, source).train()
+    silence_noise(model)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _reference(plan: Plan, pad: int) -> Any:
+    """A frozen copy of the policy that the run began with, read again where that came from: no
+    checkpoint holds it. Raises ConfigError if other weights lie there now."""
+    from bupo.rl import checkpoint
+    from bupo.rl.reference_model import Reference
+
+    model = load_model(plan.config, plan.sources.model)
+    found, file = checkpoint.fingerprint(model), plan.out / "reference.sha256"
+    if plan.resume_from is None:
+        file.write_text(found + "\n", encoding="utf-8")
+    elif not file.is_file() or file.read_text(encoding="utf-8").strip() != found:
+        raise ConfigError(
+            f"loss.kl_coef: {plan.sources.model} does not hold the weights that the run began with "
+            f"({file} says which)"
+        )
+    return Reference(model, plan.config, pad)
+
+
+def _critic(plan: Plan, pad: int) -> Any:
+    """From the policy's first weights, or as it was in the checkpoint."""
+    from bupo.rl import checkpoint
+    from bupo.rl.critic import Critic
+
+    critic = Critic(_model_to_train(plan.config, plan.sources.model), plan.config, pad)
+    if plan.resume_from is not None:
+        with checkpoint.reading(plan.resume_from):
+            critic.load(plan.resume_from / checkpoint.CRITIC)
+    return critic
+
+
+def execute(plan: Plan) -> int | None:
+    """Loads the model and trains, alone in the run directory; returns the stopping signal, if
+    any."""
+    with allowed():
+        plan.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(plan.out):
+            if resume_point(plan.config, plan.out) != plan.resume_from:
+                raise ConfigError(
+                    f"out={plan.out}: another process has worked there since this one looked; "
+                    "start again"
+                )
+            return _train(plan)
+    finally:
+        with suppress(OSError):  # it holds something
+            plan.out.rmdir()
+
+
+def _train(plan: Plan) -> int | None:
+    from bupo.policy import check_internal_policy
+    from bupo.rewards.choice import make_reward
+    from bupo.rl import checkpoint
+    from bupo.rl.auto_layer import with_measured_layer
+    from bupo.rl.loop import Run
+    from bupo.rl.schedule import Schedule
+    from bupo.rl.update import Trainer
+    from bupo.runlog.progress import Progress
+    from bupo.runlog.run_directory import replace_text
+    from bupo.runlog.watchdog import Watchdog
+
+    config, tokenizer = plan.config, plan.tokenizer
+    build_task(config, plan.sources)
+    source = str(plan.resume_from or plan.sources.model)
+    if plan.resume_from is not None:
+        with Progress(1, 0).waiting(f"checking {source}"):
+            checkpoint.verify(plan.resume_from)
+    with checkpoint.reading(plan.resume_from), Progress(1, 0).waiting(f"loading {source}"):
+        model = _model_to_train(config, source)
+    measured = config.bupo.auto_layer is not None
+    trained = None if measured else Schedule(config).layers() or plan.layers
+    try:
+        check_deterministic(model)
+        check_internal_policy(model, trained)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source} cannot be trained: {error}") from None
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    trainer = Trainer(model, config, pad)
+    state = {"step": 0, "drawn": 0}
+    if plan.resume_from is not None:
+        state = checkpoint.load_state(plan.resume_from)
+        checkpoint.load_optimizer(plan.resume_from, model, trainer.optimizer)
+    with ExitStack() as parts:
+        reward = make_reward(config.reward)
+        parts.callback(reward.close)
+        with allowed():
+            replace_text(plan.out / "config.yaml", configuration.dump(config))
+            replace_text(plan.out / PROMPTS_FILE, plan.prompts_hash + "\n")
+        watchdog = Watchdog(plan.out, config.watchdog.seconds, config.watchdog.kill)
+        parts.callback(watchdog.close)
+        prompts = [*plan.train_prompts, *plan.eval_prompts]
+        reference = _reference(plan, pad) if config.loss.kl_coef else None
+        critic = _critic(plan, pad) if config.advantage == "ppo" else None
+        start = f"starting {config.rollout.engine} for rollouts"
+        with watchdog.stage(start), Progress(1, 0).waiting(start):
+            engine = make_engine(config, source, model, tokenizer, prompts, plan.out)
+        parts.callback(engine.close)
+        if measured:
+            with watchdog.stage("auto_layer"):
+                config = with_measured_layer(
+                    config, plan.out, model, engine, plan.train_prompts, state["step"],
+                    watchdog.alive,
+                )  # fmt: skip
+        watchdog.close()  # the run has one of its own
+        run = Run(
+            config, plan.out, model, tokenizer, plan.train_prompts, plan.eval_prompts,
+            engine, reward, trainer, reference, critic, state["step"], state["drawn"],
+        )  # fmt: skip
+        return run.train()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a run that could not go on (nan, a full disk, a rollout engine with
+    other weights than the trainer), 2 a configuration that cannot be run, 128 + n stopped by
+    signal n (130: Ctrl-C)."""
+    arguments = _arguments(argv)
+    overrides = arguments.overrides + ([f"out={arguments.out}"] if arguments.out else [])
+    plan: Plan | None = None
+
+    def act() -> int:
+        nonlocal plan
+        file = arguments.config or shipped("arithmetic.yaml")
+        with allowed():
+            plan = make_plan(configuration.load(file, overrides))
+        print_plan(plan)
+        if arguments.dry_run:
+            return 0
+        if (signal := execute(plan)) is not None:
+            print(stopped(), file=TERMINAL)
+            return 128 + signal
+        print(f"report: {plan.out / 'report.html'}", file=TERMINAL)
+        return 0
+
+    def kept() -> str:
+        up_to = f"all up to the newest checkpoint in {plan.out}" if plan else "what was there"
+        way = f"--out {plan.out} resume=auto" if plan else "the same command"
+        return f"{up_to} is kept, go on with {way}"
+
+    def stopped() -> str:
+        if plan is None or not (plan.out / "metrics.jsonl").exists():
+            return "stopped before training began"
+        return f"stopped; continue with: --out {plan.out} resume=auto"
+
+    return ended("bupo.run", act, kept, stopped)

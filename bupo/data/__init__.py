@@ -1,0 +1,1 @@
+"""Files and data sets to tokenised prompts, and the order in which steps take them."""

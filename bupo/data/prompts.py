@@ -1,0 +1,231 @@
+"""Data files to tokenised prompts, and the order in which steps take them."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bupo.config import ConfigError, DataConfig, first_line, readable, shipped
+from bupo.data import data_files
+from bupo.types import Prompt
+
+
+def _column(row: dict[str, Any], name: str, config: DataConfig) -> Any:
+    """The value of a column, under the name that data.columns gives it where the row has that."""
+    other = config.columns.get(name, name)
+    return row[other] if other in row else row.get(name)
+
+
+def _answer(row: dict[str, Any], config: DataConfig, where: str) -> str:
+    model = row.get("reward_model") or {}
+    if not isinstance(model, dict):
+        raise ConfigError(
+            f"{where}: reward_model must be an object with ground_truth, got {model!r}"
+        )
+    truth = row.get(config.columns.get("answer", ""))
+    if truth is None:
+        truth = model.get("ground_truth", row.get("answer"))
+    if truth is None:
+        raise ConfigError(
+            f"{where} has neither reward_model.ground_truth nor answer, but {_names(row)}; "
+            "data.columns can name another"
+        )
+    if isinstance(truth, (list, dict)):
+        kind = "a list" if isinstance(truth, list) else "an object"
+        raise ConfigError(
+            f"{where}: the answer must be a text or a number, got {kind}: {str(truth)[:80]}"
+        )
+    return str(truth)
+
+
+def _names(row: dict[str, Any]) -> str:
+    return ", ".join(row) or "nothing"
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and message.get("content") is not None
+    )
+
+
+def _chat(system: str, user: str) -> list[dict[str, str]]:
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": user}]
+
+
+def _text(prompt: Any, tokenizer: Any, config: DataConfig, where: str) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list) or not prompt or not all(map(_is_message, prompt)):
+        raise ConfigError(
+            f"{where}: prompt must be a string or a list of chat messages with role and content"
+        )
+    template = None
+    if config.chat_template is not None:
+        with readable(f"data.chat_template={config.chat_template}"):
+            template = shipped(config.chat_template).read_text(encoding="utf-8")
+    elif not tokenizer.chat_template:
+        raise ConfigError(
+            f"{where} is a chat, but the model's tokenizer has no chat template; set "
+            "data.chat_template=FILE"
+        )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            prompt,
+            tokenize=False,
+            add_generation_prompt=True,
+            chat_template=template,
+            **config.chat_template_options,
+        )
+    except Exception as error:  # a program of a stranger's, in a sandbox
+        source = config.chat_template or "the tokenizer's chat template"
+        raise ConfigError(f"{where}: {source} failed: {first_line(error)}") from None
+    return text
+
+
+def tokenised(row: Any, tokenizer: Any, config: DataConfig, where: str) -> tuple[str, list[int]]:
+    """The prompt of a row after the chat template, and its token ids. Raises ConfigError, which
+    begins with `where`, for a row that has none."""
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where} is not a JSON object")
+    prompt = _column(row, "prompt", config)
+    if prompt is None:
+        raise ConfigError(
+            f"{where} has no prompt, but {_names(row)}; data.columns can name another"
+        )
+    if isinstance(prompt, str) and config.system_prompt is not None:
+        prompt = _chat(config.system_prompt, prompt)
+    text = _text(prompt, tokenizer, config, where)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: the prompt is no text: {error}") from None
+    ids = tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
+    if not ids:
+        raise ConfigError(f"{where} has an empty prompt")
+    return text, list(ids)
+
+
+def load_prompts(
+    files: Sequence[str],
+    tokenizer: Any,
+    config: DataConfig,
+    limit: int | None = None,
+    share: Callable[[float], object] = lambda share: None,
+    apart: bool = False,
+) -> tuple[list[Prompt], int]:
+    """All prompts of the files, and how many were dropped for their length. share is called with
+    the share done.
+
+    Raises ConfigError for a missing or malformed file, an empty set, or a prompt over
+    data.max_prompt_tokens unless data.overlong=drop; with `apart`, as in evaluations, also where
+    rows without data_source would join a data set of another file that has its name by chance.
+    """
+    prompts: list[Prompt] = []
+    named: dict[str, int] = {}
+    longest, overlong = 0, 0
+    for place, file in enumerate(files):
+        rows = data_files.read(file)[:limit]
+        for n, row in enumerate(rows):
+            share((place + n / len(rows)) / len(files))
+            where = f"row {n} of {file}"
+            text, ids = tokenised(row, tokenizer, config, where)
+            if len(ids) > config.max_prompt_tokens:
+                overlong, longest = overlong + 1, max(longest, len(ids))
+                continue
+            source = str(_column(row, "data_source", config) or "")
+            if not source:
+                source = data_files.stem(file)
+                named.setdefault(source, place)
+            answer = _answer(row, config, where)
+            prompts.append(Prompt(len(prompts), source, text, ids, answer, place))
+    for prompt in prompts if apart else []:
+        if (place := named.get(prompt.source, prompt.file)) != prompt.file:
+            raise ConfigError(
+                f"rows of {files[place]} and {files[prompt.file]} would be one data set, "
+                f"{prompt.source}: rows without data_source are called like their file; give them "
+                "one, or rename a file"
+            )
+    if overlong and config.overlong == "error":
+        raise ConfigError(
+            f"{overlong} of {overlong + len(prompts)} prompts exceed data.max_prompt_tokens="
+            f"{config.max_prompt_tokens} (longest {longest}); raise it or set data.overlong=drop"
+        )
+    if not prompts:
+        names = ", ".join(map(str, files)) or "data.train=[]"
+        raise ConfigError(f"no prompts in {names} ({overlong} dropped for their length)")
+    return prompts, overlong
+
+
+class _Epochs:
+    """Some prompts in shuffled epochs, one after another without end."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: str) -> None:
+        self._prompts, self._seed = prompts, seed
+        self._epoch, self._order = -1, list(range(len(prompts)))
+
+    def __getitem__(self, position: int) -> Prompt:
+        epoch, place = divmod(position, len(self._prompts))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(len(self._prompts)))
+            random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
+        return self._prompts[self._order[place]]
+
+
+class PromptOrder:
+    """Shuffled epochs, a pure function of (seed, step): nothing to save for an exact resume.
+
+    With weights each file has epochs of its own, and of the first n prompts its share is
+    n * weight, to within one prompt; within a step the files are mixed.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], per_step: int, seed: int, weights: Sequence[float] = ()
+    ) -> None:
+        if per_step > len(prompts):
+            raise ConfigError(
+                f"rollout.prompts ({per_step}) exceeds the number of training prompts "
+                f"({len(prompts)})"
+            )
+        self._per_step, self._seed = per_step, seed
+        self._shares = [w / sum(weights) for w in weights] or [1.0]
+        if weights:
+            files = [[p for p in prompts if p.file == n] for n in range(len(weights))]
+            self._files = [_Epochs(f, f"{seed}/file{n}") for n, f in enumerate(files)]
+            for n, (share, file) in enumerate(zip(self._shares, files)):
+                if math.ceil(share * per_step) > len(file):
+                    raise ConfigError(
+                        f"data.weights takes {share * per_step:g} of rollout.prompts={per_step} "
+                        f"from data.train[{n}], which has {len(file)} prompts"
+                    )
+        else:
+            self._files = [_Epochs(prompts, f"{seed}")]
+        self._step, self._taken = 1, [0] * len(self._files)
+
+    def take(self, step: int) -> list[Prompt]:
+        """The prompts of step 1, 2, ...; an epoch's remainder starts the next step."""
+        if step < self._step:
+            self._step, self._taken = 1, [0] * len(self._files)
+        while self._step < step:
+            self._places()
+        places = self._places()
+        if len(self._files) > 1:  # or mini-batches, which take every k-th, could be of one file
+            random.Random(f"{self._seed}/mix/{step}").shuffle(places)
+        return [self._files[file][position] for file, position in places]
+
+    def _places(self) -> list[tuple[int, int]]:
+        """File and position in it of each prompt of the next step: always of the file that is
+        furthest behind its share."""
+        places = []
+        for _ in range(self._per_step):
+            total = sum(self._taken) + 1
+            behind = [share * total - taken for share, taken in zip(self._shares, self._taken)]
+            file = behind.index(max(behind))
+            places.append((file, self._taken[file]))
+            self._taken[file] += 1
+        self._step += 1
+        return places

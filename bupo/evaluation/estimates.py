@@ -1,0 +1,160 @@
+"""Avg@n, Pass@K and majority votes on data sets, by the engine and the reward of training."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from bupo.config import Config
+from bupo.types import EvalResult, Prompt, Rollout, finite_or_none
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k), unbiased for the chance that one of k samples is right
+    (2107.03374); the paper's Pass@K. nan for k > n, where it is undefined."""
+    if k > n:
+        return math.nan
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over problems and its standard error: samples of a problem are not independent, so the
+    problem is the unit."""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return fmean(values), error
+
+
+def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
+    """Whether the most frequent answer is right: maj@n (2203.11171), its mean over ties. Responses
+    without an answer have no vote; no votes, not right."""
+    votes = Counter(a for a in answers if a is not None)
+    top = max(votes.values(), default=0)
+    shares = [
+        fmean(r for a, r in zip(answers, right) if a == answer)
+        for answer, count in votes.items()
+        if count == top
+    ]
+    return fmean(shares) if shares else 0.0
+
+
+Row = dict[str, Any]
+"""One problem, as JSON lines hold it: prompt, answer, and of each response reward (null: not
+finite), tokens, finish_reason, text, final answer (null: none; the list is null if the reward knows
+no answers) and whether it could not be graded."""
+
+
+def problem_rows(rollouts: Sequence[Rollout], answers: Sequence[str | None] | None) -> list[Row]:
+    """Graded responses by problem, in order of the problems' first responses."""
+    groups: dict[int, list[int]] = {}
+    for n, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.group, []).append(n)
+    return [
+        {
+            "prompt": rollouts[members[0]].prompt.text,
+            "answer": rollouts[members[0]].prompt.answer,
+            "rewards": [finite_or_none(rollouts[n].reward) for n in members],
+            "ungraded": [rollouts[n].ungraded for n in members],
+            "answers": None if answers is None else [answers[n] for n in members],
+            "tokens": [len(rollouts[n].token_ids) for n in members],
+            "finish_reasons": [rollouts[n].finish_reason for n in members],
+            "responses": [rollouts[n].text for n in members],
+        }
+        for members in groups.values()
+    ]
+
+
+def summarise(dataset: str, rows: Sequence[Row], ks: Sequence[int]) -> EvalResult:
+    """Avg@n, Pass@K and maj@n over problems with the same number of samples each. A response is
+    right if its reward is > 0.5."""
+    rights = [[x is not None and x > 0.5 for x in row["rewards"]] for row in rows]
+    samples = len(rights[0])
+    assert all(len(right) == samples for right in rights)
+    avg, avg_se = _mean_and_error([sum(right) / samples for right in rights])
+    pass_k = {
+        k: _mean_and_error([pass_at_k(samples, sum(right), k) for right in rights])
+        if k <= samples
+        else None
+        for k in ks
+    }
+    voting = all(row["answers"] is not None for row in rows)
+    maj = (
+        _mean_and_error([majority(row["answers"], right) for row, right in zip(rows, rights)])
+        if voting
+        else None
+    )
+    responses = samples * len(rows)
+    return EvalResult(
+        dataset=dataset,
+        problems=len(rows),
+        samples=samples,
+        avg=avg,
+        avg_se=avg_se,
+        pass_k=pass_k,
+        maj=maj,
+        length=sum(sum(row["tokens"]) for row in rows) / responses,
+        truncated=sum(row["finish_reasons"].count("length") for row in rows) / responses,
+        ungraded=sum(sum(row["ungraded"]) for row in rows) / responses,
+    )
+
+
+def by_dataset(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+    """Problems of each data source, in order."""
+    sets: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        sets.setdefault(prompt.source, []).append(prompt)
+    return sets
+
+
+def file_name(dataset: str) -> str:
+    """Of a data set's rows: its name, where that cannot be a file's with a mark of the whole of
+    it, so that no two share one."""
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in dataset)[:100]
+    if name != dataset:
+        name += "-" + hashlib.sha256(dataset.encode()).hexdigest()[:8]
+    return name + ".jsonl"
+
+
+def evaluate(
+    dataset: str,
+    problems: Sequence[Prompt],
+    config: Config,
+    generate: Callable[[Sequence[Prompt], int, str], list[Rollout]],
+    reward: Any,
+    keep: Callable[[list[Row]], object],
+    done: Sequence[Row] = (),
+    share: Callable[[float], object] = lambda share: None,
+) -> EvalResult:
+    """Samples, grades and counts. Training and bupo.evaluate both call this, so a checkpoint has
+    the same figures in either.
+
+    generate(problems, samples, seed) is the engine, reward a Reward; keep(rows) stores what is
+    made, batch by batch; done are rows stored before. Batches are the same in every call, and with
+    them the seeds and the responses, so an evaluation that was cut is continued exactly: rows
+    beyond the last whole batch are made again.
+    """
+    samples, size = config.eval.samples_of(dataset), _batch(dataset, config)
+    rows = list(done[: whole_batches(dataset, len(done), len(problems), config)])
+    for start in range(len(rows), len(problems), size):
+        seed = f"{config.seed}/eval/{dataset}/{start}"
+        rollouts = generate(problems[start : start + size], samples, seed)
+        reward(rollouts)
+        new = problem_rows(rollouts, reward.answers(rollouts))
+        keep(new)
+        rows += new
+        share(len(rows) / len(problems))
+    return summarise(dataset, rows, config.eval.pass_k)
+
+
+def _batch(dataset: str, config: Config) -> int:
+    """Problems of a data set that are sampled together."""
+    return max(1, config.rollout.batch_size // config.eval.samples_of(dataset))
+
+
+def whole_batches(dataset: str, done: int, problems: int, config: Config) -> int:
+    """How many of the rows that are done can be kept."""
+    size = _batch(dataset, config)
+    return done if done >= problems else done // size * size

@@ -1,0 +1,99 @@
+"""The layer that phase 1 of BuPO trains, measured on the model that a run begins with.
+
+The paper (arXiv 2512.19673) looks once at the base model's own rollouts and takes the boundary
+layer: the last one before the FFNs leave exploration, dH_FFN > 0. bupo.internal has the
+definitions, the tolerance and the uncertainty; this is where a run asks for them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from bupo.config import Config, RunError
+from bupo.internal import Text, boundary_layer, entropy_flow
+from bupo.rollouts import RolloutEngine
+from bupo.runlog.progress import Progress
+from bupo.runlog.run_directory import replace_text
+from bupo.types import Prompt
+
+PROMPTS = 64
+"""Rollouts that are measured, one a prompt: the answer's uncertainty is over prompts"""
+FILE = "auto_layer.json"
+
+
+def with_measured_layer(
+    config: Config,
+    out: Path,
+    model: Any,
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    start: int,
+    alive: Callable[[], object] = lambda: None,
+) -> Config:
+    """The configuration with bupo.layer as measured or, where `start` steps are done, as FILE of
+    the run directory has it from the run's beginning. alive() is called as the work gets on. Raises
+    RunError where the model has no clear boundary: training a layer that was not meant costs more
+    than choosing one.
+    """
+    file = out / FILE
+    if start and not file.is_file():
+        raise RunError(
+            f"bupo.auto_layer: {file} is lost, which says the layer that this run trains; restore "
+            "it, or begin a new run with bupo.layer"
+        )
+    if start:
+        layer = json.loads(file.read_text(encoding="utf-8"))["layer"]
+    else:
+        layer = _measure(config, file, model, engine, prompts, alive)
+    return replace(config, bupo=replace(config.bupo, layer=layer))
+
+
+def _measure(
+    config: Config,
+    file: Path,
+    model: Any,
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    alive: Callable[[], object],
+) -> int:
+    def stop() -> bool:  # asked before every batch
+        alive()
+        return False
+
+    def going_on(share: float) -> None:
+        alive()
+        show(share)
+
+    progress = Progress(1, 0)
+    with progress.waiting("auto_layer: rollouts of the model as it is"):
+        rollouts = engine.generate(prompts[:PROMPTS], 1, f"{config.seed}/auto_layer", stop)
+    texts = [
+        Text([*r.prompt.token_ids, *r.token_ids], len(r.prompt.token_ids))
+        for r in rollouts
+        if r.token_ids and r.prompt.token_ids
+    ]
+    with progress.waiting(f"auto_layer: entropies of {len(texts)} responses") as show:
+        flow = entropy_flow(model, texts, config.rollout.temperature, share=going_on)
+    tolerance = config.bupo.auto_layer
+    assert tolerance is not None
+    found = boundary_layer(flow.by_text(flow.change("ffn")), tolerance, config.seed)
+    tokens = len(flow.token)
+    record = {"responses": len(texts), "tokens": tokens, **asdict(found)}
+    if found.layer is None:
+        chosen = "none" if found.candidate is None else f"layer {found.candidate}"
+        replace_text(file.with_suffix(".failed.json"), json.dumps(record, indent=1) + "\n")
+        raise RunError(
+            f"bupo.auto_layer: no clear boundary in {len(texts)} responses ({found.reason}; the "
+            f"rule gives {chosen}); see {file.with_suffix('.failed.json')} and set bupo.layer, "
+            "bupo.auto_layer=null"
+        )
+    replace_text(file, json.dumps(record, indent=1) + "\n")
+    progress.say(
+        f"auto_layer: layer {found.layer} of {flow.layers} (95 % of resamples in {found.low}.."
+        f"{found.high}), from {tokens} tokens of {len(texts)} responses; {file} has the curve"
+    )
+    return found.layer

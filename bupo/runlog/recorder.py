@@ -1,0 +1,62 @@
+"""Where numbers go: metrics.jsonl, eval.jsonl and the other files of a run, and their mirrors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bupo.runlog.mirrors import Mirrors
+from bupo.runlog.run_directory import append_rows, json_lines, read_rows, replace_text
+from bupo.types import EvalResult
+
+
+class Recorder:
+    """Appends rows to the run directory's files, each line flushed, and mirrors them."""
+
+    def __init__(
+        self,
+        run: Path,
+        keep_until_step: int,
+        wandb: str | None = None,
+        name: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """keep_until_step: rows of later steps are removed (they will be made again). settings of
+        the run, by dotted key, for W&B."""
+        self._run = run
+        for file in ("metrics.jsonl", "eval.jsonl", "diagnostics.jsonl"):
+            rows = [r for r in read_rows(run / file) if r["step"] <= keep_until_step]
+            replace_text(run / file, json_lines(rows))
+        self._mirrors = Mirrors(run, keep_until_step, wandb, name, dict(settings or {}))
+
+    def step(self, row: dict[str, Any]) -> None:
+        self._append("metrics.jsonl", row)
+        self._mirrors.scalars(row["step"], {k: v for k, v in row.items() if "/" in k or "_" in k})
+
+    def evaluation(self, step: int, when: str, result: EvalResult) -> None:
+        row = {"step": step, "when": when, **result.row()}
+        self._append("eval.jsonl", row)
+        self._mirrors.scalars(step, result.scalars())
+
+    def diagnostics(self, row: dict[str, Any]) -> None:
+        self._append("diagnostics.jsonl", row)
+
+    def problems(self, step: int, file_name: str) -> Callable[[list[dict[str, Any]]], None]:
+        """Starts the file of one data set's problems and responses; returns what appends to it."""
+        folder = self._run / "evaluations" / f"step_{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file_name).write_text("", encoding="utf-8")
+        return lambda rows: append_rows(folder / file_name, rows)
+
+    def rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
+        folder = self._run / "rollouts"
+        folder.mkdir(exist_ok=True)
+        text = json_lines(rows, ascii_only=False)
+        (folder / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        append_rows(self._run / name, [row])
+
+    def close(self) -> None:
+        self._mirrors.close()

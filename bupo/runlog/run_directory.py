@@ -1,0 +1,61 @@
+"""Files of a run directory: JSON lines that a kill may cut, texts replaced whole, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bupo.types import finite_or_none
+
+CHECKPOINT = "step_"
+"""A checkpoint of step 10 is the folder checkpoints/step_000010"""
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    folder = run / "checkpoints"
+    return sorted(p for p in folder.glob(CHECKPOINT + "*") if (p / "trainer.json").is_file())
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON lines file; a last line that was cut by a kill is left out."""
+    if not file.exists():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def json_lines(rows: Sequence[dict[str, Any]], ascii_only: bool = True) -> str:
+    """A line a row, strict JSON: null for what is not finite, wherever it stands."""
+    dumped = (json.dumps(_plain(r), ensure_ascii=ascii_only, allow_nan=False) for r in rows)
+    return "".join(line + "\n" for line in dumped)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return finite_or_none(value) if isinstance(value, float) else value
+
+
+def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Lines at the end of a JSON lines file, handed to the system at once."""
+    with file.open("a", encoding="utf-8") as out:
+        out.write(json_lines(rows))
+
+
+def replace_text(file: Path, text: str) -> None:
+    """A new content in one piece: a kill or a full disk leaves the old one."""
+    partial = file.with_name(f".{file.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

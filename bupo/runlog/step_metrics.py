@@ -1,0 +1,72 @@
+"""Figures of a step that are made of its rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+
+from bupo.types import RewardReport, Rollout
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], report: RewardReport) -> dict[str, float]:
+    """Of rewards and responses."""
+    rewards = [r.reward for r in rollouts if not r.ungraded] or [math.nan]
+    return {
+        "reward/mean": fmean(rewards),
+        "reward/std": pstdev(rewards) if len(rewards) > 1 else math.nan,
+        "reward/penalty": fmean(r.penalty for r in rollouts),
+        "reward/timeouts": report.timeouts,
+        "reward/errors": report.errors,
+        "reward/ungraded": fmean(r.ungraded for r in rollouts),
+        "response/length": fmean(len(r.token_ids) for r in rollouts),
+        "response/truncated": fmean(r.finish_reason == "length" for r in rollouts),
+    }
+
+
+def rollout_row(rollout: Rollout) -> dict[str, Any]:
+    """As rollouts/step_*.jsonl holds it."""
+    assert rollout.advantages is not None
+    return {
+        "prompt": rollout.prompt.text,
+        "response": rollout.text,
+        "reward": rollout.reward,
+        "advantage": float(rollout.advantages[0]) if len(rollout.advantages) else 0.0,
+        "answer": rollout.prompt.answer,
+        "finish_reason": rollout.finish_reason,
+        "tokens": len(rollout.token_ids),
+    }
+
+
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """Peaks since the last call, of what the trainer's torch has allocated, and of what the whole
+    process has reserved or other libraries (a vLLM that sleeps beside it) hold at the moment."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"memory/gpu_peak_mib": peak / 2**20, "memory/gpu_used_mib": (total - free) / 2**20}
+
+
+def time_line(rows: Sequence[dict[str, Any]]) -> str:
+    """Where the time of some steps went, stage by stage, in one line."""
+    total = sum(row["time/step"] for row in rows)
+    stages = {key[5:]: 0.0 for row in rows for key in row if key.startswith("time/")}
+    stages.pop("step")
+    for row in rows:
+        for name in stages:
+            stages[name] += row.get(f"time/{name}", 0.0)
+    stages["rest"] = total - sum(stages.values())
+    shown = sorted(stages.items(), key=lambda item: -item[1])
+    parts = [f"{name} {seconds / total:.0%}" for name, seconds in shown if seconds >= total / 200]
+    return f"{len(rows)} steps in {total:.0f} s: {', '.join(parts)}"
+
+
+def bad_steps_at_end(rows: Sequence[dict[str, Any]]) -> int:
+    """How many steps in a row, the last one among them, have skipped an update."""
+    good = (n for n, row in enumerate(reversed(rows)) if not row.get("policy/skipped_why"))
+    return next(good, len(rows))
