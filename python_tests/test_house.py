@@ -11,19 +11,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {
-    "types": set(),
+    "types": {"samples"},
     "finite": set(),
+    "samples": set(),
+    "progress": set(),
     "terminal": set(),
     "config": set(),
     "ops": set(),
     "hub": {"config"},
     "policy": {"ops"},
-    "internal": {"policy", "ops"},
-    "data": {"config", "types", "hub"},
-    "rewards": {"config", "types"},
-    "rollouts": {"config", "types", "policy", "terminal"},
-    "runlog": {"config", "types", "terminal"},
-    "evaluation": {"config", "types"},
+    "internal": {"policy", "ops", "samples", "progress"},
+    "data": {"config", "types", "hub", "progress"},
+    "rewards": {"config", "types", "progress"},
+    "rollouts": {"config", "types", "policy", "terminal", "progress"},
+    "runlog": {"config", "types", "terminal", "progress"},
+    "evaluation": {"config", "types", "progress"},
     "report": {"internal"},
     "tasks": {"config", "hub", "terminal", "runlog"},
 }

@@ -10,10 +10,10 @@ import types
 import pytest
 import torch.utils.tensorboard
 
-from bupo.runlog import progress
+from bupo.runlog import display as progress
 from bupo.runlog import recorder as metrics
+from bupo.runlog.display import Progress
 from bupo.runlog.monitor import Stopwatch
-from bupo.runlog.progress import Progress
 from bupo.runlog.recorder import Recorder
 from bupo.runlog.run_directory import read_rows
 from bupo.runlog.step_metrics import time_line

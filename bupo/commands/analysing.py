@@ -75,7 +75,7 @@ def execute(plan: Plan) -> list[Any]:
 def _analyse(plan: Plan) -> list[Any]:
     from bupo.commands.analysis_files import write_results, write_texts
     from bupo.commands.analysis_texts import again, generate
-    from bupo.runlog.progress import Progress
+    from bupo.runlog.display import Progress
     from bupo.runlog.run_directory import replace_text
 
     config, first, progress = plan.config, plan.subjects[0], Progress(1, 0)
@@ -167,7 +167,7 @@ def _loaded(plan: Plan, subject: Subject) -> Any:
     import torch
 
     from bupo.policy import num_layers, unembedding
-    from bupo.runlog.progress import Progress
+    from bupo.runlog.display import Progress
 
     with Progress(1, 0).waiting(f"loading {subject.source}"):
         model = load_model(plan.run, subject.source).eval()

@@ -64,7 +64,7 @@ def read_model(config: Config, model: str) -> ModelFacts:
     """Tokenizer and sizes; also checks what needs a model's configuration."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from bupo.runlog.progress import Progress
+    from bupo.runlog.display import Progress
 
     try:
         with hub.quiet(), Progress(1, 0).waiting(f"reading what {model} is"):

@@ -59,7 +59,7 @@ def make_plan(config: Config) -> Plan:
     from bupo.data.prompts import PromptOrder, load_prompts  # slow, so after the cheap checks
     from bupo.rewards.choice import check_functions, check_sources
     from bupo.rl.schedule import Schedule
-    from bupo.runlog.progress import Progress
+    from bupo.runlog.display import Progress
 
     check_functions(config.reward)
     facts = read_model(config, sources.model)

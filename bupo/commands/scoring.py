@@ -97,7 +97,7 @@ def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
     from bupo.data.prompts import load_prompts
     from bupo.evaluation import estimates as evaluation
     from bupo.rewards.choice import check_functions, check_sources, make_reward
-    from bupo.runlog.progress import Progress
+    from bupo.runlog.display import Progress
     from bupo.runlog.run_directory import append_rows, json_lines, replace_text
 
     check_functions(config.reward)

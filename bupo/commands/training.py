@@ -110,7 +110,7 @@ def _train(plan: Plan) -> int | None:
     from bupo.rl.loop import Run
     from bupo.rl.schedule import Schedule
     from bupo.rl.update import Trainer
-    from bupo.runlog.progress import Progress
+    from bupo.runlog.display import Progress
     from bupo.runlog.run_directory import replace_text
     from bupo.runlog.watchdog import Watchdog
 

@@ -16,7 +16,7 @@ from typing import Any
 from bupo.config import Config, RunError
 from bupo.internal import Text, boundary_layer, entropy_flow
 from bupo.rollouts import RolloutEngine
-from bupo.runlog.progress import Progress
+from bupo.runlog.display import Progress
 from bupo.runlog.run_directory import replace_text
 from bupo.types import Prompt
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from bupo.config import Config
-from bupo.runlog.progress import Progress
+from bupo.runlog.display import Progress
 from bupo.runlog.stop import StopRequest
 from bupo.runlog.watchdog import Watchdog
 

@@ -1,0 +1,161 @@
+"""Token sequences with values for some of their tokens, and micro-batches of them.
+
+Training and analysis share these: a training sample carries rewards beside them (bupo.rl.types),
+a measured text nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A sequence, and which of its tokens count.
+
+    A counted token is one that the policy has chosen: it is trained, or measured. All other tokens
+    (a prompt, the answer of a tool, the next message of a user) are only read by the model.
+    """
+
+    token_ids: list[int]
+    """The whole sequence"""
+    loss_mask: list[bool]
+    """For each token, whether it counts. The first one cannot: nothing predicts it."""
+    streams: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+    """Values of the counted tokens by name. Each tensor has one entry a counted token, in order."""
+
+    def __post_init__(self) -> None:
+        if len(self.loss_mask) != len(self.token_ids):
+            raise ValueError(
+                f"Sample: loss_mask: expected {len(self.token_ids)} values, one a token, came "
+                f"{len(self.loss_mask)}"
+            )
+        if self.loss_mask and self.loss_mask[0]:
+            raise ValueError(
+                "Sample: loss_mask: expected the first token to be masked, for no token predicts "
+                "it, came True"
+            )
+        for name, values in self.streams.items():
+            if values.shape != (self.count,):
+                raise ValueError(
+                    f"Sample: streams: {name}: expected shape [{self.count}], one value a counted "
+                    f"token, came {list(values.shape)}"
+                )
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], response: Sequence[int], keep: int | None = None) -> Sample:
+        """A prompt, which is read, and a response, whose first `keep` tokens count (None: all)."""
+        counted = len(response) if keep is None else min(keep, len(response))
+        rest = len(response) - counted
+        mask = [False] * len(prompt) + [True] * counted + [False] * rest
+        return Sample([*prompt, *response], mask)
+
+    @property
+    def count(self) -> int:
+        """The number of counted tokens."""
+        return sum(self.loss_mask)
+
+    @property
+    def positions(self) -> list[int]:
+        """Where the counted tokens are in the sequence."""
+        return [place for place, counts in enumerate(self.loss_mask) if counts]
+
+    def stream(self, name: str) -> Tensor:
+        """The values of this name. Raises KeyError, which says what is there."""
+        if name not in self.streams:
+            there = ", ".join(self.streams) or "none"
+            raise KeyError(f"Sample: streams: expected {name}, came {there}")
+        return self.streams[name]
+
+    def with_stream(self, name: str, values: Tensor) -> Self:
+        """The same sample with one more stream, or with a new one of this name."""
+        return replace(self, streams={**self.streams, name: values})
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some samples, padded on the right, and the place of each counted token. T: all of these."""
+
+    members: list[int]
+    """Number of each sample among all"""
+    counts: list[int]
+    """Counted tokens of each"""
+    input_ids: Tensor
+    """[B, L]"""
+    attention_mask: Tensor
+    """[B, L]: 0 where padding stands"""
+    rows: Tensor
+    """[T]: the sequence of each counted token, ..."""
+    columns: Tensor
+    """[T]: ... and the position that predicts it"""
+    targets: Tensor
+    """[T]: the tokens themselves"""
+    streams: dict[str, Tensor]
+    """[T] each: the streams that all members have"""
+
+    def pick(self, hidden: Tensor) -> Tensor:
+        """[B, L, D] -> [T, D], where counted tokens are predicted."""
+        return hidden[self.rows, self.columns]
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """[T] -> one tensor for each member."""
+        return list(values.split(self.counts))
+
+
+def micro_batches(
+    samples: Sequence[Sample],
+    tokens: int,
+    device: torch.device | str,
+    *,
+    pad: int = 0,
+    equal_lengths: bool = False,
+) -> Iterator[Batch]:
+    """The samples, those of similar length together, the longest last; at most `tokens` padded
+    tokens, or one sample, a batch. equal_lengths: only samples of one length share a batch, so
+    that nothing is padded."""
+    lengths = [len(sample.token_ids) for sample in samples]
+    groups: list[list[int]] = []
+    for i in sorted(range(len(samples)), key=lambda i: (lengths[i], i)):
+        fits = bool(groups) and (len(groups[-1]) + 1) * lengths[i] <= tokens
+        if fits and not (equal_lengths and lengths[groups[-1][0]] != lengths[i]):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    for members in groups:
+        yield _batch([samples[i] for i in members], members, device, pad)
+
+
+def _batch(
+    samples: Sequence[Sample], members: list[int], device: torch.device | str, pad: int
+) -> Batch:
+    width = max(len(sample.token_ids) for sample in samples)
+    ids = torch.full((len(samples), width), pad)
+    mask = torch.zeros_like(ids)
+    rows: list[int] = []
+    columns: list[int] = []
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample.token_ids)] = torch.tensor(sample.token_ids)
+        mask[row, : len(sample.token_ids)] = 1
+        positions = sample.positions
+        rows += [row] * len(positions)
+        columns += [position - 1 for position in positions]
+    at = torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
+    shared = set[str].intersection(*(set(sample.streams) for sample in samples))
+    return Batch(
+        members=members,
+        counts=[sample.count for sample in samples],
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        rows=at[0].to(device),
+        columns=at[1].to(device),
+        targets=ids[at[0], at[1] + 1].to(device),
+        streams={
+            name: torch.cat([sample.streams[name] for sample in samples]).to(device)
+            for name in sorted(shared)
+        },
+    )
