@@ -1,14 +1,13 @@
 """Token sequences with values for some of their tokens, and micro-batches of them.
 
-Training and analysis share these: a training sample carries rewards beside them (bupo.rl.types),
-a measured text nothing.
+Training and analysis share these: a rollout (bupo.types) carries a prompt and a reward as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ class Sample:
     @property
     def count(self) -> int:
         """The number of counted tokens."""
-        return sum(self.loss_mask)
+        return self.loss_mask.count(True)
 
     @property
     def positions(self) -> list[int]:
@@ -75,6 +74,16 @@ class Sample:
     def with_stream(self, name: str, values: Tensor) -> Self:
         """The same sample with one more stream, or with a new one of this name."""
         return replace(self, streams={**self.streams, name: values})
+
+
+AnySample = TypeVar("AnySample", bound=Sample)
+
+
+def with_streams(
+    samples: Sequence[AnySample], name: str, values: Iterable[Tensor]
+) -> list[AnySample]:
+    """Each sample with one more stream. Raises ValueError unless there is one tensor a sample."""
+    return [sample.with_stream(name, x) for sample, x in zip(samples, values, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,12 +1,16 @@
-"""What the stages exchange. A leaf: imports nothing of the project."""
+"""What the stages of training and evaluation exchange."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor
+
+from bupo.samples import Sample
 
 
 def finite_or_none(value: float) -> float | None:
@@ -35,62 +39,145 @@ class Prompt:
     """Place of its file in data.train"""
 
 
-@dataclass
-class Rollout:
-    """One response, as token ids; text is decoded for the reward only."""
+@dataclass(frozen=True, eq=False)
+class Rollout(Sample):
+    """One response to a prompt, from sampling to the update.
+
+    Its counted tokens are those that the policy has sampled. A stage never changes a rollout: it
+    returns copies, with another value or with one more stream. The streams, in the order in which
+    they appear::
+
+        engine      log-probs by the rollout engine: of the final policy at the sampling temperature
+                    (hf: over all rows of its head; vllm: over the rows that it may sample)
+        old         log-probs by the policy that the step trains, before its first update
+        final       log-probs by the final policy, where a setting needs them of every response
+        reference   log-probs by the policy that the run began with, for a KL term
+        cost        beta (log pi - log pi_ref), where that is a part of the reward
+        value       by the critic, of the state before each token
+        return      what the critic learns
+        advantage   what the update learns from
+        importance  min(pi / pi_engine, cap), the factor of truncated importance sampling
+        weight      of the token in the loss of its optimiser update
+    """
 
     prompt: Prompt
     group: int
     """Responses with the same number answer the same prompt of this step"""
-    token_ids: list[int]
-    """With the end-of-sequence token when one was sampled"""
-    logprobs: list[float]
-    """Of the engine: the final policy at the sampling temperature; hf: over all rows of its head,
-    vllm: over the rows that it may sample"""
     finish_reason: str
     """stop or length"""
     text: str
+    """The response, decoded, for the reward and for people"""
     reward: float = 0.0
     """nan: it could not be graded (a timeout, an error, or a reward that is not finite)"""
     penalty: float = 0.0
-    """Taken from the reward where advantages are made of it"""
+    """Subtracted from the reward before advantages are computed"""
     dropped: bool = False
-    """Has no part in the loss and its denominators"""
-    ref_logprobs: Tensor | None = None
-    """Of the reference under the policy that the step trains, for the KL term"""
-    advantages: Tensor | None = None
-    """Per token"""
-    values: Tensor | None = None
-    """By the critic, of the state before each token"""
-    returns: Tensor | None = None
-    """Per token, what the critic learns"""
+    """Excluded from the loss and its denominators"""
+
+    @classmethod
+    def from_response(
+        cls,
+        prompt: Prompt,
+        group: int,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        finish_reason: str,
+        text: str,
+    ) -> Self:
+        """A single response, as an engine makes it. token_ids: with the end-of-sequence token where
+        one was sampled; logprobs: of each of them."""
+        engine = {"engine": torch.tensor(logprobs, dtype=torch.float32)}
+        mask = [False] * len(prompt.token_ids) + [True] * len(token_ids)
+        ids = [*prompt.token_ids, *token_ids]
+        return cls(ids, mask, prompt, group, finish_reason, text, streams=engine)
+
+    @property
+    def response_ids(self) -> list[int]:
+        """The counted tokens"""
+        return [self.token_ids[place] for place in self.positions]
 
     @property
     def ungraded(self) -> bool:
-        """It has no reward, so nothing can be learnt from it."""
+        """Whether it has no reward, so that nothing can be learnt from it."""
         return not math.isfinite(self.reward)
 
 
-@dataclass
-class RewardReport:
-    """Counts beside the rewards."""
+@dataclass(frozen=True)
+class Grades:
+    """What a reward says of some rollouts."""
 
+    rewards: list[float]
+    """One for each rollout, in order; nan: it could not be graded"""
     timeouts: int = 0
+    """Number of responses whose grading took too long"""
     errors: int = 0
-    """Responses whose grading failed, or gave None, nan or infinity"""
-    first: str = field(default="", compare=False)
-    """What went wrong with the first of them"""
+    """Number of responses whose grading failed, or gave None, nan or infinity"""
+    first_failure: str = ""
+    """What went wrong with the first of these"""
 
-    def count(self, kind: str, what: str) -> None:
-        """Counts one more failure; kind is `timeouts` or `errors`."""
-        setattr(self, kind, getattr(self, kind) + 1)
-        self.first = self.first or what
+    def with_failures(self, other: Grades | None) -> Grades:
+        """These rewards; the failures of an earlier batch are counted too."""
+        if other is None:
+            return self
+        return replace(
+            self,
+            timeouts=self.timeouts + other.timeouts,
+            errors=self.errors + other.errors,
+            first_failure=other.first_failure or self.first_failure,
+        )
 
-    def add(self, other: RewardReport) -> None:
-        """Adds the counts of another batch."""
-        self.timeouts += other.timeouts
-        self.errors += other.errors
-        self.first = self.first or other.first
+
+class RolloutEngine(Protocol):
+    """Prompts to responses. Token ids in, token ids out."""
+
+    samples_from_nucleus: bool
+    """Whether its log-probs are those of the nucleus (rollout.top_p) instead of the whole policy"""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        seed: str,
+        stop: Callable[[], bool],
+        temperature: float | None = None,
+    ) -> list[Rollout]:
+        """`samples` responses for every prompt from the final policy, grouped by prompt.
+
+        temperature: another one than rollout.temperature; at 0 the likeliest token is taken, and
+        log-probs are those at 1. The result is a function of weights, prompts and seed. Returns
+        early, with what is there, once stop() is true. Says by progress.report how far it is.
+        """
+        ...
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over weights by their names in the Hugging Face model."""
+        ...
+
+    def score(self, samples: Sequence[Sample]) -> list[Tensor] | None:
+        """Log-probs of each sample's counted tokens at temperature 1, by the weights that the
+        engine holds; it may leave out the last one. None: it has no weights of its own."""
+        ...
+
+    def close(self) -> None:
+        """Gives memory and processes back."""
+        ...
+
+
+class Reward(Protocol):
+    """Responses to rewards."""
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Grades:
+        """The reward of each rollout. Says by progress.report how far it is."""
+        ...
+
+    def answers(self, rollouts: Sequence[Rollout]) -> list[str | None] | None:
+        """The final answers that a majority vote counts, None for a response without one; None
+        instead of the list if this reward knows no final answers."""
+        ...
+
+    def close(self) -> None:
+        """Ends what it has started."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ that mixes two of them up could pass.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +87,22 @@ def prompt(token_ids: list[int], answer: str = "", index: int = 0, source: str =
     return Prompt(index, source, str(token_ids), token_ids, answer)
 
 
+def response(
+    asked: Prompt,
+    token_ids: list[int],
+    group: int = 0,
+    text: str = "",
+    logprobs: Sequence[float] | None = None,
+    finish_reason: str = "stop",
+) -> Rollout:
+    """A response as an engine makes it; its log-probs are 0 unless they are given."""
+    logprobs = [0.0] * len(token_ids) if logprobs is None else logprobs
+    return Rollout.from_response(asked, group, token_ids, logprobs, finish_reason, text)
+
+
 def rewarded(group: int, reward: float, tokens: int = 1) -> Rollout:
     """A response of which only group, reward and length matter."""
-    return Rollout(prompt([1]), group, [2] * tokens, [0.0] * tokens, "stop", "", reward)
+    return replace(response(prompt([1]), [2] * tokens, group), reward=reward)
 
 
 def random_rollouts(groups: int = 4, samples: int = 3, seed: int = 0) -> list[Rollout]:
@@ -104,9 +119,8 @@ def random_rollouts(groups: int = 4, samples: int = 3, seed: int = 0) -> list[Ro
             ids = rng.choices(range(VOCAB), k=rng.randint(1, 11))
             if len(rollouts) % 3 == 0:
                 ids[-1] = 0
-            rollout = Rollout(asked, group, ids, [0.0] * len(ids), "stop", "", rng.random())
-            rollout.advantages = torch.randn(len(ids))
-            rollouts.append(rollout)
+            rollout = replace(response(asked, ids, group), reward=rng.random())
+            rollouts.append(rollout.with_stream("advantage", torch.randn(len(ids))))
     return rollouts
 
 

@@ -16,11 +16,13 @@ from run_samples import assert_same_run, rows
 
 from bupo import config
 from bupo.rl import checkpoint
+from bupo.rl.optimise import Updates
 from bupo.rl.update import Trainer
 from bupo.run import main
 from bupo.runlog import recorder as metrics
 from bupo.runlog import run_directory
-from bupo.types import Policy
+from bupo.samples import with_streams
+from bupo.types import Policy, Rollout
 
 BAD_CALLS: dict[int, float | None] = {}
 """Number of the call of `reward` to the value that its first rewards then have"""
@@ -80,9 +82,10 @@ def trainer() -> Trainer:
     return Trainer(small_model(), settings, 0)
 
 
-def update(trainer: Trainer, rollouts: Sequence[Any], layer: int | None = None) -> dict[str, float]:
+def update(trainer: Trainer, rollouts: list[Rollout], layer: int | None = None) -> Updates:
     policy = Policy(layer)
-    return trainer.update(rollouts, trainer.token_stats(rollouts, policy).logprobs, policy, 1)
+    old = trainer.forward.token_stats(rollouts, policy).logprobs
+    return trainer.update(with_streams(rollouts, "old", old), policy, 1)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -102,35 +105,34 @@ def test_a_gradient_is_named_by_its_parameter(trainer: Trainer) -> None:
 
         named[name].register_hook(poison)
     before = weights(trainer)
-    found = update(trainer, random_rollouts())
+    updates = update(trainer, random_rollouts())
+    found = updates.metrics
     assert found["policy/skipped_updates"] == 2 and math.isnan(found["policy/loss"])
     what = "gradient of model.layers.1.mlp.up_proj.weight: 2 of 1536 values are not finite"
-    assert trainer.skipped == [f"update 1 of 2: {what}", f"update 2 of 2: {what}"]
-    assert trainer.changed == set()
+    assert updates.skipped == [f"update 1 of 2: {what}", f"update 2 of 2: {what}"]
+    assert updates.changed == set()
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
-    update(trainer, random_rollouts(), layer=1)  # above the layer trained there is no gradient
-    assert trainer.skipped == []
+    # Above the layer that is trained there is no gradient.
+    assert update(trainer, random_rollouts(), layer=1).skipped == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("what", ["advantages", "old log-probs", "parameter"])
 def test_a_loss_is_named_by_what_goes_into_it(trainer: Trainer, what: str, value: float) -> None:
     rollouts = random_rollouts()
-    old = trainer.token_stats(rollouts, Policy(None)).logprobs
-    bad = rollouts[0]
-    assert bad.advantages is not None
+    old = trainer.forward.token_stats(rollouts, Policy(None)).logprobs
     expected = what
     if what == "advantages":
-        bad.advantages[0] = value
+        rollouts[0].stream("advantage")[0] = value
     elif what == "old log-probs":
         old[0][0] = math.nan  # an infinite ratio may be clipped
     else:
         expected = "parameter model.layers.2.mlp.down_proj.weight: 1 of 1536"
         dict(trainer.model.named_parameters())[expected.split()[1][:-1]].data.view(-1)[3] = value
-    found = trainer.update(rollouts, old, Policy(None), 1)
-    skipped = int(found["policy/skipped_updates"])
+    updates = trainer.update(with_streams(rollouts, "old", old), Policy(None), 1)
+    skipped = len(updates.skipped)
     assert skipped == (2 if what == "parameter" else 1), "the other mini-batch is not held up"
-    assert trainer.skipped[0].startswith(f"update 1 of 2: {expected}"), trainer.skipped
+    assert updates.skipped[0].startswith(f"update 1 of 2: {expected}"), updates.skipped
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "reinforce_pp", "ppo"])

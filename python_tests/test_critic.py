@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_update import with_empty_response
 
 from bupo.config import Config, CriticConfig, OptimizerConfig, RolloutConfig
 from bupo.rl.critic import Critic, explained_variance
+from bupo.samples import with_streams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,9 +42,9 @@ def literal_values(critic, rollout):
     seen = []
     model = critic.forward.model
     with model.model.norm.register_forward_hook(lambda module, args, out: seen.append(out)):
-        model(torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]]), use_cache=False)
+        model(torch.tensor([rollout.token_ids]), use_cache=False)
     first = len(rollout.prompt.token_ids) - 1
-    states = seen[0][0][first : first + len(rollout.token_ids)]
+    states = seen[0][0][first : first + rollout.count]
     return states @ critic.head.weight[0] + critic.head.bias[0]
 
 
@@ -50,32 +52,32 @@ def prepared(seed=3):
     """Rollouts with old values and returns that reach both sides of the clip."""
     rollouts, critic = random_rollouts(), with_head(make_critic())
     generator = torch.Generator().manual_seed(seed)
-    critic.evaluate(rollouts)
-    for rollout in rollouts:
-        noise = torch.randn(2, len(rollout.token_ids), generator=generator, dtype=torch.float64)
-        rollout.values, rollout.returns = rollout.values + noise[0], rollout.values + noise[1]
-    return rollouts
+    found = []
+    for rollout in critic.evaluate(rollouts):
+        noise = torch.randn(2, rollout.count, generator=generator, dtype=torch.float64)
+        value = rollout.stream("value")
+        rollout = rollout.with_stream("value", value + noise[0])
+        found.append(rollout.with_stream("return", value + noise[1]))
+    return found
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [10**6, 1])
 def test_values_are_of_the_state_before_the_token(micro_batch_tokens):
     critic = with_head(make_critic(micro_batch_tokens=micro_batch_tokens))
-    rollouts = with_empty_response(random_rollouts())
-    critic.evaluate(rollouts)
+    rollouts = critic.evaluate(with_empty_response(random_rollouts()))
     for rollout in rollouts:
-        expected = literal_values(critic, rollout).detach() if rollout.token_ids else []
-        assert rollout.values.tolist() == pytest.approx([float(x) for x in expected], abs=1e-9)
-    first = rollouts[0].values[0]
-    rollouts[0].token_ids[0] = (rollouts[0].token_ids[0] + 1) % 40
-    critic.evaluate(rollouts)
-    assert rollouts[0].values[0] == pytest.approx(float(first), abs=1e-12), "not after the action"
-    assert len(rollouts[0].values) == 1 or rollouts[0].values[1] != first
+        expected = literal_values(critic, rollout).detach() if rollout.count else []
+        came = rollout.stream("value").tolist()
+        assert came == pytest.approx([float(x) for x in expected], abs=1e-9)
+    first, before = rollouts[0], rollouts[0].stream("value")
+    first.token_ids[first.positions[0]] = (first.response_ids[0] + 1) % 40
+    after = critic.evaluate([first])[0].stream("value")
+    assert after[0] == pytest.approx(float(before[0]), abs=1e-12), "not after the action"
+    assert len(after) == 1 or after[1] != before[1]
 
 
 def test_a_new_critic_says_zero():
-    rollouts = random_rollouts()
-    make_critic().evaluate(rollouts)
-    assert not any(r.values.any() for r in rollouts)
+    assert not any(r.stream("value").any() for r in make_critic().evaluate(random_rollouts()))
 
 
 def slow_loss(critic, rollouts, eps):
@@ -83,8 +85,8 @@ def slow_loss(critic, rollouts, eps):
     total, clipped = 0.0, 0
     for rollout in kept:
         values = literal_values(critic, rollout)
-        for t in range(len(rollout.token_ids)):
-            old, target = float(rollout.values[t]), float(rollout.returns[t])
+        for t in range(rollout.count):
+            old, target = float(rollout.stream("value")[t]), float(rollout.stream("return")[t])
             free = (values[t] - target) ** 2
             inside = min(max(values[t].item(), old - eps), old + eps)
             bounded = (inside - target) ** 2
@@ -93,7 +95,7 @@ def slow_loss(critic, rollouts, eps):
                 total = total + bounded / 2
             else:
                 total = total + free / 2
-    count = sum(len(r.token_ids) for r in kept)
+    count = sum(r.count for r in kept)
     return total / count, clipped / count
 
 
@@ -101,8 +103,7 @@ def slow_loss(critic, rollouts, eps):
 @pytest.mark.parametrize("micro_batch_tokens", [10**6, 30, 1])
 def test_loss_and_gradient_against_a_slow_loop(micro_batch_tokens, dropped):
     rollouts = prepared()
-    for n in dropped:
-        rollouts[n].dropped = True
+    rollouts = [replace(r, dropped=n in dropped) for n, r in enumerate(rollouts)]
     critic = with_head(make_critic(micro_batch_tokens=micro_batch_tokens), seed=1)
     plain = copy.deepcopy(critic)
     expected, clipped = slow_loss(plain, rollouts, 0.5)
@@ -113,7 +114,7 @@ def test_loss_and_gradient_against_a_slow_loop(micro_batch_tokens, dropped):
         came.update({n: p.grad.clone() for n, p in critic.parameters().items()})
 
     handle = critic.optimizer.register_step_pre_hook(note)
-    metrics = critic.update(rollouts, 1)
+    metrics = critic.update(rollouts, 1).metrics
     handle.remove()
     assert metrics["critic/loss"] == pytest.approx(expected.item(), rel=1e-9)
     assert metrics["critic/clip_fraction"] == pytest.approx(clipped) and 0.1 < clipped < 0.9
@@ -139,47 +140,43 @@ def test_updates_move_the_critic_and_nothing_else():
 
 def test_it_learns_what_the_returns_are():
     """Here: whether the token before, the last one that V may know, is odd."""
-    rollouts = random_rollouts()
     critic = make_critic(lr=3e-3, updates=2, clip=10.0)
-    for rollout in rollouts:
-        before = [rollout.prompt.token_ids[-1], *rollout.token_ids[:-1]]
-        rollout.returns = torch.tensor([float(x % 2) for x in before], dtype=torch.float64)
+    rollouts = [
+        r.with_stream("return", torch.tensor([float(r.token_ids[p - 1] % 2) for p in r.positions]))
+        for r in random_rollouts()
+    ]
     for step in range(1, 40):
-        critic.evaluate(rollouts)
-        critic.update(rollouts, step)
-    critic.evaluate(rollouts)
-    assert explained_variance(rollouts) > 0.9
+        critic.update(critic.evaluate(rollouts), step)
+    assert explained_variance(critic.evaluate(rollouts)) > 0.9
 
 
 def test_explained_variance():
     rollouts = prepared()
-    rollouts[2].dropped = True
+    rollouts[2] = replace(rollouts[2], dropped=True)
     kept = [r for n, r in enumerate(rollouts) if n != 2]
-    returns = [float(x) for r in kept for x in r.returns]
-    errors = [float(x) - float(v) for r in kept for x, v in zip(r.returns, r.values)]
+    returns = [float(x) for r in kept for x in r.stream("return")]
+    values = [float(x) for r in kept for x in r.stream("value")]
+    errors = [x - v for x, v in zip(returns, values)]
 
     def variance(x):
         return sum((a - sum(x) / len(x)) ** 2 for a in x) / len(x)
 
     expected = 1 - variance(errors) / variance(returns)
     assert explained_variance(rollouts) == pytest.approx(expected)
-    for rollout in rollouts:
-        rollout.values = rollout.returns
+    rollouts = with_streams(rollouts, "value", [r.stream("return") for r in rollouts])
     assert explained_variance(rollouts) == pytest.approx(1)
-    for rollout in rollouts:
-        rollout.returns = torch.ones(len(rollout.token_ids))
+    rollouts = with_streams(rollouts, "return", [torch.ones(r.count) for r in rollouts])
     assert explained_variance(rollouts) == 0 == explained_variance([])
 
 
 def test_numbers_that_are_not_finite_are_skipped():
     rollouts = prepared()
-    rollouts[0].returns[0] = math.nan
+    rollouts[0].stream("return")[0] = math.nan
     critic = make_critic(updates=2, lr=1e-3)
-    metrics = critic.update(rollouts, 1)
-    assert critic.skipped == [
-        f"critic update 1 of 2: returns: 1 of {sum(len(r.token_ids) for r in rollouts)} values are "
-        "not finite"
-    ]
+    updates = critic.update(rollouts, 1)
+    metrics = updates.metrics
+    (why,) = updates.skipped
+    assert why.startswith("critic update 1 of 2: returns: 1 of ") and "are not finite" in why
     assert metrics["critic/skipped_updates"] == 1 and math.isfinite(metrics["critic/loss"])
     assert all(p.isfinite().all() for p in critic.parameters().values())
 
@@ -190,8 +187,9 @@ def test_a_gradient_that_is_not_finite_is_named():
     critic.update(prepared(), 1)  # a head of zeros hands no gradient down
     name = "backbone.model.layers.1.mlp.down_proj.weight"
     critic.parameters()[name].register_hook(lambda g: g * math.nan)
-    assert critic.update(prepared(), 2)["critic/skipped_updates"] == 1
-    assert critic.skipped[0].startswith(f"critic update 1 of 1: gradient of critic {name}: ")
+    updates = critic.update(prepared(), 2)
+    assert updates.metrics["critic/skipped_updates"] == 1
+    assert updates.skipped[0].startswith(f"critic update 1 of 1: gradient of {name}: ")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -203,7 +201,7 @@ def test_saved_and_loaded(tmp_path, tied):
     again = make_critic(small_model(tied=tied), lr=1e-3)
     again.load(tmp_path / "critic")
     for step in (2, 3):
-        assert critic.update(rollouts, step) == again.update(rollouts, step)
+        assert critic.update(rollouts, step).metrics == again.update(rollouts, step).metrics
     for (name, a), b in zip(critic.parameters().items(), again.parameters().values()):
         assert torch.equal(a, b), name
     torn = tmp_path / "critic/critic.safetensors"

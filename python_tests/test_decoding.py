@@ -57,16 +57,16 @@ def generate(engine: HFEngine, asked=PROMPTS, samples: int = 6, temperature: flo
 
 
 def tokens(rollouts: list[Rollout]) -> list[list[int]]:
-    return [r.token_ids for r in rollouts]
+    return [r.response_ids for r in rollouts]
 
 
 @torch.no_grad()
 def check_logprobs(model: nn.Module, rollouts: list[Rollout]) -> None:
     for r in rollouts:
-        ids = torch.tensor([[*r.prompt.token_ids, *r.token_ids]])
+        ids = torch.tensor([r.token_ids])
         logits = model(ids, use_cache=False).logits[0, len(r.prompt.token_ids) - 1 : -1]
-        chosen = logits.log_softmax(-1).gather(-1, torch.tensor(r.token_ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(r.logprobs), chosen, rtol=0, atol=1e-4)
+        chosen = logits.log_softmax(-1).gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0]
+        torch.testing.assert_close(r.stream("engine"), chosen, rtol=0, atol=1e-4)
 
 
 # ---- numbers to tokens -------------------------------------------------------------------------
@@ -182,12 +182,12 @@ def test_a_response_does_not_depend_on_its_neighbours():
     torch.manual_seed(0)
     model = build("qwen3")
     everything = generate(engine_of(model))
-    assert len({len(r.token_ids) for r in everything}) > 5
+    assert len({r.count for r in everything}) > 5
     assert len({tuple(t) for t in tokens(everything)}) > 20
     for size in (1, 4, 7):
         assert tokens(generate(engine_of(model, batch_size=size))) == tokens(everything)
     few = generate(engine_of(model), samples=2)
-    assert tokens(few) == [r.token_ids for n, r in enumerate(everything) if n % 6 < 2]
+    assert tokens(few) == [r.response_ids for n, r in enumerate(everything) if n % 6 < 2]
     assert tokens(generate(engine_of(model), PROMPTS[:2])) == tokens(everything)[:12]
     twice = tokens(generate(engine_of(model, eos=[]), [PROMPTS[2]] * 2))
     assert len({tuple(t) for t in twice}) == 12, "a prompt that comes twice is two groups"
@@ -210,7 +210,7 @@ def test_tokens_are_those_of_rows_that_stay(family):
         assert moving._movable is True
         assert tokens(rollouts) == tokens(generate(staying, temperature=temperature))
         check_logprobs(model, rollouts)
-        assert min(len(r.token_ids) for r in rollouts) < LIMIT / 2, "rows have left"
+        assert min(r.count for r in rollouts) < LIMIT / 2, "rows have left"
 
 
 def rwkv() -> nn.Module:
@@ -291,7 +291,7 @@ def test_a_prompt_is_read_once_and_ended_rows_leave():
     rollouts = generate(engine, samples=12)
     rows = [shape[0] for shape in forwards.shapes]
     assert forwards.shapes[0] == (5, 9), "prompts, not responses"
-    lengths = torch.tensor([len(r.token_ids) for r in rollouts])
+    lengths = torch.tensor([r.count for r in rollouts])
     assert len(rows) == lengths.max(), "nothing is computed behind the last end"
     for step, count in enumerate(rows[1:], start=1):
         alive = int((lengths > step).sum())

@@ -2,11 +2,13 @@
 
 import math
 import statistics
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
-from rl_samples import rewarded
+from rl_samples import response, rewarded
 
+from bupo import progress
 from bupo.config import Config
 from bupo.evaluation.estimates import (
     by_dataset,
@@ -17,7 +19,7 @@ from bupo.evaluation.estimates import (
     problem_rows,
     summarise,
 )
-from bupo.types import Prompt, Rollout
+from bupo.types import Grades, Prompt
 
 
 @pytest.mark.parametrize("n", range(1, 9))
@@ -48,8 +50,12 @@ def results(*problems):
     return [rewarded(n, float(c == "x")) for n, marks in enumerate(problems) for c in marks]
 
 
+def rows_of(rollouts, answers=None):
+    return problem_rows(rollouts, [r.reward for r in rollouts], answers)
+
+
 def summary(rollouts, ks):
-    return summarise("set", problem_rows(rollouts, None), ks)
+    return summarise("set", rows_of(rollouts), ks)
 
 
 def test_average_and_its_error_by_problem():
@@ -88,8 +94,8 @@ def test_a_response_is_right_above_one_half():
 
 
 def test_length_and_truncated_share():
-    rollouts = [rewarded(n, 0.0, tokens) for n, tokens in enumerate((1, 4, 4, 7))]
-    rollouts[1].finish_reason = rollouts[3].finish_reason = rollouts[2].finish_reason = "length"
+    cut = [replace(rewarded(n, 0.0, 4 + n), finish_reason="length") for n in (0, 1, 2)]
+    rollouts = [rewarded(3, 0.0, 1), *cut]
     result = summary(rollouts, [1])
     assert (result.length, result.truncated) == (4.0, 0.75)
 
@@ -105,8 +111,7 @@ class OddIsRight:
     """A reward: right where the text is an odd number, its last digit the final answer."""
 
     def __call__(self, rollouts):
-        for rollout in rollouts:
-            rollout.reward = math.nan if rollout.text == "8" else float(rollout.text) % 2
+        return Grades([math.nan if r.text == "8" else float(r.text) % 2 for r in rollouts])
 
     def answers(self, rollouts):
         return [r.text[-1] for r in rollouts]
@@ -118,23 +123,23 @@ def test_batches_depend_on_nothing_but_their_place():
     config.seed, config.eval.samples, config.rollout.batch_size = 5, 3, 7  # two problems a batch
     config.eval.pass_k = [1, 4]
     problems = [Prompt(n, "a/b", "", [n], str(n)) for n in range(5)]
-    asked, kept, shares = [], [], []
+    asked, kept, told = [], [], []
 
     def generate(batch, samples, seed):
         assert samples == 3
+        progress.report(0.5)
         asked.append(([p.index for p in batch], seed))
         return [
-            Rollout(p, group, [1], [0.0], "stop", str(2 * p.index + k))
+            response(p, [1], group, text=str(2 * p.index + k))
             for group, p in enumerate(batch)
             for k in range(3)
         ]
 
-    whole = evaluate(
-        "a/b", problems, config, generate, OddIsRight(), kept.extend, (), shares.append
-    )
+    with progress.watched_by(told.append):
+        whole = evaluate("a/b", problems, config, generate, OddIsRight(), kept.extend)
     batches = [([0, 1], "5/eval/a/b/0"), ([2, 3], "5/eval/a/b/2"), ([4], "5/eval/a/b/4")]
     assert asked == batches
-    assert shares == [0.4, 0.8, 1.0]
+    assert told == pytest.approx([0.4 * 0.45, 0.4 + 0.4 * 0.45, 0.8 + 0.2 * 0.45])
     assert [row["answer"] for row in kept] == list("01234")
     assert whole.avg == pytest.approx(1 / 3) and whole.pass_k[4] is None
     assert whole.ungraded == pytest.approx(2 / 15)
@@ -165,7 +170,7 @@ def test_majority_vote(answers, right, expected):
 
 def test_majority_is_over_problems_and_needs_answers():
     rollouts = results("xx.", "x..", "...")
-    rows = problem_rows(rollouts, list("aababbabc"))
+    rows = rows_of(rollouts, list("aababbabc"))
     result = summarise("set", rows, [1])
     assert result.maj == pytest.approx((1 / 3, statistics.stdev([1, 0, 0]) / math.sqrt(3)))
     row = result.row()
@@ -176,8 +181,8 @@ def test_majority_is_over_problems_and_needs_answers():
 
 def test_what_cannot_be_graded_is_said():
     rollouts = results("x.", "..")
-    rollouts[1].reward = math.nan
-    assert problem_rows(rollouts, None)[0]["rewards"] == [1.0, None], "JSON knows no nan"
+    rollouts[1] = replace(rollouts[1], reward=math.nan)
+    assert rows_of(rollouts)[0]["rewards"] == [1.0, None], "JSON knows no nan"
     assert summary(rollouts, []).avg == 0.25
     assert summary(rollouts, []).ungraded == 0.25
     assert str(summary(rollouts, [])).endswith(", 25.0% not graded")

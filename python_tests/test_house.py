@@ -23,7 +23,7 @@ ROOMS = {
     "internal": {"policy", "ops", "samples", "progress"},
     "data": {"config", "types", "hub", "progress"},
     "rewards": {"config", "types", "progress"},
-    "rollouts": {"config", "types", "policy", "terminal", "progress"},
+    "rollouts": {"config", "types", "samples", "policy", "terminal", "progress"},
     "runlog": {"config", "types", "terminal", "progress"},
     "evaluation": {"config", "types", "progress"},
     "report": {"internal"},

@@ -1,20 +1,17 @@
-"""bupo.data.prompts: files to token ids, and an order that is a function of seed and step."""
+"""bupo.data.prompts: files to token ids."""
 
 import copy
 import json
-import random
 import re
-from collections import Counter
-from itertools import islice
 
 import pyarrow.parquet as pq
 import pytest
-from rl_samples import SYSTEM, data_file, prompt, tiny_tokenizer, verl_row, write_parquet
+from rl_samples import SYSTEM, data_file, tiny_tokenizer, verl_row, write_parquet
 from tokenizers.processors import TemplateProcessing
 
+from bupo import progress
 from bupo.config import ConfigError, DataConfig
-from bupo.data.prompts import PromptOrder, load_prompts
-from bupo.types import Prompt
+from bupo.data.prompts import load_prompts
 
 
 @pytest.fixture
@@ -235,116 +232,10 @@ def test_overlong_prompts_can_be_dropped(tmp_path, tokenizer):
 def test_reading_tells_how_far_it_is(tmp_path, tokenizer):
     rows = [{"prompt": f"{n}", "answer": "1"} for n in range(4)]
     files = [write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", rows[:2])]
-    shares = []
-    load_prompts(files, tokenizer, DataConfig(), None, shares.append)
-    assert shares == [0, 0.125, 0.25, 0.375, 0.5, 0.75]
-
-
-def prompts_of(count):
-    return [prompt([1], index=n) for n in range(count)]
-
-
-def stream(order, steps):
-    return [p.index for step in range(1, steps + 1) for p in order.take(step)]
-
-
-@pytest.mark.parametrize(("count", "per_step"), [(12, 4), (10, 4), (7, 7), (5, 3), (1, 1)])
-def test_every_epoch_is_a_permutation(count, per_step):
-    # Where count is no multiple of per_step, the remainder of an epoch starts the next step.
-    steps = count * 3
-    seen = iter(stream(PromptOrder(prompts_of(count), per_step, seed=1), steps))
-    epochs = [list(islice(seen, count)) for _ in range(steps * per_step // count)]
-    assert len(epochs) == 3 * per_step
-    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
-    assert count == 1 or len(Counter(map(tuple, epochs))) > 1, "epochs are shuffled differently"
-
-
-def test_order_is_a_function_of_seed_and_step():
-    steps = list(range(1, 40))
-    order = PromptOrder(prompts_of(10), 4, seed=3)
-    expected = {step: [p.index for p in order.take(step)] for step in steps}
-    random.Random(0).shuffle(steps)
-    again = PromptOrder(prompts_of(10), 4, seed=3)
-    random.seed(99)  # the global generator has no say, and no change
-    state = random.getstate()
-    for step in steps + steps[:5]:
-        assert [p.index for p in again.take(step)] == expected[step], f"step {step}"
-    assert random.getstate() == state
-    fresh = PromptOrder(prompts_of(10), 4, seed=3)
-    assert [p.index for p in fresh.take(17)] == expected[17], "as after a resume at step 16"
-    other = PromptOrder(prompts_of(10), 4, seed=4)
-    assert [[p.index for p in other.take(step)] for step in (1, 2)] != [expected[1], expected[2]]
-
-
-def test_more_prompts_a_step_than_there_are():
-    PromptOrder(prompts_of(5), 5, seed=0)
-    with pytest.raises(ConfigError, match=r"rollout\.prompts \(6\) .*\(5\)"):
-        PromptOrder(prompts_of(5), 6, seed=0)
-
-
-def of_files(*counts):
-    return [
-        Prompt(0, "", f"{file}/{n}", [1], "", file)
-        for file, count in enumerate(counts)
-        for n in range(count)
-    ]
-
-
-WEIGHTS = [(3, 1), (1, 1), (0.7, 0.2, 0.1), (5,)]
-
-
-@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-def test_weights_are_shares_of_every_stretch_of_prompts(weights):
-    prompts = of_files(*[40] * len(weights))
-    order = PromptOrder(prompts, 8, 0, weights)
-    seen = Counter()
-    for step in range(1, 60):
-        seen.update(p.file for p in order.take(step))
-        for file, weight in enumerate(weights):
-            expected = 8 * step * weight / sum(weights)
-            assert abs(seen[file] - expected) <= 1, (step, file)
-
-
-def test_weighted_files_are_each_an_endless_row_of_shuffled_epochs():
-    order = PromptOrder(of_files(7, 30), 6, 1, (2, 1))
-    texts = [p.text for step in range(1, 40) for p in sorted_by_file(order, step)]
-    for file, count in enumerate((7, 30)):
-        mine = [t for t in texts if t.startswith(f"{file}/")]
-        epochs = [mine[i : i + count] for i in range(0, len(mine) - count, count)]
-        assert len(epochs) >= 2 and epochs[0] != epochs[1]
-        # Within a step the order is mixed, so an epoch's end may change places with the next.
-        assert abs(Counter(mine)[f"{file}/0"] - len(mine) / count) <= 1
-
-
-def sorted_by_file(order, step):
-    return sorted(order.take(step), key=lambda p: p.file)
-
-
-def test_weighted_order_is_a_function_of_seed_and_step():
-    arguments = (of_files(9, 12, 10), 4, 3, (0.5, 0.3, 0.2))
-    expected = {step: [p.text for p in PromptOrder(*arguments).take(step)] for step in range(1, 30)}
-    steps = list(expected)
-    random.Random(0).shuffle(steps)
-    again = PromptOrder(*arguments)
-    for step in steps + steps[:5]:
-        assert [p.text for p in again.take(step)] == expected[step], f"step {step}"
-    other = PromptOrder(of_files(9, 12, 10), 4, 4, (0.5, 0.3, 0.2))
-    assert [[p.text for p in other.take(s)] for s in (1, 2)] != [expected[1], expected[2]]
-
-
-def test_mini_batches_are_of_every_file():
-    """Updates take every k-th group of a step: at 3 to 1 and k = 4 one of them would be all of one
-    file if files took turns."""
-    order = PromptOrder(of_files(200, 200), 32, 0, (3, 1))
-    shares = [Counter(p.file for p in order.take(step)[3::4])[1] for step in range(1, 20)]
-    assert max(shares) < 8 and len(set(shares)) > 1
-
-
-def test_a_file_too_small_for_its_share():
-    PromptOrder(of_files(6, 2), 8, 0, (3, 1))
-    message = r"takes 6 of rollout\.prompts=8 from data\.train\[0\], which has 5 prompts"
-    with pytest.raises(ConfigError, match=message):
-        PromptOrder(of_files(5, 9), 8, 0, (3, 1))
+    told = []
+    with progress.watched_by(told.append):
+        load_prompts(files, tokenizer, DataConfig())
+    assert told == [0, 0.125, 0.25, 0.375, 0.5, 0.75]
 
 
 def test_columns_and_system_prompt_make_chats_of_questions(tmp_path, tokenizer):

@@ -1,5 +1,6 @@
 """bupo.rewards: Math-Verify in processes that may hang or die, and functions of the user's."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -9,14 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from rl_samples import prompt
+from rl_samples import prompt, response
 
 from bupo.config import ConfigError, RewardConfig
-from bupo.rewards import choice as rewards
+from bupo.rewards import math_reward
 from bupo.rewards.boxed import last_boxed, normal_form, strict
 from bupo.rewards.choice import FunctionReward, MathReward, check_sources, make_reward
 from bupo.rewards.math_worker import grade
-from bupo.types import RewardReport, Rollout
+from bupo.types import Grades
 
 HANGS = ("\\boxed{9^{9^{9^9}}}", "9^{9^{9^8}}")
 """Numbers of about 10^369,693,100 digits, which sympy would like to know exactly."""
@@ -30,9 +31,9 @@ def grader():
 
 
 def one(grader, response, answer):
-    (value,), report = grader.grade([(response, answer)])
-    assert report == RewardReport()
-    return value
+    grades = grader.grade([(response, answer)])
+    assert grades == Grades(grades.rewards)
+    return grades.rewards[0]
 
 
 @pytest.mark.parametrize(
@@ -119,39 +120,37 @@ def test_any_text_reaches_the_worker(grader):
     strange = "é ✓ \u2028 \x85 \x00 \ud800 \r\n\t \\boxed{5}"
     long = "x" * 300_000 + "\\boxed{5}"  # more than a pipe holds
     pairs = [(strange, "5"), (long, "5"), (strange, "6"), ("\\boxed{é}", "é"), ("", "")]
-    assert grader.grade(pairs) == ([1.0, 1.0, 0.0, 1.0, 0.0], RewardReport())
+    assert grader.grade(pairs) == Grades([1.0, 1.0, 0.0, 1.0, 0.0])
 
 
 def test_many_items_keep_their_order(grader):
     pairs = [(f"\\boxed{{{n}}}", str(n if n % 3 else n + 1)) for n in range(60)]
-    assert grader.grade(pairs) == ([float(n % 3 > 0) for n in range(60)], RewardReport())
-    assert grader.grade([]) == ([], RewardReport())
+    assert grader.grade(pairs) == Grades([float(n % 3 > 0) for n in range(60)])
+    assert grader.grade([]) == Grades([])
 
 
 def test_reward_is_of_the_response_to_its_prompt(grader):
     rollouts = [
-        Rollout(prompt([1], answer=str(n)), n, [2], [0.0], "stop", f"\\boxed{{{n % 2}}}", -1.0)
-        for n in range(4)
+        response(prompt([1], answer=str(n)), [2], n, text=f"\\boxed{{{n % 2}}}") for n in range(4)
     ]
-    assert grader(rollouts) == RewardReport()
-    assert [r.reward for r in rollouts] == [1.0, 1.0, 0.0, 0.0]
+    assert grader(rollouts) == Grades([1.0, 1.0, 0.0, 0.0])
 
 
 def test_a_hanging_answer_is_killed_at_the_deadline():
     reward = MathReward(RewardConfig(timeout=3, workers=2))
-    before = [w._process for w in reward._workers]
+    before = [w.process for w in reward._workers]
     good, wrong = ("\\boxed{\\frac{2}{4}}", "0.5"), ("\\boxed{1}", "2")
     try:
-        values, report = reward.grade([HANGS, good, wrong, HANGS, good, wrong, good])
-        assert str(values) == "[nan, 1.0, 0.0, nan, 1.0, 0.0, 1.0]"
-        assert report == RewardReport(timeouts=2, errors=0)
-        assert report.first == f"answer {HANGS[1]!r}: timeout"
+        grades = reward.grade([HANGS, good, wrong, HANGS, good, wrong, good])
+        assert str(grades.rewards) == "[nan, 1.0, 0.0, nan, 1.0, 0.0, 1.0]"
+        assert (grades.timeouts, grades.errors) == (2, 0)
+        assert grades.first_failure == f"answer {HANGS[1]!r}: timeout"
         assert any(p.poll() is not None for p in before), "a worker that hangs is ended"
-        assert all(w._process.poll() is None for w in reward._workers), "and replaced"
-        assert reward.grade([wrong, good]) == ([0.0, 1.0], RewardReport())
+        assert all(w.process.poll() is None for w in reward._workers), "and replaced"
+        assert reward.grade([wrong, good]) == Grades([0.0, 1.0])
     finally:
         reward.close()
-    assert all(w._process.poll() is not None for w in reward._workers)
+    assert all(w.process.poll() is not None for w in reward._workers)
 
 
 def test_a_worker_that_dies_at_work_is_replaced():
@@ -160,19 +159,19 @@ def test_a_worker_that_dies_at_work_is_replaced():
     def kill_who_hangs():
         while True:
             for worker in reward._workers:
-                if worker.item == 1:
-                    return worker._process.kill()
+                if worker.grading == HANGS[1]:
+                    return worker.process.kill()
             time.sleep(0.01)
 
     thread = threading.Thread(target=kill_who_hangs)
     thread.start()
     try:
         good = ("\\boxed{0.5}", "\\frac{1}{2}")
-        values, report = reward.grade([good, HANGS, good, good, ("\\boxed{1}", "2"), good])
-        assert str(values) == "[1.0, nan, 1.0, 1.0, 0.0, 1.0]"
-        assert report == RewardReport(timeouts=0, errors=1)
-        assert report.first == f"answer {HANGS[1]!r}: its worker died"
-        assert reward.grade([good, good]) == ([1.0, 1.0], RewardReport())
+        grades = reward.grade([good, HANGS, good, good, ("\\boxed{1}", "2"), good])
+        assert str(grades.rewards) == "[1.0, nan, 1.0, 1.0, 0.0, 1.0]"
+        assert (grades.timeouts, grades.errors) == (0, 1)
+        assert grades.first_failure == f"answer {HANGS[1]!r}: its worker died"
+        assert reward.grade([good, good]) == Grades([1.0, 1.0])
     finally:
         thread.join()
         reward.close()
@@ -180,41 +179,42 @@ def test_a_worker_that_dies_at_work_is_replaced():
 
 def test_a_worker_that_dies_between_batches_is_replaced():
     reward = MathReward(RewardConfig(timeout=60, workers=1))
-    process = reward._workers[0]._process
+    process = reward._workers[0].process
     process.kill()
     process.wait()
     try:
         pairs = [("\\boxed{5}", "5"), ("\\boxed{6}", "5")]
-        assert reward.grade(pairs) == ([1.0, 0.0], RewardReport())
+        assert reward.grade(pairs) == Grades([1.0, 0.0])
     finally:
         reward.close()
 
 
 def test_an_exception_counts_as_an_error(grader):
     # The answer is no string, so the worker's grade() raises; the process lives on.
-    before = [w._process for w in grader._workers]
-    values, report = grader.grade([("\\boxed{1}", "1"), ("\\boxed{1}", 1), ("\\boxed{2}", "2")])
-    assert str(values) == "[1.0, nan, 1.0]" and report == RewardReport(timeouts=0, errors=1)
-    assert [w._process for w in grader._workers] == before
+    before = [w.process for w in grader._workers]
+    grades = grader.grade([("\\boxed{1}", "1"), ("\\boxed{1}", 1), ("\\boxed{2}", "2")])
+    assert str(grades.rewards) == "[1.0, nan, 1.0]"
+    assert (grades.timeouts, grades.errors) == (0, 1)
+    assert [w.process for w in grader._workers] == before
 
 
 def test_self_check_refuses_a_broken_installation(monkeypatch):
     started = []
 
-    class Recorded(rewards._Worker):
+    class Recorded(math_reward._Worker):
         def __init__(self):
             super().__init__()
-            started.append(self._process)
+            started.append(self.process)
 
-    monkeypatch.setattr(rewards, "_Worker", Recorded)
-    monkeypatch.setattr(rewards, "GOLDEN", [*rewards.GOLDEN, ("\\boxed{1}", "2", 1.0)])
+    monkeypatch.setattr(math_reward, "_Worker", Recorded)
+    monkeypatch.setattr(math_reward, "GOLDEN", [*math_reward.GOLDEN, ("\\boxed{1}", "2", 1.0)])
     with pytest.raises(ConfigError, match=r"self-check.*boxed\{1\}"):
         make_reward(RewardConfig(timeout=60, workers=2))
     assert len(started) == 2 and all(p.poll() is not None for p in started), "no process is left"
 
 
 def test_self_check_refuses_timeouts(monkeypatch):
-    monkeypatch.setattr(rewards, "GOLDEN", [(*HANGS, 0.0)])
+    monkeypatch.setattr(math_reward, "GOLDEN", [(*HANGS, 0.0)])
     with pytest.raises(ConfigError, match=r"self-check on answer .*: timeout"):
         MathReward(RewardConfig(timeout=0.5, workers=1))
 
@@ -242,19 +242,16 @@ def custom(tmp_path, monkeypatch):
 
 def three():
     texts = ("a", "bb", "ccc")
-    return [
-        Rollout(prompt([1], answer=str(n)), n, [2], [0.0], "stop", text, -1.0)
-        for n, text in enumerate(texts)
-    ]
+    return [response(prompt([1], answer=str(n)), [2], n, text=text) for n, text in enumerate(texts)]
 
 
 def test_custom_function_sees_texts_and_answers(custom):
     name = custom("assert type(responses) is type(answers) is list\n"
                   "return [len(r) + 10 * int(a) for r, a in zip(responses, answers)]")  # fmt: skip
     reward, rollouts = make_reward(RewardConfig(function=name)), three()
-    assert reward(rollouts) == RewardReport()
-    assert [r.reward for r in rollouts] == [1.0, 12.0, 23.0]
-    assert all(type(r.reward) is float for r in rollouts)
+    grades = reward(rollouts)
+    assert grades == Grades([1.0, 12.0, 23.0])
+    assert all(type(x) is float for x in grades.rewards)
     reward.close()
 
 
@@ -277,12 +274,11 @@ def test_custom_function_that_answers_wrongly(custom, body, message):
 )
 def test_a_reward_that_is_no_number_is_named_and_counted(custom, given, value):
     name = custom(f"return [0.0, {given}, 1.0]")
-    rollouts = three()
-    report = FunctionReward(name)(rollouts)
-    assert report == RewardReport(errors=1)
-    assert report.first == f"reward.function={name} returned {value}"
-    assert [r.ungraded for r in rollouts] == [False, True, False]
-    assert [r.reward for r in rollouts[::2]] == [0.0, 1.0]
+    grades = FunctionReward(name)(three())
+    assert (grades.timeouts, grades.errors) == (0, 1)
+    assert grades.first_failure == f"reward.function={name} returned {value}"
+    assert [math.isfinite(x) for x in grades.rewards] == [True, False, True]
+    assert grades.rewards[::2] == [0.0, 1.0]
 
 
 def test_custom_function_that_raises_is_not_reward_zero(custom):
@@ -301,7 +297,7 @@ def test_a_killed_trainer_leaves_no_worker_behind():
     code = (
         "from bupo.config import RewardConfig; from bupo.rewards.choice import MathReward\n"
         "r = MathReward(RewardConfig(timeout=600, workers=1))\n"
-        "print(r._workers[0]._process.pid, flush=True)\n"
+        "print(r._workers[0].process.pid, flush=True)\n"
         "r.grade([('\\\\boxed{9^{9^{9^9}}}', '3')])\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -401,7 +397,7 @@ def test_strict_of_long_texts_is_fast():
 
 def of_sources(*names):
     return [
-        Rollout(prompt([1], "1/2", source=name), n, [2], [0.0], "stop", "\\boxed{2/4}", -1.0)
+        response(prompt([1], "1/2", source=name), [2], n, text="\\boxed{2/4}")
         for n, name in enumerate(names)
     ]
 
@@ -410,10 +406,9 @@ def test_every_source_has_its_reward(custom):
     sources = {"a": "strict", "b": "math", "c": custom("return [7] * len(answers)"), "d": "strict"}
     reward = make_reward(RewardConfig(by_source=sources, timeout=60, workers=1))
     rollouts = of_sources("a", "b", "c", "b", "d")
-    assert reward(rollouts) == RewardReport()
-    assert [r.reward for r in rollouts] == [0.0, 1.0, 7.0, 1.0, 0.0]
-    assert reward(rollouts[:1]) == RewardReport(), "a batch need not hold every source"
-    workers = [w._process for w in reward._rewards["b"]._workers]
+    assert reward(rollouts) == Grades([0.0, 1.0, 7.0, 1.0, 0.0])
+    assert reward(rollouts[:1]) == Grades([0.0]), "a batch need not hold every source"
+    workers = [w.process for w in reward._rewards["b"]._workers]
     reward.close()
     assert all(p.poll() is not None for p in workers)
 
@@ -421,8 +416,8 @@ def test_every_source_has_its_reward(custom):
 def test_reports_of_sources_add_up(custom):
     bad, worse = custom("return [float('nan')] * 2"), custom("return [float('inf')]")
     reward = make_reward(RewardConfig(by_source={"a": bad, "b": worse}))
-    report = reward(of_sources("a", "b", "a"))
-    assert report == RewardReport(errors=3) and report.first.endswith("returned nan")
+    grades = reward(of_sources("a", "b", "a"))
+    assert grades.errors == 3 and grades.first_failure.endswith("returned nan")
 
 
 def test_a_source_without_a_reward_is_an_error():

@@ -8,7 +8,6 @@ import torch
 from rl_samples import small_model, tiny_qwen3
 
 from bupo.config import Config, ModelConfig, RolloutConfig
-from bupo.rl.update import Trainer
 from bupo.rollouts import HFEngine, seed_of
 from bupo.types import Policy, Prompt
 
@@ -50,7 +49,7 @@ def generate(model, tokenizer, texts=TEXTS, samples=3, seed="0", stop=never, **c
 
 
 def tokens(rollouts):
-    return [r.token_ids for r in rollouts]
+    return [r.response_ids for r in rollouts]
 
 
 @contextmanager
@@ -66,7 +65,7 @@ def shifted(model, shifts):
 @torch.no_grad()
 def forward_logprobs(model, rollout, temperature):
     """[T, V] of one sequence, without padding: the policy itself, padded rows of its head too."""
-    ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
+    ids = torch.tensor([rollout.token_ids])
     logits = model(ids, use_cache=False).logits[0, len(rollout.prompt.token_ids) - 1 : -1]
     return (logits / temperature).log_softmax(-1)
 
@@ -74,8 +73,8 @@ def forward_logprobs(model, rollout, temperature):
 def check_logprobs(model, rollouts, temperature=1.0):
     for rollout in rollouts:
         expected = forward_logprobs(model, rollout, temperature)
-        expected = expected.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, rtol=0, atol=1e-4)
+        expected = expected.gather(-1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        torch.testing.assert_close(rollout.stream("engine"), expected, rtol=0, atol=1e-4)
 
 
 def test_same_seed_same_tokens(model, tokenizer):
@@ -86,7 +85,8 @@ def test_same_seed_same_tokens(model, tokenizer):
     torch.manual_seed(6)  # and has no say
     again = generate(model, tokenizer)
     assert tokens(again) == tokens(first)
-    assert [r.logprobs for r in again] == [r.logprobs for r in first]
+    engine = [[r.stream("engine").tolist() for r in each] for each in (first, again)]
+    assert engine[0] == engine[1]
     assert tokens(generate(model, tokenizer, seed="1")) != tokens(first)
 
 
@@ -95,7 +95,7 @@ def test_order_and_groups(model, tokenizer):
     assert [r.group for r in rollouts] == [0, 0, 1, 1, 2, 2], "one prompt twice is two groups"
     assert [r.prompt.text for r in rollouts] == ["ab", "ab", "c", "c", "ab", "ab"]
     assert [r.text for r in rollouts] == [
-        tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in rollouts
+        tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts
     ]
 
 
@@ -103,7 +103,7 @@ def test_order_and_groups(model, tokenizer):
 def test_samples_of_a_prompt_differ(model, tokenizer, batch_size):
     # Batch size 1: every batch holds the same prompt, so a seed used twice would show.
     rollouts = generate(model, tokenizer, texts=("ab",), samples=8, batch_size=batch_size)
-    assert len({tuple(r.token_ids) for r in rollouts}) == 8
+    assert len({tuple(r.response_ids) for r in rollouts}) == 8
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
@@ -129,21 +129,21 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(model, tokenizer):
     with shifted(model, dict.fromkeys(padded, 50.0)):
         rollouts = generate(model, tokenizer, samples=8)
         check_logprobs(model, rollouts)
-    assert max(max(r.token_ids) for r in rollouts) < len(tokenizer)
+    assert max(max(r.response_ids) for r in rollouts) < len(tokenizer)
     with shifted(model, dict.fromkeys(padded, 50.0)):
         rollouts = generate(model, tokenizer, samples=8, top_p=0.9)
-    assert max(max(r.token_ids) for r in rollouts) < len(tokenizer)
+    assert max(max(r.response_ids) for r in rollouts) < len(tokenizer)
 
 
 def check_ends(rollouts, eos, limit):
     for r in rollouts:
-        stopped = r.token_ids[-1] in eos
-        assert not any(t in eos for t in r.token_ids[:-1]), "cut after the first"
+        stopped = r.response_ids[-1] in eos
+        assert not any(t in eos for t in r.response_ids[:-1]), "cut after the first"
         assert r.finish_reason == ("stop" if stopped else "length")
-        assert stopped or len(r.token_ids) == limit
-        assert len(r.logprobs) == len(r.token_ids)
+        assert stopped or r.count == limit
+        assert len(r.stream("engine")) == r.count
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}, "the sample has both"
-    assert len({len(r.token_ids) for r in rollouts}) > 3
+    assert len({r.count for r in rollouts}) > 3
 
 
 def test_response_ends_with_its_first_end_of_sequence(model, tokenizer):
@@ -173,24 +173,24 @@ def test_several_ends_of_sequence(model, tokenizer):
     with shifted(model, {tokenizer.eos_token_id: 5.0, other: 5.0}):
         rollouts = generate(model, tokenizer, samples=10)
     check_ends(rollouts, {tokenizer.eos_token_id, other}, 8)
-    assert {r.token_ids[-1] for r in rollouts} >= {tokenizer.eos_token_id, other}
+    assert {r.response_ids[-1] for r in rollouts} >= {tokenizer.eos_token_id, other}
 
 
 def test_without_an_end_of_sequence_every_response_is_full(model, tokenizer):
     model.generation_config.eos_token_id = None
     tokenizer.eos_token = None
     rollouts = generate(model, tokenizer, max_new_tokens=5)
-    assert [(len(r.token_ids), r.finish_reason) for r in rollouts] == [(5, "length")] * 9
+    assert [(r.count, r.finish_reason) for r in rollouts] == [(5, "length")] * 9
 
 
 @pytest.mark.parametrize("limit", [1, 5])
 def test_max_new_tokens(model, tokenizer, limit):
     with shifted(model, {tokenizer.eos_token_id: -1e9}):
         rollouts = generate(model, tokenizer, max_new_tokens=limit)
-    assert [(len(r.token_ids), r.finish_reason) for r in rollouts] == [(limit, "length")] * 9
+    assert [(r.count, r.finish_reason) for r in rollouts] == [(limit, "length")] * 9
     with shifted(model, {tokenizer.eos_token_id: 1e9}):
         rollouts = generate(model, tokenizer, max_new_tokens=limit)
-    assert [(len(r.token_ids), r.finish_reason) for r in rollouts] == [(1, "stop")] * 9
+    assert [(r.count, r.finish_reason) for r in rollouts] == [(1, "stop")] * 9
 
 
 def test_temperature_zero_takes_the_likeliest_token(model, tokenizer):
@@ -202,9 +202,9 @@ def test_temperature_zero_takes_the_likeliest_token(model, tokenizer):
         assert tokens(greedy) == tokens(engine.generate(prompts, 1, "1", never, 0.0))
         for rollout in greedy:
             logprobs = forward_logprobs(model, rollout, 1.0)
-            assert rollout.token_ids == logprobs[:, : len(tokenizer)].argmax(-1).tolist()
-            chosen = logprobs.gather(-1, torch.tensor(rollout.token_ids)[:, None]).squeeze(-1)
-            torch.testing.assert_close(torch.tensor(rollout.logprobs), chosen, atol=1e-4, rtol=0)
+            assert rollout.response_ids == logprobs[:, : len(tokenizer)].argmax(-1).tolist()
+            chosen = logprobs.gather(-1, torch.tensor(rollout.response_ids)[:, None]).squeeze(-1)
+            torch.testing.assert_close(rollout.stream("engine"), chosen, atol=1e-4, rtol=0)
     other = engine.generate(prompts, 1, "0", never, 1.5)
     assert tokens(other) != tokens(engine.generate(prompts, 1, "0", never)), "its own is 2"
 
@@ -214,7 +214,7 @@ def test_top_p_samples_from_the_nucleus(model, tokenizer):
         """Probability of all that is likelier than each sampled token."""
         for r in rollouts:
             p = forward_logprobs(model, r, 1.0)[:, : len(tokenizer)].softmax(-1)
-            own = p.gather(-1, torch.tensor(r.token_ids)[:, None])
+            own = p.gather(-1, torch.tensor(r.response_ids)[:, None])
             yield from p.where(p > own, 0).sum(-1).tolist()
 
     inside = generate(model, tokenizer, samples=6, top_p=0.7)
@@ -303,8 +303,8 @@ def gap_to_trainer(model, tokenizer, temperature, dtypes=("float32", "float32"))
     )
     engine = HFEngine(model, tokenizer, config.rollout, dtypes[0])
     rollouts = engine.generate(prompts_of(tokenizer, *TEXTS), 8, "0", never)
-    stats = Trainer(model, config, tokenizer.pad_token_id).token_stats(rollouts, Policy(None))
-    engine = torch.tensor([x for r in rollouts for x in r.logprobs])
+    stats = Forward(model, config, tokenizer.pad_token_id).token_stats(rollouts, Policy(None))
+    engine = torch.cat([r.stream("engine") for r in rollouts])
     return (engine - torch.cat(stats.logprobs)).abs()
 
 

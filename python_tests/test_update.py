@@ -12,14 +12,24 @@ from itertools import pairwise
 
 import pytest
 import torch
-from rl_samples import DEPTH, VOCAB, prompt, random_rollouts, small_model
+from rl_samples import (
+    DEPTH,
+    VOCAB,
+    prompt,
+    random_rollouts,
+    response,
+    rewarded,
+    small_model,
+)
 
 from bupo import ops
 from bupo.config import BupoConfig, Config, LossConfig, ModelConfig, OptimizerConfig, RolloutConfig
-from bupo.rl.losses import importance_weights, token_weights
+from bupo.config.objective import AGGREGATIONS
+from bupo.rl.losses import with_importance_weights, with_weights
 from bupo.rl.schedule import Schedule
 from bupo.rl.update import Trainer
-from bupo.types import Policy, Rollout
+from bupo.samples import with_streams
+from bupo.types import Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FINAL = Policy(None)
@@ -67,6 +77,14 @@ def parameters(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def update(trainer, rollouts, old, policy, step, importance=None):
+    """An update against old log-probs, with importance weights where they are given."""
+    rollouts = with_streams(rollouts, "old", old)
+    if importance is not None:
+        rollouts = with_streams(rollouts, "importance", importance)
+    return trainer.update(rollouts, policy, step)
+
+
 def gradients_of(trainer, *arguments):
     """The gradients that every optimiser step of an update saw; None where there is none."""
     seen = []
@@ -76,7 +94,7 @@ def gradients_of(trainer, *arguments):
         seen.append({name: None if p.grad is None else p.grad.clone() for name, p in named})
 
     handle = trainer.optimizer.register_step_pre_hook(note)
-    metrics = trainer.update(*arguments)
+    metrics = update(trainer, *arguments).metrics
     handle.remove()
     return seen, metrics
 
@@ -100,7 +118,7 @@ def literal_logits(model, ids, policy, temperature=1.0):
 
 def literal_stats(model, rollout, policy, temperature=1.0):
     """Log-prob and entropy of each response token: the logits before it predict it."""
-    asked, answered = rollout.prompt.token_ids, rollout.token_ids
+    asked, answered = rollout.prompt.token_ids, rollout.response_ids
     logp = literal_logits(model, [*asked, *answered], policy, temperature).log_softmax(-1)
     logp = logp[len(asked) - 1 : len(asked) - 1 + len(answered)]
     chosen = logp.gather(-1, torch.tensor(answered, dtype=torch.long)[:, None])[:, 0]
@@ -110,11 +128,11 @@ def literal_stats(model, rollout, policy, temperature=1.0):
 def literal_loss(model, rollouts, old, policy, temperature=1.0, aggregation="seq_mean", **loss):
     """-J_IPA = -E[1/G sum_i 1/|o_i| sum_t min(rho A, clip(rho) A)], and what LossConfig offers."""
     low, high = 1 - loss.get("clip_low", 0.2), 1 + loss.get("clip_high", 0.2)
-    tokens = sum(len(r.token_ids) for r in rollouts)
+    tokens = sum(r.count for r in rollouts)
     total = 0.0
     for rollout, old_logprobs in zip(rollouts, old):
         logp, entropy = literal_stats(model, rollout, policy, temperature)
-        advantages = rollout.advantages
+        advantages = rollout.stream("advantage")
         ratio = (logp - old_logprobs).exp()
         gain = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
         if loss.get("type") == "cispo":
@@ -124,7 +142,7 @@ def literal_loss(model, rollouts, old, policy, temperature=1.0, aggregation="seq
             gain = torch.where(advantages < 0, torch.maximum(gain, bound), gain)
         gain = gain + loss.get("entropy_coef", 0.0) * entropy
         weight = {
-            "seq_mean": 1 / (len(rollouts) * max(len(rollout.token_ids), 1)),
+            "seq_mean": 1 / (len(rollouts) * max(rollout.count, 1)),
             "seq_sum": 1 / len(rollouts),
             "token_mean": 1 / tokens,
         }[aggregation]
@@ -166,7 +184,7 @@ def check_gradients(came, expected, tolerance=1e-5):
 @each_policy
 def test_token_stats(policy, temperature):
     model, rollouts = small_model(), random_rollouts()
-    stats = make_trainer(model, temperature=temperature).token_stats(rollouts, policy)
+    stats = make_trainer(model, temperature=temperature).forward.token_stats(rollouts, policy)
     for n, rollout in enumerate(rollouts):
         with torch.no_grad():
             logprobs, entropy = literal_stats(model, rollout, policy, temperature)
@@ -180,7 +198,7 @@ def test_token_stats(policy, temperature):
 def test_the_policies_of_this_file_differ():
     model, rollouts = small_model(), random_rollouts()
     trainer = make_trainer(model)
-    stats = [torch.cat(trainer.token_stats(rollouts, p).logprobs) for p in POLICIES]
+    stats = [torch.cat(trainer.forward.token_stats(rollouts, p).logprobs) for p in POLICIES]
     for i in range(len(POLICIES)):
         for j in range(i):
             gap = float((stats[i] - stats[j]).abs().max())
@@ -192,11 +210,11 @@ def test_the_policies_of_this_file_differ():
 @pytest.mark.parametrize("policy", [Policy(2), FINAL], ids=name_of)
 def test_token_stats_do_not_depend_on_the_batch(policy, micro_batch_tokens):
     model, rollouts = small_model(), random_rollouts()
-    expected = make_trainer(model).token_stats(rollouts, policy)
+    expected = make_trainer(model).forward.token_stats(rollouts, policy)
     trainer = make_trainer(model, pad=7, micro_batch_tokens=micro_batch_tokens)
     order = list(range(len(rollouts)))
     random.Random(1).shuffle(order)
-    stats = trainer.token_stats([rollouts[i] for i in order], policy)
+    stats = trainer.forward.token_stats([rollouts[i] for i in order], policy)
     for place, i in enumerate(order):
         torch.testing.assert_close(stats.logprobs[place], expected.logprobs[i])
         torch.testing.assert_close(stats.entropy[place], expected.entropy[i])
@@ -206,7 +224,7 @@ def test_token_stats_leave_the_model_alone():
     model, rollouts = small_model(), random_rollouts()
     ids = torch.tensor([[3, 4, 5]])
     before = model(ids).logits
-    stats = make_trainer(model).token_stats(rollouts, Policy(1))
+    stats = make_trainer(model).forward.token_stats(rollouts, Policy(1))
     assert not any(x.requires_grad for x in stats.logprobs + stats.entropy)
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(model(ids).logits, before), "outside, it is the final policy again"
@@ -217,16 +235,18 @@ def test_token_stats_leave_the_model_alone():
 
 
 def test_token_weights():
+    def weights(lengths, *how):
+        rollouts = with_weights([rewarded(0, 1.0, n) for n in lengths], *how)
+        assert all(len(set(r.stream("weight").tolist())) <= 1 for r in rollouts)
+        return [float(r.stream("weight")[0]) if r.count else None for r in rollouts]
+
     lengths = [4, 1, 0, 5]
-    assert token_weights(lengths, "token_mean") == pytest.approx([1 / 10] * 4)
-    assert token_weights(lengths, "seq_sum") == pytest.approx([1 / 4] * 4)
-    assert token_weights(lengths, "seq_sum_longest", 8) == pytest.approx([1 / 32] * 4)
-    sequence = token_weights(lengths, "seq_mean")
-    assert [sequence[i] for i in (0, 1, 3)] == pytest.approx([1 / 16, 1 / 4, 1 / 20])
-    for aggregation, total in (("token_mean", 1.0), ("seq_mean", 3 / 4), ("seq_sum", 10 / 4)):
-        weights = token_weights(lengths, aggregation)
-        assert sum(w * n for w, n in zip(weights, lengths)) == pytest.approx(total)
-        assert all(map(math.isfinite, token_weights([0, 0], aggregation)))
+    assert weights(lengths, "token_mean") == pytest.approx([1 / 10, 1 / 10, None, 1 / 10])
+    assert weights(lengths, "seq_mean") == pytest.approx([1 / 16, 1 / 4, None, 1 / 20])
+    assert weights(lengths, "seq_sum") == pytest.approx([1 / 4, 1 / 4, None, 1 / 4])
+    assert weights(lengths, "seq_sum_longest", 8) == pytest.approx([1 / 32, 1 / 32, None, 1 / 32])
+    for aggregation in AGGREGATIONS:
+        assert weights([0, 0], aggregation, 8) == [None, None]
 
 
 # The gradient of one update
@@ -236,7 +256,7 @@ def test_token_weights():
 def test_gradient_is_that_of_the_objective(policy):
     model, rollouts = small_model(), random_rollouts()
     trainer = make_trainer(model, loss={"aggregation": "seq_mean"}, lr=NO_CHANGE)
-    old = moved(trainer.token_stats(rollouts, policy).logprobs)
+    old = moved(trainer.forward.token_stats(rollouts, policy).logprobs)
     expected, loss = literal_gradients(model, rollouts, old, policy)
     (came,), metrics = gradients_of(trainer, rollouts, old, policy, 1)
     check_gradients(came, expected)
@@ -261,7 +281,7 @@ OPTIONS = {
 def test_gradient_with_the_options_of_the_loss(policy, options):
     model, rollouts = small_model(), random_rollouts()
     trainer = make_trainer(model, loss=options, temperature=0.7, lr=NO_CHANGE)
-    old = moved(trainer.token_stats(rollouts, policy).logprobs)
+    old = moved(trainer.forward.token_stats(rollouts, policy).logprobs)
     expected, loss = literal_gradients(model, rollouts, old, policy, 0.7, **options)
     plain, _ = literal_gradients(model, rollouts, old, policy, 0.7)
     (came,), metrics = gradients_of(trainer, rollouts, old, policy, 1)
@@ -275,7 +295,7 @@ def test_gradient_with_the_options_of_the_loss(policy, options):
 def test_tied_embeddings_get_both_gradients(policy):
     model, rollouts = small_model(tied=True), random_rollouts()
     trainer = make_trainer(model, loss={"aggregation": "seq_mean"}, lr=NO_CHANGE)
-    old = trainer.token_stats(rollouts, policy).logprobs
+    old = trainer.forward.token_stats(rollouts, policy).logprobs
     expected, _ = literal_gradients(model, rollouts, old, policy)
     (came,), _ = gradients_of(trainer, rollouts, old, policy, 1)
     check_gradients(came, expected)
@@ -287,7 +307,7 @@ def test_gradient_checkpointing_changes_nothing(policy):
     # Its second forward runs in backward, outside the context of the internal policy.
     model, rollouts = small_model(), random_rollouts()
     trainer = make_trainer(model, lr=NO_CHANGE)
-    old = moved(trainer.token_stats(rollouts, policy).logprobs)
+    old = moved(trainer.forward.token_stats(rollouts, policy).logprobs)
     (expected,), _ = gradients_of(trainer, rollouts, old, policy, 1)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     (came,), _ = gradients_of(trainer, rollouts, old, policy, 1)
@@ -307,7 +327,7 @@ def updated(rollouts, old, policy, aggregation, **settings):
     trainer = make_trainer(
         model, loss={"aggregation": aggregation}, updates_per_step=2, weight_decay=0.1, **settings
     )
-    metrics = trainer.update(rollouts, old, policy, 1)
+    metrics = update(trainer, rollouts, old, policy, 1).metrics
     return parameters(model), metrics
 
 
@@ -316,7 +336,7 @@ def reference(request):
     """A policy, rollouts and old log-probs."""
     rollouts = random_rollouts()
     trainer = make_trainer(small_model(dtype=torch.float64))
-    old = moved(trainer.token_stats(rollouts, request.param).logprobs)
+    old = moved(trainer.forward.token_stats(rollouts, request.param).logprobs)
     return request.param, rollouts, old
 
 
@@ -357,7 +377,7 @@ def test_float32_gradients_do_not_depend_on_micro_batches(policy):
     """Three-way: one rollout a micro-batch errs at most twice as much as all at once, both against
     float64. Dependence on the split would be of the order of the gradient itself."""
     model, rollouts = small_model(), random_rollouts()
-    old = moved(make_trainer(model).token_stats(rollouts, policy).logprobs)
+    old = moved(make_trainer(model).forward.token_stats(rollouts, policy).logprobs)
 
     def gradients(in_model, **settings):
         trainer = make_trainer(in_model, lr=NO_CHANGE, **settings)
@@ -381,12 +401,11 @@ def test_mini_batches_are_whole_groups():
     rollouts = random_rollouts(groups=8)
     random.Random(3).shuffle(rollouts)
     trainer = make_trainer(model, updates_per_step=4, lr=NO_CHANGE, loss={"aggregation": "seq_sum"})
-    old = trainer.token_stats(rollouts, FINAL).logprobs
+    old = trainer.forward.token_stats(rollouts, FINAL).logprobs
     update_of = {}
     for group in range(8):
-        chosen = [copy.copy(r) for r in rollouts]
-        for r in chosen:
-            r.advantages = torch.full((len(r.token_ids),), float(r.group == group))
+        wanted = (torch.full((r.count,), float(r.group == group)) for r in rollouts)
+        chosen = with_streams(rollouts, "advantage", wanted)
         steps, _ = gradients_of(trainer, chosen, old, FINAL, 1)
         assert len(steps) == 4
         live = [n for n, named in enumerate(steps) if any(g.any() for g in named.values())]
@@ -404,19 +423,18 @@ def test_mini_batches_are_whole_groups():
 def test_fewer_groups_than_updates():
     model, rollouts = small_model(), random_rollouts(groups=2)
     trainer = make_trainer(model, updates_per_step=4)
-    old = trainer.token_stats(rollouts, FINAL).logprobs
+    old = trainer.forward.token_stats(rollouts, FINAL).logprobs
     steps, metrics = gradients_of(trainer, rollouts, old, FINAL, 1)
     assert len(steps) == 2 and metrics["policy/skipped_updates"] == 0
 
 
 def test_importance_weights_are_truncated():
-    rollouts = random_rollouts()[:1]
-    count = len(rollouts[0].token_ids)
-    rollouts[0].logprobs = [-2.0] * count
-    final = [torch.linspace(-4, 1, count)]
-    (weights,) = importance_weights(rollouts, final, cap=1.5)
-    expected = [min(math.exp(float(x) + 2), 1.5) for x in final[0]]
-    assert weights.tolist() == pytest.approx(expected)
+    rollout = random_rollouts()[0]
+    final, engine = torch.linspace(-4, 1, rollout.count), torch.full((rollout.count,), -2.0)
+    rollout = rollout.with_stream("engine", engine).with_stream("final", final)
+    (found,) = with_importance_weights([rollout], cap=1.5)
+    expected = [min(math.exp(float(x) + 2), 1.5) for x in final]
+    assert found.stream("importance").tolist() == pytest.approx(expected)
     assert min(expected) < 1 < max(expected) == 1.5
 
 
@@ -424,13 +442,15 @@ def test_importance_weights_scale_each_tokens_loss():
     """Truncated importance sampling: a factor of the ratio loss, token by token."""
     rollouts = random_rollouts()
     g = torch.Generator().manual_seed(0)
-    factors = [torch.rand(len(r.token_ids), generator=g) for r in rollouts]
-    scaled = [replace(r, advantages=r.advantages * f) for r, f in zip(rollouts, factors)]
+    factors = [torch.rand(r.count, generator=g) for r in rollouts]
+    scaled = [
+        r.with_stream("advantage", r.stream("advantage") * f) for r, f in zip(rollouts, factors)
+    ]
     results = []
     for members, importance in ((rollouts, factors), (scaled, None), (rollouts, None)):
         model = small_model()
         trainer = make_trainer(model)
-        old = trainer.token_stats(members, FINAL).logprobs
+        old = trainer.forward.token_stats(members, FINAL).logprobs
         _, metrics = gradients_of(trainer, members, old, FINAL, 1, importance)
         results.append((metrics["policy/loss"], metrics["policy/grad_norm"]))
     assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-7)
@@ -440,7 +460,7 @@ def test_importance_weights_scale_each_tokens_loss():
 def test_no_rollouts_is_no_update():
     model = small_model()
     start = {name: p.clone() for name, p in model.named_parameters()}
-    metrics = make_trainer(model).update([], [], FINAL, 1)
+    metrics = update(make_trainer(model), [], [], FINAL, 1).metrics
     assert metrics["policy/skipped_updates"] == 0 and metrics["policy/live_fraction"] == 0
     assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
 
@@ -454,11 +474,11 @@ def test_ratio_is_one_at_the_first_update(policy, temperature):
     # Old log-probs come from one pass over everything, the update's from mini- and micro-batches.
     model, rollouts = small_model(), random_rollouts()
     everything = make_trainer(model, temperature=temperature)
-    old = everything.token_stats(rollouts, policy).logprobs
+    old = everything.forward.token_stats(rollouts, policy).logprobs
     trainer = make_trainer(
         model, temperature=temperature, updates_per_step=2, lr=NO_CHANGE, micro_batch_tokens=40
     )
-    metrics = trainer.update(rollouts, old, policy, 1)
+    metrics = update(trainer, rollouts, old, policy, 1).metrics
     assert metrics["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert metrics["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
     assert metrics["policy/clip_fraction"] == 0
@@ -469,18 +489,17 @@ def test_ratio_shows_a_mix_of_policies():
     model, rollouts = small_model(), random_rollouts()
     trainer = make_trainer(model, lr=NO_CHANGE)
     for old, new in ((FINAL, Policy(2)), (Policy(2), FINAL), (Policy(1), Policy(2))):
-        old_logprobs = trainer.token_stats(rollouts, old).logprobs
-        metrics = trainer.update(rollouts, old_logprobs, new, 1)
+        old_logprobs = trainer.forward.token_stats(rollouts, old).logprobs
+        metrics = update(trainer, rollouts, old_logprobs, new, 1).metrics
         assert metrics["policy/ratio_max"] > 2 and metrics["policy/clip_fraction"] > 0.1
 
 
 def test_second_update_has_moved():
     model, rollouts = small_model(), random_rollouts()
     trainer = make_trainer(model, updates_per_step=2, lr=1e-2)
-    for r in rollouts[6:]:  # one group in each mini-batch
-        r.group -= 2
-    old = trainer.token_stats(rollouts, FINAL).logprobs
-    metrics = trainer.update(rollouts, old, FINAL, 1)
+    rollouts = [replace(r, group=r.group % 2) for r in rollouts]  # one group in each mini-batch
+    old = trainer.forward.token_stats(rollouts, FINAL).logprobs
+    metrics = update(trainer, rollouts, old, FINAL, 1).metrics
     assert metrics["policy/ratio_max"] > 1.01 and metrics["policy/approx_kl"] > 1e-5
 
 
@@ -501,8 +520,8 @@ def test_ratio_is_one_on_both_sides_of_the_switch():
     trainer = make_trainer(model, lr=1e-2)
     for step in (1, 2, 3, 4):
         policy = schedule.policy(step)
-        old = trainer.token_stats(rollouts, policy).logprobs
-        metrics = trainer.update(rollouts, old, policy, step)
+        old = trainer.forward.token_stats(rollouts, policy).logprobs
+        metrics = update(trainer, rollouts, old, policy, step).metrics
         assert metrics["policy/ratio_max"] == pytest.approx(1, abs=1e-5), f"step {step}"
         assert metrics["policy/clip_fraction"] == 0
 
@@ -522,8 +541,8 @@ def test_phase_1_leaves_everything_above_alone(layer, entropy_coef):
         model, weight_decay=0.1, updates_per_step=3, loss={"entropy_coef": entropy_coef}
     )
     start = parameters(model)
-    old = trainer.token_stats(rollouts, Policy(layer)).logprobs
-    assert trainer.update(rollouts, old, Policy(layer), 1)["policy/skipped_updates"] == 0
+    old = trainer.forward.token_stats(rollouts, Policy(layer)).logprobs
+    assert update(trainer, rollouts, old, Policy(layer), 1).metrics["policy/skipped_updates"] == 0
     for name, p in model.named_parameters():
         if is_above(name, layer):
             assert torch.equal(p, start[name]), name
@@ -541,7 +560,7 @@ def test_phase_1_with_the_norm_trains_the_norm():
         parameters(model),
         Policy(1, True),
     )
-    trainer.update(rollouts, trainer.token_stats(rollouts, policy).logprobs, policy, 1)
+    update(trainer, rollouts, trainer.forward.token_stats(rollouts, policy).logprobs, policy, 1)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
     assert changed == {n for n in start if n == "model.norm.weight" or not is_above(n, 1)}
 
@@ -551,11 +570,11 @@ def test_optimizer_state_of_the_final_policy_does_not_move_what_is_above():
     model, rollouts = small_model(), random_rollouts()
     trainer = make_trainer(model, weight_decay=0.1)
     start = parameters(model)
-    trainer.update(rollouts, trainer.token_stats(rollouts, FINAL).logprobs, FINAL, 1)
+    update(trainer, rollouts, trainer.forward.token_stats(rollouts, FINAL).logprobs, FINAL, 1)
     assert not any(torch.equal(p, start[name]) for name, p in model.named_parameters())
     between = parameters(model)
     policy = Policy(1)
-    trainer.update(rollouts, trainer.token_stats(rollouts, policy).logprobs, policy, 2)
+    update(trainer, rollouts, trainer.forward.token_stats(rollouts, policy).logprobs, policy, 2)
     for name, p in model.named_parameters():
         assert torch.equal(p, between[name]) == is_above(name, 1), name
 
@@ -576,29 +595,29 @@ def check_skipped(trainer, model, start, metrics, old_state):
 def test_a_loss_that_is_not_finite_skips_the_update(value, micro_batch_tokens):
     model, rollouts = small_model(), random_rollouts()
     trainer = make_trainer(model, micro_batch_tokens=micro_batch_tokens, weight_decay=0.1)
-    old = trainer.token_stats(rollouts, FINAL).logprobs
-    trainer.update(rollouts, old, FINAL, 1)
+    old = trainer.forward.token_stats(rollouts, FINAL).logprobs
+    update(trainer, rollouts, old, FINAL, 1)
     start, state = parameters(model), str(trainer.optimizer.state_dict()["state"])
-    rollouts[4].advantages[0] = value
-    check_skipped(trainer, model, start, trainer.update(rollouts, old, FINAL, 2), state)
+    rollouts[4].stream("advantage")[0] = value
+    check_skipped(trainer, model, start, update(trainer, rollouts, old, FINAL, 2).metrics, state)
 
 
 def test_a_gradient_that_is_not_finite_skips_the_update():
     model, rollouts = small_model(), random_rollouts()
     trainer = make_trainer(model, weight_decay=0.1)
-    old = trainer.token_stats(rollouts, FINAL).logprobs
+    old = trainer.forward.token_stats(rollouts, FINAL).logprobs
     start, state = parameters(model), str(trainer.optimizer.state_dict()["state"])
     handle = model.model.layers[0].mlp.up_proj.weight.register_hook(lambda g: g * math.inf)
-    check_skipped(trainer, model, start, trainer.update(rollouts, old, FINAL, 1), state)
+    check_skipped(trainer, model, start, update(trainer, rollouts, old, FINAL, 1).metrics, state)
     handle.remove()
-    assert trainer.update(rollouts, old, FINAL, 1)["policy/skipped_updates"] == 0
+    assert update(trainer, rollouts, old, FINAL, 1).metrics["policy/skipped_updates"] == 0
 
 
 def test_only_the_update_with_the_bad_number_is_skipped():
     model, rollouts = small_model(), random_rollouts()
     trainer = make_trainer(model, updates_per_step=2)
-    old = trainer.token_stats(rollouts, FINAL).logprobs
-    rollouts[0].advantages[0] = math.nan
+    old = trainer.forward.token_stats(rollouts, FINAL).logprobs
+    rollouts[0].stream("advantage")[0] = math.nan
     steps, metrics = gradients_of(trainer, rollouts, old, FINAL, 1)
     assert len(steps) == metrics["policy/skipped_updates"] == 1
     assert math.isfinite(metrics["policy/loss"]) and math.isfinite(metrics["policy/grad_norm"])
@@ -619,9 +638,9 @@ def test_two_updates_in_plain_torch(policy):
     )  # fmt: skip
     optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.7, 0.9), weight_decay=0.3)
     for step in (1, 2):
-        stats = trainer.token_stats(rollouts, policy)
+        stats = trainer.forward.token_stats(rollouts, policy)
         assert stats.mean_entropy() > 0.5
-        trainer.update(rollouts, stats.logprobs, policy, step)
+        update(trainer, rollouts, stats.logprobs, policy, step)
         optimizer.zero_grad()
         with torch.no_grad():
             old = [literal_stats(plain, r, policy)[0] for r in rollouts]
@@ -636,29 +655,29 @@ def test_two_updates_in_plain_torch(policy):
 def test_learning_rate_warms_up_and_stays():
     model, rollouts = small_model(), random_rollouts()
     trainer = make_trainer(model, lr=1e-3, warmup_steps=4)
-    old = trainer.token_stats(rollouts, FINAL).logprobs
+    old = trainer.forward.token_stats(rollouts, FINAL).logprobs
     for step, expected in ((1, 2.5e-4), (2, 5e-4), (4, 1e-3), (5, 1e-3), (100, 1e-3)):
         model.load_state_dict(small_model().state_dict())
         trainer.optimizer.state.clear()
         start = parameters(model)
-        metrics = trainer.update(rollouts, old, FINAL, step)
+        metrics = update(trainer, rollouts, old, FINAL, step).metrics
         assert metrics["policy/lr"] == pytest.approx(expected)
         # The first update of Adam moves every entry by lr, or less where the gradient is tiny.
         moves = [float((p.detach() - start[n]).abs().max()) for n, p in model.named_parameters()]
         largest = max(moves)
         assert largest == pytest.approx(expected, rel=1e-2), f"step {step}"
     trainer = make_trainer(model, lr=1e-3)
-    assert trainer.update(rollouts, old, FINAL, 1)["policy/lr"] == 1e-3
+    assert update(trainer, rollouts, old, FINAL, 1).metrics["policy/lr"] == 1e-3
 
 
 def test_linear_schedule():
     model, rollouts = small_model(), random_rollouts(groups=1)
     trainer = make_trainer(model, lr=0.6, warmup_steps=2, schedule="linear", steps=8)
-    old = trainer.token_stats(rollouts, FINAL).logprobs
+    old = trainer.forward.token_stats(rollouts, FINAL).logprobs
     rates = []
     for step in range(1, 9):
         model.load_state_dict(small_model().state_dict())
-        rates.append(trainer.update(rollouts, old, FINAL, step)["policy/lr"])
+        rates.append(update(trainer, rollouts, old, FINAL, step).metrics["policy/lr"])
     assert rates[:2] == pytest.approx([0.3, 0.6])
     falls = [a - b for a, b in pairwise(rates[2:])]
     assert falls == pytest.approx([falls[0]] * 5) and falls[0] > 0, "in equal steps"
@@ -668,7 +687,7 @@ def test_linear_schedule():
 @pytest.mark.parametrize("policy", [Policy(1), FINAL], ids=name_of)
 def test_gradient_norm_is_clipped_as_a_whole(policy):
     model, rollouts = small_model(), random_rollouts()
-    old = make_trainer(model).token_stats(rollouts, policy).logprobs
+    old = make_trainer(model).forward.token_stats(rollouts, policy).logprobs
     (whole,), before = gradients_of(make_trainer(model, lr=NO_CHANGE), rollouts, old, policy, 1)
     trainer = make_trainer(model, lr=NO_CHANGE, grad_clip=0.01)
     (clipped,), after = gradients_of(trainer, rollouts, old, policy, 1)
@@ -683,13 +702,13 @@ def test_gradient_norm_is_clipped_as_a_whole(policy):
 
 def test_an_update_does_what_the_advantages_say():
     model, rollouts = small_model(), random_rollouts()
-    for n, r in enumerate(rollouts):
-        r.advantages = torch.full((len(r.token_ids),), 1.0 if n % 2 else -1.0)
+    wanted = (torch.full((r.count,), 1.0 if n % 2 else -1.0) for n, r in enumerate(rollouts))
+    rollouts = with_streams(rollouts, "advantage", wanted)
     trainer = make_trainer(model, lr=1e-3)
-    before = trainer.token_stats(rollouts, FINAL)
+    before = trainer.forward.token_stats(rollouts, FINAL)
     for step in range(1, 4):
-        trainer.update(rollouts, before.logprobs, FINAL, step)
-    after = trainer.token_stats(rollouts, FINAL)
+        update(trainer, rollouts, before.logprobs, FINAL, step)
+    after = trainer.forward.token_stats(rollouts, FINAL)
     change = [float((b - a).sum()) for a, b in zip(before.logprobs, after.logprobs)]
     assert sum(change[1::2]) > 0.1 and sum(change[::2]) < -0.1
 
@@ -698,8 +717,7 @@ def test_an_update_does_what_the_advantages_say():
 
 
 def with_empty_response(rollouts):
-    empty = Rollout(prompt([5, 6]), 1, [], [], "stop", "")
-    empty.advantages = torch.zeros(0)
+    empty = response(prompt([5, 6]), [], 1).with_stream("advantage", torch.zeros(0))
     return [*rollouts[:4], empty, *rollouts[4:]]
 
 
@@ -714,8 +732,8 @@ def test_a_response_without_tokens(policy, micro_batch_tokens):
         lr=NO_CHANGE,
         loss={"aggregation": "seq_mean"},
     )
-    stats = trainer.token_stats(rollouts, policy)
-    assert [len(x) for x in stats.logprobs] == [len(r.token_ids) for r in rollouts]
+    stats = trainer.forward.token_stats(rollouts, policy)
+    assert [len(x) for x in stats.logprobs] == [r.count for r in rollouts]
     assert math.isfinite(stats.mean_entropy())
     expected, _ = literal_gradients(model, rollouts, stats.logprobs, policy)
     (came,), metrics = gradients_of(trainer, rollouts, stats.logprobs, policy, 1)
@@ -726,18 +744,18 @@ def test_a_response_without_tokens(policy, micro_batch_tokens):
 def test_a_mini_batch_without_tokens_changes_nothing():
     model, rollouts = small_model(), with_empty_response([])
     trainer, start = make_trainer(model), parameters(model)
-    old = trainer.token_stats(rollouts, FINAL).logprobs
-    trainer.update(rollouts, old, FINAL, 1)
+    old = trainer.forward.token_stats(rollouts, FINAL).logprobs
+    update(trainer, rollouts, old, FINAL, 1)
     assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
 
 
 def test_flat_groups_change_nothing():
     model, rollouts = small_model(), random_rollouts()
     for r in rollouts:
-        r.advantages.zero_()
+        r.stream("advantage").zero_()
     trainer, start = make_trainer(model), parameters(model)
-    old = moved(trainer.token_stats(rollouts, FINAL).logprobs)
-    metrics = trainer.update(rollouts, old, FINAL, 1)
+    old = moved(trainer.forward.token_stats(rollouts, FINAL).logprobs)
+    metrics = update(trainer, rollouts, old, FINAL, 1).metrics
     assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
     assert metrics["policy/grad_norm"] == 0 and metrics["policy/live_fraction"] == 0
 
@@ -747,14 +765,14 @@ def test_metrics_are_means_over_tokens():
     # ratio is that of a short response, so not of the last micro-batch.
     model, rollouts = small_model(), random_rollouts()
     trainer = make_trainer(model, lr=NO_CHANGE, micro_batch_tokens=1)
-    stats = trainer.token_stats(rollouts, FINAL)
+    stats = trainer.forward.token_stats(rollouts, FINAL)
     old = moved(stats.logprobs)
-    sizes = [len(r.prompt.token_ids) + len(r.token_ids) for r in rollouts]
+    sizes = [len(r.prompt.token_ids) + r.count for r in rollouts]
     shortest = sizes.index(sorted(sizes)[1])
     old[shortest] = old[shortest] - 2
-    metrics = trainer.update(rollouts, old, FINAL, 1)
+    metrics = update(trainer, rollouts, old, FINAL, 1).metrics
     log_ratio = torch.cat(stats.logprobs) - torch.cat(old)
-    ratio, advantages = log_ratio.exp(), torch.cat([r.advantages for r in rollouts])
+    ratio, advantages = log_ratio.exp(), torch.cat([r.stream("advantage") for r in rollouts])
     clipped = torch.where(advantages > 0, ratio > 1.2, ratio < 0.8)
     expected = {
         "policy/ratio_mean": ratio.mean(),
@@ -772,7 +790,7 @@ def test_bfloat16_stays_close(policy):
     model, rollouts = small_model(), random_rollouts()
     exact = make_trainer(model, lr=NO_CHANGE)
     half = make_trainer(model, lr=NO_CHANGE, dtype="bfloat16", micro_batch_tokens=40)
-    stats, rounded = (each.token_stats(rollouts, policy) for each in (exact, half))
+    stats, rounded = (each.forward.token_stats(rollouts, policy) for each in (exact, half))
     gap = (torch.cat(rounded.logprobs) - torch.cat(stats.logprobs)).abs()
     assert 1e-5 < gap.mean() < 0.03 and gap.max() < 0.3, "rounded, and not by much"
     assert rounded.mean_entropy() == pytest.approx(stats.mean_entropy(), abs=0.02)
@@ -790,7 +808,7 @@ def test_bfloat16_stays_close(policy):
     assert ours.dtype == torch.float32
     off = float((ours - theirs).norm() / theirs.norm())
     assert 1e-5 < off < 0.1, f"gradient off by {off:.3f} of its norm"
-    half.update(rollouts, rounded.logprobs, policy, 1)
+    update(half, rollouts, rounded.logprobs, policy, 1)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -805,19 +823,19 @@ def test_logits_are_never_held(monkeypatch):
         return real(hidden, weight, targets, **kw)
 
     monkeypatch.setattr(ops, "lm_head_logprobs", spy)
-    make_trainer(model).token_stats(rollouts, FINAL)
-    assert seen == [(sum(len(r.token_ids) for r in rollouts), model.config.hidden_size)]
+    make_trainer(model).forward.token_stats(rollouts, FINAL)
+    assert seen == [(sum(r.count for r in rollouts), model.config.hidden_size)]
 
 
 def test_epochs_are_passes_over_the_same_mini_batches():
     """Two epochs of two updates are the two updates twice, against the same old log-probs."""
     rollouts, policy = random_rollouts(), Policy(2)
     once = make_trainer(small_model(), updates_per_step=2)
-    old = once.token_stats(rollouts, policy).logprobs
+    old = once.forward.token_stats(rollouts, policy).logprobs
     for _ in range(2):
-        once.update(rollouts, old, policy, 1)
+        update(once, rollouts, old, policy, 1)
     both = make_trainer(small_model(), updates_per_step=2, epochs=2)
-    metrics = both.update(rollouts, old, policy, 1)
+    metrics = update(both, rollouts, old, policy, 1).metrics
     moved = parameters(small_model())
     for (name, a), b in zip(parameters(once.model).items(), both.model.parameters()):
         assert torch.equal(a, b), name

@@ -98,12 +98,12 @@ def perturb(model, keep=()):
 def assert_sampled_from(model, rollouts, vocab):
     """At the sampling temperature, over the rows that may be sampled."""
     for r in rollouts:
-        ids = torch.tensor([[*r.prompt.token_ids, *r.token_ids]])
+        ids = torch.tensor([r.token_ids])
         with torch.no_grad():
             logits = model(ids).logits[0, len(r.prompt.token_ids) - 1 : -1] / CONFIG.temperature
         logp = logits[:, :vocab].log_softmax(-1)
-        truth = logp.gather(-1, torch.tensor(r.token_ids)[:, None]).squeeze(-1)
-        torch.testing.assert_close(torch.tensor(r.logprobs), truth, atol=NEAR, rtol=0)
+        truth = logp.gather(-1, torch.tensor(r.response_ids)[:, None]).squeeze(-1)
+        torch.testing.assert_close(r.stream("engine"), truth, atol=NEAR, rtol=0)
 
 
 def test_log_probs_are_those_of_the_sampled_policy(engine, model, prompts, parts):
@@ -114,9 +114,9 @@ def test_log_probs_are_those_of_the_sampled_policy(engine, model, prompts, parts
 
 def test_scores_are_the_trainers_log_probs(engine, model, prompts):
     rollouts = engine.generate(prompts, 2, "seed", never)
-    truth = trainer_of(model).token_stats(rollouts, Policy(None), temperature=1.0).logprobs
+    truth = trainer_of(model).forward.token_stats(rollouts, Policy(None), temperature=1.0).logprobs
     scores = engine.score(rollouts)
-    assert [len(s) for s in scores] == [len(r.token_ids) for r in rollouts]
+    assert [len(s) for s in scores] == [r.count for r in rollouts]
     assert gap(scores, truth) < NEAR
 
 
@@ -125,12 +125,12 @@ def test_rows_beyond_the_tokenizer_are_never_sampled(engine, model, prompts, par
         model.get_input_embeddings().weight[len(parts[2]) :] *= 1000
     engine.load(changed_tensors(model, all_names(model)))
     rollouts = engine.generate(prompts, 16, "seed", never)
-    assert all(t < len(parts[2]) for r in rollouts for t in r.token_ids)
+    assert all(t < len(parts[2]) for r in rollouts for t in r.response_ids)
 
 
 def test_temperature_zero_is_greedy(engine, prompts):
     def greedy(seed):
-        return [r.token_ids for r in engine.generate(prompts, 2, seed, never, 0.0)]
+        return [r.response_ids for r in engine.generate(prompts, 2, seed, never, 0.0)]
 
     first = greedy("a")
     assert first == greedy("b") and first[::2] == first[1::2]
@@ -138,7 +138,7 @@ def test_temperature_zero_is_greedy(engine, prompts):
 
 def test_same_seed_same_responses(engine, prompts):
     def tokens(seed):
-        return [r.token_ids for r in engine.generate(prompts, 4, seed, never)]
+        return [r.response_ids for r in engine.generate(prompts, 4, seed, never)]
 
     first = tokens("a")
     assert first == tokens("a") != tokens("b")
@@ -156,9 +156,9 @@ def test_the_end_of_sequence_is_kept_and_ends(engine, model, prompts, parts):
     ended = [r for r in rollouts if r.finish_reason == "stop"]
     assert ended and len(ended) < len(rollouts)
     for r in rollouts:
-        assert len(r.token_ids) == len(r.logprobs) <= CONFIG.max_new_tokens
-        assert (r.token_ids[-1] == eos) == (r.finish_reason == "stop")
-        assert eos not in r.token_ids[:-1]
+        assert r.count == len(r.stream("engine")) <= CONFIG.max_new_tokens
+        assert (r.response_ids[-1] == eos) == (r.finish_reason == "stop")
+        assert eos not in r.response_ids[:-1]
         assert "<|im_end|>" not in r.text
 
 
@@ -171,7 +171,7 @@ def sync_of(engine, model, prompts):
     trainer = trainer_of(model)
 
     def log_probs(rollouts):
-        return trainer.token_stats(rollouts, Policy(None), temperature=1.0).logprobs
+        return trainer.forward.token_stats(rollouts, Policy(None), temperature=1.0).logprobs
 
     limit = GapLimit("float32", None)
     return WeightSync(engine, model, probes_of(prompts), log_probs, limit), log_probs

@@ -15,16 +15,17 @@ from run_samples import rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from bupo import progress
 from bupo.commands.models import check_deterministic
 from bupo.commands.training import _model_to_train
 from bupo.config import RewardConfig, load
 from bupo.rewards.choice import MathReward
-from bupo.rl.loop import Run
+from bupo.rl.forward import Forward
 from bupo.rl.optimizer import AdamW
 from bupo.rl.update import Trainer
 from bupo.rl.weight_sync import GapLimit, SyncError, WeightSync
 from bupo.rollouts import VllmEngine
-from bupo.runlog.monitor import Monitor
+from bupo.runlog.watchdog import Watchdog
 from bupo.types import Policy, Rollout
 
 SHORT = ("steps=2", "bupo.steps=1", "eval.every=0", "diagnostics.every=0")
@@ -36,19 +37,15 @@ def test_corrections_are_of_the_final_policy_in_both_phases(
     """The hf engine samples from the final policy itself, so its log-probs are the right ones."""
     import bupo.rl.loop as loop
 
-    seen: dict[str, list[float]] = {"drop": [], "importance_weights": []}
+    seen: dict[str, list[float]] = {"drop": [], "with_importance_weights": []}
 
     def spied(name: str) -> Any:
         right = getattr(loop, name)
 
-        def spy(rollouts: Sequence[Rollout], logprobs: Sequence[Tensor], *more: Any) -> Any:
-            assert len(rollouts) == len(logprobs), "of every rollout, in phase 1 too"
-            gaps = [
-                float((x - torch.tensor(r.logprobs)).abs().max())
-                for r, x in zip(rollouts, logprobs)
-            ]
+        def spy(rollouts: Sequence[Rollout], *more: Any) -> Any:
+            gaps = [float((r.stream("final") - r.stream("engine")).abs().max()) for r in rollouts]
             seen[name].append(max(gaps))
-            return right(rollouts, logprobs, *more)
+            return right(rollouts, *more)
 
         return spy
 
@@ -64,9 +61,9 @@ def test_corrections_are_of_the_final_policy_in_both_phases(
 
 def test_each_entropy_is_of_its_own_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[tuple[int, int | None], float] = {}
-    right, step = Trainer.token_stats, 0
+    right, step = Forward.token_stats, 0
 
-    def spy(self: Trainer, rollouts: Any, policy: Policy, temperature: Any = None) -> Any:
+    def spy(self: Forward, rollouts: Any, policy: Policy, temperature: Any = None) -> Any:
         stats = right(self, rollouts, policy, temperature)
         if temperature is None:
             found[step, policy.layer] = stats.mean_entropy()
@@ -79,7 +76,7 @@ def test_each_entropy_is_of_its_own_policy(tmp_path: Path, monkeypatch: pytest.M
         step += 1
         return update(self, *args, **more)
 
-    monkeypatch.setattr(Trainer, "token_stats", spy)
+    monkeypatch.setattr(Forward, "token_stats", spy)
     monkeypatch.setattr(Trainer, "update", next_step)
     assert run_samples.run(tmp_path / "run", *SHORT) == 0
     first, second = rows(tmp_path / "run" / "metrics.jsonl")
@@ -299,66 +296,42 @@ def test_probes_of_another_run_are_not_taken(tmp_path: Path) -> None:
     assert made[0] == made[1]
 
 
-@pytest.mark.parametrize("who", ["trainer", "critic", "reference", "reward"])
 def test_every_stage_tells_the_watchdog_that_it_gets_on(
-    who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or watchdog.kill would end a healthy run whose critic takes long."""
-    shares: dict[str, list[float]] = {}
-    alive: list[float] = []
+    stage, told = "", []
+    enter, alive = Watchdog.stage, Watchdog.alive
 
-    def spy(self: Monitor, done: float) -> None:
-        alive.append(done)
+    @contextmanager
+    def spy(self: Watchdog, name: str) -> Iterator[None]:
+        nonlocal stage
+        outer, stage = stage, name.split("stage ")[-1]
+        with enter(self, name):
+            yield
+        stage = outer
 
-    monkeypatch.setattr(Monitor, "share", spy)
-    train = Run.train
+    def note(self: Watchdog) -> None:
+        told.append(stage)
+        alive(self)
 
-    def note(self: Run) -> Any:
-        result = train(self)
-        part = getattr(self, who)
-        hook = part.share if who == "reward" else part.forward.share
-        before = len(alive)
-        hook(0.5)
-        shares[who] = alive[before:]
-        return result
-
-    monkeypatch.setattr(Run, "train", note)
+    monkeypatch.setattr(Watchdog, "stage", spy)
+    monkeypatch.setattr(Watchdog, "alive", note)
     settings = ("advantage=ppo", "loss.kl_coef=0.1", "reward.function=math")
     assert run_samples.run(tmp_path / "run", *SHORT, *settings) == 0
-    assert shares == {who: [0.5]}
+    for name in ("rollout", "reward", "old_logprobs", "update", "critic"):
+        assert told.count(name) > 4, f"{name}: at its beginning and its end only"
 
 
 def test_the_math_reward_says_how_far_it_is() -> None:
     reward = MathReward(RewardConfig(workers=1))
-    shares: list[float] = []
-    reward.share = shares.append
+    told: list[float] = []
     try:
-        reward.grade([("\\boxed{1}", "1")] * 4)
+        with progress.watched_by(told.append):
+            reward.grade([("\\boxed{1}", "1")] * 4)
     finally:
         reward.close()
-    assert shares == sorted(shares) and len(shares) >= 3 and max(shares) < 1
-
-
-def test_a_part_of_an_evaluation_does_not_show_its_share_as_that_of_the_whole(
-    tmp_path: Path,
-) -> None:
-    shown: list[float] = []
-    monitor = Monitor(load(None, []), tmp_path, 0)
-    try:
-
-        @contextmanager
-        def waiting(what: str) -> Iterator[Any]:
-            yield shown.append
-
-        monitor.progress.waiting = waiting  # type: ignore[method-assign]
-        with monitor.watched("evaluation", "evaluation", whole=True) as share:
-            monitor.share(0.9)
-            share(0.1)
-        with monitor.watched("update", "update"):
-            monitor.share(0.5)
-    finally:
-        monitor.release()
-    assert shown == [0.1, 0.5]
+    assert told == [0.25, 0.5, 0.75, 1]
 
 
 def test_optimizer_state_of_another_model_is_refused() -> None:

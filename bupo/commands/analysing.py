@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bupo import config as configuration
-from bupo.commands.analysis_plan import Plan, Subject, make_plan, print_plan
-from bupo.commands.ending import allowed, ended
+from bupo import progress
+from bupo.commands.analysis_plan import AnalysisPlan, Subject, make_plan
+from bupo.commands.command import Command, keys_and_defaults, user_paths
 from bupo.commands.models import load_model
 from bupo.commands.run_lock import locked
 from bupo.commands.sources import build_task, make_engine
@@ -33,65 +34,48 @@ from bupo.terminal import TERMINAL
 IGNORED = "data.weights, rollout.prompts, .samples, .refills, .max_logprob_gap"
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    lines = [
-        f"  {key} = {default}\n      {text}"
-        for key, default, text in configuration.describe(AnalysisConfig)
-    ]
-    parser = argparse.ArgumentParser(
-        prog="python -m bupo.analyze",
-        description=__doc__,
-        epilog="keys and defaults:\n" + "\n".join(lines) + f"\nNot used here: {IGNORED}.\n"
-        "model.compute_dtype=bfloat16 holds the weights in bfloat16 too: nothing is trained.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="same as model.path=MODEL")
     parser.add_argument("--data", action="append", help="one of data.train; may be repeated")
-    parser.add_argument("--config", type=Path, help="YAML file, e.g. an analysis' config.yaml")
-    parser.add_argument("--out", help="directory to write; default analyses/TIME")
-    parser.add_argument("--dry_run", action="store_true", help="check and print, load no weights")
-    quotes = configuration.QUOTES
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=quotes)
-    return parser.parse_intermixed_args(argv)
 
 
-def _settings(arguments: argparse.Namespace) -> AnalysisConfig:
+def _settings(arguments: argparse.Namespace) -> tuple[AnalysisConfig, Path]:
     config = configuration.read(arguments.config, arguments.overrides, AnalysisConfig)
     if arguments.model is not None:
         config = replace(config, model=replace(config.model, path=arguments.model))
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, train=arguments.data))
-    return config
+    return config, Path(arguments.out or f"analyses/{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def execute(plan: Plan) -> list[Any]:
+def execute(plan: AnalysisPlan) -> list[Any]:
     """Loads the models one after the other, measures and writes; returns the Analyses."""
-    with allowed():
+    with user_paths():
         plan.out.mkdir(parents=True, exist_ok=True)
     with locked(plan.out):
         return _analyse(plan)
 
 
-def _analyse(plan: Plan) -> list[Any]:
+def _analyse(plan: AnalysisPlan) -> list[Any]:
     from bupo.commands.analysis_files import write_results, write_texts
     from bupo.commands.analysis_texts import again, generate
     from bupo.runlog.display import Progress
     from bupo.runlog.run_directory import replace_text
 
-    config, first, progress = plan.config, plan.subjects[0], Progress(1, 0)
+    config, first, display = plan.config, plan.subjects[0], Progress(1, 0)
     build_task(plan.run, plan.sources)
     model: Any = None
     if plan.how != "generate" or config.rollout.engine == "hf":
         model = _loaded(plan, first)
-    with allowed():
+    with user_paths():
         replace_text(plan.out / "config.yaml", configuration.dump(config))
     texts = plan.texts
     if plan.how == "generate":
-        with progress.waiting(f"starting {config.rollout.engine}"):
+        with display.waiting(f"starting {config.rollout.engine}"):
             engine = make_engine(plan.run, first.source, model, first.tokenizer, texts, plan.out)
         try:
-            with progress.waiting(f"responses to {len(texts)} prompts") as share:
-                texts = generate(texts, config, engine, share)
+            with display.waiting(f"responses to {len(texts)} prompts"):
+                texts = generate(texts, config, engine)
         finally:
             engine.close()
         texts = first.measurable(texts)
@@ -110,9 +94,9 @@ def _analyse(plan: Plan) -> list[Any]:
                     "long, or a single token; both have to have the same texts, so choose others"
                 )
         model = model if model is not None else _loaded(plan, subject)
-        with progress.waiting(f"measuring {subject.name}") as share:
-            found.append(_measured(config, subject, model, [m.text for m in texts], share))
-        with progress.waiting("writing tables and report"):
+        with display.waiting(f"measuring {subject.name}"):
+            found.append(_measured(config, subject, model, [m.text for m in texts]))
+        with display.waiting("writing tables and report"):
             write_results(plan.out, config, found, plan.how, subject.own_tokens, _facts(plan))
     return found
 
@@ -122,7 +106,6 @@ def _measured(
     subject: Subject,
     model: Any,
     texts: list[Any],
-    share: Callable[[float], object],
 ) -> Any:
     from bupo import internal
 
@@ -140,7 +123,7 @@ def _measured(
             tolerance=config.tolerance,
             batch_tokens=config.batch_tokens,
             seed=config.seed,
-            share=share,
+            share=progress.report,
         )
     except internal.IdentityError as error:
         raise RunError(f"{subject.name}: {error}; its figures would be wrong") from None
@@ -148,7 +131,7 @@ def _measured(
         raise ConfigError(f"{subject.source} cannot be analysed: {error}") from None
 
 
-def _facts(plan: Plan) -> list[str]:
+def _facts(plan: AnalysisPlan) -> list[str]:
     """For the page: whose texts these are."""
     config = plan.config
     files = ", ".join(plan.sources.train)
@@ -163,7 +146,7 @@ def _facts(plan: Plan) -> list[str]:
     return [f"{models} on {how}.{temperature}"]
 
 
-def _loaded(plan: Plan, subject: Subject) -> Any:
+def _loaded(plan: AnalysisPlan, subject: Subject) -> Any:
     import torch
 
     from bupo.policy import num_layers, unembedding
@@ -205,24 +188,23 @@ def print_results(found: Sequence[Any]) -> None:
         )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a violated identity or a disk that is full, 2 a configuration or a
-    model that cannot be analysed, 130 stopped by Ctrl-C."""
-    arguments = _arguments(argv)
-    out = Path(arguments.out or f"analyses/{time.strftime('%Y%m%d-%H%M%S')}")
+def _analyse_and_report(plan: AnalysisPlan) -> int:
+    print_results(execute(plan))
+    print(f"report: {plan.out / 'report.html'}", file=TERMINAL)
+    return 0
 
-    def act() -> int:
-        with allowed():
-            plan = make_plan(_settings(arguments), out)
-        print_plan(plan)
-        if not arguments.dry_run:
-            print_results(execute(plan))
-            print(f"report: {out / 'report.html'}", file=TERMINAL)
-        return 0
 
-    return ended(
-        "bupo.analyze",
-        act,
-        lambda: f"what was written to {out} before is kept; it begins anew with --out {out}",
-        lambda: f"stopped; {out} holds what was written",
-    )
+main = Command(
+    program="bupo.analyze",
+    description=str(__doc__),
+    epilog=keys_and_defaults(AnalysisConfig) + f"\nNot used here: {IGNORED}.\n"
+    "model.compute_dtype=bfloat16 holds the weights in bfloat16 too: nothing is trained.",
+    settings=_settings,
+    make_plan=lambda settings: make_plan(*settings),
+    execute=_analyse_and_report,
+    kept=lambda out: f"what was written to {out} before is kept; it begins anew with --out {out}",
+    stopped=lambda out: f"stopped; {out} holds what was written" if out else "stopped",
+    config_help="YAML file, e.g. an analysis' config.yaml",
+    out_help="directory to write; default analyses/TIME",
+    add_arguments=_add_arguments,
+).main

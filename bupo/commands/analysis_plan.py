@@ -14,7 +14,6 @@ from bupo.commands.models import ModelFacts, check_place, read_model
 from bupo.commands.sizes import Sizes, measure
 from bupo.commands.sources import Sources, check_engine, check_out, find_sources
 from bupo.config import AnalysisConfig, Config, ConfigError
-from bupo.terminal import TERMINAL
 
 ENTROPY_ROWS, LENS_ROWS = 8, 7
 """Rows of logits for each token and layer: what a layer, its attention and its FFN read and write,
@@ -50,7 +49,7 @@ class Subject:
 
 
 @dataclass
-class Plan:
+class AnalysisPlan:
     """All that can be known, and go wrong, before weights are loaded."""
 
     config: AnalysisConfig
@@ -66,8 +65,37 @@ class Plan:
     """generate, column or none"""
     available: int
 
+    def describe(self) -> str:
+        """What --dry_run shows, and every analysis begins with."""
+        config, first = self.config, self.subjects[0]
+        lengths = [
+            len(t.token_ids) if self.how == "generate" else len(t.response_ids) for t in self.texts
+        ]
+        texts = f"{len(self.texts)} of {self.available}, "
+        texts += {
+            "generate": f"a response to each by {config.rollout.engine}, temperature "
+            f"{config.rollout.temperature}, at most {config.rollout.max_new_tokens} tokens",
+            "column": f"their responses: {sum(lengths)} tokens, longest {max(lengths)}",
+            "none": f"measured themselves: {sum(lengths)} tokens, longest {max(lengths)}",
+        }[self.how]
+        lines, sizes_of = [f"analysis of {first.source}"], []
+        for n, subject in enumerate(self.subjects):
+            sizes = measure(self.run, subject.source, max(lengths))
+            sizes_of.append(sizes)
+            title = "compared" if n else "model"
+            lines.append(f"  {title:<8} {subject.name}: {sizes.model_line()}")
+        lines.append(f"  texts    {texts}")
+        most = len(lengths) * config.rollout.max_new_tokens
+        tokens = most if self.how == "generate" else sum(lengths)
+        seconds = sum(_measuring_time(config, found, tokens) for found in sizes_of)
+        bound = "at most " if self.how == "generate" else ""
+        beside = ", beside generation" if self.how == "generate" else ""
+        lines.append(f"  time     {bound}about {_duration(seconds)} to measure{beside}")
+        lines.append(f"  out      {self.out}")
+        return "\n".join(lines)
 
-def make_plan(config: AnalysisConfig, out: Path) -> Plan:
+
+def make_plan(config: AnalysisConfig, out: Path) -> AnalysisPlan:
     """Raises ConfigError with one line; has written nothing but a task's cached files."""
     check_out(out)
     if (out / "config.yaml").is_file():
@@ -111,7 +139,7 @@ def make_plan(config: AnalysisConfig, out: Path) -> Plan:
         for other in subjects[1:]:
             own = again(texts, rows, config, other.tokenizer) if other.own_tokens else texts
             other.measurable(own)
-    return Plan(config, run, out, sources, subjects, rows, texts, how, available)
+    return AnalysisPlan(config, run, out, sources, subjects, rows, texts, how, available)
 
 
 def newest(model: str) -> str:
@@ -172,33 +200,3 @@ def _measuring_time(config: AnalysisConfig, sizes: Sizes, tokens: int) -> float:
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(1, round(seconds))} s"
-
-
-def print_plan(plan: Plan) -> None:
-    """What --dry_run shows, and every analysis begins with."""
-    config, first = plan.config, plan.subjects[0]
-    lengths = [
-        len(t.token_ids) if plan.how == "generate" else len(t.response_ids) for t in plan.texts
-    ]
-    texts = f"{len(plan.texts)} of {plan.available}, "
-    texts += {
-        "generate": f"a response to each by {config.rollout.engine}, temperature "
-        f"{config.rollout.temperature}, at most {config.rollout.max_new_tokens} tokens",
-        "column": f"their responses: {sum(lengths)} tokens, longest {max(lengths)}",
-        "none": f"measured themselves: {sum(lengths)} tokens, longest {max(lengths)}",
-    }[plan.how]
-    lines, sizes_of = [f"analysis of {first.source}"], []
-    for n, subject in enumerate(plan.subjects):
-        sizes = measure(plan.run, subject.source, max(lengths))
-        sizes_of.append(sizes)
-        title = "compared" if n else "model"
-        lines.append(f"  {title:<8} {subject.name}: {sizes.model_line()}")
-    lines.append(f"  texts    {texts}")
-    most = len(lengths) * config.rollout.max_new_tokens
-    tokens = most if plan.how == "generate" else sum(lengths)
-    seconds = sum(_measuring_time(config, found, tokens) for found in sizes_of)
-    bound = "at most " if plan.how == "generate" else ""
-    beside = ", beside generation" if plan.how == "generate" else ""
-    lines.append(f"  time     {bound}about {_duration(seconds)} to measure{beside}")
-    lines.append(f"  out      {plan.out}")
-    print("\n".join(lines), file=TERMINAL)

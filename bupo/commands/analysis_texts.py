@@ -6,7 +6,7 @@ The place is counted in token ids, prompt before response; no text is searched f
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -171,24 +171,12 @@ def _one_beginning(ids: list[int], tokenizer: Any) -> list[int]:
     return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
 
 
-def generate(
-    prompts: Sequence[Prompt],
-    config: AnalysisConfig,
-    engine: Any,
-    share: Callable[[float], object] = lambda share: None,
-) -> list[Measured]:
+def generate(prompts: Sequence[Prompt], config: AnalysisConfig, engine: Any) -> list[Measured]:
     """One response to each prompt."""
-    batches = 0
-
-    def tell() -> bool:
-        nonlocal batches
-        share(min(batches * config.rollout.batch_size / len(prompts), 1.0))
-        batches += 1
-        return False
-
-    rollouts = engine.generate(prompts, 1, str(seed_of(config.seed, "analyze")), tell)
+    seed = str(seed_of(config.seed, "analyze"))
+    rollouts = engine.generate(prompts, 1, seed, lambda: False)
     return [
-        Measured(r.prompt.source, r.prompt.text, r.text, r.prompt.token_ids, r.token_ids).cut(
+        Measured(r.prompt.source, r.prompt.text, r.text, r.prompt.token_ids, r.response_ids).cut(
             config.max_tokens
         )
         for r in rollouts

@@ -16,14 +16,13 @@ from bupo.commands.models import read_model
 from bupo.commands.sizes import Sizes, measure
 from bupo.commands.sources import Sources, check_engine, check_out, find_sources
 from bupo.config import Config, ConfigError
-from bupo.terminal import TERMINAL
 
 PROMPTS_FILE = "prompts.sha256"
 """In the run directory: says whether data that have moved are still the same"""
 
 
 @dataclass
-class Plan:
+class RunPlan:
     """All that can be known, and go wrong, before weights are loaded."""
 
     config: Config
@@ -41,8 +40,45 @@ class Plan:
     warnings: list[str]
     """What can be run, but is probably not meant"""
 
+    def describe(self) -> str:
+        """What --dry_run shows, and every run begins with."""
+        from bupo.rl.schedule import Schedule
 
-def make_plan(config: Config) -> Plan:
+        config, size = self.config, self.config.rollout
+        responses = size.prompts * size.samples
+        sizes, optimizer = self.sizes, config.optimizer
+        parts = optimizer.updates_per_step
+        twice = f" x {optimizer.epochs} epochs" if optimizer.epochs > 1 else ""
+        evaluated = {config.eval.samples_of(p.source) for p in self.eval_prompts}
+        samples = " or ".join(map(str, sorted(evaluated or {config.eval.samples})))
+        trained = f" ({sizes.internal / sizes.parameters:.0%} of the parameters)"
+        fewer = " (fewer where bupo.auto_stop says so)" if config.bupo.auto_stop else ""
+        phases = (
+            f"steps 1-{config.bupo.steps}{fewer} train a layer that is measured before them, "
+            f"then the final policy to step {config.steps}"
+            if config.bupo.auto_layer is not None
+            else Schedule(config).describe(self.layers)
+        )
+        return (
+            f"{config.name}: {config.algorithm}, {config.advantage} advantages, on "
+            f"{self.sources.model}\n"
+            f"  model    {sizes.model_line()}\n"
+            f"  phases   {phases}{trained if sizes.internal else ''}\n"
+            f"  step     {size.prompts} prompts x {size.samples} responses = {responses}, "
+            f"{parts} updates{twice} of {responses // parts} responses ({size.prompts // parts} "
+            f"prompts), at most {size.max_new_tokens} new tokens each\n"
+            f"  data     {len(self.train_prompts)} training prompts, {len(self.eval_prompts)} for "
+            f"evaluation x {samples}, {self.dropped} dropped for length\n"
+            f"  memory   {sizes.memory_line()}\n"
+            f"  rollouts {sizes.engine_line(config)}\n"
+            f"  disk     {sizes.disk_line(config)}\n"
+            f"  out      {self.out}"
+            + (f" (continues {self.resume_from})" if self.resume_from else "")
+            + "".join(f"\n  warning  {text}" for text in self.warnings)
+        )
+
+
+def make_plan(config: Config) -> RunPlan:
     """Checks paths, model configuration, layer, tokenizer and prompts.
 
     Raises ConfigError with one line; has written nothing but a task's cached files.
@@ -56,7 +92,8 @@ def make_plan(config: Config) -> Plan:
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"wandb={config.wandb} needs the package wandb, which is not installed")
 
-    from bupo.data.prompts import PromptOrder, load_prompts  # slow, so after the cheap checks
+    from bupo.data.prompt_order import PromptOrder
+    from bupo.data.prompts import load_prompts  # slow, so after the cheap checks
     from bupo.rewards.choice import check_functions, check_sources
     from bupo.rl.schedule import Schedule
     from bupo.runlog.display import Progress
@@ -68,10 +105,8 @@ def make_plan(config: Config) -> Plan:
     schedule = None if measured else Schedule(config)
     if schedule is not None:
         schedule.check(layers, sources.model, facts.tied)
-    with Progress(1, 0).waiting("reading prompts") as share:
-        prompts, dropped = load_prompts(
-            sources.train, tokenizer, config.data, config.data.limit, share
-        )
+    with Progress(1, 0).waiting("reading prompts"):
+        prompts, dropped = load_prompts(sources.train, tokenizer, config.data, config.data.limit)
     prompts_hash = _hash_of(prompts, bool(config.reward.by_source))
     earlier = out / PROMPTS_FILE
     if resume_from and earlier.is_file() and earlier.read_text().strip() != prompts_hash:
@@ -88,7 +123,7 @@ def make_plan(config: Config) -> Plan:
     check_sources(config.reward, [*prompts, *eval_prompts])
     config.eval.check_sources({p.source for p in eval_prompts})
     facts.check([*prompts, *eval_prompts], config.rollout.max_new_tokens)
-    return Plan(
+    return RunPlan(
         config=config,
         out=out,
         resume_from=resume_from,
@@ -181,42 +216,3 @@ def resume_point(config: Config, out: Path) -> Path | None:
     if (out / "metrics.jsonl").exists() or (out / "checkpoints").exists():
         raise ConfigError(f"out={out} holds a run; continue it with resume=auto or choose another")
     return None
-
-
-def print_plan(plan: Plan) -> None:
-    """What --dry_run shows, and every run begins with."""
-    from bupo.rl.schedule import Schedule
-
-    config, size = plan.config, plan.config.rollout
-    responses = size.prompts * size.samples
-    sizes, optimizer = plan.sizes, config.optimizer
-    parts = optimizer.updates_per_step
-    twice = f" x {optimizer.epochs} epochs" if optimizer.epochs > 1 else ""
-    evaluated = {config.eval.samples_of(p.source) for p in plan.eval_prompts}
-    samples = " or ".join(map(str, sorted(evaluated or {config.eval.samples})))
-    trained = f" ({sizes.internal / sizes.parameters:.0%} of the parameters)"
-    fewer = " (fewer where bupo.auto_stop says so)" if config.bupo.auto_stop else ""
-    phases = (
-        f"steps 1-{config.bupo.steps}{fewer} train a layer that is measured before them, then the "
-        f"final policy to step {config.steps}"
-        if config.bupo.auto_layer is not None
-        else Schedule(config).describe(plan.layers)
-    )
-    print(
-        f"{config.name}: {config.algorithm}, {config.advantage} advantages, on "
-        f"{plan.sources.model}\n"
-        f"  model    {sizes.model_line()}\n"
-        f"  phases   {phases}{trained if sizes.internal else ''}\n"
-        f"  step     {size.prompts} prompts x {size.samples} responses = {responses}, "
-        f"{parts} updates{twice} of {responses // parts} responses ({size.prompts // parts} "
-        f"prompts), at most {size.max_new_tokens} new tokens each\n"
-        f"  data     {len(plan.train_prompts)} training prompts, {len(plan.eval_prompts)} for "
-        f"evaluation x {samples}, {plan.dropped} dropped for length\n"
-        f"  memory   {sizes.memory_line()}\n"
-        f"  rollouts {sizes.engine_line(config)}\n"
-        f"  disk     {sizes.disk_line(config)}\n"
-        f"  out      {plan.out}"
-        + (f" (continues {plan.resume_from})" if plan.resume_from else "")
-        + "".join(f"\n  warning  {text}" for text in plan.warnings),
-        file=TERMINAL,
-    )

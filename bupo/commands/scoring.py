@@ -21,46 +21,22 @@ from pathlib import Path
 from typing import Any
 
 from bupo import config as configuration
-from bupo.commands.ending import allowed, ended
-from bupo.commands.models import read_model
+from bupo.commands.command import Command, user_paths
+from bupo.commands.evaluation_plan import EvaluationPlan, make_plan
 from bupo.commands.run_lock import locked
-from bupo.commands.sizes import measure
-from bupo.commands.sources import (
-    build_task,
-    check_engine,
-    check_out,
-    find_sources,
-    make_engine,
-)
+from bupo.commands.sources import build_task, make_engine
 from bupo.config import Config, ConfigError
 from bupo.terminal import TERMINAL
-
-_TRAINING = (
-    *("name", "out", "resume", "steps", "algorithm", "advantage", "phases", "max_bad_steps"),
-    *("bupo.", "loss.", "critic.", "optimizer.", "checkpoint.", "watchdog.", "diagnostics."),
-    *("data.train", "data.weights", "data.limit", "rollout.prompts", "rollout.samples", "wandb"),
-)
-"""Settings that no evaluation reads"""
+from bupo.types import EvalResult, Prompt
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bupo.evaluate",
-        description=__doc__,
-        epilog="Keys: python -m bupo.run --help. Used here: model, data, rollout, reward, eval, "
-        "task, task_options, seed, name.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", type=Path, help="YAML file, e.g. a run's config.yaml")
-    parser.add_argument("--out", help="directory to write; default evals/TIME")
-    parser.add_argument("--dry_run", action="store_true", help="check and print, load no weights")
-    quotes = configuration.QUOTES
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=quotes)
-    return parser.parse_intermixed_args(argv)
+def _settings(arguments: argparse.Namespace) -> tuple[Config, Path]:
+    config = configuration.load(arguments.config, arguments.overrides)
+    return config, Path(arguments.out or f"evals/{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _rows_done(
-    file: Path, dataset: str, problems: Sequence[Any], config: Config
+    file: Path, dataset: str, problems: Sequence[Prompt], config: Config
 ) -> list[dict[str, Any]]:
     """The rows of a file that can be kept; the file, which a kill may have cut, then holds these
     alone. They must be of these problems."""
@@ -76,96 +52,43 @@ def _rows_done(
     return rows
 
 
-def run(config: Config, out: Path, dry_run: bool) -> list[Any]:
-    """Evaluates every data set of eval.files; returns their EvalResults."""
-    earlier = out / "config.yaml"
-    with allowed():
-        check_out(out)
-        changed = (
-            configuration.changes_since(earlier, config, _TRAINING) if earlier.is_file() else []
-        )
-        sources = find_sources(config, training=False)
-        check_engine(config)
-    if changed:
-        raise ConfigError(
-            f"out={out} holds an evaluation with other settings ({'; '.join(changed)}); "
-            "restore them or choose another out"
-        )
-    if not sources.held_out:
-        raise ConfigError("eval.files is empty: nothing to evaluate on")
-
-    from bupo.data.prompts import load_prompts
-    from bupo.evaluation import estimates as evaluation
-    from bupo.rewards.choice import check_functions, check_sources, make_reward
+def execute(plan: EvaluationPlan) -> list[EvalResult]:
+    """Evaluates every data set, alone in the directory, and writes what comes of it."""
+    from bupo.evaluation.estimates import evaluate, file_name
+    from bupo.rewards.choice import make_reward
     from bupo.runlog.display import Progress
     from bupo.runlog.run_directory import append_rows, json_lines, replace_text
 
-    check_functions(config.reward)
-    facts = read_model(config, sources.model)
-    tokenizer = facts.tokenizer
-    with Progress(1, 0).waiting("reading prompts") as share:
-        prompts, dropped = load_prompts(
-            sources.held_out, tokenizer, config.data, config.eval.limit, share, True
-        )
-    check_sources(config.reward, prompts)
-    config.eval.check_sources({p.source for p in prompts})
-    facts.check(prompts, config.rollout.max_new_tokens)
-    sets = evaluation.by_dataset(prompts)
-    shown = ", ".join(f"{name} {len(problems)}" for name, problems in sets.items())
-    samples = " or ".join(map(str, sorted({config.eval.samples_of(name) for name in sets})))
-    sizes = measure(config, sources.model, max(len(p.token_ids) for p in prompts))
-    print(
-        f"{config.name}: {sources.model}\n"
-        f"  model    {sizes.model_line()}\n"
-        f"  problems {shown}; {dropped} dropped for length\n"
-        f"  samples  {samples} for each problem, {_sampling(config)}, "
-        f"at most {config.rollout.max_new_tokens} tokens\n"
-        f"  out      {out}",
-        file=TERMINAL,
-    )
-    if dry_run:
-        return []
-    build_task(config, sources)
-    progress, results = Progress(1, 0), []
+    config, out, results = plan.config, plan.out, []
+    build_task(config, plan.sources)
     with ExitStack() as parts:
-        with allowed():
+        with user_paths():
             (out / "responses").mkdir(parents=True, exist_ok=True)
             parts.enter_context(locked(out))
-            replace_text(earlier, configuration.dump(config))
+            replace_text(out / "config.yaml", configuration.dump(config))
         reward = make_reward(config.reward)
         parts.callback(reward.close)
-        with progress.waiting(f"loading {sources.model} into {config.rollout.engine}"):
-            engine = make_engine(config, sources.model, None, tokenizer, prompts, out)
+        source, display = plan.sources.model, Progress(1, 0)
+        with display.waiting(f"loading {source} into {config.rollout.engine}"):
+            prompts = [p for problems in plan.sets.values() for p in problems]
+            engine = make_engine(config, source, None, plan.tokenizer, prompts, out)
         parts.callback(engine.close)
-        for name, problems in sets.items():
-            file = out / "responses" / evaluation.file_name(name)
-            done = _rows_done(file, name, problems, config)
-            with progress.waiting(f"evaluation on {name}") as share:
-                result = evaluation.evaluate(
-                    name,
-                    problems,
-                    config,
-                    lambda batch, samples, seed: engine.generate(
-                        batch, samples, seed, lambda: False, config.eval.temperature
-                    ),
-                    reward,
-                    partial(append_rows, file),
-                    done,
-                    share,
-                )
-            results.append(result)
+
+        def generate(problems: Sequence[Prompt], samples: int, seed: str) -> Any:
+            temperature = config.eval.temperature
+            return engine.generate(problems, samples, seed, lambda: False, temperature)
+
+        for name, problems in plan.sets.items():
+            file = out / "responses" / file_name(name)
+            done, keep = _rows_done(file, name, problems, config), partial(append_rows, file)
+            with display.waiting(f"evaluation on {name}"):
+                results.append(evaluate(name, problems, config, generate, reward, keep, done))
     replace_text(out / "eval.jsonl", json_lines([result.row() for result in results]))
     _draw(results, out / "pass_at_k.png")
     return results
 
 
-def _sampling(config: Config) -> str:
-    temperature = config.eval.temperature
-    temperature = config.rollout.temperature if temperature is None else temperature
-    return f"temperature {temperature}, top_p {config.rollout.top_p}" if temperature else "greedy"
-
-
-def _draw(results: Sequence[Any], file: Path) -> None:
+def _draw(results: Sequence[EvalResult], file: Path) -> None:
     """Pass@K over K, with a standard error on either side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -191,7 +114,7 @@ def _draw(results: Sequence[Any], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def print_table(results: Sequence[Any]) -> None:
+def print_table(results: Sequence[EvalResult]) -> None:
     """Avg@n, Pass@K and maj@n of each data set."""
     from rich.console import Console
     from rich.table import Table
@@ -208,23 +131,26 @@ def print_table(results: Sequence[Any]) -> None:
     Console(width=max(80, 40 + 18 * (len(ks) + 3))).print(table)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a disk that is full, 2 a configuration that cannot be run."""
-    arguments = _arguments(argv)
-    out = Path(arguments.out or f"evals/{time.strftime('%Y%m%d-%H%M%S')}")
+def _score_and_print(plan: EvaluationPlan) -> int:
+    print_table(execute(plan))
+    print(f"written: {plan.out}", file=TERMINAL)
+    return 0
 
-    def act() -> int:
-        with allowed():
-            config = configuration.load(arguments.config, arguments.overrides)
-        results = run(config, out, arguments.dry_run)
-        if results:
-            print_table(results)
-            print(f"written: {out}", file=TERMINAL)
-        return 0
 
-    return ended(
-        "bupo.evaluate",
-        act,
-        lambda: f"what was written to {out} before is kept, go on with --out {out}",
-        lambda: f"stopped; the same command with --out {out} continues",
-    )
+main = Command(
+    program="bupo.evaluate",
+    description=str(__doc__),
+    epilog="Keys: python -m bupo.run --help. Used here: model, data, rollout, reward, eval, "
+    "task, task_options, seed, name.",
+    settings=_settings,
+    make_plan=lambda settings: make_plan(*settings),
+    execute=_score_and_print,
+    kept=lambda out: f"what was written to {out} before is kept, go on with --out {out}",
+    stopped=lambda out: (
+        f"stopped; the same command with --out {out} continues"
+        if out
+        else "stopped before the evaluation began"
+    ),
+    config_help="YAML file, e.g. a run's config.yaml",
+    out_help="directory to write; default evals/TIME",
+).main

@@ -17,32 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from bupo import config as configuration
-from bupo.commands.ending import allowed, ended
+from bupo.commands.command import Command, keys_and_defaults, user_paths
 from bupo.commands.models import check_deterministic, load_model, silence_noise
 from bupo.commands.run_lock import locked
-from bupo.commands.run_plan import PROMPTS_FILE, Plan, make_plan, print_plan, resume_point
+from bupo.commands.run_plan import PROMPTS_FILE, RunPlan, make_plan, resume_point
 from bupo.commands.sources import build_task, make_engine
 from bupo.config import Config, ConfigError, shipped
 from bupo.terminal import TERMINAL
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    lines = [
-        f"  {key} = {default}\n      {text}"
-        for key, default, text in configuration.describe(Config)
-    ]
-    parser = argparse.ArgumentParser(
-        prog="python -m bupo.run",
-        description=__doc__,
-        epilog="keys and defaults:\n" + "\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", type=Path, help="YAML file; default: the arithmetic recipe")
-    parser.add_argument("--out", help="run directory (same as out=DIR)")
-    parser.add_argument("--dry_run", action="store_true", help="check and print, load no weights")
-    quotes = configuration.QUOTES
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=quotes)
-    return parser.parse_intermixed_args(argv)  # options may stand between key=value
 
 
 def _model_to_train(config: Config, source: str) -> Any:
@@ -54,11 +35,33 @@ def _model_to_train(config: Config, source: str) -> Any:
     return model
 
 
-def _reference(plan: Plan, pad: int) -> Any:
+def _policy(plan: RunPlan, source: str) -> Any:
+    """The model that is trained, checked to be one that can be."""
+    from bupo.policy import check_internal_policy
+    from bupo.rl import checkpoint
+    from bupo.rl.schedule import Schedule
+    from bupo.runlog.display import Progress
+
+    if plan.resume_from is not None:
+        with Progress(1, 0).waiting(f"checking {source}"):
+            checkpoint.verify(plan.resume_from)
+    with checkpoint.reading(plan.resume_from), Progress(1, 0).waiting(f"loading {source}"):
+        model = _model_to_train(plan.config, source)
+    measured = plan.config.bupo.auto_layer is not None
+    trained = None if measured else Schedule(plan.config).layers() or plan.layers
+    try:
+        check_deterministic(model)
+        check_internal_policy(model, trained)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source} cannot be trained: {error}") from None
+    return model
+
+
+def _reference(plan: RunPlan, pad: int) -> Any:
     """A frozen copy of the policy that the run began with, read again where that came from: no
     checkpoint holds it. Raises ConfigError if other weights lie there now."""
     from bupo.rl import checkpoint
-    from bupo.rl.reference_model import Reference
+    from bupo.rl.forward import Forward
 
     model = load_model(plan.config, plan.sources.model)
     found, file = checkpoint.fingerprint(model), plan.out / "reference.sha256"
@@ -69,10 +72,10 @@ def _reference(plan: Plan, pad: int) -> Any:
             f"loss.kl_coef: {plan.sources.model} does not hold the weights that the run began with "
             f"({file} says which)"
         )
-    return Reference(model, plan.config, pad)
+    return Forward(model.eval().requires_grad_(False), plan.config, pad)
 
 
-def _critic(plan: Plan, pad: int) -> Any:
+def _critic(plan: RunPlan, pad: int) -> Any:
     """From the policy's first weights, or as it was in the checkpoint."""
     from bupo.rl import checkpoint
     from bupo.rl.critic import Critic
@@ -84,10 +87,10 @@ def _critic(plan: Plan, pad: int) -> Any:
     return critic
 
 
-def execute(plan: Plan) -> int | None:
-    """Loads the model and trains, alone in the run directory; returns the stopping signal, if
-    any."""
-    with allowed():
+def execute(plan: RunPlan) -> int | None:
+    """Loads the model and trains, alone in the run directory; returns the number of the signal that
+    has stopped it, if one has."""
+    with user_paths():
         plan.out.mkdir(parents=True, exist_ok=True)
     try:
         with locked(plan.out):
@@ -102,13 +105,11 @@ def execute(plan: Plan) -> int | None:
             plan.out.rmdir()
 
 
-def _train(plan: Plan) -> int | None:
-    from bupo.policy import check_internal_policy
+def _train(plan: RunPlan) -> int | None:
     from bupo.rewards.choice import make_reward
     from bupo.rl import checkpoint
     from bupo.rl.auto_layer import with_measured_layer
-    from bupo.rl.loop import Run
-    from bupo.rl.schedule import Schedule
+    from bupo.rl.loop import Parts, Run
     from bupo.rl.update import Trainer
     from bupo.runlog.display import Progress
     from bupo.runlog.run_directory import replace_text
@@ -117,40 +118,29 @@ def _train(plan: Plan) -> int | None:
     config, tokenizer = plan.config, plan.tokenizer
     build_task(config, plan.sources)
     source = str(plan.resume_from or plan.sources.model)
-    if plan.resume_from is not None:
-        with Progress(1, 0).waiting(f"checking {source}"):
-            checkpoint.verify(plan.resume_from)
-    with checkpoint.reading(plan.resume_from), Progress(1, 0).waiting(f"loading {source}"):
-        model = _model_to_train(config, source)
-    measured = config.bupo.auto_layer is not None
-    trained = None if measured else Schedule(config).layers() or plan.layers
-    try:
-        check_deterministic(model)
-        check_internal_policy(model, trained)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source} cannot be trained: {error}") from None
+    model = _policy(plan, source)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    trainer = Trainer(model, config, pad)
-    state = {"step": 0, "drawn": 0}
+    trainer, state = Trainer(model, config, pad), {"step": 0, "drawn": 0}
     if plan.resume_from is not None:
         state = checkpoint.load_state(plan.resume_from)
         checkpoint.load_optimizer(plan.resume_from, model, trainer.optimizer)
     with ExitStack() as parts:
         reward = make_reward(config.reward)
         parts.callback(reward.close)
-        with allowed():
+        with user_paths():
             replace_text(plan.out / "config.yaml", configuration.dump(config))
             replace_text(plan.out / PROMPTS_FILE, plan.prompts_hash + "\n")
         watchdog = Watchdog(plan.out, config.watchdog.seconds, config.watchdog.kill)
         parts.callback(watchdog.close)
         prompts = [*plan.train_prompts, *plan.eval_prompts]
+        # Before the engine, which takes what memory is left.
         reference = _reference(plan, pad) if config.loss.kl_coef else None
         critic = _critic(plan, pad) if config.advantage == "ppo" else None
         start = f"starting {config.rollout.engine} for rollouts"
-        with watchdog.stage(start), Progress(1, 0).waiting(start):
+        with watchdog.stage(start), Progress(1, 0).waiting(start, watchdog.alive):
             engine = make_engine(config, source, model, tokenizer, prompts, plan.out)
         parts.callback(engine.close)
-        if measured:
+        if config.bupo.auto_layer is not None:
             with watchdog.stage("auto_layer"):
                 config = with_measured_layer(
                     config, plan.out, model, engine, plan.train_prompts, state["step"],
@@ -158,42 +148,60 @@ def _train(plan: Plan) -> int | None:
                 )  # fmt: skip
         watchdog.close()  # the run has one of its own
         run = Run(
-            config, plan.out, model, tokenizer, plan.train_prompts, plan.eval_prompts,
-            engine, reward, trainer, reference, critic, state["step"], state["drawn"],
-        )  # fmt: skip
+            Parts(
+                config=config,
+                out=plan.out,
+                model=model,
+                tokenizer=tokenizer,
+                train_prompts=plan.train_prompts,
+                eval_prompts=plan.eval_prompts,
+                engine=engine,
+                reward=reward,
+                trainer=trainer,
+                reference=reference,
+                critic=critic,
+                start=state["step"],
+                drawn=state["drawn"],
+            )
+        )
         return run.train()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a run that could not go on (nan, a full disk, a rollout engine with
-    other weights than the trainer), 2 a configuration that cannot be run, 128 + n stopped by
-    signal n (130: Ctrl-C)."""
-    arguments = _arguments(argv)
+def _settings(arguments: argparse.Namespace) -> Config:
     overrides = arguments.overrides + ([f"out={arguments.out}"] if arguments.out else [])
-    plan: Plan | None = None
+    return configuration.load(arguments.config or shipped("arithmetic.yaml"), overrides)
 
-    def act() -> int:
-        nonlocal plan
-        file = arguments.config or shipped("arithmetic.yaml")
-        with allowed():
-            plan = make_plan(configuration.load(file, overrides))
-        print_plan(plan)
-        if arguments.dry_run:
-            return 0
-        if (signal := execute(plan)) is not None:
-            print(stopped(), file=TERMINAL)
-            return 128 + signal
-        print(f"report: {plan.out / 'report.html'}", file=TERMINAL)
-        return 0
 
-    def kept() -> str:
-        up_to = f"all up to the newest checkpoint in {plan.out}" if plan else "what was there"
-        way = f"--out {plan.out} resume=auto" if plan else "the same command"
-        return f"{up_to} is kept, go on with {way}"
+def _kept(out: Path | None) -> str:
+    up_to = f"all up to the newest checkpoint in {out}" if out else "what was there"
+    way = f"--out {out} resume=auto" if out else "the same command"
+    return f"{up_to} is kept, go on with {way}"
 
-    def stopped() -> str:
-        if plan is None or not (plan.out / "metrics.jsonl").exists():
-            return "stopped before training began"
-        return f"stopped; continue with: --out {plan.out} resume=auto"
 
-    return ended("bupo.run", act, kept, stopped)
+def _stopped(out: Path | None) -> str:
+    if out is None or not (out / "metrics.jsonl").exists():
+        return "stopped before training began"
+    return f"stopped; continue with: --out {out} resume=auto"
+
+
+def _train_and_report(plan: RunPlan) -> int:
+    """Exit status: 0 done, 128 + n stopped by signal n."""
+    if (signal := execute(plan)) is not None:
+        print(_stopped(plan.out), file=TERMINAL)
+        return 128 + signal
+    print(f"report: {plan.out / 'report.html'}", file=TERMINAL)
+    return 0
+
+
+main = Command(
+    program="bupo.run",
+    description=str(__doc__),
+    epilog=keys_and_defaults(Config),
+    settings=_settings,
+    make_plan=make_plan,
+    execute=_train_and_report,
+    kept=_kept,
+    stopped=_stopped,
+    config_help="YAML file; default: the arithmetic recipe",
+    out_help="run directory (the same as out=DIR)",
+).main

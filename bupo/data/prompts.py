@@ -1,12 +1,11 @@
-"""Data files to tokenised prompts, and the order in which steps take them."""
+"""Rows of data to tokenised prompts."""
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from bupo import progress
 from bupo.config import ConfigError, DataConfig, first_line, readable, shipped
 from bupo.data import data_files
 from bupo.types import Prompt
@@ -115,11 +114,9 @@ def load_prompts(
     tokenizer: Any,
     config: DataConfig,
     limit: int | None = None,
-    share: Callable[[float], object] = lambda share: None,
     apart: bool = False,
 ) -> tuple[list[Prompt], int]:
-    """All prompts of the files, and how many were dropped for their length. share is called with
-    the share done.
+    """All prompts of the files, and how many were dropped for their length.
 
     Raises ConfigError for a missing or malformed file, an empty set, or a prompt over
     data.max_prompt_tokens unless data.overlong=drop; with `apart`, as in evaluations, also where
@@ -131,7 +128,7 @@ def load_prompts(
     for place, file in enumerate(files):
         rows = data_files.read(file)[:limit]
         for n, row in enumerate(rows):
-            share((place + n / len(rows)) / len(files))
+            progress.report((place + n / len(rows)) / len(files))
             where = f"row {n} of {file}"
             text, ids = tokenised(row, tokenizer, config, where)
             if len(ids) > config.max_prompt_tokens:
@@ -159,73 +156,3 @@ def load_prompts(
         names = ", ".join(map(str, files)) or "data.train=[]"
         raise ConfigError(f"no prompts in {names} ({overlong} dropped for their length)")
     return prompts, overlong
-
-
-class _Epochs:
-    """Some prompts in shuffled epochs, one after another without end."""
-
-    def __init__(self, prompts: Sequence[Prompt], seed: str) -> None:
-        self._prompts, self._seed = prompts, seed
-        self._epoch, self._order = -1, list(range(len(prompts)))
-
-    def __getitem__(self, position: int) -> Prompt:
-        epoch, place = divmod(position, len(self._prompts))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, list(range(len(self._prompts)))
-            random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
-        return self._prompts[self._order[place]]
-
-
-class PromptOrder:
-    """Shuffled epochs, a pure function of (seed, step): nothing to save for an exact resume.
-
-    With weights each file has epochs of its own, and of the first n prompts its share is
-    n * weight, to within one prompt; within a step the files are mixed.
-    """
-
-    def __init__(
-        self, prompts: Sequence[Prompt], per_step: int, seed: int, weights: Sequence[float] = ()
-    ) -> None:
-        if per_step > len(prompts):
-            raise ConfigError(
-                f"rollout.prompts ({per_step}) exceeds the number of training prompts "
-                f"({len(prompts)})"
-            )
-        self._per_step, self._seed = per_step, seed
-        self._shares = [w / sum(weights) for w in weights] or [1.0]
-        if weights:
-            files = [[p for p in prompts if p.file == n] for n in range(len(weights))]
-            self._files = [_Epochs(f, f"{seed}/file{n}") for n, f in enumerate(files)]
-            for n, (share, file) in enumerate(zip(self._shares, files)):
-                if math.ceil(share * per_step) > len(file):
-                    raise ConfigError(
-                        f"data.weights takes {share * per_step:g} of rollout.prompts={per_step} "
-                        f"from data.train[{n}], which has {len(file)} prompts"
-                    )
-        else:
-            self._files = [_Epochs(prompts, f"{seed}")]
-        self._step, self._taken = 1, [0] * len(self._files)
-
-    def take(self, step: int) -> list[Prompt]:
-        """The prompts of step 1, 2, ...; an epoch's remainder starts the next step."""
-        if step < self._step:
-            self._step, self._taken = 1, [0] * len(self._files)
-        while self._step < step:
-            self._places()
-        places = self._places()
-        if len(self._files) > 1:  # or mini-batches, which take every k-th, could be of one file
-            random.Random(f"{self._seed}/mix/{step}").shuffle(places)
-        return [self._files[file][position] for file, position in places]
-
-    def _places(self) -> list[tuple[int, int]]:
-        """File and position in it of each prompt of the next step: always of the file that is
-        furthest behind its share."""
-        places = []
-        for _ in range(self._per_step):
-            total = sum(self._taken) + 1
-            behind = [share * total - taken for share, taken in zip(self._shares, self._taken)]
-            file = behind.index(max(behind))
-            places.append((file, self._taken[file]))
-            self._taken[file] += 1
-        self._step += 1
-        return places

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from bupo import progress
 from bupo.config import Config
-from bupo.types import EvalResult, Prompt, Rollout, finite_or_none
+from bupo.types import EvalResult, Prompt, Reward, Rollout, finite_or_none
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -47,7 +48,9 @@ finite), tokens, finish_reason, text, final answer (null: none; the list is null
 no answers) and whether it could not be graded."""
 
 
-def problem_rows(rollouts: Sequence[Rollout], answers: Sequence[str | None] | None) -> list[Row]:
+def problem_rows(
+    rollouts: Sequence[Rollout], rewards: Sequence[float], answers: Sequence[str | None] | None
+) -> list[Row]:
     """Graded responses by problem, in order of the problems' first responses."""
     groups: dict[int, list[int]] = {}
     for n, rollout in enumerate(rollouts):
@@ -56,10 +59,10 @@ def problem_rows(rollouts: Sequence[Rollout], answers: Sequence[str | None] | No
         {
             "prompt": rollouts[members[0]].prompt.text,
             "answer": rollouts[members[0]].prompt.answer,
-            "rewards": [finite_or_none(rollouts[n].reward) for n in members],
-            "ungraded": [rollouts[n].ungraded for n in members],
+            "rewards": [finite_or_none(rewards[n]) for n in members],
+            "ungraded": [not math.isfinite(rewards[n]) for n in members],
             "answers": None if answers is None else [answers[n] for n in members],
-            "tokens": [len(rollouts[n].token_ids) for n in members],
+            "tokens": [rollouts[n].count for n in members],
             "finish_reasons": [rollouts[n].finish_reason for n in members],
             "responses": [rollouts[n].text for n in members],
         }
@@ -123,15 +126,14 @@ def evaluate(
     problems: Sequence[Prompt],
     config: Config,
     generate: Callable[[Sequence[Prompt], int, str], list[Rollout]],
-    reward: Any,
+    reward: Reward,
     keep: Callable[[list[Row]], object],
     done: Sequence[Row] = (),
-    share: Callable[[float], object] = lambda share: None,
 ) -> EvalResult:
     """Samples, grades and counts. Training and bupo.evaluate both call this, so a checkpoint has
     the same figures in either.
 
-    generate(problems, samples, seed) is the engine, reward a Reward; keep(rows) stores what is
+    generate(problems, samples, seed) is the engine; keep(rows) stores what is
     made, batch by batch; done are rows stored before. Batches are the same in every call, and with
     them the seeds and the responses, so an evaluation that was cut is continued exactly: rows
     beyond the last whole batch are made again.
@@ -140,12 +142,15 @@ def evaluate(
     rows = list(done[: whole_batches(dataset, len(done), len(problems), config)])
     for start in range(len(rows), len(problems), size):
         seed = f"{config.seed}/eval/{dataset}/{start}"
-        rollouts = generate(problems[start : start + size], samples, seed)
-        reward(rollouts)
-        new = problem_rows(rollouts, reward.answers(rollouts))
+        end = min(start + size, len(problems))
+        with progress.part(start / len(problems), end / len(problems)):
+            with progress.part(0, 0.9):
+                rollouts = generate(problems[start:end], samples, seed)
+            with progress.part(0.9, 1):
+                rewards = reward(rollouts).rewards
+        new = problem_rows(rollouts, rewards, reward.answers(rollouts))
         keep(new)
         rows += new
-        share(len(rows) / len(problems))
     return summarise(dataset, rows, config.eval.pass_k)
 
 

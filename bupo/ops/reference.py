@@ -6,6 +6,9 @@ they are the truth that the fused ops are measured against.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,19 +77,66 @@ def policy_loss(
         softcap=softcap,
         ignore_index=-1,
     )
+    return loss_of_logprobs(
+        logp,
+        entropy,
+        old_logprobs,
+        advantages,
+        token_weights,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        loss_type=loss_type,
+        ref_logprobs=ref_logprobs,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        importance_weights=importance_weights,
+        max_log_ratio=max_log_ratio,
+    )
+
+
+def loss_of_logprobs(
+    logp: Tensor,
+    entropy: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    token_weights: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    loss_type: str = "ppo",
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    importance_weights: Tensor | None = None,
+    max_log_ratio: float | None = None,
+    log_ratio_of: Callable[[Tensor], Tensor] = lambda log_ratio: log_ratio,
+) -> PolicyLoss:
+    """The same from log-probs and entropies, differentiable in both.
+
+    log_ratio_of: what the loss takes for the log of its ratio, from logp - old of all tokens; GSPO
+    gives every token of a response their mean. approx_kl stays that of single tokens.
+    """
+    keep = token_weights != 0
 
     def kept(x: Tensor) -> Tensor:
         return x.to(logp.dtype).where(keep, 0)
 
+    def clamped(log_ratio: Tensor) -> Tensor:
+        return log_ratio.clamp(-limit, limit)
+
+    limit = math.inf if max_log_ratio is None else max_log_ratio
     advantages = kept(advantages)
 
     def of(logp: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss of each token without its entropy term; clipped; log-ratio; ratio."""
-        log_ratio = logp - old_logprobs.to(logp.dtype).where(keep, logp.detach())
-        limited = torch.zeros_like(keep)
-        if max_log_ratio is not None:
-            limited = log_ratio.abs() > max_log_ratio
-            log_ratio = log_ratio.clamp(-max_log_ratio, max_log_ratio)
+        """Loss of each token without its entropy term; clipped; log-ratio of the token; ratio."""
+        token_log_ratio = logp - old_logprobs.to(logp.dtype).where(keep, logp.detach())
+        log_ratio = log_ratio_of(token_log_ratio)
+        limited = log_ratio.abs() > limit
+        log_ratio = clamped(log_ratio)
         moving = (advantages != 0) | log_ratio.isnan()  # an advantage of 0 beats an infinite ratio
         ratio, r = log_ratio.exp(), log_ratio.where(moving, 0).exp()
         if loss_type == "cispo":
@@ -96,8 +146,8 @@ def policy_loss(
             free, bounded = -r * advantages, -r.clamp(1 - clip_low, 1 + clip_high) * advantages
             loss, clipped = torch.maximum(free, bounded), bounded > free
             if dual_clip is not None:
-                limit = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
-                loss, clipped = torch.minimum(loss, limit), clipped | (loss >= limit)
+                bound = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
+                loss, clipped = torch.minimum(loss, bound), clipped | (loss >= bound)
             clipped = clipped | (limited & (advantages != 0))
         if importance_weights is not None:
             loss = loss * kept(importance_weights)
@@ -106,7 +156,7 @@ def policy_loss(
             gap = kept(ref_logprobs) - logp
             kl = {"k1": -gap, "k2": gap**2 / 2, "k3": torch.expm1(gap) - gap}[kl_estimator]
             loss = loss + kl_coef * kl
-        return loss, clipped, log_ratio, ratio
+        return loss, clipped, clamped(token_log_ratio), ratio
 
     loss, clipped, log_ratio, ratio = of(logp)
     weights = token_weights.to(logp.dtype)

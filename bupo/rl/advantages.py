@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from bupo.samples import with_streams
 from bupo.types import REWARD_TOLERANCE, Rollout
 
 
-def by_group(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
-    """The responses of each prompt."""
-    groups: dict[int, list[Rollout]] = {}
-    for rollout in rollouts:
-        groups.setdefault(rollout.group, []).append(rollout)
+def by_group(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """Places of the graded responses of each prompt that has one."""
+    groups: dict[int, list[int]] = {}
+    for place, rollout in enumerate(rollouts):
+        if not rollout.ungraded:
+            groups.setdefault(rollout.group, []).append(place)
     return list(groups.values())
 
 
@@ -44,26 +47,35 @@ ESTIMATORS: dict[str, tuple[Callable[[Tensor], Tensor] | None, bool]] = {
     "reinforce_pp_baseline": (_centred, True),
     "ppo": (None, True),
 }
-"""Name to what it makes of a group's rewards (None: token by token, without a group), and whether
+"""Name to what it makes of a group's rewards (None: token by token, without comparing), and whether
 that is whitened over all tokens."""
 
 
-def penalise_length(rollouts: Sequence[Rollout], longest: int, buffer: int) -> None:
-    """Sets rollout.penalty to that of DAPO (arXiv 2503.14476, eq. 13): 0 up to longest - buffer
+def penalise_length(rollouts: Sequence[Rollout], longest: int, buffer: int) -> list[Rollout]:
+    """The rollouts with the penalty of DAPO (arXiv 2503.14476, eq. 13): 0 up to longest - buffer
     tokens, then linearly to 1 at longest."""
-    for rollout in rollouts:
-        over = len(rollout.token_ids) - (longest - buffer)
-        rollout.penalty = max(0.0, over / buffer) if buffer else 0.0
+    over = [rollout.count - (longest - buffer) for rollout in rollouts]
+    penalties = [max(0.0, tokens / buffer) if buffer else 0.0 for tokens in over]
+    return [replace(r, penalty=penalty) for r, penalty in zip(rollouts, penalties)]
+
+
+def with_kl_costs(rollouts: Sequence[Rollout], kl_coef: float) -> list[Rollout]:
+    """The stream `cost`, beta (log pi - log pi_ref), from `old` and `reference`."""
+    costs = (kl_coef * (r.stream("old") - r.stream("reference")) for r in rollouts)
+    return with_streams(rollouts, "cost", costs)
+
+
+def flat_groups(rollouts: Sequence[Rollout]) -> float:
+    """Fraction of the prompts whose graded responses all have one reward, its penalty subtracted:
+    the difference is at most REWARD_TOLERANCE."""
+    groups = by_group(rollouts)
+    return sum(_flat(_rewards(rollouts, group)) for group in groups) / max(len(groups), 1)
 
 
 def estimate(
-    rollouts: Sequence[Rollout],
-    name: str,
-    costs: Sequence[Tensor] | None = None,
-    gamma: float = 1.0,
-    gae_lambda: float = 1.0,
-) -> float:
-    """Sets rollout.advantages, a value for every token of a response::
+    rollouts: Sequence[Rollout], name: str, gamma: float = 1.0, gae_lambda: float = 1.0
+) -> list[Rollout]:
+    """The stream `advantage`, a value for every counted token::
 
         grpo                   (r_i - mean_G) / (std_G + 1e-6), std unbiased        2402.03300
         dr_grpo                r_i - mean_G                                         2503.20783
@@ -73,38 +85,40 @@ def estimate(
         reinforce_pp_baseline  r_i - mean_G, whitened over all tokens of the step   2501.03262
         ppo                    gae(), whitened over all tokens of the step          1707.06347
 
-    r_i is reward - penalty; costs, of each token, are beta (log pi - log pi_ref) in REINFORCE++.
-    ppo takes rollout.values and sets rollout.returns, which are not whitened.
-    Whitening subtracts the mean over tokens and divides by their standard deviation. A group whose
-    rewards differ by no more than REWARD_TOLERANCE gets exactly 0 from those that compare within
-    it: the std of equal floats is rounding noise. Responses without a reward have no part in any
-    of these statistics, and advantage 0. Returns the share of groups without spread.
+    r_i is reward - penalty. cost_s is the stream `cost`, where there is one. ppo takes the stream
+    `value` and also gives `return`, which is not whitened. Whitening subtracts the mean over
+    tokens and divides by their standard deviation. A group whose rewards differ by no more than
+    REWARD_TOLERANCE gets exactly 0 from those that compare within it: the std of equal floats is
+    rounding noise. Responses without a reward are in none of these statistics, and have
+    advantage 0.
     """
     of_group, whiten = ESTIMATORS[name]
-    groups = by_group([r for r in rollouts if not r.ungraded])
-    flat = 0
+    rollouts = list(rollouts)
     if of_group is not None:
-        for rollout in rollouts:
-            rollout.advantages = torch.zeros(len(rollout.token_ids))
-    for group in groups:
-        rewards = torch.tensor([r.reward - r.penalty for r in group], dtype=torch.float64)
-        flat += _flat(rewards)
-        if of_group is not None and not _flat(rewards):
-            for rollout, value in zip(group, of_group(rewards)):
-                rollout.advantages = torch.full((len(rollout.token_ids),), float(value))
-    if of_group is None:
-        rewards_of = _token_rewards(rollouts, costs)
+        advantages = [torch.zeros(r.count) for r in rollouts]
+        for group in by_group(rollouts):
+            rewards = _rewards(rollouts, group)
+            if not _flat(rewards):
+                for place, value in zip(group, of_group(rewards)):
+                    advantages[place] = torch.full((rollouts[place].count,), float(value))
+    else:
+        rewards_of = [_token_rewards(r) for r in rollouts]
         if name == "ppo":
-            values_of = [r.values.double() for r in rollouts if r.values is not None]
+            values_of = [r.stream("value").double() for r in rollouts]
         else:  # the reward to go is GAE without a critic
             values_of, gamma, gae_lambda = [torch.zeros_like(r) for r in rewards_of], 1.0, 1.0
-        pairs = zip(gae(rewards_of, values_of, gamma, gae_lambda), values_of, strict=True)
-        for rollout, (advantages, state_values) in zip(rollouts, pairs, strict=True):
-            rollout.advantages = advantages
-            rollout.returns = (advantages + state_values).float() if name == "ppo" else None
+        advantages = gae(rewards_of, values_of, gamma, gae_lambda)
+        if name == "ppo":
+            returns = ((a + v).float() for a, v in zip(advantages, values_of))
+            rollouts = with_streams(rollouts, "return", returns)
     if whiten:
-        _whiten(rollouts)
-    return flat / max(len(groups), 1)
+        advantages = _whitened(advantages, [not r.dropped for r in rollouts])
+    return with_streams(rollouts, "advantage", advantages)
+
+
+def _rewards(rollouts: Sequence[Rollout], places: Sequence[int]) -> Tensor:
+    shaped = [rollouts[place].reward - rollouts[place].penalty for place in places]
+    return torch.tensor(shaped, dtype=torch.float64)
 
 
 def gae(
@@ -132,24 +146,21 @@ def gae(
     return [result[:n, i] for i, n in enumerate(lengths)]
 
 
-def _token_rewards(rollouts: Sequence[Rollout], costs: Sequence[Tensor] | None) -> list[Tensor]:
+def _token_rewards(rollout: Rollout) -> Tensor:
     """1[t last] r - cost_t of each token."""
-    result = []
-    for n, rollout in enumerate(rollouts):
-        rewards = torch.zeros(len(rollout.token_ids), dtype=torch.float64)
-        rewards[-1:] = 0.0 if rollout.ungraded else rollout.reward - rollout.penalty
-        result.append(rewards if costs is None else rewards - costs[n].double())
-    return result
+    rewards = torch.zeros(rollout.count, dtype=torch.float64)
+    rewards[-1:] = 0.0 if rollout.ungraded else rollout.reward - rollout.penalty
+    return rewards - rollout.stream("cost").double() if "cost" in rollout.streams else rewards
 
 
-def _whiten(rollouts: Sequence[Rollout]) -> None:
-    """Over the tokens that have a part in the loss."""
-    values = [r.advantages.double() for r in rollouts if r.advantages is not None]
-    kept = [value for rollout, value in zip(rollouts, values) if not rollout.dropped]
-    tokens = torch.cat(kept) if kept else torch.empty(0)
+def _whitened(advantages: Sequence[Tensor], kept: Sequence[bool]) -> list[Tensor]:
+    """By mean and standard deviation over the tokens of the responses that are kept."""
+    values = [x.double() for x in advantages]
+    in_loss = [x for x, is_kept in zip(values, kept) if is_kept]
+    tokens = torch.cat(in_loss) if in_loss else torch.empty(0)
     if not len(tokens):
-        return
+        return list(advantages)
+    if _flat(tokens):
+        return [torch.zeros_like(x).float() for x in values]
     mean, std = tokens.mean(), tokens.std(correction=0)
-    for rollout, value in zip(rollouts, values):
-        white = torch.zeros_like(value) if _flat(tokens) else (value - mean) / (std + 1e-8)
-        rollout.advantages = white.float()
+    return [((x - mean) / (std + 1e-8)).float() for x in values]

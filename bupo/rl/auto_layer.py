@@ -13,12 +13,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from bupo import progress
 from bupo.config import Config, RunError
 from bupo.internal import Text, boundary_layer, entropy_flow
-from bupo.rollouts import RolloutEngine
 from bupo.runlog.display import Progress
 from bupo.runlog.run_directory import replace_text
-from bupo.types import Prompt
+from bupo.types import Prompt, RolloutEngine
 
 PROMPTS = 64
 """Rollouts that are measured, one a prompt: the answer's uncertainty is over prompts"""
@@ -60,24 +60,13 @@ def _measure(
     prompts: Sequence[Prompt],
     alive: Callable[[], object],
 ) -> int:
-    def stop() -> bool:  # asked before every batch
-        alive()
-        return False
-
-    def going_on(share: float) -> None:
-        alive()
-        show(share)
-
-    progress = Progress(1, 0)
-    with progress.waiting("auto_layer: rollouts of the model as it is"):
-        rollouts = engine.generate(prompts[:PROMPTS], 1, f"{config.seed}/auto_layer", stop)
-    texts = [
-        Text([*r.prompt.token_ids, *r.token_ids], len(r.prompt.token_ids))
-        for r in rollouts
-        if r.token_ids and r.prompt.token_ids
-    ]
-    with progress.waiting(f"auto_layer: entropies of {len(texts)} responses") as show:
-        flow = entropy_flow(model, texts, config.rollout.temperature, share=going_on)
+    display = Progress(1, 0)
+    with display.waiting("auto_layer: rollouts of the model as it is", alive):
+        seed = f"{config.seed}/auto_layer"
+        rollouts = engine.generate(prompts[:PROMPTS], 1, seed, lambda: False)
+    texts = [Text(r.token_ids, len(r.prompt.token_ids)) for r in rollouts if r.count]
+    with display.waiting(f"auto_layer: entropies of {len(texts)} responses", alive):
+        flow = entropy_flow(model, texts, config.rollout.temperature, share=progress.report)
     tolerance = config.bupo.auto_layer
     assert tolerance is not None
     found = boundary_layer(flow.by_text(flow.change("ffn")), tolerance, config.seed)
@@ -92,7 +81,7 @@ def _measure(
             "bupo.auto_layer=null"
         )
     replace_text(file, json.dumps(record, indent=1) + "\n")
-    progress.say(
+    display.say(
         f"auto_layer: layer {found.layer} of {flow.layers} (95 % of resamples in {found.low}.."
         f"{found.high}), from {tokens} tokens of {len(texts)} responses; {file} has the curve"
     )

@@ -6,99 +6,75 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from bupo.types import REWARD_TOLERANCE, Prompt, RewardReport, Rollout
-
-Generate = Callable[[Sequence[Prompt], int], list[Rollout]]
-"""Responses to prompts; the number is that of the round, 0 for the first, for its seed"""
-
-
-class PromptStream:
-    """The prompts of all steps, one after the other, some of them drawn ahead of their step.
-
-    Step n begins where step n - 1 has ended, refills included: nothing is repeated within an epoch.
-    The place is that of the order without refills and `drawn` more, so that number is all that an
-    exact resume needs.
-    """
-
-    def __init__(self, take: Callable[[int], list[Prompt]], per_step: int, drawn: int = 0) -> None:
-        """take: the prompts of step 1, 2, ... of the order, per_step of them."""
-        self._take, self._per_step, self.drawn = take, per_step, drawn
-        """drawn: refills until now"""
-
-    def at(self, step: int, after: int, count: int) -> list[Prompt]:
-        """`count` prompts, beginning `after` prompts after the first one of a step."""
-        first = (step - 1) * self._per_step + self.drawn + after
-        found: list[Prompt] = []
-        while len(found) < count:
-            chunk, place = divmod(first + len(found), self._per_step)
-            found += self._take(chunk + 1)[place : place + count - len(found)]
-        return found
+from bupo.types import REWARD_TOLERANCE, Grades, Prompt, Rollout
 
 
 @dataclass
-class Sample:
+class Collected:
     """What a step trains on, and what it took to find it."""
 
     rollouts: list[Rollout]
-    report: RewardReport
-    tokens: int = 0
-    """Generated in all"""
-    groups: int = 0
-    """Generated in all"""
-    discarded: int = 0
-    """Groups replaced, for they had no spread of rewards"""
-    reward_sum: float = 0.0
-    graded: int = 0
-    """Responses that have a reward"""
-    drawn: int = 0
-    """Prompts taken beyond those of the step"""
+    grades: Grades
+    """With the failures of all rounds"""
+    tokens: int
+    """Number of generated tokens, of all rounds"""
+    groups: int
+    """Number of prompts that were answered, in all rounds"""
+    discarded: int
+    """Number of groups that were replaced, for they had no spread of rewards"""
+    graded_rewards: list[float]
+    """Of all graded responses of all rounds"""
 
     def metrics(self) -> dict[str, float]:
-        """reward/mean_drawn is over all graded responses; that of the step is of a selection."""
+        """reward/mean_drawn is over all graded responses; reward/mean is that of a selection."""
         return {
             "groups/discarded": self.discarded / max(self.groups, 1),
             "groups/drawn": self.groups,
-            "reward/mean_drawn": self.reward_sum / max(self.graded, 1),
+            "reward/mean_drawn": sum(self.graded_rewards) / max(len(self.graded_rewards), 1),
         }
 
 
 def collect(
-    stream: PromptStream,
-    step: int,
+    take: Callable[[int, int], list[Prompt]],
     prompts: int,
-    generate: Generate,
-    reward: Callable[[list[Rollout]], RewardReport],
+    generate: Callable[[Sequence[Prompt], int], list[Rollout]],
+    reward: Callable[[list[Rollout]], Grades],
     refills: int,
-) -> Sample:
-    """Rollouts of `prompts` groups. Groups without spread are replaced by groups of the next
+) -> Collected:
+    """Graded rollouts of `prompts` groups. Groups without spread are replaced by groups of the next
     prompts in up to `refills` rounds; those that are still flat then stay, so that every step has
-    the same number of responses. stream.drawn is the caller's to advance."""
-    sample = Sample([], RewardReport())
+    the same number of responses.
+
+    take(first, count): prompts, beginning `first` prompts after the first one of this step.
+    generate(prompts, round): responses; the number of the round, 0 for the first, is for its seed.
+    """
     wanted = list(range(prompts))
     groups: dict[int, list[Rollout]] = {}
+    grades: Grades | None = None
+    tokens = answered = discarded = 0
+    graded: list[float] = []
     for round_ in range(refills + 1):
-        drawn = stream.at(step, sample.groups, len(wanted))
-        rollouts = generate(drawn, round_)
-        sample.report.add(reward(rollouts))
-        sample.groups += len(wanted)
-        sample.tokens += sum(len(r.token_ids) for r in rollouts)
-        graded = [r.reward for r in rollouts if not r.ungraded]
-        sample.graded += len(graded)
-        sample.reward_sum += sum(graded)
-        for place in wanted:
-            groups[place] = []
-        for rollout in rollouts:
-            groups[wanted[rollout.group]].append(replace(rollout, group=wanted[rollout.group]))
+        rollouts = generate(take(answered, len(wanted)), round_)
+        new = reward(rollouts)
+        grades = new.with_failures(grades)
+        answered += len(wanted)
+        tokens += sum(rollout.count for rollout in rollouts)
+        groups |= {place: [] for place in wanted}
+        for rollout, value in zip(rollouts, new.rewards, strict=True):
+            place = wanted[rollout.group]
+            groups[place].append(replace(rollout, group=place, reward=value))
+        graded += [r.reward for place in wanted for r in groups[place] if not r.ungraded]
         flat = [place for place in wanted if _flat(groups[place])]
         if not flat or round_ == refills:
             break
-        sample.discarded += len(flat)
+        discarded += len(flat)
         wanted = flat
-    sample.drawn = sample.groups - prompts
-    sample.rollouts = [r for place in range(prompts) for r in groups[place]]
-    return sample
+    assert grades is not None
+    chosen = [rollout for place in range(prompts) for rollout in groups[place]]
+    return Collected(chosen, grades, tokens, answered, discarded, graded)
 
 
 def _flat(group: Sequence[Rollout]) -> bool:
+    """Whether the rewards, without penalties, give nothing to learn from."""
     rewards = [r.reward for r in group if not r.ungraded]
     return not rewards or max(rewards) - min(rewards) <= REWARD_TOLERANCE

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from bupo import progress
 from bupo.config import Config, RunError
 from bupo.internal import Text, distances
 from bupo.rl.schedule import Schedule
@@ -35,7 +36,7 @@ FILE, PROBES_FILE = "diagnostics.jsonl", "probes.jsonl"
 
 
 class Diagnostics:
-    """Measures the layers' policies on probes, writes them down, and ends phase 1 if asked to."""
+    """Measures the layers' policies on probes, records them, and says when phase 1 is to end."""
 
     def __init__(
         self, config: Config, out: Path, model: nn.Module, schedule: Schedule, recorder: Recorder
@@ -45,11 +46,6 @@ class Diagnostics:
         self._rows = read_rows(out / FILE)
         self._anchor = max(schedule.layers(), default=None)
         self._texts: list[Text] = []
-        self.share: Callable[[float], object] = lambda share: None
-        """Called with the share of a measurement that is done"""
-        for row in self._rows:
-            if row["ends_phase"]:
-                schedule.end_phase(row["step"])
 
     def begin(
         self,
@@ -72,7 +68,7 @@ class Diagnostics:
         if not start and not (self._rows and file.is_file()):
             chosen = prompts[:: max(1, len(prompts) // PROBES)][:PROBES]
             rows = [
-                {"prompt": r.prompt.token_ids, "response": r.token_ids[:PROBE_TOKENS]}
+                {"prompt": r.prompt.token_ids, "response": r.response_ids[:PROBE_TOKENS]}
                 for r in generate(chosen)
             ]
             rows = [row for row in rows if row["prompt"] and row["response"]]
@@ -109,19 +105,21 @@ class Diagnostics:
             self._anchor,
             temperature=config.rollout.temperature,
             final_norm=config.bupo.final_norm,
-            share=self.share,
+            share=progress.report,
         )
         row: dict[str, Any] = {"step": step, "anchor": self._anchor, **asdict(found)}
         self._rows.append(row)
         row["ends_phase"] = self._ends_phase(step)
         self._recorder.diagnostics(row)
-        if row["ends_phase"]:
-            self._schedule.end_phase(step)
         figures = {"diagnostics/log_perplexity": found.log_perplexity}
         if self._anchor is not None:
             figures["diagnostics/kl_to_final"] = found.kl_to_final[self._anchor - 1]
             figures["diagnostics/similarity_to_last"] = found.similarity[-1]
         return figures
+
+    def ended_phases(self) -> list[int]:
+        """The steps that have ended a phase, in the run that this one continues too."""
+        return [row["step"] for row in self._rows if row["ends_phase"]]
 
     @property
     def ends_phase(self) -> str:

@@ -9,12 +9,11 @@ from statistics import fmean
 
 from bupo.config import Config
 from bupo.evaluation import estimates as evaluation
-from bupo.rewards.choice import Reward
 from bupo.rl.schedule import Schedule
 from bupo.runlog.monitor import Monitor
 from bupo.runlog.recorder import Recorder
 from bupo.runlog.run_directory import read_rows
-from bupo.types import Prompt, Rollout
+from bupo.types import Prompt, Reward, Rollout
 
 
 @dataclass
@@ -64,7 +63,7 @@ class Evaluator:
             if dataset in recorded:
                 continue
             shown = f"evaluation on {dataset}"
-            with self.monitor.watched(f"step {step}, stage {shown}", shown, whole=True) as share:
+            with self.monitor.watched(f"step {step}, stage {shown}", shown):
                 result = evaluation.evaluate(
                     dataset,
                     problems,
@@ -72,7 +71,6 @@ class Evaluator:
                     self.generate,
                     self.reward,
                     self.recorder.problems(step, evaluation.file_name(dataset)),
-                    share=share,
                 )
             self.recorder.evaluation(step, when, result)
             self.monitor.progress.say(

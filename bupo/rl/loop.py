@@ -1,5 +1,5 @@
-"""One training run, step by step. Reads top-down: prompts, rollouts, rewards, advantages, old
-log-probs, update, sync, metrics, evaluation, checkpoint."""
+"""One training run, step by step. Reads top-down: prompts, rollouts, rewards, old log-probs,
+advantages, update, sync, metrics, evaluation, checkpoint."""
 
 from __future__ import annotations
 
@@ -10,28 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bupo import config as configuration
 from bupo.config import Config, RunError
-from bupo.data.prompts import PromptOrder
+from bupo.data.prompt_order import PromptOrder
 from bupo.finite import first_bad
 from bupo.report import write_report
-from bupo.rewards.choice import Reward
 from bupo.rl import checkpoint
-from bupo.rl.advantages import estimate, penalise_length
-from bupo.rl.collect import PromptStream, Sample, collect
+from bupo.rl.advantages import estimate, flat_groups, penalise_length, with_kl_costs
+from bupo.rl.collect import Collected, collect
 from bupo.rl.critic import Critic
 from bupo.rl.diagnostics import Diagnostics
 from bupo.rl.evaluator import Evaluator
-from bupo.rl.forward import TokenStats
-from bupo.rl.losses import drop, importance_weights
-from bupo.rl.reference_model import Reference
+from bupo.rl.forward import Forward
+from bupo.rl.losses import drop, mean_kl, with_importance_weights
+from bupo.rl.optimise import Updates
 from bupo.rl.schedule import Schedule
 from bupo.rl.update import Trainer
 from bupo.rl.weight_sync import GapLimit, WeightSync, gap, probes_of
-from bupo.rollouts import RolloutEngine
 from bupo.runlog.monitor import Monitor, Stopped, Stopwatch
 from bupo.runlog.recorder import Recorder
 from bupo.runlog.run_directory import checkpoints, read_rows
@@ -42,10 +39,11 @@ from bupo.runlog.step_metrics import (
     rollout_row,
     time_line,
 )
-from bupo.types import Policy, Prompt, RewardReport, Rollout
+from bupo.samples import Sample, with_streams
+from bupo.types import Grades, Policy, Prompt, Reward, Rollout, RolloutEngine
 
-FINAL_ROLLOUTS, FINAL_SHARE = 8, 16
-"""In phase 1 the final policy is evaluated on 1 / FINAL_SHARE of the rollouts, at least
+FINAL_ROLLOUTS, FINAL_FRACTION = 8, 16
+"""In phase 1 the final policy is evaluated on 1 / FINAL_FRACTION of the rollouts, at least
 FINAL_ROLLOUTS: for metrics, and to see that the engine has its weights"""
 
 WILD_CLIP_FRACTION, WILD_RATIO = 0.1, 10.0
@@ -53,8 +51,8 @@ WILD_CLIP_FRACTION, WILD_RATIO = 0.1, 10.0
 
 
 @dataclass
-class Run:
-    """The parts of a run, made by bupo.run, and what happens with them."""
+class Parts:
+    """What a run is made of."""
 
     config: Config
     out: Path
@@ -65,40 +63,48 @@ class Run:
     engine: RolloutEngine
     reward: Reward
     trainer: Trainer
-    reference: Reference | None = None
-    """The policy that the run began with, if a KL term needs it"""
+    reference: Forward | None = None
+    """The frozen model that the run began with, if a KL term needs it. It stands for its policy of
+    the layer that is trained, so that a KL term of phase 1 has no gradient above that layer."""
     critic: Critic | None = None
     """For advantage=ppo"""
     start: int = 0
-    """Steps already done, by a run that this one continues"""
+    """Number of steps already done, by a run that this one continues"""
     drawn: int = 0
-    """Prompts drawn until then beyond rollout.prompts a step"""
+    """Number of prompts drawn until then beyond rollout.prompts a step"""
 
-    def train(self) -> int | None:
-        """Trains to the end; returns None, or the number of the signal that stopped it. Either
-        way the state is saved."""
-        config = self.config
+
+class Run:
+    """What happens with these parts, from the first step to the last."""
+
+    def __init__(self, parts: Parts) -> None:
+        config, self.config, self.out = parts.config, parts.config, parts.out
+        self.model, self.tokenizer, self.engine = parts.model, parts.tokenizer, parts.engine
+        self.train_prompts, self.eval_prompts = parts.train_prompts, parts.eval_prompts
+        self.reward, self.trainer = parts.reward, parts.trainer
+        self.reference, self.critic = parts.reference, parts.critic
+        self.start, self.drawn = parts.start, parts.drawn
         self.schedule = Schedule(config)
         size = config.rollout.prompts
-        order = PromptOrder(self.train_prompts, size, config.seed, config.data.weights)
-        self.stream = PromptStream(order.take, size, self.drawn)
+        self.order = PromptOrder(parts.train_prompts, size, config.seed, config.data.weights)
         self.rollout_limit = self._gap_limit(sampled=True)
         settings = configuration.values(config)
         self.recorder = Recorder(self.out, self.start, config.wandb, self.out.name, settings)
         self.monitor = Monitor(config, self.out, self.start)
-        for part in (self.trainer, self.reference, self.critic):
-            if part is not None:
-                part.forward.share = self.monitor.share
-        self.reward.share = self.monitor.share
         self.evaluator = Evaluator(
             config, self.out, self.schedule, self.eval_prompts, self._generate_for_evaluation,
             self.reward, self.recorder, self.monitor,
         )  # fmt: skip
         self.diagnostics = Diagnostics(config, self.out, self.model, self.schedule, self.recorder)
-        self.diagnostics.share = self.monitor.share
+        for step in self.diagnostics.ended_phases():
+            self.schedule.end_phase(step)
         self.bad_steps = bad_steps_at_end(read_rows(self.out / "metrics.jsonl"))
         self.saved, self.saved_at = self.start, time.monotonic()
         self.failure, self.updating = "", False
+
+    def train(self) -> int | None:
+        """Trains to the end; returns None, or the number of the signal that stopped it. Either
+        way the state is saved."""
         try:
             done = self._steps()
             if done > self.saved or not checkpoints(self.out):
@@ -164,107 +170,149 @@ class Run:
                 self.diagnostics.after(0)
 
     def _step(self, step: int) -> None:
-        config, watch = self.config, Stopwatch()
-        policy = self.schedule.policy(step)
-
-        sample = self._sample(step, watch)
-        rollouts = sample.rollouts
+        watch, policy = Stopwatch(), self.schedule.policy(step)
+        collected = self._collect(step, watch)
         self.monitor.check_stop()
         with self.monitor.stage("old_logprobs", step, watch):
-            old = self.trainer.token_stats(rollouts, policy)
-            probe, final = self._final_policy(rollouts, policy, old)
-            mismatch = gap([torch.tensor(r.logprobs) for r in probe], final.logprobs)
-            if config.rollout.engine == "hf" or config.rollout.top_p == 1:  # vllm's: of the nucleus
-                self.rollout_limit.check(mismatch, "log-probs of sampled tokens")
-            reference = self.reference
-            kl = reference.compare(rollouts, policy, old.logprobs) if reference else {}
-            costs = reference.costs(rollouts, old.logprobs) if reference else None
-            if self.critic:
-                self.critic.evaluate(rollouts)
-        loss = config.loss
-        dropped = drop(rollouts, final.logprobs, loss.max_sequence_gap, loss.drop_truncated)
-        penalise_length(rollouts, config.rollout.max_new_tokens, config.reward.overlong_buffer)
-        gae = (config.critic.gamma, config.critic.gae_lambda)
-        zero_spread = estimate(rollouts, config.advantage, costs, *gae)
+            rollouts, found = self._with_logprobs(collected.rollouts, policy)
+        rollouts = self._with_advantages(rollouts)
         self.monitor.check_stop()
         self.updating = True
-        with self.monitor.stage("update", step, watch):
-            cap = config.loss.tis_cap
-            correction = None if cap is None else importance_weights(rollouts, final.logprobs, cap)
-            update = self.trainer.update(rollouts, old.logprobs, policy, step, correction)
-        if self.critic:
-            with self.monitor.stage("critic", step, watch):
-                update |= self.critic.update(rollouts, step)
-        skipped = [*self.trainer.skipped, *(self.critic.skipped if self.critic else [])]
-        self._count_bad_steps(step, skipped)
+        updates = self._update(rollouts, policy, step, watch)
+        self._count_bad_steps(step, updates.skipped)
         if policy.layer is not None and self.schedule.begins_with(step):
-            self._warn_of_a_wild_start(step, policy.layer, update, old.mean_entropy())
+            entropy = found["policy/entropy"]
+            self._warn_of_a_wild_start(step, policy.layer, updates.metrics, entropy)
         with self.monitor.stage("sync", step, watch):
-            synced = self.sync(self.trainer.changed)
-        looked: dict[str, float] = {}
-        if self.diagnostics.due(step):
-            with self.monitor.stage("diagnostics", step, watch):
-                looked = self.diagnostics.after(step)
-            if self.diagnostics.ends_phase:
-                self.monitor.progress.say(
-                    f"step {step}: phase 1 ends here, {self.diagnostics.ends_phase} (auto_stop)"
-                )
-
+            synced = self.sync(updates.changed)
+        measured = self._diagnose(step, watch)
         row = {
             "step": step,
             "phase": policy.phase,
             "layer": policy.layer,
-            **rollout_metrics(rollouts, sample.report),
-            **(sample.metrics() if config.rollout.refills else {}),
-            "response/dropped": dropped,
-            "groups/zero_spread": zero_spread,
-            "policy/entropy": old.mean_entropy(),
-            "final/entropy": final.mean_entropy(),
-            **kl,
-            **update,
-            **({"policy/skipped_why": skipped[0]} if skipped else {}),
-            "rollout/logprob_gap": mismatch,
-            "sync/logprob_gap": mismatch if synced is None else synced,
-            **looked,
+            **rollout_metrics(rollouts, collected.grades),
+            **(collected.metrics() if self.config.rollout.refills else {}),
+            "response/dropped": sum(r.dropped for r in rollouts) / max(len(rollouts), 1),
+            "groups/zero_spread": flat_groups(rollouts),
+            **found,
+            **updates.metrics,
+            **({"policy/skipped_why": updates.skipped[0]} if updates.skipped else {}),
+            "sync/logprob_gap": found["rollout/logprob_gap"] if synced is None else synced,
+            **measured,
             **{f"time/{name}": seconds for name, seconds in watch.seconds.items()},
             "time/step": watch.total(),
-            "tokens_per_second": sample.tokens / watch.total(),
+            "tokens_per_second": collected.tokens / watch.total(),
             "memory/peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             **gpu_memory(self.trainer.forward.device),
         }
-        self.stream.drawn += sample.drawn
+        self.drawn += collected.groups - self.config.rollout.prompts
         self.recorder.rollouts(step, [rollout_row(r) for r in rollouts])
         self.recorder.step(row)
         self.monitor.progress.step(row)
 
-    def _sample(self, step: int, watch: Stopwatch) -> Sample:
+    def _collect(self, step: int, watch: Stopwatch) -> Collected:
         """Rollouts with their rewards."""
         size, seed = self.config.rollout, f"{self.config.seed}/step/{step}"
+        begin = (step - 1) * size.prompts + self.drawn
+
+        def take(first: int, count: int) -> list[Prompt]:
+            return self.order.take(begin + first, count)
 
         def generate(prompts: Sequence[Prompt], round_: int) -> list[Rollout]:
             with self.monitor.stage("rollout", step, watch):
-                at = f"{seed}/refill/{round_}" if round_ else seed
-                return self._generate(prompts, size.samples, at)
+                of_round = f"{seed}/refill/{round_}" if round_ else seed
+                return self._generate(prompts, size.samples, of_round)
 
-        def grade(rollouts: list[Rollout]) -> RewardReport:
+        def grade(rollouts: list[Rollout]) -> Grades:
             with self.monitor.stage("reward", step, watch):
                 return self.reward(rollouts)
 
-        sample = collect(self.stream, step, size.prompts, generate, grade, size.refills)
-        report, lost = sample.report, sum(r.ungraded for r in sample.rollouts)
-        if report.first:
+        collected = collect(take, size.prompts, generate, grade, size.refills)
+        grades, responses = collected.grades, len(collected.rollouts)
+        lost = sum(r.ungraded for r in collected.rollouts)
+        if grades.first_failure:
             self.monitor.progress.say(
-                f"step {step}: {report.timeouts} timeouts and {report.errors} errors of the "
-                f"reward; {lost} of {len(sample.rollouts)} responses have none and are left out. "
-                f"The first failure: {report.first}"
+                f"step {step}: {grades.timeouts} timeouts and {grades.errors} errors of the "
+                f"reward; {lost} of {responses} responses have none and are left out. "
+                f"The first failure: {grades.first_failure}"
             )
-        if 2 * lost > len(sample.rollouts):
+        if 2 * lost > responses:
             raise RunError(
-                f"step {step}: {lost} of {len(sample.rollouts)} responses cannot be graded, the "
-                f"first failure: {report.first}; the state after step {step - 1} is saved in "
-                f"{self.out}"
+                f"step {step}: {lost} of {responses} responses cannot be graded, the "
+                f"first failure: {grades.first_failure}; the state after step {step - 1} is saved "
+                f"in {self.out}"
             )
-        return sample
+        return collected
+
+    def _with_logprobs(
+        self, rollouts: list[Rollout], policy: Policy
+    ) -> tuple[list[Rollout], dict[str, float]]:
+        """The log-probs that the loss, the advantages and the critic need, as streams; and what is
+        to be seen of them. Raises SyncError where the engine has sampled from other weights."""
+        loss, forward = self.config.loss, self.trainer.forward
+        old = forward.token_stats(rollouts, policy)
+        rollouts = with_streams(rollouts, "old", old.logprobs)
+        # The engine samples from the final policy. In phase 1 that is another one than the policy
+        # that is trained; unless a setting needs it of every token, some rollouts are enough.
+        final, compared = old, rollouts
+        everywhere = bool(loss.tis_cap or loss.max_sequence_gap)
+        if policy.layer is not None:
+            wanted = max(FINAL_ROLLOUTS, len(rollouts) // FINAL_FRACTION)
+            compared = rollouts if everywhere else rollouts[:: max(1, len(rollouts) // wanted)]
+            final = forward.token_stats(compared, Policy(None))
+        mismatch = gap([r.stream("engine") for r in compared], final.logprobs)
+        if self.config.rollout.top_p == 1 or not self.engine.samples_from_nucleus:
+            self.rollout_limit.check(mismatch, "log-probs of sampled tokens")
+        if everywhere:
+            rollouts = with_streams(rollouts, "final", final.logprobs)
+        found = {
+            "policy/entropy": old.mean_entropy(),
+            "final/entropy": final.mean_entropy(),
+            "rollout/logprob_gap": mismatch,
+        }
+        if self.reference:
+            reference = self.reference.token_stats(rollouts, policy)
+            rollouts = with_streams(rollouts, "reference", reference.logprobs)
+            found["policy/kl"] = mean_kl(rollouts)
+        if self.critic:
+            rollouts = self.critic.evaluate(rollouts)
+        return rollouts, found
+
+    def _with_advantages(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """What the update learns from, and which responses it leaves out."""
+        config, loss = self.config, self.config.loss
+        rollouts = drop(rollouts, loss.max_sequence_gap, loss.drop_truncated)
+        buffer = config.reward.overlong_buffer
+        rollouts = penalise_length(rollouts, config.rollout.max_new_tokens, buffer)
+        if self.reference and loss.kl_estimator == "k1_reward":
+            rollouts = with_kl_costs(rollouts, loss.kl_coef)
+        critic = config.critic
+        rollouts = estimate(rollouts, config.advantage, critic.gamma, critic.gae_lambda)
+        return rollouts if loss.tis_cap is None else with_importance_weights(rollouts, loss.tis_cap)
+
+    def _update(
+        self, rollouts: Sequence[Rollout], policy: Policy, step: int, watch: Stopwatch
+    ) -> Updates:
+        """New weights of the policy and of the critic."""
+        with self.monitor.stage("update", step, watch):
+            updates = self.trainer.update(rollouts, policy, step)
+        if self.critic:
+            with self.monitor.stage("critic", step, watch):
+                of_critic = self.critic.update(rollouts, step)
+            metrics = updates.metrics | of_critic.metrics
+            updates = Updates(metrics, updates.changed, updates.skipped + of_critic.skipped)
+        return updates
+
+    def _diagnose(self, step: int, watch: Stopwatch) -> dict[str, float]:
+        """Measures the policies of all layers if that is due, and ends phase 1 if that is over."""
+        if not self.diagnostics.due(step):
+            return {}
+        with self.monitor.stage("diagnostics", step, watch):
+            measured = self.diagnostics.after(step)
+        if why := self.diagnostics.ends_phase:
+            self.schedule.end_phase(step)
+            self.monitor.progress.say(f"step {step}: phase 1 ends here, {why} (auto_stop)")
+        return measured
 
     def _count_bad_steps(self, step: int, skipped: Sequence[str]) -> None:
         if not skipped:
@@ -299,46 +347,25 @@ class Run:
         seed: str,
         temperature: float | None = None,
     ) -> list[Rollout]:
-        batches = -(-len(prompts) * samples // self.config.rollout.batch_size)
-        asked = 0
-
-        def stop() -> bool:  # asked before every batch
-            nonlocal asked
-            self.monitor.share(asked / batches)
-            asked += 1
-            return self.monitor.stop()
-
-        rollouts = self.engine.generate(prompts, samples, seed, stop, temperature)
+        rollouts = self.engine.generate(prompts, samples, seed, self.monitor.stop, temperature)
         self.monitor.check_stop()
         return rollouts
-
-    def _final_policy(
-        self, rollouts: Sequence[Rollout], policy: Policy, old: TokenStats
-    ) -> tuple[Sequence[Rollout], TokenStats]:
-        """The final policy's statistics: what the engine sampled from, so the gap to its log-probs
-        is a check of the weights it holds. Phase 1 looks at a sample of the rollouts only."""
-        if policy.layer is None:
-            return rollouts, old
-        corrected = self.config.loss.tis_cap or self.config.loss.max_sequence_gap
-        wanted = max(FINAL_ROLLOUTS, len(rollouts) // FINAL_SHARE)
-        probe = rollouts if corrected else rollouts[:: max(1, len(rollouts) // wanted)]
-        return probe, self.trainer.token_stats(probe, Policy(None))
-
-    def _gap_limit(self, sampled: bool = False) -> GapLimit:
-        dtype, fixed = self.config.model.compute_dtype, self.config.rollout.max_logprob_gap
-        return GapLimit(dtype, fixed, sampled)
-
-    def _final_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        return self.trainer.token_stats(rollouts, Policy(None), temperature=1.0).logprobs
-
-    def _exact_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        with self.trainer.forward.in_float32():
-            return self._final_logprobs(rollouts)
 
     def _generate_for_evaluation(
         self, problems: Sequence[Prompt], samples: int, seed: str
     ) -> list[Rollout]:
         return self._generate(problems, samples, seed, self.config.eval.temperature)
+
+    def _gap_limit(self, sampled: bool = False) -> GapLimit:
+        dtype, fixed = self.config.model.compute_dtype, self.config.rollout.max_logprob_gap
+        return GapLimit(dtype, fixed, sampled)
+
+    def _final_logprobs(self, samples: Sequence[Sample]) -> list[Tensor]:
+        return self.trainer.forward.token_stats(samples, Policy(None), temperature=1.0).logprobs
+
+    def _exact_logprobs(self, samples: Sequence[Sample]) -> list[Tensor]:
+        with self.trainer.forward.in_float32():
+            return self._final_logprobs(samples)
 
     def _checkpoint_is_due(self, step: int) -> bool:
         settings = self.config.checkpoint
@@ -358,7 +385,7 @@ class Run:
                 f"step {step} has left the model with {bad}; no checkpoint is made of that, {kept}"
             )
         with self.monitor.stage("save", step), checkpoint.writing(self.out, step):
-            state = {"step": step, "drawn": self.stream.drawn}
+            state = {"step": step, "drawn": self.drawn}
             parts = (self.model, self.tokenizer, self.trainer.optimizer, self.critic)
             checkpoint.save(self.out, state, *parts)
         self.saved, self.saved_at = step, time.monotonic()

@@ -1,133 +1,136 @@
-"""What an update minimises: the weight of each token, the correction for the engine, and the loss
-that needs whole responses."""
+"""What an update minimises: a loss by its name, the weight of each token, and what is left out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bupo.ops import LogProbs
+from bupo import ops
+from bupo.config import LossConfig
+from bupo.ops import reference
+from bupo.ops.results import PolicyLoss
+from bupo.samples import Batch, with_streams
 from bupo.types import Rollout
 
-
-def token_weights(
-    lengths: Sequence[int], aggregation: str, longest: int | None = None
-) -> list[float]:
-    """The weight of each token of each response, from the counts of the whole optimiser step, so
-    that no split into micro-batches changes the loss.
-
-    token_mean 1 / sum of lengths; seq_mean 1 / (N length_i), the paper's; seq_sum 1 / N;
-    seq_sum_longest 1 / (N longest), Dr.GRPO's.
-    """
-    n, total = len(lengths), max(sum(lengths), 1)
-    if aggregation == "token_mean":
-        return [1 / total] * n
-    if aggregation == "seq_mean":
-        return [1 / (n * max(length, 1)) for length in lengths]
-    if aggregation == "seq_sum_longest":
-        assert longest is not None
-        return [1 / (n * longest)] * n
-    return [1 / n] * n
+Loss = Callable[[Tensor, Mapping[str, Any], Batch, LossConfig], PolicyLoss]
+"""(hidden [T, D], head, batch, settings) -> loss and metrics of a micro-batch. `head` holds the
+arguments of the LM-head ops that describe the head (bupo.rl.forward); the batch has the streams
+old, advantage and weight, and reference and importance where the settings ask for them."""
 
 
-def importance_weights(
-    rollouts: Sequence[Rollout], final_logprobs: Sequence[Tensor], cap: float
-) -> list[Tensor]:
-    """min(pi / pi_engine, cap) of each token. pi is the final policy in both phases: the engine
-    never samples from another, and with pi^l the weight would be the whole distance of pi^l."""
-    pairs = zip(final_logprobs, rollouts)
-    return [(x - torch.tensor(r.logprobs)).exp().clamp(max=cap) for x, r in pairs]
+def token_loss(
+    hidden: Tensor, head: Mapping[str, Any], batch: Batch, settings: LossConfig
+) -> PolicyLoss:
+    """ppo and cispo: the fused op, with a ratio for each token; bupo.ops.policy_loss has the
+    formulas."""
+    options = _options(batch, settings)
+    return ops.policy_loss(
+        hidden, targets=batch.targets, loss_type=settings.type, **head, **options
+    )
 
 
-def drop(
-    rollouts: Sequence[Rollout],
-    final_logprobs: Sequence[Tensor],
-    max_gap: float | None,
-    truncated: bool,
-) -> float:
-    """Marks as dropped the responses without a reward, the truncated ones if asked for, and those
-    whose mean |log pi - log pi_engine| over tokens is above max_gap, or nan. pi is the final policy
-    in both phases, for the reason given in importance_weights; it is read with max_gap only.
-    Returns the share of dropped ones."""
-    for n, rollout in enumerate(rollouts):
-        rollout.dropped = rollout.ungraded or (truncated and rollout.finish_reason == "length")
-        if max_gap is not None and rollout.token_ids:
-            gap = (final_logprobs[n] - torch.tensor(rollout.logprobs)).abs().mean()
-            rollout.dropped |= not float(gap) <= max_gap
-    return sum(r.dropped for r in rollouts) / max(len(rollouts), 1)
-
-
-def mean_kl(logprobs: Sequence[Tensor], rollouts: Sequence[Rollout]) -> float:
-    """k3, the estimate of KL(policy || reference) that is never negative, over all tokens."""
-    pairs = [(x, r.ref_logprobs) for x, r in zip(logprobs, rollouts)]
-    gaps = torch.cat([ref.double() - x.double() for x, ref in pairs if ref is not None])
-    return float((torch.expm1(gaps) - gaps).mean())
-
-
-def gspo_loss(
-    out: LogProbs,
-    lengths: Sequence[int],
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    token_weights: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    ref_logprobs: Tensor | None,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    importance_weights: Tensor | None,
-    max_log_ratio: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Group Sequence Policy Optimization (arXiv 2507.18071, eq. 5 to 7), of whole responses::
+def sequence_loss(
+    hidden: Tensor, head: Mapping[str, Any], batch: Batch, settings: LossConfig
+) -> PolicyLoss:
+    """gspo: Group Sequence Policy Optimization (arXiv 2507.18071, eq. 5 to 7)::
 
         s_i = exp(1/|o_i| sum_t (logp_t - old_t))
         loss_t = -min(s_i A_t, clip(s_i, 1 - clip_low, 1 + clip_high) A_t)
 
-    The tokens of a response are coupled, so this is torch on the log-probs of the op, not a mode of
-    it. out, old_logprobs, advantages, ... [T], the tokens of responses of these lengths, one after
-    the other. Dual clip, KL, entropy, importance weights and metrics as in ops.policy_loss, with
-    s_i for the ratio of each token. With weights 1 / (N |o_i|), seq_mean, it is the paper's.
+    It is the loss of ppo with s_i in place of each token's ratio. The tokens of a response are
+    coupled, so this is torch on the log-probs of the op, not a mode of it. With weights
+    1 / (N |o_i|), loss.aggregation=seq_mean, it is the paper's.
     """
-    logprobs = out.logprobs
-    counts = torch.tensor(lengths, dtype=torch.long, device=logprobs.device)
-    response = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    log_ratio = logprobs - old_logprobs.to(logprobs)
-    sums = log_ratio.new_zeros(len(counts)).index_add(0, response, log_ratio)
-    mean = (sums / counts.clamp(min=1))[response]
-    if max_log_ratio is not None:
-        mean = mean.clamp(-max_log_ratio, max_log_ratio)
-    moving = (advantages != 0) | mean.isnan()  # an advantage of 0 beats an infinite ratio
-    ratio = mean.where(moving, 0).exp()
-    free = -ratio * advantages
-    bounded = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    loss, clipped = torch.maximum(free, bounded), bounded > free
-    if dual_clip is not None:
-        limit = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
-        loss, clipped = torch.minimum(loss, limit), clipped | (loss >= limit)
-    if importance_weights is not None:
-        loss = loss * importance_weights
-    if kl_coef:
-        assert ref_logprobs is not None
-        gap = ref_logprobs.to(logprobs) - logprobs
-        loss = (
-            loss
-            + kl_coef * {"k1": -gap, "k2": gap**2 / 2, "k3": torch.expm1(gap) - gap}[kl_estimator]
-        )
-    total = (token_weights * (loss - entropy_coef * out.entropy)).sum()
-    live = (~clipped & moving) | bool(kl_coef) | bool(entropy_coef)
-    with torch.no_grad():
-        values = {
-            "clip_fraction": clipped.double(),
-            "ratio_mean": mean.exp(),
-            "approx_kl": torch.expm1(log_ratio) - log_ratio,
-            "entropy_mean": out.entropy,
-            "live_fraction": live.double(),
-        }
-        metrics = {name: x.sum() / max(len(x), 1) for name, x in values.items()}
-        metrics["ratio_max"] = mean.exp().amax() if len(mean) else mean.sum()
-    return total, metrics
+    counts = torch.tensor(batch.counts, dtype=torch.long, device=hidden.device)
+    response = torch.repeat_interleave(torch.arange(len(counts), device=hidden.device), counts)
+
+    def mean_of_response(log_ratio: Tensor) -> Tensor:
+        sums = log_ratio.new_zeros(len(counts)).index_add(0, response, log_ratio)
+        return (sums / counts.clamp(min=1))[response]
+
+    out = ops.lm_head_logprobs(hidden, targets=batch.targets, **head)
+    return reference.loss_of_logprobs(
+        out.logprobs, out.entropy, log_ratio_of=mean_of_response, **_options(batch, settings)
+    )
+
+
+LOSSES: dict[str, Loss] = {"ppo": token_loss, "cispo": token_loss, "gspo": sequence_loss}
+"""loss.type to the loss"""
+
+
+def _options(batch: Batch, settings: LossConfig) -> dict[str, Any]:
+    in_loss = settings.kl_coef if settings.kl_estimator != "k1_reward" else 0.0
+    return {
+        "old_logprobs": batch.streams["old"],
+        "advantages": batch.streams["advantage"],
+        "token_weights": batch.streams["weight"],
+        "clip_low": settings.clip_low,
+        "clip_high": settings.clip_high,
+        "dual_clip": settings.dual_clip,
+        "max_log_ratio": settings.max_log_ratio,
+        "ref_logprobs": batch.streams["reference"] if in_loss else None,
+        "kl_coef": in_loss,
+        "kl_estimator": settings.kl_estimator if in_loss else "k3",
+        "entropy_coef": settings.entropy_coef,
+        "importance_weights": batch.streams.get("importance"),
+    }
+
+
+def with_weights(
+    rollouts: Sequence[Rollout], aggregation: str, longest: int | None = None
+) -> list[Rollout]:
+    """The responses of one optimiser update with their stream `weight`, from the counts of all of
+    them, so that no split into micro-batches changes the loss.
+
+    With |o_i| counted tokens in response i of N::
+
+        token_mean        1 / sum_i |o_i|
+        seq_mean          1 / (N |o_i|)       the paper's
+        seq_sum           1 / N
+        seq_sum_longest   1 / (N longest)     Dr.GRPO's
+    """
+    n, total = len(rollouts), max(sum(r.count for r in rollouts), 1)
+    weight_of: dict[str, Callable[[Rollout], float]] = {
+        "token_mean": lambda r: 1 / total,
+        "seq_mean": lambda r: 1 / (n * max(r.count, 1)),
+        "seq_sum": lambda r: 1 / n,
+        "seq_sum_longest": lambda r: 1 / (n * (longest or 1)),
+    }
+    weight = weight_of[aggregation]
+    return with_streams(rollouts, "weight", (torch.full((r.count,), weight(r)) for r in rollouts))
+
+
+def with_importance_weights(rollouts: Sequence[Rollout], cap: float) -> list[Rollout]:
+    """The stream `importance`: min(pi / pi_engine, cap) of each token. pi is the final policy in
+    both phases: the engine never samples from another, and with pi^l the weight would be the whole
+    distance of pi^l."""
+    factors = ((r.stream("final") - r.stream("engine")).exp().clamp(max=cap) for r in rollouts)
+    return with_streams(rollouts, "importance", factors)
+
+
+def drop(rollouts: Sequence[Rollout], max_gap: float | None, truncated: bool) -> list[Rollout]:
+    """The same rollouts, with those marked as dropped that have no reward, were truncated (if asked
+    for), or whose mean |log pi - log pi_engine| over tokens is above max_gap, or nan. pi is the
+    final policy in both phases, as in with_importance_weights; its stream is read with max_gap
+    only."""
+
+    def is_dropped(rollout: Rollout) -> bool:
+        if rollout.ungraded or (truncated and rollout.finish_reason == "length"):
+            return True
+        if max_gap is None or not rollout.count:
+            return False
+        gap = (rollout.stream("final") - rollout.stream("engine")).abs().mean()
+        return not float(gap) <= max_gap
+
+    return [replace(rollout, dropped=is_dropped(rollout)) for rollout in rollouts]
+
+
+def mean_kl(rollouts: Sequence[Rollout]) -> float:
+    """k3, the estimate of KL(policy || reference) that is never negative, over all tokens, from the
+    streams old and reference."""
+    gaps = torch.cat([r.stream("reference").double() - r.stream("old").double() for r in rollouts])
+    return float((torch.expm1(gaps) - gaps).mean())

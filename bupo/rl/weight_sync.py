@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bupo.config import RunError
-from bupo.types import Prompt, Rollout
+from bupo.samples import Sample
+from bupo.types import Prompt, RolloutEngine
 
 PROBES, PROBE_TOKENS = 16, 32
 """So many sequences, so many tokens of each are compared"""
@@ -88,16 +88,15 @@ class GapLimit:
             )
 
 
-def probes_of(prompts: Sequence[Prompt]) -> list[Rollout]:
+def probes_of(prompts: Sequence[Prompt]) -> list[Sample]:
     """Sequences of prompts' own tokens, of prompts from all over the list, as if the second half of
     each were a response."""
-    found = []
+    found: list[Sample] = []
     for prompt in prompts[:: max(1, len(prompts) // PROBES)][:PROBES]:
         ids = prompt.token_ids[: 2 * PROBE_TOKENS]
         ids = ids * 2 if len(ids) == 1 else ids  # one token has no second half
         half = len(ids) // 2
-        asked = Prompt(0, "probe", "", ids[:half], "")
-        found.append(Rollout(asked, 0, ids[half:], [], "length", ""))
+        found.append(Sample.of(ids[:half], ids[half:]))
     return found
 
 
@@ -106,15 +105,15 @@ class WeightSync:
 
     def __init__(
         self,
-        engine: Any,
+        engine: RolloutEngine,
         model: nn.Module,
-        probes: Sequence[Rollout],
-        trainer: Callable[[Sequence[Rollout]], list[Tensor]],
+        probes: Sequence[Sample],
+        trainer: Callable[[Sequence[Sample]], list[Tensor]],
         limit: GapLimit,
-        exact: Callable[[Sequence[Rollout]], list[Tensor]] | None = None,
+        exact: Callable[[Sequence[Sample]], list[Tensor]] | None = None,
     ) -> None:
-        """engine: a RolloutEngine that holds the model's weights; trainer(rollouts): log-probs by
-        the trainer at temperature 1; exact(rollouts): the same in float32, None where that is the
+        """engine: holds the model's weights; trainer(samples): log-probs by the trainer at
+        temperature 1; exact(samples): the same in float32, None where that is the
         trainer's type."""
         self._engine, self._model, self._probes, self._trainer = engine, model, probes, trainer
         self._limit, self._exact = limit, exact
@@ -134,7 +133,9 @@ class WeightSync:
         trainer = self._trainer(self._probes)  # before the engine takes its memory
         rounding = self._rounding(trainer)
         self._engine.load(changed_tensors(self._model, changed))
-        now = self._together(self._engine.score(self._probes), trainer)
+        scores = self._engine.score(self._probes)
+        assert scores is not None, "an engine with weights of its own"
+        now = self._together(scores, trainer)
         found = self._check(now, rounding)
         slope, allowed = direction(*self._before, *now)
         if not abs(slope - 1) <= allowed:

@@ -1,7 +1,7 @@
 """Prompts to responses, behind one interface: hf (transformers' generate) or vllm."""
 
-from bupo.rollouts.engine import RolloutEngine, seed_of
+from bupo.rollouts.engine import seed_of
 from bupo.rollouts.hf import HFEngine
 from bupo.rollouts.vllm import VllmEngine
 
-__all__ = ["HFEngine", "RolloutEngine", "VllmEngine", "seed_of"]
+__all__ = ["HFEngine", "VllmEngine", "seed_of"]

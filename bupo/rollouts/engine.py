@@ -1,47 +1,11 @@
-"""What an engine is, and what all of them share."""
+"""What the engines share: seeds, and sampled ids to a rollout."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from bupo.types import Prompt, Rollout
-
-
-class RolloutEngine(Protocol):
-    """What the loop needs of an engine. Token ids in, token ids out."""
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        samples: int,
-        seed: str,
-        stop: Callable[[], bool],
-        temperature: float | None = None,
-    ) -> list[Rollout]:
-        """`samples` responses for every prompt from the final policy, grouped by prompt.
-
-        temperature: another one than rollout.temperature; at 0 the likeliest token is taken, and
-        log-probs are those at 1. The result is a function of weights, prompts and seed. Returns
-        early, with what is there, when stop() becomes true, which is asked before every batch.
-        """
-        ...
-
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes over weights by their names in the Hugging Face model."""
-        ...
-
-    def score(self, rollouts: Sequence[Rollout]) -> list[Tensor] | None:
-        """Log-probs of each response's tokens at temperature 1, by the weights that the engine
-        holds; None for an engine that has none of its own."""
-        ...
-
-    def close(self) -> None:
-        """Gives memory and processes back."""
-        ...
 
 
 def seed_of(*parts: object) -> int:
@@ -69,4 +33,4 @@ class Decoder:
         finish = "length" if end is None else "stop"
         end = len(tokens) if end is None else end
         text = self._tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        return Rollout(prompt, group, tokens[:end], logprobs[:end], finish, text)
+        return Rollout.from_response(prompt, group, tokens[:end], logprobs[:end], finish, text)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from bupo import progress
 from bupo.config import RolloutConfig, RunError
 from bupo.policy import half_precision
 from bupo.rollouts.decoding import Sampler, decode, rows_can_move
 from bupo.rollouts.engine import Decoder, seed_of
+from bupo.samples import Sample
 from bupo.types import Prompt, Rollout
 
 Wanted = tuple[int, int, Prompt]
@@ -28,6 +30,8 @@ class HFEngine:
     Responses are made in batches of similar prompt length. Each has random numbers of its own, so
     that it depends on its neighbours by rounding only.
     """
+
+    samples_from_nucleus = False
 
     def __init__(
         self, model: Any, tokenizer: Any, config: RolloutConfig, compute_dtype: str = "float32"
@@ -45,7 +49,7 @@ class HFEngine:
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Nothing to do: the model is the trainer's."""
 
-    def score(self, rollouts: Sequence[Rollout]) -> None:
+    def score(self, samples: Sequence[Sample]) -> None:
         """Nothing to compare."""
 
     def close(self) -> None:
@@ -71,6 +75,7 @@ class HFEngine:
             for start in range(0, len(wanted), size):
                 if stop():
                     break
+                progress.report(start / len(wanted))
                 batch = wanted[start : start + size]
                 rollouts = self._batch(batch, seed, temperature)
                 made |= {(group, k): r for (group, k, _), r in zip(batch, rollouts)}

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bupo import progress
 from bupo.config import ConfigError, RolloutConfig, RunError, first_line
 from bupo.rollouts.engine import Decoder, seed_of
+from bupo.samples import Sample
 from bupo.terminal import library_output
 from bupo.types import Prompt, Rollout
 
@@ -83,6 +85,8 @@ class VllmEngine:
 
     Prefix caching is on and the cache is dropped whenever weights change.
     """
+
+    samples_from_nucleus = True
 
     def __init__(
         self,
@@ -156,6 +160,7 @@ class VllmEngine:
         for start in range(0, len(wanted), size):
             if stop():
                 break
+            progress.report(start / len(wanted))
             batch = wanted[start : start + size]
             parameters = [
                 self._parameters(
@@ -188,20 +193,23 @@ class VllmEngine:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self._llm.reset_prefix_cache()
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+    def score(self, samples: Sequence[Sample]) -> list[Tensor]:
         self._wake()
-        sequences = [[*r.prompt.token_ids, *r.token_ids] for r in rollouts]
         # One token has to be generated, so the last one of a full context is left out.
         limit = self._llm.model_config.max_model_len - 1
         parameters = [self._parameters(max_tokens=1, prompt_logprobs=0, detokenize=False)]
-        outputs = self._run([s[:limit] for s in sequences], parameters * len(sequences))
-        scores = []
-        for rollout, output in zip(rollouts, outputs):
-            first = len(rollout.prompt.token_ids)
-            places = output.prompt_logprobs[first:]
-            pairs = zip(rollout.token_ids, places)
-            scores.append(torch.tensor([place[token].logprob for token, place in pairs]))
-        return scores
+        requests = [sample.token_ids[:limit] for sample in samples]
+        outputs = self._run(requests, parameters * len(samples))
+        return [
+            torch.tensor(
+                [
+                    output.prompt_logprobs[position][sample.token_ids[position]].logprob
+                    for position in sample.positions
+                    if position < limit
+                ]
+            )
+            for sample, output in zip(samples, outputs)
+        ]
 
     def close(self) -> None:
         with library_output(self._log), contextlib.suppress(Exception):  # the process is ending

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from bupo import progress
 from bupo.terminal import TERMINAL
 
 
@@ -78,11 +79,11 @@ class Progress:
             self._width = 0
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[Callable[[float], None]]:
-        """Announces something that takes more than a moment; the yielded function may be called
-        with the share done. After 5 seconds a line says how far it is and when it will be done or,
-        while no share is known, how long it has taken: on a terminal every second, otherwise
-        twice as late each time."""
+    def waiting(self, what: str, alive: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Around something that takes more than a moment and that may say by progress.report how
+        far it is; alive() is called whenever it does. After 5 seconds a line says how far it is and
+        when it will be done or, while that is not known, how long it has taken: on a terminal every
+        second, otherwise twice as late each time."""
         wait, over = Wait(what), threading.Event()
 
         def tell() -> None:
@@ -94,10 +95,15 @@ class Progress:
                 self._stream.flush()
                 pause = 1.0 if self._live else 2 * pause
 
+        def watcher(done: float) -> None:
+            alive()
+            wait.done(done)
+
         thread = threading.Thread(target=tell, daemon=True)
         thread.start()
         try:
-            yield wait.done
+            with progress.watched_by(watcher):
+                yield
         finally:
             over.set()
             thread.join()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -33,11 +33,7 @@ class Stopwatch:
 
 
 class Stopped(Exception):
-    """Leaves what has not changed the state of the run."""
-
-
-def _nothing(share: float) -> None:
-    """Nobody is shown this share."""
+    """Raised to abandon a step before it has changed the state of the run."""
 
 
 class Monitor:
@@ -48,12 +44,6 @@ class Monitor:
         self._watchdog = Watchdog(out, config.watchdog.seconds, config.watchdog.kill)
         self.progress = Progress(config.steps, start)
         self.stop = StopRequest()
-        self._share: Callable[[float], object] = _nothing
-
-    def share(self, done: float) -> None:
-        """The present stage is so far."""
-        self._watchdog.alive()
-        self._share(done)
 
     @contextmanager
     def stage(self, name: str, step: int, watch: Stopwatch | None = None) -> Iterator[None]:
@@ -64,23 +54,10 @@ class Monitor:
             yield
 
     @contextmanager
-    def watched(
-        self, name: str, shown: str, whole: bool = False
-    ) -> Iterator[Callable[[float], None]]:
-        """name: for the watchdog, shown: on the terminal. Yields what to call with the share done;
-        in a `whole`, which is made of others, share() of those keeps the watchdog quiet only."""
-        outer = self._share
-        with self._watchdog.stage(name), self.progress.waiting(shown) as show:
-
-            def share(done: float) -> None:
-                self._watchdog.alive()
-                show(done)
-
-            self._share = _nothing if whole else show
-            try:
-                yield share
-            finally:
-                self._share = outer
+    def watched(self, name: str, shown: str) -> Iterator[None]:
+        """name: for the watchdog; shown: on the terminal."""
+        with self._watchdog.stage(name), self.progress.waiting(shown, self._watchdog.alive):
+            yield
 
     def check_stop(self) -> None:
         """Raises Stopped where a stop was asked for."""

@@ -9,35 +9,35 @@ from typing import Any
 
 import torch
 
-from bupo.types import RewardReport, Rollout
+from bupo.types import Grades, Rollout
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], report: RewardReport) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[Rollout], grades: Grades) -> dict[str, float]:
     """Of rewards and responses."""
     rewards = [r.reward for r in rollouts if not r.ungraded] or [math.nan]
     return {
         "reward/mean": fmean(rewards),
         "reward/std": pstdev(rewards) if len(rewards) > 1 else math.nan,
         "reward/penalty": fmean(r.penalty for r in rollouts),
-        "reward/timeouts": report.timeouts,
-        "reward/errors": report.errors,
+        "reward/timeouts": grades.timeouts,
+        "reward/errors": grades.errors,
         "reward/ungraded": fmean(r.ungraded for r in rollouts),
-        "response/length": fmean(len(r.token_ids) for r in rollouts),
+        "response/length": fmean(r.count for r in rollouts),
         "response/truncated": fmean(r.finish_reason == "length" for r in rollouts),
     }
 
 
 def rollout_row(rollout: Rollout) -> dict[str, Any]:
     """As rollouts/step_*.jsonl holds it."""
-    assert rollout.advantages is not None
+    advantages = rollout.stream("advantage")
     return {
         "prompt": rollout.prompt.text,
         "response": rollout.text,
         "reward": rollout.reward,
-        "advantage": float(rollout.advantages[0]) if len(rollout.advantages) else 0.0,
+        "advantage": float(advantages[0]) if len(advantages) else 0.0,
         "answer": rollout.prompt.answer,
         "finish_reason": rollout.finish_reason,
-        "tokens": len(rollout.token_ids),
+        "tokens": rollout.count,
     }
 
 

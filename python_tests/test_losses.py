@@ -19,10 +19,14 @@ from test_update import (
     make_trainer,
     moved,
     name_of,
+    update,
 )
 
+from bupo import ops
+from bupo.config import LossConfig
 from bupo.ops import LogProbs
-from bupo.rl.losses import drop, gspo_loss, mean_kl
+from bupo.rl.losses import LOSSES, drop, mean_kl
+from bupo.samples import Batch, with_streams
 from bupo.types import Policy
 
 POLICIES = [Policy(2), FINAL]
@@ -33,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES, ids=name_of)
 
-LOSSES = {
+SETTINGS = {
     "ppo": {"type": "ppo"},
     "ppo dual clip": {"type": "ppo", "dual_clip": 1.3},
     "cispo": {"type": "cispo", "clip_high": 0.1},
@@ -63,16 +67,16 @@ def slow_loss(model, rollouts, old, policy, importance=None, aggregation="seq_me
     low, high = 1 - loss.get("clip_low", 0.2), 1 + loss.get("clip_high", 0.2)
     kind, dual = loss.get("type", "ppo"), loss.get("dual_clip")
     kept = [n for n, r in enumerate(rollouts) if not r.dropped]
-    tokens = sum(len(rollouts[n].token_ids) for n in kept)
+    tokens = sum(rollouts[n].count for n in kept)
     total = torch.zeros((), dtype=torch.float64)
     for n in kept:
         rollout = rollouts[n]
         logprobs, entropy = literal_stats(model, rollout, policy)
-        count = len(rollout.token_ids)
+        count = rollout.count
         gaps = [logprobs[t] - float(old[n][t]) for t in range(count)]
         sequence_ratio = torch.exp(sum(gaps) / count)
         for t in range(count):
-            advantage, ratio = float(rollout.advantages[t]), torch.exp(gaps[t])
+            advantage, ratio = float(rollout.stream("advantage")[t]), torch.exp(gaps[t])
             if kind == "gspo":
                 value = pessimistic(sequence_ratio, advantage, low, high, dual)
             elif kind == "cispo":
@@ -82,7 +86,7 @@ def slow_loss(model, rollouts, old, policy, importance=None, aggregation="seq_me
             if importance is not None:
                 value = value * float(importance[n][t])
             if loss.get("kl_coef"):
-                gap = float(rollout.ref_logprobs[t]) - logprobs[t]
+                gap = float(rollout.stream("reference")[t]) - logprobs[t]
                 if loss["kl_estimator"] == "k1":
                     kl = -gap
                 elif loss["kl_estimator"] == "k2":
@@ -111,17 +115,16 @@ def slow_gradients(model, *arguments, **options):
 def sample(policy, seed=0):
     """A float64 model, rollouts with reference log-probs, old log-probs at some distance."""
     model, rollouts = small_model(dtype=torch.float64), random_rollouts(seed=seed)
-    logprobs = make_trainer(model).token_stats(rollouts, policy).logprobs
-    for rollout, ref in zip(rollouts, moved(logprobs, seed=99)):
-        rollout.ref_logprobs = ref
+    logprobs = make_trainer(model).forward.token_stats(rollouts, policy).logprobs
+    rollouts = with_streams(rollouts, "reference", moved(logprobs, seed=99))
     return model, rollouts, moved(logprobs)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SETTINGS)
 @EVERY_POLICY
 def test_losses_against_a_slow_loop(policy, name):
     model, rollouts, old = sample(policy)
-    options = {"aggregation": "seq_mean"} | LOSSES[name]
+    options = {"aggregation": "seq_mean"} | SETTINGS[name]
     expected, loss = slow_gradients(model, rollouts, old, policy, **options)
     for micro_batch_tokens in (10**6, 30):
         trainer = make_trainer(
@@ -137,9 +140,9 @@ def test_every_loss_is_another(policy):
     model, rollouts, old = sample(policy)
     seen = {
         name: round(slow_loss(model, rollouts, old, policy, **options).item(), 6)
-        for name, options in LOSSES.items()
+        for name, options in SETTINGS.items()
     }
-    assert len(set(seen.values())) == len(LOSSES), seen
+    assert len(set(seen.values())) == len(SETTINGS), seen
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean", "seq_sum", "seq_sum_longest"])
@@ -147,7 +150,7 @@ def test_every_loss_is_another(policy):
 def test_aggregations_and_importance_against_a_slow_loop(kind, aggregation):
     model, rollouts, old = sample(FINAL)
     g = torch.Generator().manual_seed(0)
-    importance = [torch.rand(len(r.token_ids), generator=g) for r in rollouts]
+    importance = [torch.rand(r.count, generator=g) for r in rollouts]
     options = {"type": kind, "aggregation": aggregation, "kl_coef": 0.1, "kl_estimator": "k2"}
     trainer = make_trainer(model, loss=options, lr=NO_CHANGE, micro_batch_tokens=40)
     expected, loss = slow_gradients(model, rollouts, old, FINAL, importance, **options)
@@ -156,22 +159,21 @@ def test_aggregations_and_importance_against_a_slow_loop(kind, aggregation):
     assert metrics["policy/loss"] == pytest.approx(loss, abs=1e-6)
 
 
-def gspo(logprobs, lengths, advantages, **options):
+def gspo(log_ratios, lengths, advantages, **options):
     """Of given log-ratios; returns loss, its slope in each log-prob, and metrics."""
-    leaf = torch.tensor(logprobs, dtype=torch.float64, requires_grad=True)
-    settings = {
-        "clip_low": 0.2, "clip_high": 0.28, "dual_clip": None, "ref_logprobs": None,
-        "kl_coef": 0.0, "kl_estimator": "k3", "entropy_coef": 0.0, "importance_weights": None,
-    } | options  # fmt: skip
+    leaf = torch.tensor(log_ratios, dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor(advantages, dtype=torch.float64)
-    weights = torch.ones_like(advantages)
-    entropy = torch.zeros_like(advantages)
-    loss, metrics = gspo_loss(
-        LogProbs(leaf, entropy, entropy), lengths, torch.zeros_like(leaf), advantages, weights,
-        **settings,
-    )  # fmt: skip
-    (slope,) = torch.autograd.grad(loss, leaf)
-    return loss.item(), slope.tolist(), {k: float(v) for k, v in metrics.items()}
+    weights, zeros = torch.ones_like(advantages), torch.zeros_like(leaf)
+    streams = {"old": zeros, "advantage": advantages, "weight": weights}
+    none = torch.zeros(0, dtype=torch.long)
+    batch = Batch(list(range(len(lengths))), lengths, none, none, none, none, none, streams)
+    settings = LossConfig(**{"type": "gspo", "clip_low": 0.2, "clip_high": 0.28} | options)
+    log_probs = LogProbs(leaf, zeros, zeros)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "lm_head_logprobs", lambda *_, **__: log_probs)
+        out = LOSSES["gspo"](zeros, {}, batch, settings)
+    (slope,) = torch.autograd.grad(out.loss, leaf)
+    return out.loss.item(), slope.tolist(), {k: float(v) for k, v in out.metrics.items()}
 
 
 def test_gspo_has_one_ratio_for_a_response():
@@ -214,40 +216,42 @@ def test_gspo_with_nothing_to_learn_from():
 
 def test_mean_kl_is_k3():
     rollouts = random_rollouts()
-    logprobs = [torch.randn(len(r.token_ids)) for r in rollouts]
-    for rollout, x in zip(rollouts, moved(logprobs)):
-        rollout.ref_logprobs = x
-    pairs = [(float(a), float(b)) for x, r in zip(logprobs, rollouts)
-             for a, b in zip(x, r.ref_logprobs)]  # fmt: skip
+    old = [torch.randn(r.count) for r in rollouts]
+    reference = moved(old)
+    pairs = [(float(a), float(b)) for x, y in zip(old, reference) for a, b in zip(x, y)]
     expected = sum(math.exp(b - a) - (b - a) - 1 for a, b in pairs) / len(pairs)
-    assert mean_kl(logprobs, rollouts) == pytest.approx(expected)
-    assert mean_kl([r.ref_logprobs for r in rollouts], rollouts) == 0
+    rollouts = with_streams(with_streams(rollouts, "old", old), "reference", reference)
+    assert mean_kl(rollouts) == pytest.approx(expected)
+    assert mean_kl(with_streams(rollouts, "old", reference)) == 0
 
 
 def test_a_kl_to_the_internal_policy_has_no_gradient_above_it():
     model, rollouts, old = sample(Policy(1))
-    for rollout in rollouts:
-        rollout.advantages = torch.zeros_like(rollout.advantages)
+    rollouts = with_streams(rollouts, "advantage", (torch.zeros(r.count) for r in rollouts))
     options = {"kl_coef": 1.0, "kl_estimator": "k2"}
     trainer = make_trainer(model, loss=options, weight_decay=0.1)
-    trainer.update(rollouts, old, Policy(1), 1)
-    assert trainer.changed
-    assert not [n for n in trainer.changed if ".layers.1." in n or ".layers.2." in n]
-    assert "model.norm.weight" not in trainer.changed
+    changed = update(trainer, rollouts, old, Policy(1), 1).changed
+    assert changed and "model.norm.weight" not in changed
+    assert not [n for n in changed if ".layers.1." in n or ".layers.2." in n]
 
 
 def test_a_kl_term_pulls_towards_the_reference():
     model, reference = small_model(), small_model(seed=1)
-    rollouts = [replace(r, advantages=torch.zeros(len(r.token_ids))) for r in random_rollouts()]
-    for rollout, x in zip(rollouts, make_trainer(reference).token_stats(rollouts, FINAL).logprobs):
-        rollout.ref_logprobs = x
+    rollouts = random_rollouts()
+    rollouts = with_streams(rollouts, "advantage", (torch.zeros(r.count) for r in rollouts))
+    stats = make_trainer(reference).forward.token_stats(rollouts, FINAL)
+    rollouts = with_streams(rollouts, "reference", stats.logprobs)
     for estimator in ("k2", "k3"):
         trainer = make_trainer(model, loss={"kl_coef": 1.0, "kl_estimator": estimator}, lr=3e-3)
-        before = trainer.token_stats(rollouts, FINAL).logprobs
+
+        def distance(trainer=trainer):
+            old = trainer.forward.token_stats(rollouts, FINAL).logprobs
+            return old, mean_kl(with_streams(rollouts, "old", old))
+
+        old, before = distance()
         for step in range(1, 4):
-            trainer.update(rollouts, before, FINAL, step)
-        after = trainer.token_stats(rollouts, FINAL).logprobs
-        assert mean_kl(after, rollouts) < 0.9 * mean_kl(before, rollouts), estimator
+            update(trainer, rollouts, old, FINAL, step)
+        assert distance()[1] < 0.9 * before, estimator
 
 
 # Responses that have no part
@@ -258,9 +262,9 @@ def test_a_kl_term_pulls_towards_the_reference():
 def test_dropped_responses_leave_the_denominators_too(aggregation, kind):
     model, rollouts, old = sample(FINAL)
     for n in (0, 4, 5):
-        rollouts[n].dropped = True
-        rollouts[n].advantages = torch.full_like(rollouts[n].advantages, math.nan)
-        old[n] = torch.full_like(old[n], math.nan)
+        nothing = torch.full((rollouts[n].count,), math.nan)
+        rollouts[n] = replace(rollouts[n], dropped=True).with_stream("advantage", nothing)
+        old[n] = nothing
     options = {"type": kind, "aggregation": aggregation}
     expected, loss = slow_gradients(model, rollouts, old, FINAL, **options)
     for micro_batch_tokens in (10**6, 1):
@@ -277,38 +281,33 @@ def test_a_mini_batch_of_dropped_responses_moves_nothing():
     """Nor do momentum and weight decay, which a gradient of zero would wake."""
     model, rollouts, old = sample(FINAL)
     trainer = make_trainer(model, weight_decay=0.1, updates_per_step=2)
-    trainer.update(rollouts, old, FINAL, 1)
+    update(trainer, rollouts, old, FINAL, 1)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for rollout in rollouts:
-        rollout.dropped = True
-    metrics = trainer.update(rollouts, old, FINAL, 2)
+    none = [replace(r, dropped=True) for r in rollouts]
+    updates = update(trainer, none, old, FINAL, 2)
     assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
-    assert trainer.changed == set() and metrics["policy/skipped_updates"] == 0
-    for rollout in rollouts:
-        rollout.dropped = rollout.group % 2 == 0  # one of the two mini-batches
-    steps, _ = gradients_of(trainer, rollouts, old, FINAL, 3)
+    assert updates.changed == set() and updates.metrics["policy/skipped_updates"] == 0
+    half = [replace(r, dropped=r.group % 2 == 0) for r in rollouts]  # one of two mini-batches
+    steps, _ = gradients_of(trainer, half, old, FINAL, 3)
     assert [any(g is not None for g in named.values()) for named in steps] == [False, True]
 
 
 def test_which_responses_are_dropped():
     rollouts = random_rollouts()
-    rollouts[1].finish_reason = rollouts[7].finish_reason = "length"
-    final = []
     for n, rollout in enumerate(rollouts):
-        count = len(rollout.token_ids)
-        rollout.logprobs = [-1.0] * count
-        signs = torch.tensor([1.0, -1.0] * count)[:count]
-        final.append(-1.0 + 0.1 * n * signs)  # the mean of the absolute value is 0.1 n
-    final[2] = final[2] * math.nan
+        signs = torch.tensor([1.0, -1.0] * rollout.count)[: rollout.count]
+        final = -1.0 + 0.1 * n * signs  # the mean of the absolute value is 0.1 n
+        rollout = rollout.with_stream("engine", torch.full((rollout.count,), -1.0))
+        rollout = rollout.with_stream("final", final * math.nan if n == 2 else final)
+        rollouts[n] = replace(rollout, finish_reason="length" if n in (1, 7) else "stop")
 
     def dropped(gap, truncated):
-        share = drop(rollouts, final, gap, truncated)
-        found = [n for n, r in enumerate(rollouts) if r.dropped]
-        assert share == len(found) / len(rollouts)
-        return found
+        return [n for n, r in enumerate(drop(rollouts, gap, truncated)) if r.dropped]
 
     assert dropped(None, False) == []
     assert dropped(None, True) == [1, 7]
     assert dropped(0.85, False) == [2, 9, 10, 11], "nan too"
     assert dropped(0.85, True) == [1, 2, 7, 9, 10, 11]
-    assert drop([], [], 0.1, True) == 0
+    assert drop([], 0.1, True) == []
+    ungraded = drop([replace(rollouts[0], reward=math.nan)], None, False)
+    assert ungraded[0].dropped and not rollouts[0].dropped, "a copy is marked"

@@ -1,0 +1,119 @@
+"""What the commands have in common: arguments, a plan, --dry_run, execution, the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from bupo import config as configuration
+from bupo.config import ConfigError, RunError, first_line
+from bupo.terminal import TERMINAL
+
+
+class Plan(Protocol):
+    """All that can be known, and go wrong, before weights are loaded."""
+
+    out: Path
+    """The directory that the command writes"""
+
+    def describe(self) -> str:
+        """What --dry_run shows, and every execution begins with."""
+        ...
+
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
+@dataclass(frozen=True)
+class Command(Generic[AnyPlan]):
+    """One command: how its settings are read, planned and executed."""
+
+    program: str
+    """As `python -m` has it"""
+    description: str
+    epilog: str
+    settings: Callable[[argparse.Namespace], Any]
+    """Arguments to settings"""
+    make_plan: Callable[[Any], AnyPlan]
+    """Settings to a plan. Raises ConfigError; has written nothing but a task's cached files"""
+    execute: Callable[[AnyPlan], int]
+    """Does it; returns the exit status"""
+    kept: Callable[[Path | None], str]
+    """Of the directory, if there is a plan: what is left after a full disk, and how to go on"""
+    stopped: Callable[[Path | None], str]
+    """The same after Ctrl-C"""
+    config_help: str
+    out_help: str
+    add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+    """Adds options that only this command has"""
+
+    def arguments(self, argv: list[str] | None) -> argparse.Namespace:
+        """The command line; options may stand between key=value."""
+        parser = argparse.ArgumentParser(
+            prog=f"python -m {self.program}",
+            description=self.description,
+            epilog=self.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_arguments(parser)
+        parser.add_argument("--config", type=Path, help=self.config_help)
+        parser.add_argument("--out", help=self.out_help)
+        dry_run = "check everything, print the plan and load no weights"
+        parser.add_argument("--dry_run", action="store_true", help=dry_run)
+        quotes = configuration.QUOTES
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help=quotes)
+        return parser.parse_intermixed_args(argv)
+
+    def main(self, argv: list[str] | None = None) -> int:
+        """Plans and executes. Exit status: that of execute(); 1 where the work cannot go on (nan, a
+        full disk, a violated identity); 2 for settings that cannot be used; 130 after Ctrl-C."""
+        arguments = self.arguments(argv)
+        out: Path | None = None
+        try:
+            with user_paths():
+                plan = self.make_plan(self.settings(arguments))
+            out = plan.out
+            print(plan.describe(), file=TERMINAL)
+            return 0 if arguments.dry_run else self.execute(plan)
+        except ConfigError as error:
+            status, line = 2, str(error)
+        except RunError as error:
+            status, line = 1, str(error)
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            status, line = 1, f"{error}; {self.kept(out)}"
+        except KeyboardInterrupt:
+            print(f"\n{self.stopped(out)}", file=TERMINAL)
+            return 130
+        # Data and names are a stranger's: no line breaks, no codes that a terminal obeys.
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        print(f"{self.program}: {shown}", file=TERMINAL)
+        return status
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def keys_and_defaults(schema: type) -> str:
+    """For --help: every key of some settings, with its default and what it does."""
+    rows = configuration.describe(schema)
+    return "keys and defaults:\n" + "\n".join(f"  {k} = {d}\n      {text}" for k, d, text in rows)
+
+
+@contextmanager
+def user_paths() -> Iterator[None]:
+    """Around what uses the user's places before work begins: what the system refuses there is a
+    ConfigError; a full disk stays what it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK:
+            raise
+        reason = f"{error.filename}: {error.strerror}" if error.filename else first_line(error)
+        raise ConfigError(f"{reason}; change that, or name another place") from None
