@@ -1,18 +1,15 @@
 """bupo.runlog: files that a kill can cut, a mirror that may break, lines for two terminals."""
 
-import io
 import json
 import math
 import sys
-import threading
 import types
 
 import pytest
 import torch.utils.tensorboard
 
-from bupo.runlog import display as progress
+from bupo.runlog import monitor
 from bupo.runlog import recorder as metrics
-from bupo.runlog.display import Progress
 from bupo.runlog.monitor import Stopwatch
 from bupo.runlog.recorder import Recorder
 from bupo.runlog.run_directory import read_rows
@@ -241,133 +238,8 @@ class Clock(types.SimpleNamespace):
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    for module in (metrics, progress):
-        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(monitor, "time", clock)
     return clock
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def progress_row(step, layer=None, **more):
-    return row_of(step, layer=layer, tokens_per_second=12345.6, **more)
-
-
-def test_progress_in_a_file_is_whole_lines(clock):
-    stream = io.StringIO()
-    shown_by = Progress(steps=20, first=0, stream=stream)
-    for step in range(1, 21):
-        clock.now += 2
-        shown_by.step(progress_row(step, layer=3 if step <= 5 else None))
-    text = stream.getvalue()
-    assert "\r" not in text and text.endswith("\n")
-    lines = text.splitlines()
-    assert lines[0] == (
-        "step 1/20 | pi^3 policy | reward 0.500 | entropy 1.25 | 12,346 tokens/s | ETA 0:38"
-    )
-    steps = [line.split("|")[0].strip() for line in lines]
-    assert steps == [f"step {n}/20" for n in (1, 4, 7, 10, 13, 16, 19, 20)], "about every 5 s"
-    assert "| final policy |" in lines[-1] and lines[-1].endswith("ETA 0:00")
-
-
-def test_progress_of_a_resumed_run_counts_its_own_steps(clock):
-    stream = io.StringIO()
-    shown_by = Progress(steps=20, first=10, stream=stream)
-    clock.now += 30
-    shown_by.step(progress_row(11))
-    assert stream.getvalue().rstrip().endswith("ETA 4:30")  # 9 steps of 30 s
-
-
-def screen(text):
-    """What a terminal shows of text: a carriage return goes back to the start of the line."""
-    lines = []
-    for line in text.split("\n"):
-        shown = ""
-        for part in line.split("\r"):
-            shown = part + shown[len(part) :]
-        lines.append(shown.rstrip())
-    return lines
-
-
-def test_progress_on_a_terminal_is_one_line_rewritten(clock):
-    stream = Terminal()
-    shown_by = Progress(steps=3, first=0, stream=stream)
-    for step in (1, 2):
-        clock.now += 4000 - 1995 * (step - 1)  # the second line is shorter
-        shown_by.step(progress_row(step))
-        assert "\n" not in stream.getvalue() and stream.getvalue().startswith("\r")
-    assert stream.getvalue().count("\r") == 2
-    (line,) = screen(stream.getvalue())
-    assert line.startswith("step 2/3 |") and line.endswith("ETA 50:02"), "nothing left of the old"
-
-
-def test_what_is_said_stays(clock):
-    stream = Terminal()
-    shown_by = Progress(steps=3, first=0, stream=stream)
-    shown_by.say("first")
-    shown_by.step(progress_row(1))
-    shown_by.say("said")
-    shown_by.step(progress_row(2))
-    shown = screen(stream.getvalue())
-    assert shown[:2] == ["first", "said"], "the live line made room"
-    assert len(shown) == 3 and shown[2].startswith("step 2/3 |")
-
-
-def test_a_wait_says_how_long(clock):
-    """Or how long it has been, while no share is known; the ETA runs between two shares."""
-    wait = progress.Wait("evaluation")
-    clock.now += 65
-    assert wait.line() == "evaluation | 1:05"
-    wait.done(0.5)
-    assert wait.line() == "evaluation: 50% | ETA 1:05"
-    clock.now += 20
-    assert wait.line() == "evaluation: 50% | ETA 0:45"
-    clock.now += 60
-    assert wait.line() == "evaluation: 50% | ETA 0:00"
-    wait.done(0.75)
-    assert wait.line() == "evaluation: 75% | ETA 0:48"
-
-
-@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
-def test_what_takes_long_is_told(monkeypatch, kind):
-    """After five seconds, then every second on a terminal and ever more rarely in a log; what is
-    over sooner leaves no trace, also not on the line of the step."""
-
-    class Event:
-        """Five, ten and twenty seconds pass in none."""
-
-        def __init__(self):
-            self.pauses = []
-
-        def wait(self, pause):
-            self.pauses.append(pause)
-            return len(self.pauses) > 3 or quick
-
-        def set(self):
-            events.append(self)
-
-    events, quick = [], False
-    fake = types.SimpleNamespace(Event=Event, Thread=threading.Thread)
-    monkeypatch.setattr(progress, "threading", fake)
-    stream = kind()
-    with Progress(steps=3, first=0, stream=stream).waiting("loading MODEL"):
-        while stream.getvalue().count("loading MODEL | 0:00") < 3:
-            pass
-    if kind is Terminal:
-        assert events[0].pauses == [5, 1, 1, 1]
-        assert [line.strip() for line in screen(stream.getvalue())] == [""]
-    else:
-        assert events[0].pauses == [5, 10, 20, 40]
-        assert stream.getvalue() == "loading MODEL | 0:00\n" * 3
-    quick, stream = True, kind()
-    shown_by = Progress(steps=3, first=0, stream=stream)
-    shown_by.step(progress_row(1))
-    with shown_by.waiting("rollout") as done:
-        done(0.5)
-    assert screen(stream.getvalue())[0].startswith("step 1/3 |")
-    assert "rollout" not in stream.getvalue()
 
 
 def test_stopwatch_adds_up(clock):

@@ -8,6 +8,7 @@ import torch
 from rl_samples import small_model, tiny_qwen3
 
 from bupo.config import Config, ModelConfig, RolloutConfig
+from bupo.rl.forward import Forward
 from bupo.rollouts import HFEngine, seed_of
 from bupo.types import Policy, Prompt
 

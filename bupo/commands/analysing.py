@@ -59,10 +59,10 @@ def execute(plan: AnalysisPlan) -> list[Any]:
 def _analyse(plan: AnalysisPlan) -> list[Any]:
     from bupo.commands.analysis_files import write_results, write_texts
     from bupo.commands.analysis_texts import again, generate
-    from bupo.runlog.display import Progress
+    from bupo.runlog.display import Display
     from bupo.runlog.run_directory import replace_text
 
-    config, first, display = plan.config, plan.subjects[0], Progress(1, 0)
+    config, first, display = plan.config, plan.subjects[0], Display()
     build_task(plan.run, plan.sources)
     model: Any = None
     if plan.how != "generate" or config.rollout.engine == "hf":
@@ -150,9 +150,9 @@ def _loaded(plan: AnalysisPlan, subject: Subject) -> Any:
     import torch
 
     from bupo.policy import num_layers, unembedding
-    from bupo.runlog.display import Progress
+    from bupo.runlog.display import Display
 
-    with Progress(1, 0).waiting(f"loading {subject.source}"):
+    with Display().waiting(f"loading {subject.source}"):
         model = load_model(plan.run, subject.source).eval()
         # Nothing is trained, so there is no float32 to keep.
         model = model.to(getattr(torch, plan.config.model.compute_dtype))

@@ -73,11 +73,11 @@ def make_plan(config: Config, out: Path) -> EvaluationPlan:
     from bupo.data.prompts import load_prompts  # slow, so after the cheap checks
     from bupo.evaluation.estimates import by_dataset
     from bupo.rewards.choice import check_functions, check_sources
-    from bupo.runlog.display import Progress
+    from bupo.runlog.display import Display
 
     check_functions(config.reward)
     facts = read_model(config, sources.model)
-    with Progress(1, 0).waiting("reading prompts"):
+    with Display().waiting("reading prompts"):
         prompts, dropped = load_prompts(
             sources.held_out, facts.tokenizer, config.data, config.eval.limit, apart=True
         )

@@ -64,10 +64,10 @@ def read_model(config: Config, model: str) -> ModelFacts:
     """Tokenizer and sizes; also checks what needs a model's configuration."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from bupo.runlog.display import Progress
+    from bupo.runlog.display import Display
 
     try:
-        with hub.quiet(), Progress(1, 0).waiting(f"reading what {model} is"):
+        with hub.quiet(), Display().waiting(f"reading what {model} is"):
             model_config = AutoConfig.from_pretrained(model)
             tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # of as many kinds as there are families

@@ -96,7 +96,7 @@ def make_plan(config: Config) -> RunPlan:
     from bupo.data.prompts import load_prompts  # slow, so after the cheap checks
     from bupo.rewards.choice import check_functions, check_sources
     from bupo.rl.schedule import Schedule
-    from bupo.runlog.display import Progress
+    from bupo.runlog.display import Display
 
     check_functions(config.reward)
     facts = read_model(config, sources.model)
@@ -105,7 +105,7 @@ def make_plan(config: Config) -> RunPlan:
     schedule = None if measured else Schedule(config)
     if schedule is not None:
         schedule.check(layers, sources.model, facts.tied)
-    with Progress(1, 0).waiting("reading prompts"):
+    with Display().waiting("reading prompts"):
         prompts, dropped = load_prompts(sources.train, tokenizer, config.data, config.data.limit)
     prompts_hash = _hash_of(prompts, bool(config.reward.by_source))
     earlier = out / PROMPTS_FILE

@@ -56,7 +56,7 @@ def execute(plan: EvaluationPlan) -> list[EvalResult]:
     """Evaluates every data set, alone in the directory, and writes what comes of it."""
     from bupo.evaluation.estimates import evaluate, file_name
     from bupo.rewards.choice import make_reward
-    from bupo.runlog.display import Progress
+    from bupo.runlog.display import Display
     from bupo.runlog.run_directory import append_rows, json_lines, replace_text
 
     config, out, results = plan.config, plan.out, []
@@ -68,7 +68,7 @@ def execute(plan: EvaluationPlan) -> list[EvalResult]:
             replace_text(out / "config.yaml", configuration.dump(config))
         reward = make_reward(config.reward)
         parts.callback(reward.close)
-        source, display = plan.sources.model, Progress(1, 0)
+        source, display = plan.sources.model, Display()
         with display.waiting(f"loading {source} into {config.rollout.engine}"):
             prompts = [p for problems in plan.sets.values() for p in problems]
             engine = make_engine(config, source, None, plan.tokenizer, prompts, out)

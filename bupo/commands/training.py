@@ -40,12 +40,12 @@ def _policy(plan: RunPlan, source: str) -> Any:
     from bupo.policy import check_internal_policy
     from bupo.rl import checkpoint
     from bupo.rl.schedule import Schedule
-    from bupo.runlog.display import Progress
+    from bupo.runlog.display import Display
 
     if plan.resume_from is not None:
-        with Progress(1, 0).waiting(f"checking {source}"):
+        with Display().waiting(f"checking {source}"):
             checkpoint.verify(plan.resume_from)
-    with checkpoint.reading(plan.resume_from), Progress(1, 0).waiting(f"loading {source}"):
+    with checkpoint.reading(plan.resume_from), Display().waiting(f"loading {source}"):
         model = _model_to_train(plan.config, source)
     measured = plan.config.bupo.auto_layer is not None
     trained = None if measured else Schedule(plan.config).layers() or plan.layers
@@ -111,7 +111,7 @@ def _train(plan: RunPlan) -> int | None:
     from bupo.rl.auto_layer import with_measured_layer
     from bupo.rl.loop import Parts, Run
     from bupo.rl.update import Trainer
-    from bupo.runlog.display import Progress
+    from bupo.runlog.display import Display
     from bupo.runlog.run_directory import replace_text
     from bupo.runlog.watchdog import Watchdog
 
@@ -137,7 +137,7 @@ def _train(plan: RunPlan) -> int | None:
         reference = _reference(plan, pad) if config.loss.kl_coef else None
         critic = _critic(plan, pad) if config.advantage == "ppo" else None
         start = f"starting {config.rollout.engine} for rollouts"
-        with watchdog.stage(start), Progress(1, 0).waiting(start, watchdog.alive):
+        with watchdog.stage(start), Display().waiting(start, watchdog.alive):
             engine = make_engine(config, source, model, tokenizer, prompts, plan.out)
         parts.callback(engine.close)
         if config.bupo.auto_layer is not None:

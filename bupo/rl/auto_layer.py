@@ -16,7 +16,7 @@ from typing import Any
 from bupo import progress
 from bupo.config import Config, RunError
 from bupo.internal import Text, boundary_layer, entropy_flow
-from bupo.runlog.display import Progress
+from bupo.runlog.display import Display
 from bupo.runlog.run_directory import replace_text
 from bupo.types import Prompt, RolloutEngine
 
@@ -60,7 +60,7 @@ def _measure(
     prompts: Sequence[Prompt],
     alive: Callable[[], object],
 ) -> int:
-    display = Progress(1, 0)
+    display = Display()
     with display.waiting("auto_layer: rollouts of the model as it is", alive):
         seed = f"{config.seed}/auto_layer"
         rollouts = engine.generate(prompts[:PROMPTS], 1, seed, lambda: False)

@@ -73,6 +73,4 @@ class Evaluator:
                     self.recorder.problems(step, evaluation.file_name(dataset)),
                 )
             self.recorder.evaluation(step, when, result)
-            self.monitor.progress.say(
-                f"evaluation {when.replace('_', ' ')} (step {step}): {result}"
-            )
+            self.monitor.display.say(f"evaluation {when.replace('_', ' ')} (step {step}): {result}")

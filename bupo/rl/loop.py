@@ -114,7 +114,7 @@ class Run:
             self.recorder.close()
         rows = [r for r in read_rows(self.out / "metrics.jsonl") if r["step"] > self.start]
         if rows:
-            self.monitor.progress.say(time_line(rows))
+            self.monitor.display.say(time_line(rows))
         write_report(self.out)
         if self.failure:
             raise RunError(self.failure)
@@ -208,7 +208,7 @@ class Run:
         self.drawn += collected.groups - self.config.rollout.prompts
         self.recorder.rollouts(step, [rollout_row(r) for r in rollouts])
         self.recorder.step(row)
-        self.monitor.progress.step(row)
+        self.monitor.display.step(row)
 
     def _collect(self, step: int, watch: Stopwatch) -> Collected:
         """Rollouts with their rewards."""
@@ -231,7 +231,7 @@ class Run:
         grades, responses = collected.grades, len(collected.rollouts)
         lost = sum(r.ungraded for r in collected.rollouts)
         if grades.first_failure:
-            self.monitor.progress.say(
+            self.monitor.display.say(
                 f"step {step}: {grades.timeouts} timeouts and {grades.errors} errors of the "
                 f"reward; {lost} of {responses} responses have none and are left out. "
                 f"The first failure: {grades.first_failure}"
@@ -311,7 +311,7 @@ class Run:
             measured = self.diagnostics.after(step)
         if why := self.diagnostics.ends_phase:
             self.schedule.end_phase(step)
-            self.monitor.progress.say(f"step {step}: phase 1 ends here, {why} (auto_stop)")
+            self.monitor.display.say(f"step {step}: phase 1 ends here, {why} (auto_stop)")
         return measured
 
     def _count_bad_steps(self, step: int, skipped: Sequence[str]) -> None:
@@ -319,7 +319,7 @@ class Run:
             self.bad_steps = 0
             return
         self.bad_steps += 1
-        self.monitor.progress.say(f"step {step}: skipped {'; '.join(skipped)}")
+        self.monitor.display.say(f"step {step}: skipped {'; '.join(skipped)}")
         if self.bad_steps >= self.config.max_bad_steps:
             self.failure = (
                 f"{self.bad_steps} steps in a row with nan or infinity (max_bad_steps), the last: "
@@ -333,7 +333,7 @@ class Run:
         nothing normalises H^l."""
         clipped, ratio = update["policy/clip_fraction"], update["policy/ratio_max"]
         if clipped > WILD_CLIP_FRACTION or ratio > WILD_RATIO:
-            self.monitor.progress.say(
+            self.monitor.display.say(
                 f"step {step}: the phase of layer {layer} starts out of control: {clipped:.0%} of "
                 f"the ratios are clipped, the largest is {ratio:.3g}, the gradient norm is "
                 f"{update['policy/grad_norm']:.3g}, and pi^{layer} has an entropy of {entropy:.2f} "

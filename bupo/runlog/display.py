@@ -1,4 +1,4 @@
-"""The live line: what runs, how far it is, and when it will be done."""
+"""What runs, how far it is and when it will be done: a live display on a terminal, else lines."""
 
 from __future__ import annotations
 
@@ -6,112 +6,151 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from bupo import progress
 from bupo.terminal import TERMINAL
 
 
-class Wait:
-    """How far something is that takes more than a moment."""
+class Display:
+    """The steps of a run, and pieces of work that take more than a moment.
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._begin = self._last = time.monotonic()
-        self._share = 0.0
-        self.told = False
-        """Whether a line has been asked for"""
+    On a terminal, rich.progress draws a line for the steps and one for what is under way. Elsewhere
+    (a log file, a pipe) there is a line every few seconds.
+    """
 
-    def done(self, share: float) -> None:
-        """This share of it is done."""
-        self._share, self._last = share, time.monotonic()
-
-    def line(self) -> str:
-        self.told = True
-        now = time.monotonic()
-        if self._share <= 0:
-            taken = int(now - self._begin)
-            return f"{self._what} | {taken // 60}:{taken % 60:02d}"
-        left = (self._last - self._begin) * (1 - self._share) / self._share
-        left = max(0, int(left - (now - self._last)))  # it goes on between two shares
-        return f"{self._what}: {self._share:.0%} | ETA {left // 60}:{left % 60:02d}"
-
-
-class Progress:
-    """step | phase | reward | tokens/s | ETA: rewritten in place on a terminal, otherwise a line
-    every few seconds."""
-
-    def __init__(self, steps: int, first: int, stream: TextIO | None = None) -> None:
+    def __init__(self, steps: int = 1, first: int = 0, stream: TextIO | None = None) -> None:
+        """steps: of the run; first: those that were done before."""
         self._steps, self._first = steps, first
-        self._stream: Any = stream or TERMINAL
+        self._stream = cast(TextIO, TERMINAL) if stream is None else stream
         self._start = self._shown = time.monotonic()
-        self._live = self._stream.isatty()
-        self._width = 0
+        self._bar = _bar(self._stream) if self._stream.isatty() else None
+        self._task: TaskID | None = None
+        self._line = ""
 
     def step(self, row: dict[str, Any]) -> None:
+        """A step is done; row: as metrics.jsonl has it."""
         now, step = time.monotonic(), row["step"]
-        rate = (now - self._start) / max(step - self._first, 1)
-        left = int(rate * (self._steps - step))
-        phase = f"pi^{row['layer']}" if row["layer"] is not None else "final"
-        line = (
-            f"step {step}/{self._steps} | {phase} policy | reward {row['reward/mean']:.3f} | "
-            f"entropy {row['policy/entropy']:.2f} | {row['tokens_per_second']:,.0f} tokens/s | "
-            f"ETA {left // 60}:{left % 60:02d}"
+        policy = f"pi^{row['layer']}" if row["layer"] is not None else "final"
+        self._line = (
+            f"step {step}/{self._steps} | {policy} policy | reward {row['reward/mean']:.3f} | "
+            f"entropy {row['policy/entropy']:.2f} | {row['tokens_per_second']:,.0f} tokens/s"
         )
-        if self._live:
-            self._stream.write("\r" + line.ljust(self._width))
-            self._width = len(line)
+        if self._bar is not None:
+            if self._task is None:
+                # Of this process only, so that the time that remains is not of steps before it.
+                self._task = self._bar.add_task("", total=self._steps - self._first)
+                self._bar.start()
+            self._bar.update(self._task, description=self._line, completed=step - self._first)
         elif now - self._shown >= 5 or step in (self._first + 1, self._steps):
-            self._stream.write(line + "\n")
+            rate = (now - self._start) / max(step - self._first, 1)
+            self._write(f"{self._line} | ETA {_minutes(rate * (self._steps - step))}")
             self._shown = now
-        self._stream.flush()
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._clear()
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            self._write(text)
 
     def end(self) -> None:
-        """Leaves the live line as it stands."""
-        if self._live and self._width:
-            self._stream.write("\n")
-            self._width = 0
+        """Nothing is live any more; the line of the last step stays."""
+        if self._bar is not None and self._task is not None:
+            self._bar.stop()
+            self._task = None
+            self._write(self._line)
 
     @contextmanager
     def waiting(self, what: str, alive: Callable[[], object] = lambda: None) -> Iterator[None]:
         """Around something that takes more than a moment and that may say by progress.report how
-        far it is; alive() is called whenever it does. After 5 seconds a line says how far it is and
-        when it will be done or, while that is not known, how long it has taken: on a terminal every
-        second, otherwise twice as late each time."""
+        far it is; alive() is called whenever it does. In a log, the first line about it comes after
+        5 seconds, each further one after twice the pause."""
+        show = self._on_terminal if self._bar is not None else self._in_lines
+        with show(what) as done:
+
+            def watcher(fraction: float) -> None:
+                alive()
+                done(fraction)
+
+            with progress.watched_by(watcher):
+                yield
+
+    @contextmanager
+    def _on_terminal(self, what: str) -> Iterator[Callable[[float], object]]:
+        assert self._bar is not None
+        bar, task = self._bar, self._bar.add_task(what, total=None)
+        bar.start()
+        try:
+            yield lambda fraction: bar.update(task, completed=fraction, total=1.0)
+        finally:
+            bar.remove_task(task)
+            if not bar.tasks:
+                bar.stop()
+
+    @contextmanager
+    def _in_lines(self, what: str) -> Iterator[Callable[[float], object]]:
         wait, over = Wait(what), threading.Event()
 
         def tell() -> None:
             pause = 5.0
             while not over.wait(pause):
-                line = wait.line()
-                self._stream.write(("\r" + line.ljust(self._width)) if self._live else line + "\n")
-                self._width = max(self._width, len(line))
-                self._stream.flush()
-                pause = 1.0 if self._live else 2 * pause
-
-        def watcher(done: float) -> None:
-            alive()
-            wait.done(done)
+                self._write(wait.line())
+                pause *= 2
 
         thread = threading.Thread(target=tell, daemon=True)
         thread.start()
         try:
-            with progress.watched_by(watcher):
-                yield
+            yield wait.done
         finally:
             over.set()
             thread.join()
-            if wait.told:
-                self._clear()
 
-    def _clear(self) -> None:
-        """Makes room where the live line stands."""
-        if self._live and self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._width = 0
+    def _write(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def _bar(stream: TextIO) -> Progress:
+    text = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=text),
+        BarColumn(16),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=Console(file=stream, force_terminal=True),
+        expand=True,
+        transient=True,
+        redirect_stdout=False,  # TERMINAL leads to standard error, which would lead back here
+        redirect_stderr=False,
+    )
+
+
+class Wait:
+    """How far some work is, for a log."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._begin = self._last = time.monotonic()
+        self._fraction = 0.0
+
+    def done(self, fraction: float) -> None:
+        """This fraction of it is done."""
+        self._fraction, self._last = fraction, time.monotonic()
+
+    def line(self) -> str:
+        """The fraction and the time that remains or, while that is not known, the time since the
+        beginning."""
+        now = time.monotonic()
+        if self._fraction <= 0:
+            return f"{self._what} | {_minutes(now - self._begin)}"
+        left = (self._last - self._begin) * (1 - self._fraction) / self._fraction
+        left = max(0.0, left - (now - self._last))  # time passes between two reports
+        return f"{self._what}: {self._fraction:.0%} | ETA {_minutes(left)}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

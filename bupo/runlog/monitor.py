@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from bupo.config import Config
-from bupo.runlog.display import Progress
+from bupo.runlog.display import Display
 from bupo.runlog.stop import StopRequest
 from bupo.runlog.watchdog import Watchdog
 
@@ -42,7 +42,7 @@ class Monitor:
     def __init__(self, config: Config, out: Path, start: int) -> None:
         self._steps = config.steps
         self._watchdog = Watchdog(out, config.watchdog.seconds, config.watchdog.kill)
-        self.progress = Progress(config.steps, start)
+        self.display = Display(config.steps, start)
         self.stop = StopRequest()
 
     @contextmanager
@@ -56,7 +56,7 @@ class Monitor:
     @contextmanager
     def watched(self, name: str, shown: str) -> Iterator[None]:
         """name: for the watchdog; shown: on the terminal."""
-        with self._watchdog.stage(name), self.progress.waiting(shown, self._watchdog.alive):
+        with self._watchdog.stage(name), self.display.waiting(shown, self._watchdog.alive):
             yield
 
     def check_stop(self) -> None:
@@ -66,5 +66,5 @@ class Monitor:
 
     def release(self) -> None:
         self.stop.release()
-        self.progress.end()
+        self.display.end()
         self._watchdog.close()
