@@ -191,8 +191,8 @@ def test_too_many_bad_steps_end_the_run_with_everything_saved(
     out, original, bad = tmp_path / "run", Trainer.update, {2, 3, 4}
 
     def poisoned(self: Trainer, rollouts: Any, *arguments: Any) -> Any:
-        if arguments[2] in bad:
-            rollouts[0].advantages[0] = math.nan
+        if arguments[1] in bad:
+            rollouts[0].stream("advantage")[0] = math.nan
         return original(self, rollouts, *arguments)
 
     monkeypatch.setattr(Trainer, "update", poisoned)
@@ -233,7 +233,7 @@ def test_a_broken_update_is_not_saved(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def broken(self: Trainer, *arguments: Any) -> Any:
         found = original(self, *arguments)
-        if arguments[3] == 4:
+        if arguments[2] == 4:
             raise RuntimeError("in the middle")
         return found
 
@@ -251,7 +251,7 @@ def test_a_model_that_is_not_finite_is_not_saved(
 
     def poisoned(self: Trainer, *arguments: Any) -> Any:
         found = original(self, *arguments)
-        if arguments[3] == 4:
+        if arguments[2] == 4:
             dict(self.model.named_parameters())["model.norm.weight"].data[1] = math.inf
         return found
 

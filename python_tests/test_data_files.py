@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,46 +24,35 @@ def write_jsonl(file, rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def as_datasets_saves(folder, rows, parts=2):
-    """The files of Dataset.save_to_disk, version 5.2."""
-    folder.mkdir(parents=True)
-    table = pa.Table.from_pylist(rows)
-    names = [f"data-{n:05d}-of-{parts:05d}.arrow" for n in range(parts)]
-    size = -(-len(rows) // parts)
-    for n, name in enumerate(names):
-        with pa.ipc.new_stream(str(folder / name), table.schema) as stream:
-            stream.write_table(table.slice(n * size, size))
-    (folder / "dataset_info.json").write_text("{}")
-    state = {"_data_files": [{"filename": name} for name in names], "_split": "train"}
-    (folder / "state.json").write_text(json.dumps(state))
+def saved(folder, rows):
+    datasets.Dataset.from_list(rows).save_to_disk(folder, num_shards=2)
 
 
-def by_datasets(folder, rows):
-    from datasets import Dataset
-
-    Dataset.from_list(rows[:3]).save_to_disk(folder / "unused")
-    Dataset.from_list(rows).save_to_disk(folder, num_shards=2)
-
-
-BY = pytest.mark.parametrize("by", [as_datasets_saves, by_datasets], ids=["imitation", "datasets"])
-
-
-@BY
-def test_a_saved_dataset(tmp_path, by):
-    by(tmp_path / "mine", ROWS)
+def test_a_saved_dataset(tmp_path):
+    saved(tmp_path / "mine", ROWS)
     assert data_files.read(str(tmp_path / "mine")) == ROWS
     assert data_files.stem(str(tmp_path / "mine")) == "mine"
+    with pytest.raises(ConfigError, match=r"holds one split, so .*mine:test is not there"):
+        data_files.read(f"{tmp_path}/mine:test")
 
 
-@BY
-def test_splits_of_a_saved_dataset(tmp_path, by):
-    for split, rows in (("train", ROWS[:3]), ("test", ROWS[3:])):
-        by(tmp_path / split, rows)
-    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    assert data_files.read(str(tmp_path)) == ROWS[:3]
-    assert data_files.read(f"{tmp_path}:test") == ROWS[3:]
+def test_splits_of_a_saved_dataset(tmp_path):
+    splits = {"train": ROWS[:3], "test": ROWS[3:]}
+    made = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "two")
+    datasets.DatasetDict({"dev": made["test"]}).save_to_disk(tmp_path / "one")
+    assert data_files.read(f"{tmp_path}/two") == ROWS[:3]
+    assert data_files.read(f"{tmp_path}/two:test") == ROWS[3:]
+    assert data_files.read(f"{tmp_path}/one") == ROWS[3:], "the only one there is"
     with pytest.raises(ConfigError, match="has the splits train, test, not dev"):
-        data_files.read(f"{tmp_path}:dev")
+        data_files.read(f"{tmp_path}/two:dev")
+
+
+def test_a_saved_dataset_needs_a_package(tmp_path, monkeypatch):
+    saved(tmp_path / "mine", ROWS)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"was saved by Hugging Face datasets; .* install"):
+        data_files.check(f"{tmp_path}/mine:train")
 
 
 def test_a_folder_of_files(tmp_path):
@@ -89,16 +79,12 @@ def test_a_name_with_a_colon_is_a_file_if_it_exists(tmp_path, monkeypatch):
         data_files.read("c.jsonl:train")
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("state.json", "{"), ("state.json", "[]"), ("dataset_dict.json", "no"), ("x.arrow", "no")],
-)
-def test_a_torn_saved_dataset_is_named(tmp_path, name, content):
-    as_datasets_saves(tmp_path / "d", ROWS, parts=1)
-    name = "data-00000-of-00001.arrow" if name == "x.arrow" else name
-    (tmp_path / "d" / name).write_text(content)
-    with pytest.raises(ConfigError, match=f"{name} is not a saved dataset"):
-        data_files.read(str(tmp_path / "d"))
+@pytest.mark.parametrize("name", ["state.json", "data-00000-of-00002.arrow"])
+def test_a_torn_saved_dataset_is_named(tmp_path, name):
+    saved(tmp_path / "torn", ROWS)
+    (tmp_path / "torn" / name).write_text("{")
+    with pytest.raises(ConfigError, match="torn is not a saved dataset: "):
+        data_files.read(str(tmp_path / "torn"))
 
 
 @pytest.fixture

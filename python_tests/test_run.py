@@ -15,6 +15,7 @@ from bupo.rl import checkpoint
 from bupo.rl.schedule import Schedule
 from bupo.rollouts import HFEngine
 from bupo.run import main
+from bupo.samples import with_streams
 
 REPOSITORY = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,9 +40,7 @@ def test_a_wrong_engine_stops_the_run(
 
     def shifted(self: Any, *arguments: Any) -> Any:
         rollouts = generate(self, *arguments)
-        for rollout in rollouts:
-            rollout.logprobs = [x - 0.2 for x in rollout.logprobs]
-        return rollouts
+        return with_streams(rollouts, "engine", [r.stream("engine") - 0.2 for r in rollouts])
 
     monkeypatch.setattr(HFEngine, "generate", shifted)
     assert main(arguments(tmp_path / "run")) == 1
@@ -178,14 +177,16 @@ def test_a_setting_that_is_wrong_is_no_damage(tmp_path: Path) -> None:
         raise config.ConfigError("no flash")
 
 
-@pytest.mark.parametrize("where", ["make_plan", "execute", "load_model"])
+@pytest.mark.parametrize(
+    "where", ["run_plan.find_sources", "training.execute", "training.load_model"]
+)
 def test_ctrl_c_before_training(
     where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"bupo.commands.training.{where}", interrupt)
+    monkeypatch.setattr(f"bupo.commands.{where}", interrupt)
     assert main(arguments(tmp_path / "run")) == 130
     assert capsys.readouterr().err.endswith("\nstopped before training began\n")
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 from rl_samples import DEPTH, random_rollouts, small_model
 from run_samples import assert_same_run, rows, run
-from test_update import FINAL, gradients_of, make_trainer, moved, parameters
+from test_update import (
+    FINAL,
+    gradients_and_updates,
+    gradients_of,
+    make_trainer,
+    moved,
+    parameters,
+    update,
+)
 
 from bupo.config import BupoConfig, Config, ConfigError, PhaseConfig
 from bupo.policy import parameter_layers
@@ -97,8 +105,8 @@ def test_a_head_may_be_trained_alone():
     for policy in (schedule.policy(1), schedule.policy(2)):
         model, rollouts = small_model(), random_rollouts()
         trainer = make_trainer(model)
-        trainer.update(rollouts, trainer.token_stats(rollouts, policy).logprobs, policy, 1)
-        assert trainer.changed == {"lm_head.weight"}
+        old = trainer.forward.token_stats(rollouts, policy).logprobs
+        assert update(trainer, rollouts, old, policy, 1).changed == {"lm_head.weight"}
 
 
 # What a frozen parameter is
@@ -123,20 +131,20 @@ def test_frozen_tensors_do_not_move_a_bit(policy, tied):
     """With momentum and weight decay waiting. The others get the gradient that they always had."""
     model, rollouts = small_model(tied=tied), random_rollouts()
     trainer = make_trainer(model, weight_decay=0.1, updates_per_step=2)
-    trainer.update(rollouts, trainer.token_stats(rollouts, FINAL).logprobs, FINAL, 1)
+    update(trainer, rollouts, trainer.forward.token_stats(rollouts, FINAL).logprobs, FINAL, 1)
     start, places = parameters(model), parameter_layers(model)
     moments = {name: trainer.optimizer.state[p]["exp_avg"].clone()
                for name, p in model.named_parameters()}  # fmt: skip
     assert all(m.any() for m in moments.values())
-    old = moved(trainer.token_stats(rollouts, policy).logprobs)
+    old = moved(trainer.forward.token_stats(rollouts, policy).logprobs)
     plain = make_trainer(small_model(tied=tied), updates_per_step=2)
     plain.model.load_state_dict(model.state_dict())
     (expected, *_), _ = gradients_of(plain, rollouts, old, Policy(policy.layer), 2)
-    (came, *_), _ = gradients_of(trainer, rollouts, old, policy, 2)
+    (came, *_), updates = gradients_and_updates(trainer, rollouts, old, policy, 2)
     frozen = {name for name, place in places.items() if policy.rates.factor(place) == 0}
     outside = {name for name in places if expected[name] is None}
     assert frozen and frozen | outside != set(places)
-    assert trainer.changed == places.keys() - frozen - outside, "what weight sync is told"
+    assert updates.changed == places.keys() - frozen - outside, "what weight sync is told"
     for name, p in model.named_parameters():
         still = name in frozen | outside
         assert torch.equal(p, start[name]) == still, name
@@ -145,7 +153,7 @@ def test_frozen_tensors_do_not_move_a_bit(policy, tied):
         if not still:
             torch.testing.assert_close(came[name], expected[name], rtol=1e-4, atol=1e-6)
     before = parameters(model)
-    trainer.update(rollouts, trainer.token_stats(rollouts, FINAL).logprobs, FINAL, 3)
+    update(trainer, rollouts, trainer.forward.token_stats(rollouts, FINAL).logprobs, FINAL, 3)
     assert not any(torch.equal(p, before[n]) for n, p in model.named_parameters()), "thawed"
 
 
@@ -155,8 +163,9 @@ def test_a_tied_head_is_the_embedding():
         model, rollouts = small_model(tied=tied), random_rollouts()
         trainer = make_trainer(model)
         policy = Policy(None, rates=TO_THE_LAST)
-        trainer.update(rollouts, trainer.token_stats(rollouts, policy).logprobs, policy, 1)
-        assert trainer.changed == expected | {"model.norm.weight"}
+        old = trainer.forward.token_stats(rollouts, policy).logprobs
+        changed = update(trainer, rollouts, old, policy, 1).changed
+        assert changed == expected | {"model.norm.weight"}
 
 
 def test_learning_rate_factors():
@@ -165,7 +174,7 @@ def test_learning_rate_factors():
     trainer, start = make_trainer(model, lr=1e-3), parameters(model)
     rates = Rates(embedding=2.0, layers=((1, 1, 0.5), (2, math.inf, 0.1)))
     policy = Policy(None, rates=rates)
-    trainer.update(rollouts, trainer.token_stats(rollouts, policy).logprobs, policy, 1)
+    update(trainer, rollouts, trainer.forward.token_stats(rollouts, policy).logprobs, policy, 1)
     for name, p in model.named_parameters():
         factor = policy.rates.factor(parameter_layers(model)[name])
         largest = float((p.detach() - start[name]).abs().max())
@@ -175,7 +184,7 @@ def test_learning_rate_factors():
 def test_with_gradient_checkpointing_and_frozen_embeddings():
     model, rollouts = small_model(), random_rollouts()
     trainer, policy = make_trainer(model, lr=1e-30), Policy(None, rates=TO_1)
-    old = trainer.token_stats(rollouts, policy).logprobs
+    old = trainer.forward.token_stats(rollouts, policy).logprobs
     (expected,), _ = gradients_of(trainer, rollouts, old, policy, 1)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     (came,), _ = gradients_of(trainer, rollouts, old, policy, 1)

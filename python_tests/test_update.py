@@ -86,7 +86,13 @@ def update(trainer, rollouts, old, policy, step, importance=None):
 
 
 def gradients_of(trainer, *arguments):
-    """The gradients that every optimiser step of an update saw; None where there is none."""
+    """The gradients that every optimiser step of an update saw, None where there is none; and its
+    metrics."""
+    seen, updates = gradients_and_updates(trainer, *arguments)
+    return seen, updates.metrics
+
+
+def gradients_and_updates(trainer, *arguments):
     seen = []
 
     def note(*_):
@@ -94,9 +100,9 @@ def gradients_of(trainer, *arguments):
         seen.append({name: None if p.grad is None else p.grad.clone() for name, p in named})
 
     handle = trainer.optimizer.register_step_pre_hook(note)
-    metrics = update(trainer, *arguments).metrics
+    updates = update(trainer, *arguments)
     handle.remove()
-    return seen, metrics
+    return seen, updates
 
 
 def literal_logits(model, ids, policy, temperature=1.0):

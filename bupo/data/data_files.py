@@ -1,8 +1,9 @@
 """Rows of data: parquet and JSON lines files, folders, and sets of the Hugging Face hub.
 
 A name may end in `:SPLIT`, on the hub also in `:CONFIGURATION/SPLIT`. A folder is one that
-`datasets` saved (save_to_disk; read without that package), or one of parquet or JSON lines files,
-of which a split is those whose name or folder begins with it.
+`datasets` saved (save_to_disk), or one of parquet or JSON lines files, of which a split is those
+whose name or folder begins with it. Single files are read without `datasets`: its loader copies
+them to a cache, wants one type a column, and names no line that is wrong.
 """
 
 from __future__ import annotations
@@ -25,8 +26,16 @@ def check(name: str) -> None:
     """Raises ConfigError unless rows can be read from there; looks at no content."""
     with readable(name):
         place, _ = _split(name)
-        if Path(place).exists():
+        saved = _is_saved(Path(place))
+        if Path(place).exists() and not saved:
             return
+    if saved:
+        if importlib.util.find_spec("datasets") is None:
+            raise ConfigError(
+                f"{name} was saved by Hugging Face datasets; to read it, install the package "
+                "datasets, or save it as parquet (to_parquet)"
+            )
+        return
     if not hub.is_name(place, owner=True) or Path(place).suffix in _READERS:
         raise ConfigError(
             f"data file not found: {name}; put it there, or leave it out of data.train or "
@@ -110,17 +119,14 @@ def _reader(file: Path) -> Callable[[Path], Rows]:
     return reader
 
 
+def _is_saved(folder: Path) -> bool:
+    """Whether Hugging Face datasets has saved one split or several there."""
+    return (folder / _SAVED).is_file() or (folder / _SAVED_SPLITS).is_file()
+
+
 def _from_folder(folder: Path, split: str | None) -> Rows:
-    if (folder / _SAVED_SPLITS).is_file():
-        splits = _object(folder / _SAVED_SPLITS).get("splits", [])
-        chosen = split or (splits[0] if len(splits) == 1 else "train")
-        if chosen not in splits:
-            raise ConfigError(f"{folder} has the splits {', '.join(splits)}, not {chosen}")
-        return _saved(folder / chosen)
-    if (folder / _SAVED).is_file():
-        if split is not None:
-            raise ConfigError(f"{folder} holds one split, so {folder}:{split} is not there")
-        return _saved(folder)
+    if _is_saved(folder):
+        return _saved(folder, split)
     files = sorted(f for f in folder.rglob("*") if f.suffix in _READERS and f.is_file())
     chosen = split or "train"
     of_split = [f for f in files if any(p.startswith(chosen) for p in f.relative_to(folder).parts)]
@@ -132,30 +138,23 @@ def _from_folder(folder: Path, split: str | None) -> Rows:
     return [row for file in of_split for row in _reader(file)(file)]
 
 
-def _saved(folder: Path) -> Rows:
-    """What Dataset.save_to_disk wrote: streams of arrow record batches, listed in state.json."""
-    import pyarrow as pa
+def _saved(folder: Path, split: str | None) -> Rows:
+    """The rows of one split that Hugging Face datasets has saved."""
+    import datasets
 
-    names = [entry["filename"] for entry in _object(folder / _SAVED).get("_data_files", [])]
-    rows: Rows = []
-    for name in names:
-        try:
-            with pa.memory_map(str(folder / name)) as source:
-                rows += pa.ipc.open_stream(source).read_all().to_pylist()
-        except (OSError, ValueError) as error:
-            reason = first_line(error)
-            raise ConfigError(f"{folder / name} is not a saved dataset: {reason}") from None
-    return rows
-
-
-def _object(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} is not a saved dataset: {first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file} is not a saved dataset")
-    return found
+        with hub.quiet():
+            saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of many kinds: a torn list, a torn file, another format
+        raise ConfigError(f"{folder} is not a saved dataset: {first_line(error)}") from None
+    if not isinstance(saved, dict):
+        if split is not None:
+            raise ConfigError(f"{folder} holds one split, so {folder}:{split} is not there")
+        return list(saved.to_list())
+    chosen = split or (next(iter(saved)) if len(saved) == 1 else "train")
+    if chosen not in saved:
+        raise ConfigError(f"{folder} has the splits {', '.join(saved)}, not {chosen}")
+    return list(saved[chosen].to_list())
 
 
 def _from_hub(name: str, split: str) -> Rows:
