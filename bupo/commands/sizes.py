@@ -229,4 +229,4 @@ def _engine(config: Config, text: Any, total: int, prompt: int, gpu: bool) -> in
         return 0 if gpu else element * total + ranks * int(options["kv_cache_memory_bytes"])
     responses = min(rollout.batch_size, rollout.prompts * rollout.samples)
     of_token = 2 * text.num_hidden_layers * _cache_width(text) * 4
-    return responses * (prompt + rollout.max_new_tokens) * of_token
+    return int(responses * (prompt + rollout.max_new_tokens) * of_token)

@@ -67,7 +67,7 @@ def _refuse_forward_mode(op: str, *tensors: tuple[str, object]) -> None:
     for name, x in tensors:
         if not isinstance(x, Tensor):
             continue
-        if forward_ad.unpack_dual(x, level=0).tangent is not None:  # type: ignore[no-untyped-call]
+        if forward_ad.unpack_dual(x, level=0).tangent is not None:
             raise NotImplementedError(
                 f"{op}: {name} has a forward-mode tangent (torch.func.jvp, jacfwd, dual tensors), "
                 "which is not supported: use reverse mode, or bupo.ops.reference.lm_head_logprobs"

@@ -32,8 +32,8 @@ def grade(response: str, answer: str) -> float:
     from math_verify import parse, verify
 
     # No alarm inside: the deadline is the caller's, which kills this process.
-    truth = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)  # type: ignore[arg-type]
-    guess = parse(f"\\boxed{{{given}}}", parsing_timeout=None)  # type: ignore[arg-type]
+    truth = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    guess = parse(f"\\boxed{{{given}}}", parsing_timeout=None)
     return float(verify(truth, guess, timeout_seconds=None))
 
 

@@ -86,7 +86,7 @@ def optimise(
         with progress.part((number - 1) / len(parts), number / len(parts)):
             for batch in batches(part):
                 out = loss(batch, tokens)
-                out.loss.backward()  # type: ignore[no-untyped-call]
+                out.loss.backward()
                 part_losses.append(out.loss.detach().double())
                 for name, value in out.metrics.items():
                     value = value.detach().double()

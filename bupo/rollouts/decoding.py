@@ -95,7 +95,8 @@ class Sequences:
         self._state = self._model._update_model_kwargs_for_generation(outputs, self._state)
         self._begun = True
         # A copy, or a model that gives the logits of the whole prompt would keep them alive.
-        return outputs.logits[:, -1].clone()
+        logits: Tensor = outputs.logits[:, -1].clone()
+        return logits
 
     def append(self, tokens: Tensor) -> None:
         self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
