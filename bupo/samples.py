@@ -155,16 +155,21 @@ def _batch(
         columns += [position - 1 for position in positions]
     at = torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
     shared = set[str].intersection(*(set(sample.streams) for sample in samples))
+    streams = {name: torch.cat([s.streams[name] for s in samples]) for name in sorted(shared)}
     return Batch(
         members=members,
         counts=[sample.count for sample in samples],
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        rows=at[0].to(device),
-        columns=at[1].to(device),
-        targets=ids[at[0], at[1] + 1].to(device),
-        streams={
-            name: torch.cat([sample.streams[name] for sample in samples]).to(device)
-            for name in sorted(shared)
-        },
+        input_ids=_on(device, ids),
+        attention_mask=_on(device, mask),
+        rows=_on(device, at[0]),
+        columns=_on(device, at[1]),
+        targets=_on(device, ids[at[0], at[1] + 1]),
+        streams={name: _on(device, values) for name, values in streams.items()},
     )
+
+
+def _on(device: torch.device | str, values: Tensor) -> Tensor:
+    """The values on a device, without waiting for what a GPU is at."""
+    if torch.device(device).type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

@@ -166,7 +166,10 @@ def gspo(log_ratios, lengths, advantages, **options):
     weights, zeros = torch.ones_like(advantages), torch.zeros_like(leaf)
     streams = {"old": zeros, "advantage": advantages, "weight": weights}
     none = torch.zeros(0, dtype=torch.long)
-    batch = Batch(list(range(len(lengths))), lengths, none, none, none, none, none, streams)
+    rows = torch.tensor(
+        [n for n, length in enumerate(lengths) for _ in range(length)], dtype=torch.long
+    )
+    batch = Batch(list(range(len(lengths))), lengths, none, none, rows, none, none, streams)
     settings = LossConfig(**{"type": "gspo", "clip_low": 0.2, "clip_high": 0.28} | options)
     log_probs = LogProbs(leaf, zeros, zeros)
     with pytest.MonkeyPatch.context() as patch:

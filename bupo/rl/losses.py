@@ -45,11 +45,11 @@ def sequence_loss(
     coupled, so this is torch on the log-probs of the op, not a mode of it. With weights
     1 / (N |o_i|), loss.aggregation=seq_mean, it is the paper's.
     """
-    counts = torch.tensor(batch.counts, dtype=torch.long, device=hidden.device)
-    response = torch.repeat_interleave(torch.arange(len(counts), device=hidden.device), counts)
 
     def mean_of_response(log_ratio: Tensor) -> Tensor:
-        sums = log_ratio.new_zeros(len(counts)).index_add(0, response, log_ratio)
+        none, response = log_ratio.new_zeros(len(batch.counts)), batch.rows
+        sums = none.index_add(0, response, log_ratio)
+        counts = none.index_add(0, response, torch.ones_like(log_ratio))
         return (sums / counts.clamp(min=1))[response]
 
     out = ops.lm_head_logprobs(hidden, targets=batch.targets, **head)
