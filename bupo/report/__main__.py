@@ -1,10 +1,7 @@
 """The report of finished or running runs.
 
-    python -m bupo.report RUN_DIR                     one run; writes into RUN_DIR
-    python -m bupo.report RUN_DIR RUN_DIR2 [--out D]  overlaid; into D (RUN_DIR/comparison)
-
-A pure function of metrics.jsonl, eval.jsonl, diagnostics.jsonl, config.yaml and
-rollouts/step_*.jsonl: same files, same bytes.
+python -m bupo.report RUN_DIR                     one run; writes into RUN_DIR
+python -m bupo.report RUN_DIR RUN_DIR2 [--out D]  overlaid; into D (RUN_DIR/comparison)
 """
 
 import argparse
@@ -14,8 +11,7 @@ from pathlib import Path
 from bupo.report import write_report
 
 PROGRAM = "bupo.report"
-FILES = ("metrics.jsonl", "eval.jsonl", "config.yaml")
-"""A run directory has one of them from its beginning"""
+FILES = ("metrics.jsonl", "eval.jsonl")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for run in args.run_dirs:
             if run.is_dir() and not any((run / name).is_file() for name in FILES):
-                raise FileNotFoundError(f"{run} holds no run: it has none of {', '.join(FILES)}")
+                raise FileNotFoundError(f"{run} holds no run: it has no {' and no '.join(FILES)}")
         print(write_report(*args.run_dirs, out_dir=args.out))
     except OSError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import base64
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
-from bupo.internal.analysis import Analysis
+if TYPE_CHECKING:
+    from bupo.internal.analysis import Analysis
+
+SCALE = [to_hex(color) for color in colormaps["viridis"](np.linspace(0, 1, 33))]
+"""The colours of a map, from its smallest value to its largest"""
 
 
-def packed(values: NDArray, step: float | None = None) -> dict[str, Any]:
+def packed(values: NDArray[Any], step: float | None = None) -> dict[str, Any]:
     """{low, step, bits, data}: value = low + step * integer. None: thousandths, or finer where the
     range is narrow."""
     lowest, highest = float(values.min()), float(values.max())
