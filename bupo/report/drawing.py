@@ -66,7 +66,8 @@ def figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figu
 def short(name: object, most: int) -> str:
     """A name as a label: beginnings and ends of paths tell most, so the middle of a long one is
     left out; a space stands before an underscore, which would hide the label from a legend."""
-    text, half = str(name), (most - 1) // 2
+    text = "".join(c if c.isprintable() else "�" for c in str(name))
+    half = (most - 1) // 2
     text = text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
     return f" {text}" if text.startswith("_") else text
 
