@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import browser as chrome
 import matplotlib
 import matplotlib.image
 import numpy as np
@@ -431,6 +432,19 @@ def test_looks_of_another_depth_are_left_out(tmp_path):
     run = write_run(tmp_path / "run")
     lines(run / "diagnostics.jsonl", [*looks([0, 5]), *looks([9, 12], depth=7), *looks([20, 30])])
     assert "layers" in figures(report.write_report(run))
+
+
+def test_figures_are_legible_in_a_browser(tmp_path):
+    name = "the Instruct model's run, " + 3 * "seed "
+    evals = [row for n in range(5) for row in evaluations(40, 8, f"data set {n} " + 40 * "x")]
+    run = write_run(tmp_path / f"{name}1", evals=evals)
+    lines(run / "diagnostics.jsonl", looks(range(30), depth=36))
+    other = write_run(tmp_path / f"{name}2", internal=20)
+    with chrome.chromium(tmp_path / "profile") as driver:
+        for page in (report.write_report(run), report.write_report(run, other)):
+            chrome.opened(driver, page)
+            assert chrome.illegible(driver) == [], page
+            assert driver.get_log("browser") == []
 
 
 def test_command_line(tmp_path):

@@ -153,7 +153,7 @@ def draw_pass_at_k(curves: Sequence[tuple[Row, str, Style]]) -> Figure | None:
         for row, label, look in mine:
             y, error = ([number(row.get(f"pass@{k}{end}")) for k in ks] for end in ("", "_se"))
             ax.errorbar(ks, y, error, marker="o", capsize=2.5, label=label, **look)
-        ax.set_title(short(dataset, 40))
+        ax.set_title(short(dataset, 30))
         ax.set_xscale("log", base=2)
         ax.set_xticks(ks, [str(k) for k in ks])
         ax.minorticks_off()
