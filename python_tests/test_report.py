@@ -221,10 +221,8 @@ def test_evaluation_table(tmp_path):
         {"step": 20, "when": "during", "dataset": "math500", "avg": 0.5678, "avg_se": None}
     )
     text = text_of(report.write_report(write_run(tmp_path / "run", evals=evals)))
-    row = (
-        "arithmetic 8 phase switch 512 0.360 ± 0.011 0.360 ± 0.012 0.590 ± 0.012 0.832 ± 0.012 19.4"
-    )
-    assert row in text
+    figures = "0.360 ± 0.011 0.360 ± 0.012 0.590 ± 0.012 0.832 ± 0.012 19.400"
+    assert f"arithmetic 8 phase switch 512 {figures}" in text
     assert "All 7 evaluations" in text
     assert "math500 20 during 0.568 " in text
 
@@ -241,8 +239,8 @@ def test_majority_votes_are_shown_where_there_are_any(tmp_path):
 def test_rollouts_best_and_worst_of_the_first_step_and_the_ends_of_phases(page):
     text = text_of(page)
     for step in (1, 8, 40):
-        assert f"{step} 1 p{step}_1= 7+5=12#12 {step}_1 12 stop" in text
-        assert f"{step} 0 p{step}_3= 7+5=12#12 {step}_3 12 stop" in text
+        assert f"{step} 1.000 p{step}_1= 7+5=12#12 {step}_1 12 stop" in text
+        assert f"{step} 0.000 p{step}_3= 7+5=12#12 {step}_3 12 stop" in text
     assert "p8_0" not in text and "p9_1" not in text
 
 
@@ -277,6 +275,7 @@ def test_hostile_text_is_shown_and_not_obeyed(tmp_path):
         assert "could not be drawn" not in source
         assert set(figures(page)) == PICTURES
         assert "_run $x^{$ &lt;b&gt;" in source
+    assert "_run $x^{$ &lt;b&gt;" in figures(page)["length"], "named in the legend of several"
 
 
 def test_empty_run_says_so(tmp_path):

@@ -24,7 +24,10 @@ POLICIES = [
     ("ffn", "FFN", GREEN, "s", 1.8),
 ]
 """Part of a curve's name, label, colour, marker and width"""
-VIEWS = [("layer", "raw", BLUE, "o", 3.2), ("layer_normed", "with final norm", PURPLE, "D", 1.5)]
+RAW_AND_NORMED = [
+    ("layer", "raw", BLUE, "o", 3.2),
+    ("layer_normed", "with final norm", PURPLE, "D", 1.5),
+]
 """The same of the layer's policy; raw is wider, to be seen where both are equal"""
 
 
@@ -117,19 +120,21 @@ def scale(models: Sequence[Model]) -> Figure:
     _panel(norms, models, "Length of the vectors", unit, "norm.{}", POLICIES)
     logarithmic(norms)
     title = "Entropy of the layer policy"
-    _panel(entropies, models, title, "nats per token", "entropy.{}", VIEWS)
+    _panel(entropies, models, title, "nats per token", "entropy.{}", RAW_AND_NORMED)
     entropies.set_ylim(bottom=0)
     return _legend(fig, [norms, entropies], models)
 
 
 def to_model(models: Sequence[Model]) -> Figure:
     fig, (kl, agreement, rank) = figure(1, 3, 3.7)
-    _panel(kl, models, "KL to the model", "nats per token", "kl.{}", VIEWS)
+    _panel(kl, models, "KL to the model", "nats per token", "kl.{}", RAW_AND_NORMED)
     kl.set_ylim(bottom=0)
-    _panel(agreement, models, "Same likeliest token", "share of tokens", "agreement.{}", VIEWS)
+    _panel(
+        agreement, models, "Same likeliest token", "share of tokens", "agreement.{}", RAW_AND_NORMED
+    )
     agreement.set_ylim(-0.02, 1.02)
     unit = "mean, 1 = likeliest, logarithmic"
-    _panel(rank, models, "Rank of the token that came", unit, "rank.{}", VIEWS, plus=1)
+    _panel(rank, models, "Rank of the token that came", unit, "rank.{}", RAW_AND_NORMED, plus=1)
     logarithmic(rank)
     return _legend(fig, [kl], models)
 

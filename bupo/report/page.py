@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from bupo.report.drawing import encoded, style
 from bupo.report.palette import VARIABLES
-from bupo.report.run_files import digits, plus_minus
+from bupo.report.run_files import plus_minus
 from bupo.runlog.run_directory import replace_text
 
 Draw = dict[str, Callable[[], Figure | None]]
@@ -45,7 +45,7 @@ def write_page(
             figures[name] = files["svg"].decode()
     pages = FileSystemLoader(Path(__file__).parent)
     env = Environment(loader=pages, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"inline": inline, "digits": digits, "plus_minus": plus_minus}
+    env.filters |= {"inline": inline, "plus_minus": plus_minus}
     values |= {"figures": figures, "notes": notes, "variables": VARIABLES}
     page = env.get_template(template).render(values)
     replace_text(out / "report.html", page.encode(errors="replace").decode())

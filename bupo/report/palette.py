@@ -7,7 +7,6 @@ INK, GREY, GRID = "#1f2937", "#6b7280", "#e5e7eb"
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#c77800", "#009e73", "#b0578d"
 SERIES = [BLUE, ORANGE, GREEN, PURPLE, "#56b4e9", "#d55e00", "#9a8700", GREY]
 """The first of several runs, the second, ..."""
-OF_POLICY = {"layer": BLUE, "attention": ORANGE, "ffn": GREEN}
 OF_SEGMENT = {"exploration": "#e69f00", "integration": "#9ca3af", "convergence": "#56b4e9"}
 VARIABLES = {
     INK: ("ink", "#e5e7eb"),

@@ -80,12 +80,6 @@ def number(value: object) -> float:
         return math.nan
 
 
-def digits(value: object) -> str:
-    """Three significant digits of a number, nothing of anything else."""
-    x = number(value)
-    return "" if math.isnan(x) else f"{x:,.0f}" if 1e3 <= abs(x) < 1e7 else f"{x:.3g}"
-
-
 def plus_minus(row: Row, key: str) -> str:
     """A mean and, where it is defined, its standard error."""
     value, error = number(row.get(key)), number(row.get(f"{key}_se"))
@@ -105,7 +99,7 @@ def read_run(folder: Path, name: str) -> Run:
     for row in _rows(folder / "eval.jsonl", notes):
         row |= {"dataset": str(row.get("dataset")), "when": str(row.get("when"))}
         evals[row["step"], row["dataset"], row["when"]] = row
-    values = [(k, v) for row in rows.values() for k, v in row.items() if k != "layer"]
+    values = [item for row in rows.values() for item in row.items() if item[0] != "layer"]
     bad = [k for k, v in values if v is None or (isinstance(v, float) and not math.isfinite(v))]
     counts = [f"{key} in {bad.count(key)} of {len(rows)} steps" for key in dict.fromkeys(bad)]
     notes += [f"Not finite: {', '.join(counts)}."] if counts else []
