@@ -54,7 +54,9 @@ def draw_steps(name: str, runs: Sequence[Run]) -> Figure | None:
         elif low >= 0:
             ax.set_ylim(0, 1.07 * high or 1)
         ax.margins(x=0.015)
-    axes[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    axes[-1].xaxis.set_major_locator(
+        MaxNLocator(8, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+    )
     axes[-1].set_xlabel("training step")
     legend(fig, axes, markers)
     return fig
