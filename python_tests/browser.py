@@ -115,6 +115,37 @@ def pictures(browser: Any) -> list[str]:
     return found
 
 
+CLIPPED = """
+const found = [];
+for (const figure of document.querySelectorAll("figure")) {
+  const svg = figure.querySelector("svg"), box = svg.getBoundingClientRect();
+  const texts = [...svg.querySelectorAll("text")].filter((t) => t.textContent.trim());
+  const boxes = texts.map((t) => t.getBoundingClientRect());
+  boxes.forEach((b, i) => {
+    if (b.left < box.left - 2 || b.right > box.right + 2 || b.top < box.top - 2 ||
+        b.bottom > box.bottom + 2)
+      found.push(`${figure.id}: "${texts[i].textContent}" is cut`);
+    if (b.height < 9 && b.width < 9)
+      found.push(`${figure.id}: "${texts[i].textContent}" is tiny`);
+    boxes.slice(i + 1).forEach((o, j) => {
+      const x = Math.min(b.right, o.right) - Math.max(b.left, o.left);
+      const y = Math.min(b.bottom, o.bottom) - Math.max(b.top, o.top);
+      const smaller = Math.min(b.width * b.height, o.width * o.height);
+      if (x > 0 && y > 0 && x * y > 0.2 * smaller)
+        found.push(`${figure.id}: ${texts[i].textContent} on ${texts[i + 1 + j].textContent}`);
+    });
+  });
+}
+return found;
+"""
+
+
+def illegible(browser: Any) -> list[str]:
+    """Labels of figures that are cut, tiny or on one another."""
+    found: list[str] = browser.execute_script(CLIPPED)
+    return found
+
+
 def choose(browser: Any, name: str, value: str) -> None:
     from selenium.webdriver.support.ui import Select
 

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from bupo.commands.scoring import print_table
 from bupo.evaluate import main
+from bupo.report import write_pass_at_k
 from bupo.rollouts import HFEngine
 from bupo.runlog import run_directory as metrics
+from bupo.types import EvalResult
 
 SIZES = "task_options={layers: 2, width: 32, warm_steps: 4, eval_problems: 40}"
 SETTINGS = [
@@ -53,6 +56,33 @@ def test_figures_are_those_of_the_responses(whole: Path) -> None:
     assert result["pass@8"] is None, "undefined with 4 samples"
     assert result["length"] == pytest.approx(sum(sum(row["tokens"]) for row in rows) / 160)
     assert (whole / "pass_at_k.png").stat().st_size > 5000
+
+
+def test_table_and_picture_of_any_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names are a stranger's, and a single problem has no standard error."""
+    nan = float("nan")
+    results = [
+        EvalResult(
+            "a [/b]\x1b[2J", 1, 4, 0.5, nan, {1: (0.5, nan), 8: None}, None, 12.4, 0.25, 0.0
+        ),
+        EvalResult("second", 20, 4, 0.5, 0.1, {1: (0.5, 0.1), 8: None}, (0.75, 0.1), 9.6, 0.0, 0.5),
+    ]
+    print_table(results)
+    shown = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [[cell.strip() for cell in line if cell] for line in shown] == [
+        ["data set", "problems", "n", "Avg@n", "Pass@1", "Pass@8", "maj@n", "tokens", "truncated",
+         "not graded"],
+        ["a [/b]\\x1b[2J", "1", "4", "0.500 ± -", "0.500 ± -", "-", "-", "12", "25.0%", "0.0%"],
+        ["second", "20", "4", "0.500 ± 0.100", "0.500 ± 0.100", "-", "0.750 ± 0.100", "10", "0.0%",
+         "50.0%"],
+    ]  # fmt: skip
+    write_pass_at_k([result.row() for result in results], tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+    undefined = results[1].row() | {"pass@1": None}
+    write_pass_at_k([undefined], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_majority_and_answers(whole: Path) -> None:

@@ -26,7 +26,7 @@ ROOMS = {
     "rollouts": {"config", "types", "samples", "policy", "terminal", "progress"},
     "runlog": {"config", "types", "terminal", "progress"},
     "evaluation": {"config", "types", "progress"},
-    "report": {"internal"},
+    "report": {"internal", "runlog"},
     "tasks": {"config", "hub", "terminal", "runlog"},
 }
 """A file or folder of bupo/, and what of the others it may import. Those that are not named, rl and

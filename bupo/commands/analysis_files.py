@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from bupo.commands.analysis_texts import Measured
 from bupo.config import AnalysisConfig
 from bupo.internal import Analysis, tables
-from bupo.report.analysis_page import write_report
+from bupo.report import write_analysis_report
 from bupo.runlog.run_directory import json_lines, replace_text
 
 OWN_TOKENS = (
@@ -70,7 +70,7 @@ def write_results(
     replace_text(
         out / "summary.json", json.dumps(_plain(summary), indent=1, allow_nan=False) + "\n"
     )
-    write_report(out, found, facts, notes)
+    write_analysis_report(out, found, facts, notes)
 
 
 def _write_table(file: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:

@@ -13,6 +13,7 @@ those of bupo.run; what only training needs is ignored.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -55,6 +56,7 @@ def _rows_done(
 def execute(plan: EvaluationPlan) -> list[EvalResult]:
     """Evaluates every data set, alone in the directory, and writes what comes of it."""
     from bupo.evaluation.estimates import evaluate, file_name
+    from bupo.report import write_pass_at_k
     from bupo.rewards.choice import make_reward
     from bupo.runlog.display import Display
     from bupo.runlog.run_directory import append_rows, json_lines, replace_text
@@ -84,51 +86,28 @@ def execute(plan: EvaluationPlan) -> list[EvalResult]:
             with display.waiting(f"evaluation on {name}"):
                 results.append(evaluate(name, problems, config, generate, reward, keep, done))
     replace_text(out / "eval.jsonl", json_lines([result.row() for result in results]))
-    _draw(results, out / "pass_at_k.png")
+    write_pass_at_k([result.row() for result in results], out / "pass_at_k.png")
     return results
 
 
-def _draw(results: Sequence[EvalResult], file: Path) -> None:
-    """Pass@K over K, with a standard error on either side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for result in results:
-        points = [(k, *p) for k, p in result.pass_k.items() if p is not None]
-        ks, means = [p[0] for p in points], [p[1] for p in points]
-        errors = [0.0 if p[2] != p[2] else p[2] for p in points]  # nan: one problem
-        label = f"{result.dataset} ({result.problems} problems, {result.samples} samples)"
-        axes.errorbar(ks, means, yerr=errors, marker="o", capsize=3, label=label)
-    axes.set_xscale("log", base=2)
-    shown = sorted({k for result in results for k, p in result.pass_k.items() if p is not None})
-    axes.set_xticks(shown, [str(k) for k in shown])
-    axes.minorticks_off()
-    axes.set_xlabel("K")
-    axes.set_ylabel("Pass@K")
-    axes.set_ylim(0, 1)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(file, dpi=120)
-
-
 def print_table(results: Sequence[EvalResult]) -> None:
-    """Avg@n, Pass@K and maj@n of each data set."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Avg@n, Pass@K and maj@n of each data set with their standard errors; "-" where undefined."""
     ks = list(results[0].pass_k)
-    table = Table("data set", "problems", "n", "Avg@n", *(f"Pass@{k}" for k in ks))
-    for name in ("maj@n", "tokens", "truncated", "not graded"):
-        table.add_column(name)
+    table = [["data set", "problems", "n", "Avg@n", *(f"Pass@{k}" for k in ks), "maj@n"]]
+    table[0] += ["tokens", "truncated", "not graded"]
     for r in results:
+        name = "".join(c if c.isprintable() else repr(c)[1:-1] for c in r.dataset)
         figures = [(r.avg, r.avg_se), *r.pass_k.values(), r.maj]
-        cells = ["-" if p is None else f"{p[0]:.3f} ± {p[1]:.3f}" for p in figures]
-        shares = (f"{r.length:.0f}", f"{r.truncated:.1%}", f"{r.ungraded:.1%}")
-        table.add_row(r.dataset, str(r.problems), str(r.samples), *cells, *shares)
-    Console(width=max(80, 40 + 18 * (len(ks) + 3))).print(table)
+        cells = ["-" if p is None else " ± ".join(map(_digits, p)) for p in figures]
+        shares = [f"{r.length:.0f}", f"{r.truncated:.1%}", f"{r.ungraded:.1%}"]
+        table.append([name, str(r.problems), str(r.samples), *cells, *shares])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "-"
 
 
 def _score_and_print(plan: EvaluationPlan) -> int:

@@ -1,47 +1,89 @@
-"""The report of a training run: report.html and PNG plots, from the files of its run directory.
+"""Pages for a browser, and figures: of a training run, of several, and of an analysis.
 
-run_files.py reads, plots.py and layer_maps.py draw, run_page.html.j2 is the page;
-`python -m bupo.report` for a finished run, or several overlaid.
+run_plots.py, layer_maps.py and analysis_plots.py draw, page.py writes the page; drawing.py and
+palette.py are the style of all figures.
 """
 
-import base64
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jinja2
-
+from bupo.report import analysis_plots, heat_map
+from bupo.report.drawing import encoded, style
 from bupo.report.layer_maps import draw_layers
-from bupo.report.plots import TITLES, draw
-from bupo.report.run_files import pass_ks, pick_rollouts, plus_minus, read_run, short
+from bupo.report.page import Draw, write_page
+from bupo.report.palette import BLUE
+from bupo.report.run_files import Row, read_run, some_rollouts
+from bupo.report.run_plots import PANELS, draw_evaluations, draw_pass_at_k, draw_steps, pass_ks
 
-__all__ = ["write_report"]
+if TYPE_CHECKING:
+    from bupo.internal.analysis import Analysis
+
+__all__ = ["write_analysis_report", "write_pass_at_k", "write_report"]
 
 
 def write_report(run_dir: Path, *others: Path, out_dir: Path | None = None) -> Path:
-    """Write report.html (one self-contained file) and its plots as PNG; return the page's path.
+    """Writes report.html of a training run and its figures as PNG; returns the page's path.
 
-    They go into run_dir; with others (the runs overlaid) into run_dir/comparison; or into out_dir.
-    Missing keys, values that are not numbers and unreadable lines are left out, and a run without a
-    step gives a page that says so. Raises OSError only: a directory missing or not writable.
+    They go into run_dir; with others, the runs overlaid, into run_dir/comparison; or into out_dir.
+    The same files give the same bytes. Missing keys, values that are not numbers and unreadable
+    lines are left out, and a run without a step gives a page that says so. Raises OSError only: a
+    directory is missing or not writable.
     """
     paths = list(dict.fromkeys(Path(path).resolve() for path in (run_dir, *others)))
     unique = len({path.name for path in paths}) == len(paths)
     runs = [read_run(path, path.name if unique else str(path)) for path in paths]
-    out = Path(out_dir or (Path(run_dir) / "comparison" if others else run_dir))
-    out.mkdir(parents=True, exist_ok=True)
-    images = {}
-    for name in TITLES:
-        try:
-            png = draw_layers(runs) if name == "layers" else draw(name, runs)
-        except Exception as error:  # a plot must never end a training run; the page says it is gone
-            runs[0].notes.append(f"{name}.png could not be drawn: {error!r:.200}")
-            continue
-        if png:
-            (out / f"{name}.png").write_bytes(png)
-            images[name] = TITLES[name], base64.b64encode(png).decode()
-    rollouts = {r.name: list(pick_rollouts(p, r.phases)) for r, p in zip(runs, paths, strict=True)}
-    env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"plus_minus": plus_minus, "short": short}
-    page = env.from_string(Path(__file__).with_name("run_page.html.j2").read_text(encoding="utf-8"))
-    html = page.render(runs=runs, images=images, rollouts=rollouts, pass_ks=pass_ks)
-    (out / "report.html").write_text(html, encoding="utf-8", errors="replace")
-    return out / "report.html"
+    draw: Draw = {name: partial(draw_steps, name, runs) for name in PANELS}
+    draw |= {"pass_at_k": partial(draw_evaluations, runs)}
+    draw |= {"layers": partial(draw_layers, runs[0])} if len(runs) == 1 else {}
+    named = [(f"{run.name}: " if len(runs) > 1 else "", run) for run in runs]
+    return write_page(
+        Path(out_dir or (Path(run_dir) / "comparison" if others else run_dir)),
+        "run_page.html.j2",
+        draw,
+        notes=[f"{name}{note}" for name, run in named for note in run.notes],
+        facts=[f"{name}{run.sentence}" for name, run in named],
+        runs=runs,
+        rollouts=[some_rollouts(path, run) for path, run in zip(paths, runs)],
+        pass_ks=pass_ks,
+    )
+
+
+def write_pass_at_k(rows: Sequence[Row], file: Path) -> None:
+    """Draws rows of eval.jsonl to a PNG file; nothing if no Pass@K is defined. Raises OSError."""
+    with style():
+        if figure := draw_pass_at_k([(row, "", {"color": BLUE}) for row in rows]):
+            file.write_bytes(encoded(figure, "png"))
+
+
+def write_analysis_report(
+    out: str | Path, found: Sequence[Analysis], facts: Sequence[str] = (), notes: Sequence[str] = ()
+) -> Path:
+    """Writes figures/NAME.svg and .png and report.html of one analysis, or of two overlaid; returns
+    the page's path.
+
+    facts: what was analysed, a sentence each; notes: what a reader should know first. Raises
+    ValueError for another number of analyses, and OSError.
+    """
+    if len(found) not in (1, 2):
+        raise ValueError(
+            f"write_analysis_report: found: expected 1 or 2 analyses, got {len(found)}"
+        )
+    models = [analysis_plots.Model(each) for each in found]
+    maps = [{"name": each.name, "maps": heat_map.heat_maps(each)} for each in found]
+    data = json.dumps({"scale": heat_map.SCALE, "models": maps}, ensure_ascii=False)
+    return write_page(
+        Path(out),
+        "analysis_page.html.j2",
+        {draw.__name__: partial(draw, models) for draw in analysis_plots.FIGURES},
+        folder="figures",
+        notes=notes,
+        facts=facts,
+        summaries=[model.summary for model in models],
+        data=data.replace("<", "\\u003c"),
+        script=Path(__file__).with_name("heat_map.js").read_text(encoding="utf-8"),
+    )

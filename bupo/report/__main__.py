@@ -1,10 +1,7 @@
 """The report of finished or running runs.
 
-    python -m bupo.report RUN_DIR                     one run; writes into RUN_DIR
-    python -m bupo.report RUN_DIR RUN_DIR2 [--out D]  overlaid; into D (RUN_DIR/comparison)
-
-A pure function of metrics.jsonl, eval.jsonl, diagnostics.jsonl, config.yaml and
-rollouts/step_*.jsonl: same files, same bytes.
+python -m bupo.report RUN_DIR                     one run; writes into RUN_DIR
+python -m bupo.report RUN_DIR RUN_DIR2 [--out D]  overlaid; into D (RUN_DIR/comparison)
 """
 
 import argparse
@@ -13,26 +10,24 @@ from pathlib import Path
 
 from bupo.report import write_report
 
-PROGRAM = "bupo.report"
-FILES = ("metrics.jsonl", "eval.jsonl", "config.yaml")
-"""A run directory has one of them from its beginning"""
+FILES = ("metrics.jsonl", "eval.jsonl")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     """Exit status: 0 done, 2 a folder without a run, or one that cannot be read or written."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {PROGRAM}", description="Report of a training run, or several overlaid."
+        prog="python -m bupo.report", description="Report of a training run, or several overlaid."
     )
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--out", type=Path, help="where to write the page and its plots")
-    args = parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, help="where to write the page and its figures")
+    args = parser.parse_args()
     try:
         for run in args.run_dirs:
             if run.is_dir() and not any((run / name).is_file() for name in FILES):
-                raise FileNotFoundError(f"{run} holds no run: it has none of {', '.join(FILES)}")
+                raise FileNotFoundError(f"{run} holds no run: it has no {' and no '.join(FILES)}")
         print(write_report(*args.run_dirs, out_dir=args.out))
     except OSError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        print(f"bupo.report: {error}", file=sys.stderr)
         return 2
     return 0
 

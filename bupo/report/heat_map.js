@@ -163,7 +163,7 @@
     );
   }
 
-  const view = () => (state.quantity.endsWith("_normed") ? "normed" : "raw");
+  const view = () => (state.quantity.endsWith("_normed") ? "layer_normed" : "layer");
 
   function drawAll() {
     const [low, high] = range();
@@ -245,7 +245,7 @@
         });
     }
     const likely = add(tip, "table"), caption = add(likely, "tr");
-    add(caption, "th", view() === "raw" ? "likeliest, raw" : "likeliest, final norm");
+    add(caption, "th", view() === "layer" ? "likeliest, raw" : "likeliest, final norm");
     add(caption, "th", "prob.");
     for (let k = 0; k < top.k; k++) {
       const row = add(likely, "tr", undefined, { class: "top" });

@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import base64
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
-from bupo.internal.analysis import Analysis
+if TYPE_CHECKING:
+    from bupo.internal.analysis import Analysis
+
+SCALE = [to_hex(color) for color in colormaps["viridis"](np.linspace(0, 1, 33))]
+"""The colours of a map, from its smallest value to its largest"""
+VIEWS = ("layer", "layer_normed")
+"""The layer's policy, raw and with the final norm"""
 
 
-def packed(values: NDArray, step: float | None = None) -> dict[str, Any]:
+def packed(values: NDArray[Any], step: float | None = None) -> dict[str, Any]:
     """{low, step, bits, data}: value = low + step * integer. None: thousandths, or finer where the
     range is narrow."""
     lowest, highest = float(values.min()), float(values.max())
@@ -30,45 +38,33 @@ def packed(values: NDArray, step: float | None = None) -> dict[str, Any]:
 
 
 def heat_maps(found: Analysis) -> list[dict[str, Any]]:
-    """Of each text that was looked at closer: rows are layers, from the first one kept to the
-    last."""
+    """The map of each text that was looked at closer: rows are layers, from the first one kept."""
+    return [_heat_map(found, text) for text in range(int(found.closer.text.max()) + 1)]
+
+
+def _heat_map(found: Analysis, text: int) -> dict[str, Any]:
     near, flow, wide = found.closer, found.flow, found.lens
-    kept = np.array(near.layers) - 1
-    maps = []
-    for number in range(int(near.text.max()) + 1):
-        mine = np.flatnonzero(near.text == number)
-        all_mine = np.flatnonzero(flow.text == number)[: len(mine)]
-        quantities = {}
-        for suffix in ("", "_normed"):
-            view = f"layer{suffix}"
-            quantities[f"entropy{suffix}"] = flow.entropy[view][np.ix_(kept, all_mine)]
-            quantities[f"logprob{suffix}"] = flow.logprob[view][np.ix_(kept, all_mine)]
-            quantities[f"kl{suffix}"] = wide.kl[view][:, all_mine]
-            quantities[f"rank{suffix}"] = wide.rank[view][:, all_mine]
-        used, places = np.unique(
-            np.concatenate([near.top_tokens[v][:, mine].ravel() for v in near.top_tokens]),
-            return_inverse=True,
-        )
-        parts = np.split(places, len(near.top_tokens))
-        maps.append(
-            {
-                "title": "".join(found.piece(t) for t in near.token[mine][:40].tolist())[:60],
-                "tokens": [found.piece(t) for t in near.token[mine].tolist()],
-                "positions": near.position[mine].tolist(),
-                "layers": near.layers,
-                "pieces": [found.piece(t) for t in used.tolist()],
-                "values": {
-                    name: packed(x, 1.0 if name.startswith("rank") else None)
-                    for name, x in quantities.items()
-                },
-                "top": {
-                    view.replace("layer_normed", "normed").replace("layer", "raw"): {
-                        "k": near.top_tokens[view].shape[-1],
-                        "piece": packed(part, 1.0),
-                        "p": packed(np.exp(near.top_logprobs[view][:, mine].ravel()), 1e-4),
-                    }
-                    for view, part in zip(near.top_tokens, parts)
-                },
-            }
-        )
-    return maps
+    mine = np.flatnonzero(near.text == text)
+    tokens = np.flatnonzero(flow.text == text)[: len(mine)]
+    kept = np.ix_(np.array(near.layers) - 1, tokens)
+    likeliest = np.stack([near.top_tokens[view][:, mine] for view in VIEWS])
+    used, places = np.unique(likeliest, return_inverse=True)
+    values, top = {}, {}
+    for view, pieces in zip(VIEWS, places.reshape(len(VIEWS), -1)):
+        suffix = view.removeprefix("layer")
+        values[f"entropy{suffix}"] = packed(flow.entropy[view][kept])
+        values[f"logprob{suffix}"] = packed(flow.logprob[view][kept])
+        values[f"kl{suffix}"] = packed(wide.kl[view][:, tokens])
+        values[f"rank{suffix}"] = packed(wide.rank[view][:, tokens], 1.0)
+        shares = packed(np.exp(near.top_logprobs[view][:, mine]), 1e-4)
+        top[view] = {"k": likeliest.shape[-1], "piece": packed(pieces, 1.0), "p": shares}
+    words = [found.piece(token) for token in near.token[mine].tolist()]
+    return {
+        "title": "".join(words[:40])[:60],
+        "tokens": words,
+        "positions": near.position[mine].tolist(),
+        "layers": near.layers,
+        "pieces": [found.piece(token) for token in used.tolist()],
+        "values": values,
+        "top": top,
+    }
