@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bupo.config.errors import one_of, require
+from bupo.config.limits import Group, setting
 
 ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "ppo")
 TOKENWISE = ("reinforce_pp", "ppo")
@@ -13,110 +13,76 @@ AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum", "seq_sum_longest")
 
 
 @dataclass
-class LossConfig:
-    type: str = "ppo"
-    """ppo (clipped ratio of each token), cispo, or gspo: one ratio a response, the geometric mean
-    of its tokens', with clips of about 3e-4."""
-    clip_low: float = 0.2
-    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
-    clip_high: float = 0.2
-    """See clip_low; 0.28 is DAPO's clip-higher."""
-    dual_clip: float | None = None
-    """Bound c of the loss for negative advantages, e.g. 10; null for none."""
-    max_log_ratio: float | None = 20.0
-    """The log of the ratio is clamped to plus or minus this, as in the paper's code, so that no
-    ratio is infinite; null for no bound."""
-    aggregation: str = "token_mean"
-    """token_mean over the optimiser step, seq_mean (mean of each response's mean: the paper),
-    seq_sum (sum over tokens, mean over responses) or seq_sum_longest (that over max_new_tokens:
-    Dr.GRPO)."""
-    entropy_coef: float = 0.0
-    """Bonus on the entropy of the policy being optimised."""
-    kl_coef: float = 0.0
-    """Weight of the KL divergence to the starting policy: the final one, or pi^l of phase 1."""
-    kl_estimator: str = "k3"
-    """k1, k2, k3: a term of the loss (only k2 has the gradient of KL(pi || reference)). k1_reward:
-    k1 is taken from the reward of each token (reinforce_pp, ppo)."""
+class LossConfig(Group, prefix="loss."):
+    type: str = setting("ppo", choices=("ppo", "cispo", "gspo"))
+    """ppo: the clipped ratio of each token. cispo: the clipped ratio weights each token's log-prob.
+    gspo: one ratio per response, the geometric mean of its tokens' ratios; its clips are about
+    3e-4."""
+    clip_low: float = setting(0.2, at_least=0, at_most=1)
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]; 1: no lower bound."""
+    clip_high: float = setting(0.2, at_least=0, finite=False)
+    """See clip_low; DAPO's clip-higher is 0.28. inf: no upper bound."""
+    dual_clip: float | None = setting(None, above=1, finite=False)
+    """Largest ratio that counts where the advantage is negative, for example 10; null: no bound."""
+    max_log_ratio: float | None = setting(20.0, above=0)
+    """The log of the ratio is clamped to plus or minus this (nats), as in the paper's code, so that
+    no ratio is infinite; null: no bound."""
+    aggregation: str = setting("token_mean", choices=AGGREGATIONS)
+    """How token losses make one loss: token_mean over all tokens of an update; seq_mean, the mean
+    over responses of each one's mean (the paper); seq_sum, the mean over responses of each one's
+    sum; seq_sum_longest, that divided by rollout.max_new_tokens (Dr.GRPO)."""
+    entropy_coef: float = setting(0.0, at_least=0)
+    """Weight of a bonus on the entropy of the policy that is trained."""
+    kl_coef: float = setting(0.0, at_least=0)
+    """Weight of the KL divergence to the policy before step 1: the final policy, or pi^l in
+    phase 1."""
+    kl_estimator: str = setting("k3", choices=("k1", "k2", "k3", "k1_reward"))
+    """k1, k2 and k3 are terms of the loss (only k2 has the gradient of KL(pi || reference)).
+    k1_reward subtracts k1 from the reward of each token (advantages reinforce_pp and ppo)."""
     drop_truncated: bool = False
-    """Responses cut at max_new_tokens have no part in the loss and its denominators."""
-    max_sequence_gap: float | None = None
-    """Responses whose log-probs by the final policy and by the engine differ by more than this
-    (nats, mean over tokens of the absolute value) have none either; null: no limit."""
-    tis_cap: float | None = None
-    """Truncated importance sampling: each token's loss times min(pi / pi_engine, cap), e.g. 2; null
-    for none. For engines whose log-probs differ from the trainer's."""
-
-    def __post_init__(self) -> None:
-        one_of("loss.type", self.type, ("ppo", "cispo", "gspo"))
-        one_of("loss.kl_estimator", self.kl_estimator, ("k1", "k2", "k3", "k1_reward"))
-        require(self.kl_coef >= 0, "loss.kl_coef must be at least 0")
-        one_of("loss.aggregation", self.aggregation, AGGREGATIONS)
-        require(
-            self.max_sequence_gap is None or self.max_sequence_gap > 0,
-            "loss.max_sequence_gap must be > 0 or null",
-        )
-        require(self.tis_cap is None or self.tis_cap > 0, "loss.tis_cap must be > 0 or null")
-        require(self.clip_low >= 0 and self.clip_high >= 0, "loss.clip_* must be at least 0")
-        require(
-            self.clip_low <= 1,
-            f"loss.clip_low must be at most 1, where the ratio has no bound, got {self.clip_low}",
-        )
-        require(
-            not self.entropy_coef < 0,
-            f"loss.entropy_coef must be at least 0, for it is a bonus, got {self.entropy_coef}",
-        )
-        require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip must be > 1 or null")
-        require(
-            self.max_log_ratio is None or self.max_log_ratio > 0,
-            f"loss.max_log_ratio must be > 0 or null, got {self.max_log_ratio}",
-        )
+    """Leave responses that were cut at rollout.max_new_tokens out of the loss and of its
+    denominators."""
+    max_sequence_gap: float | None = setting(None, above=0)
+    """Leave out responses whose log-probs by the final policy and by the engine differ by more than
+    this (nats, mean over tokens of the absolute value); null: none."""
+    tis_cap: float | None = setting(None, above=0)
+    """Truncated importance sampling, for engines whose log-probs differ from the trainer's: the loss
+    of each token is multiplied by min(pi / pi_engine, tis_cap), for example 2; null: it is not."""
 
 
 @dataclass
-class CriticConfig:
-    lr: float = 1e-5
-    """Learning rate of the critic, which has its own copy of the model (advantage=ppo)."""
-    gamma: float = 1.0
-    """Discount of a reward for each token that it lies ahead."""
-    gae_lambda: float = 1.0
-    """Of generalised advantage estimation: 1 is reward-to-go - V, 0 one step of it."""
-    clip: float = 0.5
-    """In an update a value gains nothing by leaving its old one by more than this."""
-
-    def __post_init__(self) -> None:
-        require(self.lr > 0 and self.clip > 0, "critic.lr and .clip must be > 0")
-        for key in ("gamma", "gae_lambda"):
-            require(0 <= getattr(self, key) <= 1, f"critic.{key} must be in [0, 1]")
+class CriticConfig(Group, prefix="critic."):
+    lr: float = setting(1e-5, above=0)
+    """Learning rate of the critic, a copy of the model that advantage=ppo trains besides."""
+    gamma: float = setting(1.0, at_least=0, at_most=1)
+    """Discount of a reward per token that it lies ahead."""
+    gae_lambda: float = setting(1.0, at_least=0, at_most=1)
+    """Lambda of generalised advantage estimation: at 1 the advantage is reward-to-go - V, at 0 the
+    temporal difference of one token."""
+    clip: float = setting(0.5, above=0, finite=False)
+    """Within an update, a value gains nothing by moving further than this from its old one."""
 
 
 @dataclass
-class OptimizerConfig:
-    lr: float = 1e-6
+class OptimizerConfig(Group, prefix="optimizer."):
+    lr: float = setting(1e-6, above=0)
     """Learning rate of AdamW."""
-    warmup_steps: int = 0
-    """Linear warm-up over training steps."""
-    schedule: str = "constant"
-    """After the warm-up: constant (the paper), or linear, so that 0 would come one step
-    after the last."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moments."""
-    weight_decay: float = 0.01
-    """Never moves a parameter without gradient (layers above l in phase 1)."""
-    grad_clip: float = 1.0
-    """Largest gradient norm."""
-    updates_per_step: int = 4
-    """Mini-batches that the prompts of a step are split into, one optimiser update each."""
-    epochs: int = 1
-    """Passes over the mini-batches of a step; updates_per_step * epochs updates in all."""
-    micro_batch_tokens: int = 16384
-    """Tokens (prompt and response, padded) per forward; does not change the result."""
-
-    def __post_init__(self) -> None:
-        one_of("optimizer.schedule", self.schedule, ("constant", "linear"))
-        require(self.lr > 0 and self.grad_clip > 0, "optimizer.lr and .grad_clip must be > 0")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps must be at least 0")
-        require(self.weight_decay >= 0, "optimizer.weight_decay must be at least 0")
-        require(all(0 <= b < 1 for b in self.betas), "optimizer.betas must be in [0, 1)")
-        for key in ("updates_per_step", "epochs"):
-            require(getattr(self, key) > 0, f"optimizer.{key} must be positive")
-        require(self.micro_batch_tokens > 0, "optimizer.micro_batch_tokens must be positive")
+    warmup_steps: int = setting(0, at_least=0)
+    """Number of training steps over which the learning rate rises linearly to its full value."""
+    schedule: str = setting("constant", choices=("constant", "linear"))
+    """Learning rate after the warm-up: constant (the paper), or linear, which falls so that it would
+    reach 0 one step after the last."""
+    betas: tuple[float, float] = setting((0.9, 0.999), at_least=0, below=1)
+    """Decay rates of AdamW's two moments."""
+    weight_decay: float = setting(0.01, at_least=0)
+    """Weight decay of AdamW. It never moves a parameter that has no gradient, such as those of the
+    layers above l in phase 1."""
+    grad_clip: float = setting(1.0, above=0, finite=False)
+    """Largest norm of the gradient; a longer one is scaled down to it. inf: no limit."""
+    updates_per_step: int = setting(4, at_least=1)
+    """Number of mini-batches that the prompts of a step are split into; each is one update."""
+    epochs: int = setting(1, at_least=1)
+    """Number of passes over the mini-batches of a step: updates_per_step * epochs updates in all."""
+    micro_batch_tokens: int = setting(16384, at_least=1)
+    """Number of tokens (prompt and response, padded) in one forward pass. It decides the memory that
+    an update takes, not its result."""

@@ -4,68 +4,53 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from bupo.config.errors import require
+from bupo.config.limits import Group, setting
 
 _LAYERS = re.compile(r"(\d+)(?:(-)(\d+)?)?")
 
 
 @dataclass
-class BupoConfig:
-    layer: int | None = None
-    """The internal policy pi^l, counted from 1 (algorithm=bupo: that of phase 1; internal). It has
-    no default, for the right layer depends on the model: the paper takes 6 for Qwen3-4B and -8B,
-    the last but one for Llamas; bupo.auto_layer measures it."""
-    steps: int = 30
-    """Steps of phase 1, s_inter of the paper; then the final policy is trained."""
+class BupoConfig(Group, prefix="bupo."):
+    layer: int | None = setting(None, at_least=1)
+    """Layer l of the internal policy pi^l, counted from 1, that policy=bupo trains in phase 1 and
+    policy=internal in all steps. It has no default, for the right layer depends on the model: the
+    paper takes 6 for Qwen3-4B and -8B and the last but one for Llamas; bupo.auto_layer measures
+    it."""
+    steps: int = setting(30, at_least=0)
+    """Number of steps in phase 1, the paper's s_inter, after which the final policy is trained."""
     final_norm: bool = False
     """Apply the model's final norm to H^l before the unembedding (the paper does not)."""
-    auto_layer: float | None = None
-    """Measure the layer before step 1 instead: where the FFNs of the model leave exploration, on 64
-    responses of its own. The value is the share of the largest rise of entropy by an FFN below
-    which a layer no longer explores, e.g. 0.1; null: bupo.layer is given (algorithm=bupo;
-    auto_layer.json in the run directory has the curve)."""
-    auto_stop: float | None = None
-    """End phase 1 before bupo.steps where it has stopped helping: when the final policy's log
-    perplexity of the probes (see diagnostics.every) has risen by so many nats, e.g. 0.1, or
-    KL(pi^l || pi) has made no new low for 5 steps; null: never (algorithm=bupo)."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.layer is None or self.layer >= 1, f"bupo.layer counts from 1, got {self.layer}"
-        )
-        require(self.steps >= 0, f"bupo.steps must be at least 0, got {self.steps}")
-        require(self.auto_stop is None or self.auto_stop > 0, "bupo.auto_stop must be > 0 or null")
-        require(
-            self.auto_layer is None or 0 <= self.auto_layer < 1,
-            f"bupo.auto_layer must be a share in [0, 1), e.g. 0.1, or null, got {self.auto_layer}",
-        )
+    auto_layer: float | None = setting(None, at_least=0, below=1)
+    """Measure the layer before step 1, with policy=bupo: the layer where the FFNs of the model stop
+    exploring, on 64 of its own responses. The value is the share of the largest rise of entropy by
+    an FFN below which a layer no longer explores, for example 0.1. auto_layer.json in the run
+    directory has the curve. null: bupo.layer is given."""
+    auto_stop: float | None = setting(None, above=0)
+    """End phase 1 before bupo.steps where it has stopped helping, with policy=bupo: when the final
+    policy's log perplexity of the probes (see diagnostics.every) has risen by this many nats, for
+    example 0.1, or KL(pi^l || pi) has made no new low for 5 steps. null: never."""
 
 
 @dataclass
-class PhaseConfig:
-    layer: int | None = None
-    """The internal policy that the phase trains, counted from 1; null: the final policy."""
-    steps: int | None = None
-    """Steps of the phase; null, in the last phase: all that remain."""
-    lr: dict[Any, float] = field(default_factory=dict)
-    """Factors of the learning rate; 0 freezes. Of embedding, head (unless it is the embedding), a
-    layer (6), layers (1-6), layers to the last and the final norm (7-), and others: what is not
-    named, 1 if not given. {7-: 0} trains up to layer 6; {6: 1, others: 0} layer 6 alone."""
+class PhaseConfig(Group, prefix="phases[]."):
+    layer: int | None = setting(None, at_least=1)
+    """Layer of the internal policy that the phase trains, counted from 1; null: the final policy."""
+    steps: int | None = setting(None, at_least=1)
+    """Number of steps in the phase; null, in the last phase only: all that remain."""
+    lr: dict[Any, float] = setting({}, at_least=0)
+    """Factors of optimizer.lr for parts of the model; 0 freezes a part. The parts are embedding,
+    head (unless it is the embedding), a layer (6), a range of layers (1-6), all layers from one on
+    with the final norm (7-), and others: whatever is not named, 1 if not given. {7-: 0} trains up to
+    layer 6; {6: 1, others: 0} trains layer 6 alone."""
 
     def __post_init__(self) -> None:
-        for key in ("layer", "steps"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"phases[].{key} must be at least 1, got {value}")
         self.lr = {str(key): factor for key, factor in self.lr.items()}  # YAML reads 6 as a number
-        for key, factor in self.lr.items():
-            require(
-                0 <= factor < math.inf,
-                f"phases[].lr.{key} must be at least 0 and finite, got {factor}",
-            )
+        super().__post_init__()
         ranges = sorted(self.lr_of_layers().values())
         for (_, last, _), (first, _, _) in pairwise(ranges):
             require(last < first, f"phases[].lr names layer {first} twice: {self.lr}")

@@ -1,23 +1,21 @@
-"""Settings from YAML and `key=value`, strict about names, and back again.
-
-The text under a field is its help; `--help` prints it.
-"""
+"""Settings from YAML and `key=value`, strict about names, and back again."""
 
 from __future__ import annotations
 
-import ast
-import difflib
-import inspect
-import math
-from dataclasses import Field, fields, is_dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from bupo.config.algorithms import take_algorithm
 from bupo.config.errors import ConfigError, first_line, require
+from bupo.config.other_names import our_name
+from bupo.config.schema import all_keys, default_of, elements_of, nearest, values
 
 Settings = TypeVar("Settings")
 """A dataclass of settings: values, and dataclasses as groups of them"""
@@ -34,52 +32,45 @@ def shipped(name: str) -> Path:
     return next((path for path in (Path(name), *beside) if path.is_file()), Path(name))
 
 
-def _default(f: Field[Any]) -> Any:
-    return f.default_factory() if callable(f.default_factory) else f.default
-
-
-def _elements(schema: type, f: Field[Any]) -> type | None:
-    """The dataclass that a list of settings is made of."""
-    found = next(iter(get_args(get_type_hints(schema)[f.name])), None)
-    return found if isinstance(found, type) and is_dataclass(found) else None
-
-
-def all_keys(schema: type, prefix: str = "") -> list[str]:
-    """Every dotted key, leaves only; those of a list's elements as `phases[].layer`."""
-    names: list[str] = []
-    for f in fields(schema):
-        default, elements = _default(f), _elements(schema, f)
-        if is_dataclass(default):
-            names += all_keys(type(default), f"{prefix}{f.name}.")
-        else:
-            names.append(prefix + f.name)
-        if elements:
-            names += all_keys(elements, f"{prefix}{f.name}[].")
-    return names
-
-
 def read(file: Path | None, overrides: list[str], schema: type[Settings]) -> Settings:
-    """The settings of a YAML file and `key=value` overrides.
+    """The settings of a YAML file, replaced by `key=value` overrides.
 
-    Raises ConfigError, one line: an unknown key (naming the nearest), a value of the wrong type, a
-    missing file, an impossible combination.
+    Short forms are taken as meant: `algorithm=NAME` (see bupo.config.algorithms; that of the
+    overrides replaces that of the file), `model=NAME`, and one string for a list of strings.
+
+    Raises ConfigError, one line: an unknown key (naming the one that is meant), a value of the wrong
+    type, a missing file, an impossible combination.
     """
-    merged = OmegaConf.structured(schema)
-    reading = str(file)
-    try:
-        if file is not None:
-            if not file.is_file():
-                raise ConfigError(f"configuration file not found: {file}")
-            given = OmegaConf.load(file)
-            _check_names(OmegaConf.to_container(given), schema, schema)
-            merged = OmegaConf.merge(merged, given)
-        for text in overrides:
-            reading = text
+    of_file: dict[str, Any] = {}
+    typed: list[dict[str, Any]] = []
+    if file is not None:
+        with _one_line(str(file)):
+            require(file.is_file(), f"configuration file not found: {file}")
+            of_file = OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[assignment]
+            require(isinstance(of_file, dict), f"{file} holds a list, expected `key: value`")
+            of_file = _as_meant(of_file, schema, schema)
+    for text in overrides:
+        with _one_line(text):
             require(text.find("=") > 0, f"expected key=value, got {text!r}{_split_by_shell(text)}")
-            given = OmegaConf.from_dotlist([text])
-            _check_names(OmegaConf.to_container(given), schema, schema, text.partition("=")[0])
+            given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+            typed.append(_as_meant(given, schema, schema, text.partition("=")[0]))
+    below, above = take_algorithm([of_file]), take_algorithm(typed)
+    layers = [(str(file), {} if above else below), (str(file), of_file), ("algorithm", above)]
+    merged, reading = OmegaConf.structured(schema), str(file)
+    for reading, given in [*layers, *zip(overrides, typed)]:
+        with _one_line(reading):
             merged = OmegaConf.merge(merged, given)
+    with _one_line(reading):
         config = OmegaConf.to_object(merged)
+    assert isinstance(config, schema)
+    return config
+
+
+@contextmanager
+def _one_line(reading: str) -> Iterator[None]:
+    """Around what reads a file or a `key=value`: ConfigError, one line, for whatever goes wrong."""
+    try:
+        yield
     except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None) or reading
         raise ConfigError(f"{where}: {first_line(error)}") from None
@@ -90,60 +81,57 @@ def read(file: Path | None, overrides: list[str], schema: type[Settings]) -> Set
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{reading}: {first_line(error)}") from None
-    assert isinstance(config, schema)
-    for key, value in values(config).items():
-        if isinstance(value, float) and not math.isfinite(value) and "clip" not in key:
-            raise ConfigError(f"{key} must be finite, got {value}")
-    return config
 
 
-def _check_names(
-    given: Any, schema: type, root: type, typed: str | None = None, prefix: str = ""
-) -> None:
-    """Raises ConfigError for a key that is none, naming the nearest: of the dotted key as it was
-    typed, else of the group or key of a file."""
-    if not isinstance(given, dict):  # OmegaConf says what is wrong with that
-        return
-    known = {f.name: f for f in fields(schema)}
+def _as_meant(
+    given: dict[str, Any], schema: type, root: type, typed: str | None = None, prefix: str = ""
+) -> dict[str, Any]:
+    """Settings with their short forms written out; OmegaConf says what is wrong with a value.
+
+    Raises ConfigError for a key that is none: the dotted key as it was typed, else the group or key
+    of a file.
+    """
+    known, hints = {f.name: f for f in fields(schema)}, get_type_hints(schema)
+    found: dict[str, Any] = {}
     for key, value in given.items():
-        name = f"{prefix}{key}"
-        f = known.get(key)
+        name, f = f"{prefix}{key}", known.get(key)
         if f is None:
-            whole = typed if typed and typed.startswith(name) else name
-            near = _nearest(whole, root)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ConfigError(f"unknown key {whole}{hint}")
-        elements = _elements(schema, f)
-        if is_dataclass(_default(f)):
-            _check_names(value, type(_default(f)), root, typed, f"{name}.")
-        elif elements:
-            for each in value if isinstance(value, list) else []:
-                _check_names(each, elements, root, None, f"{name}[].")
+            short = name == "algorithm" and "policy" in known and not isinstance(value, dict)
+            if not short:
+                whole = typed if typed and typed.startswith(name) else name
+                raise ConfigError(_unknown(whole, {} if whole == typed else value, root))
+        elif is_dataclass(group := default_of(f)):
+            if name == "model" and isinstance(value, str):
+                value = {"path": value}
+            if isinstance(value, dict):
+                value = _as_meant(value, type(group), root, typed, f"{name}.")
+        elif elements := elements_of(schema, f):
+            for n, each in enumerate(value if isinstance(value, list) else []):
+                if isinstance(each, dict):
+                    value[n] = _as_meant(each, elements, root, None, f"{name}[].")
+        elif hints[key] == list[str] and isinstance(value, str) and not value.endswith("}"):
+            value = [value]  # "${...}" may stand for a list
+        found[key] = value
+    return found
 
 
-def _nearest(name: str, schema: type) -> list[str]:
-    keys = all_keys(schema)
-    in_groups = [key for key in keys if key.rpartition(".")[2] == name]
-    groups = {key.rpartition(".")[0] for key in keys if "." in key and "[]" not in key}
-    return in_groups or difflib.get_close_matches(name, [*keys, *groups], n=1, cutoff=0.5)
+def _unknown(name: str, value: Any, schema: type) -> str:
+    """The error for a key that is none, or for the first one in its group that another trainer
+    has."""
+    left, keys = [(name, value)], all_keys(schema)
+    while left:
+        key, inner = left.pop(0)
+        if hint := our_name(key, keys):
+            return f"unknown key {key}; {hint}"
+        left += [(f"{key}.{k}", v) for k, v in inner.items()] if isinstance(inner, dict) else []
+    near = nearest(name, schema)
+    return f"unknown key {name}" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
 def _split_by_shell(text: str) -> str:
     """A hint for a list or object that was cut at its spaces, and for what was cut off."""
     opened, closed = (sum(map(text.count, brackets)) for brackets in ("[{", "]}"))
     return "" if opened == closed else f"; {QUOTES}"
-
-
-def values(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key and its value."""
-    found: dict[str, Any] = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            found |= values(value, f"{prefix}{f.name}.")
-        else:
-            found[prefix + f.name] = value
-    return found
 
 
 def changes_since(file: Path, config: Any, may_change: tuple[str, ...]) -> list[str]:
@@ -163,25 +151,3 @@ def changes_since(file: Path, config: Any, may_change: tuple[str, ...]) -> list[
 def dump(config: Any) -> str:
     """The settings as YAML."""
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
-
-
-def describe(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(key, default, help) of every key, the help taken from the text under each field."""
-    body = ast.parse(inspect.getsource(schema)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    texts: dict[str, str] = {}
-    for item, following in zip(body.body, body.body[1:]):
-        if isinstance(item, ast.AnnAssign) and isinstance(following, ast.Expr):
-            assert isinstance(item.target, ast.Name)
-            texts[item.target.id] = " ".join(ast.literal_eval(following.value).split())
-    rows: list[tuple[str, str, str]] = []
-    for f in fields(schema):
-        default, elements = _default(f), _elements(schema, f)
-        if is_dataclass(default):
-            rows += describe(type(default), f"{prefix}{f.name}.")
-        else:
-            shown = "null" if default is None else str(default)
-            rows.append((prefix + f.name, shown, texts.get(f.name, "")))
-        if elements:
-            rows += describe(elements, f"{prefix}{f.name}[].")
-    return rows
