@@ -37,7 +37,7 @@ class AnalysisConfig(Group):
     """Share of the largest rise of entropy by an FFN below which a layer no longer explores; it
     decides the boundary layer."""
     stride: int = setting(1, at_least=1)
-    """Ranks, KL, agreement and top tokens are measured at every stride-th layer and the last one."""
+    """Ranks, KL, agreement and top tokens are measured at each stride-th layer and the last one."""
     top_k: int = setting(5, at_least=1)
     """Number of likeliest tokens that are kept of each layer for the texts of the heat maps."""
     heat_maps: int = setting(3, at_least=1)

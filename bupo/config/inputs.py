@@ -51,8 +51,8 @@ class DataConfig(Group, prefix="data."):
     """What happens to a longer prompt: error ends the command; drop leaves it out and reports the
     number of such prompts."""
     chat_template: str | None = None
-    """File with a Jinja chat template. null: the tokenizer's own. octothinker.jinja comes with bupo:
-    the paper's prompt for base models (User: ... Assistant:), with BOS."""
+    """File with a Jinja chat template; null: the tokenizer's own. octothinker.jinja comes with bupo
+    and is the paper's prompt for base models (User: ... Assistant:), with BOS."""
     chat_template_options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, for example {enable_thinking: false} for Qwen3."""
     limit: int | None = setting(None, at_least=1)

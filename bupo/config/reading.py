@@ -1,25 +1,28 @@
-"""Settings from YAML and `key=value`, strict about names, and back again."""
+"""Settings from YAML and `key=value`, strict about names, and back again.
+
+The text under a field is its help; `--help` prints it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+import ast
+import difflib
+import inspect
+from collections.abc import Sequence
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bupo.config.algorithms import take_algorithm
-from bupo.config.errors import ConfigError, first_line, require
+from bupo.config.errors import ConfigError, first_line, one_of, require
+from bupo.config.objective import ALGORITHMS
 from bupo.config.other_names import our_name
-from bupo.config.schema import all_keys, default_of, elements_of, nearest, values
 
 Settings = TypeVar("Settings")
 """A dataclass of settings: values, and dataclasses as groups of them"""
-
 
 QUOTES = "in a shell, quote what has spaces or braces: 'data.columns={prompt: question}'"
 """For errors, and for the help of key=value"""
@@ -32,45 +35,49 @@ def shipped(name: str) -> Path:
     return next((path for path in (Path(name), *beside) if path.is_file()), Path(name))
 
 
+def _default(f: Field[Any]) -> Any:
+    return f.default_factory() if callable(f.default_factory) else f.default
+
+
+def _elements(schema: type, f: Field[Any]) -> type | None:
+    """The dataclass that a list of settings is made of."""
+    found = next(iter(get_args(get_type_hints(schema)[f.name])), None)
+    return found if isinstance(found, type) and is_dataclass(found) else None
+
+
 def read(file: Path | None, overrides: list[str], schema: type[Settings]) -> Settings:
-    """The settings of a YAML file, replaced by `key=value` overrides.
+    """The settings of a YAML file and the `key=value` overrides, which win.
 
-    Short forms are taken as meant: `algorithm=NAME` (see bupo.config.algorithms; that of the
-    overrides replaces that of the file), `model=NAME`, and one string for a list of strings.
+    Short forms are taken as meant: model=NAME, one string for a list of strings, and
+    algorithm=NAME, the last one, which stands for ALGORITHMS[NAME]: these settings replace those of
+    a file, and give way to those in the same file or among the same overrides.
 
-    Raises ConfigError, one line: an unknown key (naming the one that is meant), a value of the wrong
-    type, a missing file, an impossible combination.
+    Raises ConfigError, one line: an unknown key (naming the one that is meant), a value of the
+    wrong type, a missing file, an impossible combination.
     """
-    of_file: dict[str, Any] = {}
-    typed: list[dict[str, Any]] = []
-    if file is not None:
-        with _one_line(str(file)):
-            require(file.is_file(), f"configuration file not found: {file}")
-            of_file = OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[assignment]
-            require(isinstance(of_file, dict), f"{file} holds a list, expected `key: value`")
-            of_file = _as_meant(of_file, schema, schema)
-    for text in overrides:
-        with _one_line(text):
-            require(text.find("=") > 0, f"expected key=value, got {text!r}{_split_by_shell(text)}")
-            given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-            typed.append(_as_meant(given, schema, schema, text.partition("=")[0]))
-    below, above = take_algorithm([of_file]), take_algorithm(typed)
-    layers = [(str(file), {} if above else below), (str(file), of_file), ("algorithm", above)]
-    merged, reading = OmegaConf.structured(schema), str(file)
-    for reading, given in [*layers, *zip(overrides, typed)]:
-        with _one_line(reading):
-            merged = OmegaConf.merge(merged, given)
-    with _one_line(reading):
-        config = OmegaConf.to_object(merged)
-    assert isinstance(config, schema)
-    return config
-
-
-@contextmanager
-def _one_line(reading: str) -> Iterator[None]:
-    """Around what reads a file or a `key=value`: ConfigError, one line, for whatever goes wrong."""
+    reading, merged = str(file), OmegaConf.structured(schema)
+    of_file: Any = {}
+    typed: list[Any] = []
     try:
-        yield
+        if file is not None:
+            require(file.is_file(), f"configuration file not found: {file}")
+            of_file = OmegaConf.to_container(OmegaConf.load(file))
+            require(isinstance(of_file, dict), f"{file} holds a list, expected key: value")
+            of_file = _as_meant(of_file, schema, schema)
+        for reading in overrides:
+            hint = _split_by_shell(reading)
+            require(reading.find("=") > 0, f"expected key=value, got {reading!r}{hint}")
+            given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([reading]))
+            typed.append(_as_meant(given, schema, schema, reading.partition("=")[0]))
+        below, above = _of_algorithm([of_file]), _of_algorithm(typed)
+        layers = [{} if above else below, of_file, above]
+        reading = str(file)
+        merged = OmegaConf.merge(merged, *layers)
+        for reading, given in zip(overrides, typed):  # noqa: B007
+            merged = OmegaConf.merge(merged, given)
+        config = OmegaConf.to_object(merged)
+    except ConfigError:
+        raise
     except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None) or reading
         raise ConfigError(f"{where}: {first_line(error)}") from None
@@ -78,60 +85,95 @@ def _one_line(reading: str) -> Iterator[None]:
         text = " ".join(str(error).split())
         raise ConfigError(f"{reading} cannot be read: {text}{_split_by_shell(reading)}") from None
     except (ValueError, TypeError) as error:  # from OmegaConf: a value of the wrong structure
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{reading}: {first_line(error)}") from None
+    assert isinstance(config, schema)
+    return config
 
 
 def _as_meant(
-    given: dict[str, Any], schema: type, root: type, typed: str | None = None, prefix: str = ""
+    given: dict[str, Any], schema: type, root: type, typed: str = "", prefix: str = ""
 ) -> dict[str, Any]:
     """Settings with their short forms written out; OmegaConf says what is wrong with a value.
 
     Raises ConfigError for a key that is none: the dotted key as it was typed, else the group or key
     of a file.
     """
-    known, hints = {f.name: f for f in fields(schema)}, get_type_hints(schema)
+    known, types = {f.name: f for f in fields(schema)}, get_type_hints(schema)
     found: dict[str, Any] = {}
     for key, value in given.items():
-        name, f = f"{prefix}{key}", known.get(key)
-        if f is None:
-            short = name == "algorithm" and "policy" in known and not isinstance(value, dict)
-            if not short:
-                whole = typed if typed and typed.startswith(name) else name
-                raise ConfigError(_unknown(whole, {} if whole == typed else value, root))
-        elif is_dataclass(group := default_of(f)):
-            if name == "model" and isinstance(value, str):
-                value = {"path": value}
-            if isinstance(value, dict):
-                value = _as_meant(value, type(group), root, typed, f"{name}.")
-        elif elements := elements_of(schema, f):
-            for n, each in enumerate(value if isinstance(value, list) else []):
-                if isinstance(each, dict):
-                    value[n] = _as_meant(each, elements, root, None, f"{name}[].")
-        elif hints[key] == list[str] and isinstance(value, str) and not value.endswith("}"):
+        name = f"{prefix}{key}"
+        if name == "algorithm" and "policy" in known and not isinstance(value, dict):
+            found[key] = value
+            continue
+        if key not in known:
+            whole = typed if typed.startswith(name) else name
+            raise ConfigError(_unknown(whole, value if whole == name else {}, root))
+        group, elements = _default(known[key]), _elements(schema, known[key])
+        if name == "model" and isinstance(value, str):
+            value = {"path": value}
+        elif types[key] == list[str] and isinstance(value, str) and not value.endswith("}"):
             value = [value]  # "${...}" may stand for a list
+        if is_dataclass(group) and isinstance(value, dict):
+            value = _as_meant(value, type(group), root, typed, f"{name}.")
+        elif elements and isinstance(value, list):
+            dicts = (each if isinstance(each, dict) else {} for each in value)
+            meant = [_as_meant(each, elements, root, "", f"{name}[].") for each in dicts]
+            value = [new or each for new, each in zip(meant, value)]
         found[key] = value
     return found
 
 
+def _of_algorithm(given: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Removes `algorithm` from the settings of one command line or file, and returns those that it
+    stands for. Raises ConfigError for an unknown name and for a policy that contradicts it."""
+    names = [settings.pop("algorithm") for settings in given if "algorithm" in settings]
+    if not names:
+        return {}
+    one_of("algorithm", names[-1], tuple(ALGORITHMS))
+    implied = ALGORITHMS[names[-1]]
+    policies = [settings["policy"] for settings in given if "policy" in settings]
+    for policy in policies[-1:]:
+        require(
+            policy == implied["policy"],
+            f"algorithm={names[-1]} means policy={implied['policy']}, but policy={policy} is given "
+            "as well: leave one of them out",
+        )
+    return implied
+
+
 def _unknown(name: str, value: Any, schema: type) -> str:
-    """The error for a key that is none, or for the first one in its group that another trainer
-    has."""
-    left, keys = [(name, value)], all_keys(schema)
-    while left:
-        key, inner = left.pop(0)
-        if hint := our_name(key, keys):
-            return f"unknown key {key}; {hint}"
+    """The error for a key that is none, or for the first one in its group that another trainer has:
+    the keys of that name in any group, else the one that is spelled most alike."""
+    keys = all_keys(schema)
+    left = [(name, value)]
+    for key, inner in left:
+        if text := our_name(key, keys):
+            return f"unknown key {key}; {text}"
         left += [(f"{key}.{k}", v) for k, v in inner.items()] if isinstance(inner, dict) else []
-    near = nearest(name, schema)
-    return f"unknown key {name}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    in_groups = [key for key in keys if key.rpartition(".")[2] == name]
+    groups = {key.rpartition(".")[0] for key in keys if "." in key and "[]" not in key}
+    short = ["algorithm"] * ("policy" in keys)
+    alike = difflib.get_close_matches(name, [*keys, *groups, *short], n=1, cutoff=0.5)
+    near = " or ".join(in_groups or alike)
+    return f"unknown key {name}" + (f"; did you mean {near}?" if near else "")
 
 
 def _split_by_shell(text: str) -> str:
     """A hint for a list or object that was cut at its spaces, and for what was cut off."""
     opened, closed = (sum(map(text.count, brackets)) for brackets in ("[{", "]}"))
     return "" if opened == closed else f"; {QUOTES}"
+
+
+def values(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key and its value."""
+    found: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            found |= values(value, f"{prefix}{f.name}.")
+        else:
+            found[prefix + f.name] = value
+    return found
 
 
 def changes_since(file: Path, config: Any, may_change: tuple[str, ...]) -> list[str]:
@@ -151,3 +193,30 @@ def changes_since(file: Path, config: Any, may_change: tuple[str, ...]) -> list[
 def dump(config: Any) -> str:
     """The settings as YAML."""
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def all_keys(schema: type) -> list[str]:
+    """Every dotted key, leaves only; those of a list's elements as `phases[].layer`."""
+    return [key for key, _, _ in describe(schema)]
+
+
+def describe(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key, default, help) of every key, the help taken from the text under each field."""
+    body = ast.parse(inspect.getsource(schema)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts: dict[str, str] = {}
+    for item, following in zip(body.body, body.body[1:]):
+        if isinstance(item, ast.AnnAssign) and isinstance(following, ast.Expr):
+            assert isinstance(item.target, ast.Name)
+            texts[item.target.id] = " ".join(ast.literal_eval(following.value).split())
+    rows: list[tuple[str, str, str]] = []
+    for f in fields(schema):
+        default, elements = _default(f), _elements(schema, f)
+        if is_dataclass(default):
+            rows += describe(type(default), f"{prefix}{f.name}.")
+        else:
+            shown = "null" if default is None else str(default)
+            rows.append((prefix + f.name, shown, texts.get(f.name, "")))
+        if elements:
+            rows += describe(elements, f"{prefix}{f.name}[].")
+    return rows

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from bupo.config.errors import require
+from bupo.config.errors import ConfigError, require
 from bupo.config.limits import Group, setting
 
 OWN = {
@@ -39,7 +39,7 @@ class RolloutConfig(Group, prefix="rollout."):
     temperature: float = setting(1.0, above=0)
     """Temperature of sampling, and of every log-prob that training uses."""
     top_p: float = setting(1.0, above=0, at_most=1)
-    """Nucleus sampling: probability of the likeliest tokens that are sampled from; 1: all tokens."""
+    """Nucleus sampling: the likeliest tokens with this probability are sampled; 1: all tokens."""
     batch_size: int = setting(256, at_least=1)
     """Number of responses that are generated at once."""
     max_logprob_gap: float | None = setting(None, above=0)
@@ -56,16 +56,13 @@ class RolloutConfig(Group, prefix="rollout."):
         for key in self.vllm:
             require(key not in OWN, f"rollout.vllm.{key}: bupo sets it ({OWN.get(key)})")
         share = self.vllm.get("gpu_memory_utilization", 0.4)
-        require(
-            type(share) is float and 0 < share < 1,
-            f"rollout.vllm.gpu_memory_utilization must be in (0, 1), got {share!r}",
-        )
+        if type(share) is not float or not 0 < share < 1:
+            key = "rollout.vllm.gpu_memory_utilization"
+            raise ConfigError(f"{key} must be a share above 0 and below 1, got {share!r}")
         for key in ("kv_cache_memory_bytes", "tensor_parallel_size"):
             count = self.vllm.get(key, 1)
-            require(
-                type(count) is int and count > 0,
-                f"rollout.vllm.{key} must be an integer of at least 1, got {count!r}",
-            )
+            if type(count) is not int or count < 1:
+                raise ConfigError(f"rollout.vllm.{key} must be an integer above 0, got {count!r}")
 
     def vllm_options(self, gpu: bool) -> dict[str, Any]:
         """Arguments of LLM on a GPU or a CPU: the defaults, replaced by those given."""
@@ -104,10 +101,10 @@ class RewardConfig(Group, prefix="reward."):
         super().__post_init__()
         named = {f"by_source.{source}": name for source, name in self.by_source.items()}
         for key, name in {"function": self.function, **named}.items():
-            require(
-                name in ("math", "strict") or name.count(":") == 1,
-                f"reward.{key} must be math, strict or module:function, got {name!r}",
-            )
+            if name not in ("math", "strict") and name.count(":") != 1:
+                raise ConfigError(
+                    f"reward.{key} must be math, strict or module:function, got {name!r}"
+                )
 
     @property
     def functions(self) -> list[str]:
@@ -124,10 +121,10 @@ class EvalConfig(Group, prefix="eval."):
     samples_by_source: dict[str, int] = setting({}, at_least=1)
     """Another number of responses for some data sources, for example {aime_2024: 32}."""
     pass_k: list[int] = setting([1, 4, 8], at_least=1)
-    """Values of K for Pass@K, which is undefined (null) where K exceeds the number of responses."""
+    """Values of K for Pass@K; undefined (null) where K exceeds the number of responses."""
     temperature: float | None = setting(None, at_least=0)
-    """Temperature of sampling in evaluations. 0 takes the likeliest token, with eval.samples=1; null
-    is rollout.temperature."""
+    """Temperature of evaluation; 0: the likeliest token (needs eval.samples=1); null:
+    rollout.temperature."""
     every: int = setting(0, at_least=0)
     """Number of steps between evaluations; 0: only those before the first step, at the end of phase
     1 and after the last step, which every run with eval.files has."""
@@ -138,10 +135,10 @@ class EvalConfig(Group, prefix="eval."):
         super().__post_init__()
         of_sources = {f"samples_by_source.{name}": n for name, n in self.samples_by_source.items()}
         for key, count in {"samples": self.samples, **of_sources}.items():
-            require(
-                self.temperature != 0 or count == 1,
-                f"eval.temperature=0 makes equal samples: set eval.{key}=1, got {count}",
-            )
+            if self.temperature == 0 and count > 1:
+                raise ConfigError(
+                    f"eval.temperature=0 makes equal samples: set eval.{key}=1, got {count}"
+                )
 
     def samples_of(self, source: str) -> int:
         """Responses to each problem of a data source."""

@@ -1,17 +1,25 @@
-"""Every setting of a run. Limits and the rules between settings are checked when a group is built,
-so there is no impossible configuration.
-"""
+"""Every setting of a run. Each group checks itself when it is built, so no impossible configuration
+exists."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from bupo.config.errors import require
+from bupo.config.errors import ConfigError
 from bupo.config.inputs import DataConfig, ModelConfig
 from bupo.config.limits import Group, setting
-from bupo.config.objective import ADVANTAGES, TOKENWISE, CriticConfig, LossConfig, OptimizerConfig
-from bupo.config.phases import BupoConfig, PhaseConfig
+from bupo.config.objective import (
+    ADVANTAGES,
+    POLICIES,
+    TOKENWISE,
+    BupoConfig,
+    CriticConfig,
+    LossConfig,
+    OptimizerConfig,
+    PhaseConfig,
+)
 from bupo.config.sampling import EvalConfig, RewardConfig, RolloutConfig
 
 GPU_WORKSPACE = 2 << 30
@@ -65,16 +73,16 @@ class DiagnosticsConfig(Group, prefix="diagnostics."):
 class Config(Group):
     name: str = "run"
     """Name of the run, for its directory and its report."""
-    policy: str = setting("bupo", choices=("final", "internal", "bupo", "custom"))
+    policy: str = setting("bupo", choices=POLICIES)
     """Policy that the steps train. final: the model's own. internal: that of layer bupo.layer.
     bupo: the internal one for bupo.steps steps, then the final one. custom: those of `phases`.
-    algorithm=NAME stands for well-known combinations: bupo, internal and custom are these policies;
-    grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline and ppo set policy=final and the
-    advantage of that name (dr_grpo: and its aggregation); gspo and cispo set policy=final, loss.type
-    and the published clips. Keys that are given besides it win."""
+    algorithm=NAME sets a well-known combination: bupo, internal and custom set only the policy;
+    grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline and ppo set policy=final and that
+    advantage (dr_grpo also its aggregation); gspo and cispo set policy=final, that loss.type and
+    the published clips. Keys that are given next to it win."""
     phases: list[PhaseConfig] = field(default_factory=list)
     """Phases of policy=custom, for example from the bottom up: [{layer: 2, steps: 10}, {layer: 4,
-    steps: 10}, {}]; or only the layers up to 6, under the final policy's objective: [{lr: {7-: 0}}]."""
+    steps: 10}, {}]; or the layers up to 6 under the final policy's objective: [{lr: {7-: 0}}]."""
     advantage: str = setting("grpo", choices=ADVANTAGES)
     """How rewards become advantages: grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, or
     ppo, which trains a critic (bupo/rl/advantages.py)."""
@@ -111,84 +119,63 @@ class Config(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.resume == "never" or self.out is not None,
-            "resume=auto needs out=DIR, the run directory to continue",
-        )
-        self._check_sampling()
-        self._check_steps()
-        self._check_phases()
+        for message in (*self._contradictions(), *self._wrong_phases()):
+            raise ConfigError(message)
 
     @property
     def algorithm(self) -> str:
-        """The name in ALGORITHMS that comes nearest: of the policy, else of the loss or advantage."""
+        """The name in ALGORITHMS that comes nearest to these settings."""
         if self.policy != "final":
             return self.policy
         return self.advantage if self.loss.type == "ppo" else self.loss.type
 
-    def _check_sampling(self) -> None:
-        rollout, loss = self.rollout, self.loss
-        require(
-            rollout.samples >= 2 or self.advantage in TOKENWISE,
-            f"rollout.samples must be at least 2 for {self.advantage}'s group advantages, got "
-            f"{rollout.samples}",
-        )
-        require(
-            rollout.refills == 0 or rollout.samples >= 2,
-            "rollout.refills needs rollout.samples of at least 2: one reward has no spread",
-        )
-        require(
-            self.reward.overlong_buffer <= rollout.max_new_tokens,
-            f"reward.overlong_buffer ({self.reward.overlong_buffer}) exceeds "
-            f"rollout.max_new_tokens ({rollout.max_new_tokens})",
-        )
-        require(
-            rollout.top_p == 1 or loss.tis_cap is None,
-            f"loss.tis_cap needs rollout.top_p=1, got {rollout.top_p}: the log-probs of a "
-            "nucleus are of another distribution, so the weights would be biased",
-        )
-        require(
-            rollout.top_p == 1 or loss.max_sequence_gap is None or rollout.engine == "hf",
-            f"loss.max_sequence_gap with rollout.engine=vllm needs rollout.top_p=1, got "
-            f"{rollout.top_p}: vLLM's log-probs are those of the nucleus",
-        )
-        require(
-            loss.kl_estimator != "k1_reward" or self.advantage in TOKENWISE,
-            f"loss.kl_estimator=k1_reward needs advantage={' or '.join(TOKENWISE)}",
-        )
-
-    def _check_steps(self) -> None:
-        prompts, updates = self.rollout.prompts, self.optimizer.updates_per_step
-        require(
-            prompts % updates == 0,
-            f"rollout.prompts ({prompts}) must be a multiple of optimizer.updates_per_step "
-            f"({updates})",
-        )
-        warmup = self.optimizer.warmup_steps
-        require(
-            warmup <= self.steps, f"optimizer.warmup_steps ({warmup}) exceeds steps ({self.steps})"
-        )
-
-    def _check_phases(self) -> None:
-        require(
-            self.policy != "bupo" or self.bupo.steps < self.steps,
-            f"bupo.steps ({self.bupo.steps}) must be less than steps ({self.steps})",
-        )
-        for key in ("auto_layer", "auto_stop"):
-            require(
-                getattr(self.bupo, key) is None or self.policy == "bupo",
-                f"bupo.{key} needs policy=bupo, got policy={self.policy}",
+    def _contradictions(self) -> Iterator[str]:
+        rollout, loss, optimizer = self.rollout, self.loss, self.optimizer
+        if self.resume == "auto" and self.out is None:
+            yield "resume=auto needs out=DIR, the run directory to continue"
+        if rollout.samples < 2 and self.advantage not in TOKENWISE:
+            yield (
+                f"rollout.samples must be at least 2 for {self.advantage}'s group advantages, got "
+                f"{rollout.samples}"
             )
-        require(
-            bool(self.phases) == (self.policy == "custom"),
-            "phases and policy=custom need one another",
-        )
+        if rollout.samples < 2 and rollout.refills:
+            yield "rollout.refills needs rollout.samples of at least 2: one reward has no spread"
+        if (buffer := self.reward.overlong_buffer) > rollout.max_new_tokens:
+            yield (
+                f"reward.overlong_buffer ({buffer}) exceeds rollout.max_new_tokens "
+                f"({rollout.max_new_tokens})"
+            )
+        if rollout.top_p < 1 and loss.tis_cap is not None:
+            yield (
+                f"loss.tis_cap needs rollout.top_p=1, got {rollout.top_p}: the log-probs of a "
+                "nucleus are of another distribution, so the weights would be biased"
+            )
+        if rollout.top_p < 1 and loss.max_sequence_gap is not None and rollout.engine == "vllm":
+            yield (
+                "loss.max_sequence_gap with rollout.engine=vllm needs rollout.top_p=1, got "
+                f"{rollout.top_p}: vLLM's log-probs are those of the nucleus"
+            )
+        if loss.kl_estimator == "k1_reward" and self.advantage not in TOKENWISE:
+            yield f"loss.kl_estimator=k1_reward needs advantage={' or '.join(TOKENWISE)}"
+        if rollout.prompts % optimizer.updates_per_step:
+            yield (
+                f"rollout.prompts ({rollout.prompts}) must be a multiple of "
+                f"optimizer.updates_per_step ({optimizer.updates_per_step})"
+            )
+        if optimizer.warmup_steps > self.steps:
+            yield f"optimizer.warmup_steps ({optimizer.warmup_steps}) exceeds steps ({self.steps})"
+
+    def _wrong_phases(self) -> Iterator[str]:
+        if self.policy == "bupo" and self.bupo.steps >= self.steps:
+            yield f"bupo.steps ({self.bupo.steps}) must be less than steps ({self.steps})"
+        for key in ("auto_layer", "auto_stop"):
+            if getattr(self.bupo, key) is not None and self.policy != "bupo":
+                yield f"bupo.{key} needs policy=bupo, got policy={self.policy}"
+        if bool(self.phases) != (self.policy == "custom"):
+            yield "phases and policy=custom need one another"
         lengths = [phase.steps for phase in self.phases]
-        require(
-            all(lengths[:-1]), "phases: only the last may leave out steps, which is all that remain"
-        )
-        total, rest = sum(filter(None, lengths)), bool(lengths) and lengths[-1] is None
-        require(
-            not lengths or (total < self.steps if rest else total == self.steps),
-            f"phases have {total} steps{' before the last' if rest else ''}, steps={self.steps}",
-        )
+        if not all(lengths[:-1]):
+            yield "phases: only the last may leave out steps, which is all that remain"
+        total, rest = sum(filter(None, lengths)), lengths[-1:] == [None]
+        if lengths and (total >= self.steps if rest else total != self.steps):
+            yield f"phases have {total} steps{' before the last' * rest}, steps={self.steps}"
