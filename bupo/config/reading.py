@@ -131,12 +131,11 @@ def _of_algorithm(given: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {}
     one_of("algorithm", names[-1], tuple(ALGORITHMS))
     implied = ALGORITHMS[names[-1]]
-    policies = [settings["policy"] for settings in given if "policy" in settings]
-    for policy in policies[-1:]:
-        require(
-            policy == implied["policy"],
+    policy = [implied["policy"], *(each["policy"] for each in given if "policy" in each)][-1]
+    if policy != implied["policy"]:
+        raise ConfigError(
             f"algorithm={names[-1]} means policy={implied['policy']}, but policy={policy} is given "
-            "as well: leave one of them out",
+            "as well: leave one of them out"
         )
     return implied
 
