@@ -43,7 +43,7 @@ class BupoConfig(Group, prefix="bupo."):
     """Measure the layer before step 1 (policy=bupo): the one where the FFNs of the model stop
     exploring, on 64 of its own responses. The value is the share of the largest rise of entropy by
     an FFN below which a layer no longer explores, for example 0.1. auto_layer.json in the run
-    directory has the curve. null: bupo.layer is given."""
+    directory holds the curve. null: bupo.layer is used."""
     auto_stop: float | None = setting(None, above=0)
     """End phase 1 before bupo.steps where it has stopped helping (policy=bupo): when the final
     policy's log perplexity of the probes (see diagnostics.every) has risen by this many nats, for
@@ -101,7 +101,8 @@ class LossConfig(Group, prefix="loss."):
     clip_high: float = setting(0.2, at_least=0, at_most=math.inf)
     """See clip_low; DAPO's clip-higher is 0.28. inf: no upper bound."""
     dual_clip: float | None = setting(None, above=1, at_most=math.inf)
-    """Bound c of the loss where the advantage is negative, for example 10; null: no bound."""
+    """Where the advantage is negative, the loss of a token is at most this times its size, for
+    example 10; null: no bound."""
     max_log_ratio: float | None = setting(20.0, above=0)
     """The log of the ratio is clamped to plus or minus this (nats), as in the paper's code, so that
     no ratio is infinite; null: no bound."""
@@ -112,7 +113,8 @@ class LossConfig(Group, prefix="loss."):
     entropy_coef: float = setting(0.0, at_least=0)
     """Weight of a bonus on the entropy of the policy that is trained."""
     kl_coef: float = setting(0.0, at_least=0)
-    """Weight of the KL divergence to the policy before step 1: final, or pi^l of phase 1."""
+    """Weight of the KL divergence to the policy before step 1: the final policy, or pi^l in
+    phase 1."""
     kl_estimator: str = setting("k3", choices=("k1", "k2", "k3", "k1_reward"))
     """k1, k2 and k3 are terms of the loss (only k2 has the gradient of KL(pi || reference));
     k1_reward subtracts k1 from the reward of each token (advantages reinforce_pp and ppo)."""
@@ -129,9 +131,9 @@ class LossConfig(Group, prefix="loss."):
 @dataclass
 class CriticConfig(Group, prefix="critic."):
     lr: float = setting(1e-5, above=0)
-    """Learning rate of the critic, a copy of the model that advantage=ppo trains besides."""
+    """Learning rate of the critic, a second copy of the model, which advantage=ppo trains."""
     gamma: float = setting(1.0, at_least=0, at_most=1)
-    """Discount of a reward per token that it lies ahead."""
+    """Discount of a reward for each token that it lies ahead."""
     gae_lambda: float = setting(1.0, at_least=0, at_most=1)
     """Lambda of generalised advantage estimation: 1 is reward-to-go - V, 0 one step of it."""
     clip: float = setting(0.5, above=0, at_most=math.inf)
@@ -150,7 +152,8 @@ class OptimizerConfig(Group, prefix="optimizer."):
     betas: tuple[float, float] = setting((0.9, 0.999), at_least=0, below=1)
     """Decay rates of AdamW's two moments."""
     weight_decay: float = setting(0.01, at_least=0)
-    """It never moves a parameter without gradient, as those of the layers above l in phase 1."""
+    """Weight decay of AdamW. A parameter without a gradient, such as those of the layers above l in
+    phase 1, never moves."""
     grad_clip: float = setting(1.0, above=0, at_most=math.inf)
     """Largest norm of the gradient; a longer one is scaled down to it. inf: no limit."""
     updates_per_step: int = setting(4, at_least=1)
