@@ -20,7 +20,7 @@ _COMPARISONS = {
 
 
 def setting(default: Any, **limits: Any) -> Any:
-    """A field with this default and limits, at_least, above, at_most and below, or with choices.
+    """A field with this default and its limits: at_least, above, at_most, below, or choices.
 
     They hold for every element of a list or a mapping, and not for null. Only a field with at_most
     may be infinite.

@@ -48,7 +48,7 @@ class CheckpointConfig(Group, prefix="checkpoint."):
     keep_last: int = setting(2, at_least=1)
     """Number of newest checkpoints that are kept; older ones are removed, except for `keep`."""
     keep: list[str] = setting(["switch", "best"], choices=("switch", "best"))
-    """Checkpoints that are written and kept in addition: switch, at the end of every phase; best, at
+    """Checkpoints that are written and kept in addition: switch, at the end of each phase; best, at
     the step with the highest Avg@n in evaluation (mean over data sets). []: none."""
 
 
