@@ -67,4 +67,4 @@ def test_no_clear_boundary_stops_with_the_reason(
 
 def test_it_is_for_bupo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "run", *SETTINGS, "algorithm=grpo") == 2
-    assert "bupo.auto_layer needs algorithm=bupo" in capsys.readouterr().err
+    assert "bupo.auto_layer needs policy=bupo" in capsys.readouterr().err

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def make_critic(model=None, *, micro_batch_tokens=10**6, updates=1, clip=0.5, lr=1e-30, **more):
     config = Config(
         advantage="ppo",
-        algorithm="grpo",
+        policy="final",
         rollout=RolloutConfig(prompts=4 * updates, samples=3, max_new_tokens=11),
         critic=CriticConfig(lr=lr, clip=clip),
         optimizer=OptimizerConfig(

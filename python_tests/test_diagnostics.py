@@ -39,7 +39,7 @@ def test_it_has_stopped_helping_when_the_distance_no_longer_falls() -> None:
 
 def test_a_phase_that_ends_early_moves_the_others_forward() -> None:
     config = Config(
-        algorithm="custom",
+        policy="custom",
         steps=20,
         phases=[PhaseConfig(layer=1, steps=6), PhaseConfig(layer=2, steps=4), PhaseConfig()],
     )
@@ -158,12 +158,12 @@ def test_auto_stop_without_its_first_look_is_an_error(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("bupo.auto_stop=0", "bupo.auto_stop must be > 0 or null"),
+        ("bupo.auto_stop=0", "bupo.auto_stop must be above 0 or null"),
         ("diagnostics.every=-1", "diagnostics.every must be at least 0"),
     ],
 )
 def test_bad_settings(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(None, [override])
-    with pytest.raises(ConfigError, match=r"bupo\.auto_stop needs algorithm=bupo"):
+    with pytest.raises(ConfigError, match=r"bupo\.auto_stop needs policy=bupo"):
         load(None, ["algorithm=grpo", "bupo.auto_stop=0.1"])

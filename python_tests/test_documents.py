@@ -71,9 +71,9 @@ def test_every_metric_is_explained(tmp_path: Path) -> None:
 def test_settings_in_commands_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     places = re.findall(r"```\n.*?```|`[^`\n]+`", text, flags=re.DOTALL)
-    keys = set(config.all_keys(config.Config)) | set(config.all_keys(config.AnalysisConfig))
+    keys = {"algorithm", *config.all_keys(config.Config), *config.all_keys(config.AnalysisConfig)}
     groups = "|".join({re.escape(key.partition(".")[0]) for key in keys if "." in key})
-    pattern = rf"(?<![\w.])((?:{groups})\.[a-z_]+|resume|algorithm|advantage|wandb|seed)="
+    pattern = rf"(?<![\w.])((?:{groups})\.[a-z_]+|resume|algorithm|policy|advantage|wandb|seed)="
     used = {key for place in places for key in re.findall(pattern, place)}
     if document.name == "internal_policies.md":  # of one command, so every word before = is a key
         used |= {k for p in places for k in re.findall(r"(?<![\w.])([a-z][a-z_.]*)=", p)}

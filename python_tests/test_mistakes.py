@@ -24,7 +24,7 @@ BAD = {
         ["data.columns={prompt:", "question}"],
         "in a shell, quote what has spaces or braces: 'data.columns={prompt: question}'",
     ),
-    "clip": (["loss.clip_low=1.5"], "loss.clip_low must be at most 1"),
+    "clip": (["loss.clip_low=1.5"], "loss.clip_low must be at least 0 and at most 1, got 1.5"),
     "entropy": (["loss.entropy_coef=-0.1"], "loss.entropy_coef must be at least 0"),
     "long warm-up": (
         ["optimizer.warmup_steps=7"], "optimizer.warmup_steps (7) exceeds steps (6)"
@@ -35,7 +35,7 @@ BAD = {
     ),
     "wrong type": (["steps=many"], "steps: Value 'many'"),
     "no assignment": (["steps"], "expected key=value, got 'steps'"),
-    "algorithm": (["algorithm=bup"], "must be one of bupo, grpo, internal, custom, got 'bup'"),
+    "algorithm": (["algorithm=bup"], "must be one of bupo, internal, custom, grpo, dr_grpo, rloo,"),
     "group size": (["rollout.samples=1"], "rollout.samples must be at least 2"),
     "batch split": (
         ["rollout.prompts=6", "optimizer.updates_per_step=4"],
@@ -51,8 +51,8 @@ BAD = {
         ["loss.max_sequence_gap=1", "rollout.top_p=0.9", "rollout.engine=vllm"],
         "loss.max_sequence_gap with rollout.engine=vllm needs rollout.top_p=1",
     ),
-    "bound of the ratio": (["loss.max_log_ratio=0"], "loss.max_log_ratio must be > 0 or null"),
-    "epochs": (["optimizer.epochs=0"], "optimizer.epochs must be positive"),
+    "bound of the ratio": (["loss.max_log_ratio=0"], "loss.max_log_ratio must be above 0 or null"),
+    "epochs": (["optimizer.epochs=0"], "optimizer.epochs must be at least 1, got 0"),
     "checkpoints kept": (
         ["checkpoint.keep=[worst]"], "checkpoint.keep must be one of switch, best, got 'worst'"
     ),
@@ -60,13 +60,13 @@ BAD = {
         ["eval.samples_by_source={other: 2}"], "eval.samples_by_source names other, but eval.files"
     ),
     "no samples": (
-        ["eval.samples_by_source={addition: 0}"], "eval.samples_by_source.addition must be positive"
+        ["eval.samples_by_source={addition: 0}"], "eval.samples_by_source.addition must be at least"
     ),
-    "layer zero": (["bupo.layer=0"], "bupo.layer counts from 1, got 0"),
+    "layer zero": (["bupo.layer=0"], "bupo.layer must be at least 1 or null, got 0"),
     "layer over L": (["bupo.layer=3"], "bupo.layer=3 is out of range"),
     "phase 1 too long": (["bupo.steps=6"], "bupo.steps (6) must be less than steps (6)"),
-    "phases alone": (["phases=[{}]"], "phases and algorithm=custom need one another"),
-    "custom without phases": (["algorithm=custom"], "phases and algorithm=custom need one another"),
+    "phases alone": (["phases=[{}]"], "phases and policy=custom need one another"),
+    "custom without phases": (["algorithm=custom"], "phases and policy=custom need one another"),
     "phase key": (
         ["algorithm=custom", "phases=[{layr: 1}]"],
         "unknown key phases[].layr; did you mean phases[].layer?",
@@ -117,7 +117,7 @@ BAD = {
         ["bupo.auto_layer=true"], "bupo.auto_layer: Value 'True' of type 'bool' could not be"
     ),
     "auto_layer of more than all": (
-        ["bupo.auto_layer=1"], "bupo.auto_layer must be a share in [0, 1), e.g. 0.1, or null"
+        ["bupo.auto_layer=1"], "bupo.auto_layer must be at least 0 and below 1 or null, got 1"
     ),
     "an option that vllm has not": (
         ["rollout.engine=vllm", "rollout.vllm={tensor_paralel_size: 2}"],
@@ -125,15 +125,15 @@ BAD = {
     ),
     "vllm's ranks": (
         ["rollout.vllm={tensor_parallel_size: null}"],
-        "rollout.vllm.tensor_parallel_size must be an integer over 0, got None",
+        "rollout.vllm.tensor_parallel_size must be an integer above 0, got None",
     ),
     "vllm's cache": (
         ["rollout.vllm={kv_cache_memory_bytes: 1e9}"],
-        "rollout.vllm.kv_cache_memory_bytes must be an integer over 0, got 1000000000.0",
+        "rollout.vllm.kv_cache_memory_bytes must be an integer above 0, got 1000000000.0",
     ),
     "vllm's share": (
         ["rollout.vllm={gpu_memory_utilization: 40}"],
-        "rollout.vllm.gpu_memory_utilization must be in (0, 1), got 40",
+        "rollout.vllm.gpu_memory_utilization must be a share above 0 and below 1, got 40",
     ),
     "vllm option that follows": (
         ["rollout.vllm={seed: 1}"], "rollout.vllm.seed: bupo sets it (seed)"
@@ -148,10 +148,10 @@ BAD = {
     "overlong buffer": (
         ["reward.overlong_buffer=13"], "reward.overlong_buffer (13) exceeds rollout.max_new_tokens"
     ),
-    "critic": (["critic.gae_lambda=2"], "critic.gae_lambda must be in [0, 1]"),
+    "critic": (["critic.gae_lambda=2"], "critic.gae_lambda must be at least 0 and at most 1"),
     "missing template": (["data.chat_template=no.jinja"], "chat_template=no.jinja: file not found"),
     "weights": (["data.weights=[1,2]"], "data.weights has 2 values for 0 data.train"),
-    "weight": (["data.weights=[0]"], "data.weights must be positive"),
+    "weight": (["data.weights=[0]"], "data.weights must be above 0, got 0"),
     "column": (["data.columns={question: x}"], "data.columns' names must be one of prompt, answer"),
     "hub": (
         ["task=null", "model.path=a/b", "data.train=[owner/no-such]", "eval.every=0"],
@@ -192,10 +192,10 @@ BAD = {
     "no name": (["=3"], "expected key=value, got '=3'"),
     "not finite": (["optimizer.lr=inf"], "optimizer.lr must be finite, got inf"),
     "nan": (["loss.entropy_coef=nan"], "loss.entropy_coef must be finite, got nan"),
-    "betas": (["optimizer.betas=[2,3]"], "optimizer.betas must be in [0, 1)"),
+    "betas": (["optimizer.betas=[2,3]"], "optimizer.betas must be at least 0 and below 1, got 2"),
     "decay": (["optimizer.weight_decay=-1"], "optimizer.weight_decay must be at least 0"),
     "warm-up": (["optimizer.warmup_steps=-5"], "optimizer.warmup_steps must be at least 0"),
-    "eval.limit": (["eval.limit=0"], "eval.limit must be positive"),
+    "eval.limit": (["eval.limit=0"], "eval.limit must be at least 1 or null, got 0"),
     "reward module": (["reward.function=nope:x"], "reward.function=nope:x cannot be loaded"),
     "reward signature": (["reward.function=math:sqrt"], "reward.function=math:sqrt must take"),
     "reward name": (["reward.function=maths"], "reward.function must be math, strict or module:"),
@@ -208,9 +208,9 @@ BAD = {
     ),
     "wandb": (["wandb=project"], "wandb=project needs the package wandb, which is not installed"),
     "watchdog": (["watchdog.seconds=-1"], "watchdog.seconds must be at least 0"),
-    "bad steps": (["max_bad_steps=0"], "max_bad_steps must be positive"),
+    "bad steps": (["max_bad_steps=0"], "max_bad_steps must be at least 1, got 0"),
     "resume without out": (["resume=auto", "out=null"], "resume=auto needs out=DIR"),
-    "temperature": (["rollout.temperature=0"], "rollout.temperature must be > 0"),
+    "temperature": (["rollout.temperature=0"], "rollout.temperature must be above 0, got 0"),
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def custom(*phases, steps=10, **settings):
-    return Schedule(Config(algorithm="custom", phases=list(phases), steps=steps, **settings))
+    return Schedule(Config(policy="custom", phases=list(phases), steps=steps, **settings))
 
 
 def test_phases_follow_one_another():
@@ -49,11 +49,11 @@ def test_phases_follow_one_another():
 
 
 def test_shorthands():
-    internal = Schedule(Config(algorithm="internal", bupo=BupoConfig(layer=3), steps=4))
+    internal = Schedule(Config(policy="internal", bupo=BupoConfig(layer=3), steps=4))
     assert [internal.policy(n) for n in range(1, 5)] == [Policy(3)] * 4
     assert not any(map(internal.switches_after, range(6)))
     assert internal.describe(6) == "layer 3 of 6 for 4 steps"
-    grpo = Schedule(Config(algorithm="grpo", steps=4))
+    grpo = Schedule(Config(policy="final", steps=4))
     assert grpo.policy(4) == FINAL and grpo.layers() == []
     assert grpo.describe(6) == "the final policy for 4 steps"
     bupo = Schedule(Config(bupo=BupoConfig(layer=3, steps=2), steps=4))
@@ -77,9 +77,9 @@ def test_rates_of_a_phase():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Config(algorithm="internal", bupo=BupoConfig(layer=7)), r"bupo\.layer=7 .* 1\.\.6"),
+        (Config(policy="internal", bupo=BupoConfig(layer=7)), r"bupo\.layer=7 .* 1\.\.6"),
         (
-            Config(algorithm="custom", phases=[PhaseConfig(lr={"2-7": 0.0})]),
+            Config(policy="custom", phases=[PhaseConfig(lr={"2-7": 0.0})]),
             r"phases\[0\]\.lr\.2-7 is .* 1\.\.6",
         ),
     ],

@@ -59,7 +59,7 @@ def make_trainer(
 ):
     optimizer = {"lr": 1e-3, "weight_decay": 0.0, "grad_clip": 1e9} | optimizer
     config = Config(
-        algorithm="grpo",
+        policy="final",
         steps=steps,
         model=ModelConfig(compute_dtype=dtype),
         rollout=RolloutConfig(
@@ -515,7 +515,7 @@ def test_schedule():
     assert [schedule.policy(n).phase for n in (3, 4)] == ["internal", "final"]
     assert schedule.policy(3).final_norm and not schedule.policy(4).final_norm
     assert [n for n in range(6) if schedule.switches_after(n)] == [3]
-    for config in (Config(bupo=BupoConfig(steps=0)), Config(algorithm="grpo")):
+    for config in (Config(bupo=BupoConfig(steps=0)), Config(policy="final")):
         schedule = Schedule(config)
         assert schedule.policy(1) == FINAL and not any(map(schedule.switches_after, range(40)))
 

@@ -14,7 +14,7 @@ from bupo.config import Config, ConfigError
 from bupo.types import Prompt
 
 TRAINING = (
-    *("name", "out", "resume", "steps", "algorithm", "advantage", "phases", "max_bad_steps"),
+    *("name", "out", "resume", "steps", "policy", "advantage", "phases", "max_bad_steps"),
     *("bupo.", "loss.", "critic.", "optimizer.", "checkpoint.", "watchdog.", "diagnostics."),
     *("data.train", "data.weights", "data.limit", "rollout.prompts", "rollout.samples", "wandb"),
 )

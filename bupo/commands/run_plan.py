@@ -60,7 +60,7 @@ class RunPlan:
             else Schedule(config).describe(self.layers)
         )
         return (
-            f"{config.name}: {config.algorithm}, {config.advantage} advantages, on "
+            f"{config.name}: policy {config.policy}, {config.advantage} advantages, on "
             f"{self.sources.model}\n"
             f"  model    {sizes.model_line()}\n"
             f"  phases   {phases}{trained if sizes.internal else ''}\n"

@@ -1,4 +1,8 @@
-"""Settings: a group a class, read from YAML and `key=value`, strict about names."""
+"""Settings: one class per group, read from YAML and `key=value`, strict about names."""
+
+# What is imported here is what the package offers.
+# ruff: noqa: F401
+# mypy: implicit-reexport
 
 from __future__ import annotations
 
@@ -7,8 +11,14 @@ from pathlib import Path
 from bupo.config.analysis_settings import AnalysisConfig
 from bupo.config.errors import BrokenError, ConfigError, RunError, first_line, readable
 from bupo.config.inputs import DataConfig, ModelConfig
-from bupo.config.objective import ADVANTAGES, CriticConfig, LossConfig, OptimizerConfig
-from bupo.config.phases import BupoConfig, PhaseConfig
+from bupo.config.objective import (
+    ADVANTAGES,
+    BupoConfig,
+    CriticConfig,
+    LossConfig,
+    OptimizerConfig,
+    PhaseConfig,
+)
 from bupo.config.reading import (
     QUOTES,
     all_keys,
@@ -20,49 +30,7 @@ from bupo.config.reading import (
     values,
 )
 from bupo.config.sampling import EvalConfig, RewardConfig, RolloutConfig
-from bupo.config.settings import (
-    GPU_WORKSPACE,
-    MAY_CHANGE,
-    CheckpointConfig,
-    Config,
-    DiagnosticsConfig,
-    WatchdogConfig,
-)
-
-__all__ = [
-    "ADVANTAGES",
-    "GPU_WORKSPACE",
-    "MAY_CHANGE",
-    "QUOTES",
-    "AnalysisConfig",
-    "BrokenError",
-    "BupoConfig",
-    "CheckpointConfig",
-    "Config",
-    "ConfigError",
-    "CriticConfig",
-    "DataConfig",
-    "DiagnosticsConfig",
-    "EvalConfig",
-    "LossConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PhaseConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "RunError",
-    "WatchdogConfig",
-    "all_keys",
-    "changes_since",
-    "describe",
-    "dump",
-    "first_line",
-    "load",
-    "read",
-    "readable",
-    "shipped",
-    "values",
-]
+from bupo.config.settings import GPU_WORKSPACE, MAY_CHANGE, Config
 
 
 def load(file: Path | None, overrides: list[str]) -> Config:

@@ -6,54 +6,60 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bupo.config.errors import one_of, require
+from bupo.config.limits import Group, setting
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Group, prefix="model."):
     path: str | None = None
-    """Folder (or hub name) of a Hugging Face causal LM and its tokenizer; a task may set it."""
-    compute_dtype: str = "float32"
-    """float32, or bfloat16: parameters stay float32, the forward runs under autocast."""
+    """Folder or hub name of a Hugging Face causal LM with its tokenizer; `model=NAME` for short.
+    null: the model that the task makes."""
+    compute_dtype: str = setting("float32", choices=("float32", "bfloat16"))
+    """Type that the forward pass computes in: float32 (fp32), or bfloat16 (bf16), which runs it
+    under autocast. The parameters are float32 in both."""
     gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory for about a third more time."""
     attn_implementation: str = "sdpa"
-    """Passed to transformers: sdpa, eager, flash_attention_2, ..."""
+    """Attention of the model, passed to transformers: sdpa, eager, flash_attention_2, ..."""
 
     def __post_init__(self) -> None:
-        one_of("model.compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        in_full = {"fp32": "float32", "bf16": "bfloat16"}
+        self.compute_dtype = in_full.get(self.compute_dtype, self.compute_dtype)
+        super().__post_init__()
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Group, prefix="data."):
     train: list[str] = field(default_factory=list)
-    """Parquet or JSONL files in verl's format (prompt, reward_model.ground_truth, data_source);
-    folders of such files or saved by Hugging Face datasets; names on the hub. NAME:SPLIT (on the
-    hub also NAME:CONFIGURATION/SPLIT) takes another split than train. A prompt is a list of chat
-    messages, or a plain string that is used as it is."""
-    weights: list[float] = field(default_factory=list)
-    """One for each of data.train: its share of the prompts, e.g. [3, 1]. Empty: every prompt once
-    an epoch."""
+    """Training data, one name or a list: Parquet or JSONL files in verl's format (prompt,
+    reward_model.ground_truth, data_source), folders of such files, folders saved by Hugging Face
+    datasets, or data sets on the hub. NAME:SPLIT (on the hub also NAME:CONFIGURATION/SPLIT) takes
+    another split than train. A prompt is a list of chat messages, or a plain string, which is used
+    as it is."""
+    weights: list[float] = setting([], above=0)
+    """Share of the prompts that each name in data.train provides, for example [3, 1]. Empty: every
+    prompt is used once per epoch."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Other names of the columns prompt, answer and data_source, e.g. {prompt: question}."""
+    """Names of the columns prompt, answer and data_source in the files, where they differ, for
+    example {prompt: question}."""
     system_prompt: str | None = None
-    """Makes a chat of a plain string: this system message (none if empty), then the string."""
-    max_prompt_tokens: int = 1024
-    """Longest prompt after the chat template."""
-    overlong: str = "error"
-    """What a longer prompt does: error, or drop (counted and printed)."""
+    """Turns a plain string into a chat: this system message (none if empty), then the string as the
+    user's message. null: plain strings stay plain."""
+    max_prompt_tokens: int = setting(1024, at_least=1)
+    """Largest number of tokens in a prompt, after the chat template."""
+    overlong: str = setting("error", choices=("error", "drop"))
+    """What happens to a longer prompt: error ends the command; drop leaves it out and reports the
+    number of such prompts."""
     chat_template: str | None = None
-    """File with a Jinja chat template that replaces the tokenizer's own. octothinker.jinja comes
-    with bupo: the paper's prompt for base models (User: ... Assistant:), with BOS."""
+    """File with a Jinja chat template; null: the tokenizer's own. octothinker.jinja comes with bupo
+    and is the paper's prompt for base models (User: ... Assistant:), with BOS."""
     chat_template_options: dict[str, Any] = field(default_factory=dict)
-    """Passed to the chat template, e.g. {enable_thinking: false} for Qwen3."""
-    limit: int | None = None
-    """Use only the first rows of each training file."""
+    """Arguments of the chat template, for example {enable_thinking: false} for Qwen3."""
+    limit: int | None = setting(None, at_least=1)
+    """Number of rows that are used of each training file, from the first; null: all."""
 
     def __post_init__(self) -> None:
-        one_of("data.overlong", self.overlong, ("error", "drop"))
-        require(self.max_prompt_tokens > 0, "data.max_prompt_tokens must be positive")
-        require(self.limit is None or self.limit > 0, "data.limit must be positive or null")
-        require(all(w > 0 for w in self.weights), "data.weights must be positive")
+        super().__post_init__()
         require(
             len(self.weights) in (0, len(self.train)),
             f"data.weights has {len(self.weights)} values for {len(self.train)} data.train",

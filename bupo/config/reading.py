@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-import math
+from collections.abc import Sequence
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -17,11 +17,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bupo.config.errors import ConfigError, first_line, require
+from bupo.config.errors import ConfigError, first_line, one_of, require
+from bupo.config.objective import ALGORITHMS
+from bupo.config.other_names import our_name
 
 Settings = TypeVar("Settings")
 """A dataclass of settings: values, and dataclasses as groups of them"""
-
 
 QUOTES = "in a shell, quote what has spaces or braces: 'data.columns={prompt: question}'"
 """For errors, and for the help of key=value"""
@@ -44,42 +45,39 @@ def _elements(schema: type, f: Field[Any]) -> type | None:
     return found if isinstance(found, type) and is_dataclass(found) else None
 
 
-def all_keys(schema: type, prefix: str = "") -> list[str]:
-    """Every dotted key, leaves only; those of a list's elements as `phases[].layer`."""
-    names: list[str] = []
-    for f in fields(schema):
-        default, elements = _default(f), _elements(schema, f)
-        if is_dataclass(default):
-            names += all_keys(type(default), f"{prefix}{f.name}.")
-        else:
-            names.append(prefix + f.name)
-        if elements:
-            names += all_keys(elements, f"{prefix}{f.name}[].")
-    return names
-
-
 def read(file: Path | None, overrides: list[str], schema: type[Settings]) -> Settings:
-    """The settings of a YAML file and `key=value` overrides.
+    """The settings of a YAML file and the `key=value` overrides, which win.
 
-    Raises ConfigError, one line: an unknown key (naming the nearest), a value of the wrong type, a
-    missing file, an impossible combination.
+    Short forms are taken as meant: model=NAME, one string for a list of strings, and
+    algorithm=NAME, the last one, which stands for ALGORITHMS[NAME]: these settings replace those of
+    a file, and give way to those in the same file or among the same overrides.
+
+    Raises ConfigError, one line: an unknown key (naming the one that is meant), a value of the
+    wrong type, a missing file, an impossible combination.
     """
-    merged = OmegaConf.structured(schema)
-    reading = str(file)
+    reading, merged = str(file), OmegaConf.structured(schema)
+    of_file: Any = {}
+    typed: list[Any] = []
     try:
         if file is not None:
-            if not file.is_file():
-                raise ConfigError(f"configuration file not found: {file}")
-            given = OmegaConf.load(file)
-            _check_names(OmegaConf.to_container(given), schema, schema)
-            merged = OmegaConf.merge(merged, given)
-        for text in overrides:
-            reading = text
-            require(text.find("=") > 0, f"expected key=value, got {text!r}{_split_by_shell(text)}")
-            given = OmegaConf.from_dotlist([text])
-            _check_names(OmegaConf.to_container(given), schema, schema, text.partition("=")[0])
+            require(file.is_file(), f"configuration file not found: {file}")
+            of_file = OmegaConf.to_container(OmegaConf.load(file))
+            require(isinstance(of_file, dict), f"{file} holds a list, expected key: value")
+            of_file = _as_meant(of_file, schema, schema)
+        for reading in overrides:
+            hint = _split_by_shell(reading)
+            require(reading.find("=") > 0, f"expected key=value, got {reading!r}{hint}")
+            given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([reading]))
+            typed.append(_as_meant(given, schema, schema, reading.partition("=")[0]))
+        below, above = _of_algorithm([of_file]), _of_algorithm(typed)
+        layers = [{} if above else below, of_file, above]
+        reading = str(file)
+        merged = OmegaConf.merge(merged, *layers)
+        for reading, given in zip(overrides, typed):  # noqa: B007
             merged = OmegaConf.merge(merged, given)
         config = OmegaConf.to_object(merged)
+    except ConfigError:
+        raise
     except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None) or reading
         raise ConfigError(f"{where}: {first_line(error)}") from None
@@ -87,45 +85,76 @@ def read(file: Path | None, overrides: list[str], schema: type[Settings]) -> Set
         text = " ".join(str(error).split())
         raise ConfigError(f"{reading} cannot be read: {text}{_split_by_shell(reading)}") from None
     except (ValueError, TypeError) as error:  # from OmegaConf: a value of the wrong structure
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{reading}: {first_line(error)}") from None
     assert isinstance(config, schema)
-    for key, value in values(config).items():
-        if isinstance(value, float) and not math.isfinite(value) and "clip" not in key:
-            raise ConfigError(f"{key} must be finite, got {value}")
     return config
 
 
-def _check_names(
-    given: Any, schema: type, root: type, typed: str | None = None, prefix: str = ""
-) -> None:
-    """Raises ConfigError for a key that is none, naming the nearest: of the dotted key as it was
-    typed, else of the group or key of a file."""
-    if not isinstance(given, dict):  # OmegaConf says what is wrong with that
-        return
-    known = {f.name: f for f in fields(schema)}
+def _as_meant(
+    given: dict[str, Any], schema: type, root: type, typed: str = "", prefix: str = ""
+) -> dict[str, Any]:
+    """Settings with their short forms written out; OmegaConf says what is wrong with a value.
+
+    Raises ConfigError for a key that is none: the dotted key as it was typed, else the group or key
+    of a file.
+    """
+    known, types = {f.name: f for f in fields(schema)}, get_type_hints(schema)
+    found: dict[str, Any] = {}
     for key, value in given.items():
         name = f"{prefix}{key}"
-        f = known.get(key)
-        if f is None:
-            whole = typed if typed and typed.startswith(name) else name
-            near = _nearest(whole, root)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ConfigError(f"unknown key {whole}{hint}")
-        elements = _elements(schema, f)
-        if is_dataclass(_default(f)):
-            _check_names(value, type(_default(f)), root, typed, f"{name}.")
-        elif elements:
-            for each in value if isinstance(value, list) else []:
-                _check_names(each, elements, root, None, f"{name}[].")
+        if name == "algorithm" and "policy" in known and not isinstance(value, dict):
+            found[key] = value
+            continue
+        if key not in known:
+            whole = typed if typed.startswith(name) else name
+            raise ConfigError(_unknown(whole, value if whole == name else {}, root))
+        group, elements = _default(known[key]), _elements(schema, known[key])
+        if name == "model" and isinstance(value, str):
+            value = {"path": value}
+        elif types[key] == list[str] and isinstance(value, str) and not value.endswith("}"):
+            value = [value]  # "${...}" may stand for a list
+        if is_dataclass(group) and isinstance(value, dict):
+            value = _as_meant(value, type(group), root, typed, f"{name}.")
+        elif elements and isinstance(value, list):
+            dicts = (each if isinstance(each, dict) else {} for each in value)
+            meant = [_as_meant(each, elements, root, "", f"{name}[].") for each in dicts]
+            value = [new or each for new, each in zip(meant, value)]
+        found[key] = value
+    return found
 
 
-def _nearest(name: str, schema: type) -> list[str]:
+def _of_algorithm(given: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Removes `algorithm` from the settings of one command line or file, and returns those that it
+    stands for. Raises ConfigError for an unknown name and for a policy that contradicts it."""
+    names = [settings.pop("algorithm") for settings in given if "algorithm" in settings]
+    if not names:
+        return {}
+    one_of("algorithm", names[-1], tuple(ALGORITHMS))
+    implied = ALGORITHMS[names[-1]]
+    policy = [implied["policy"], *(each["policy"] for each in given if "policy" in each)][-1]
+    if policy != implied["policy"]:
+        raise ConfigError(
+            f"algorithm={names[-1]} means policy={implied['policy']}, but policy={policy} is given "
+            "as well: leave one of them out"
+        )
+    return implied
+
+
+def _unknown(name: str, value: Any, schema: type) -> str:
+    """The error for a key that is none, or for the first one in its group that another trainer has:
+    the keys of that name in any group, else the one that is spelled most alike."""
     keys = all_keys(schema)
+    left = [(name, value)]
+    for key, inner in left:
+        if text := our_name(key, keys):
+            return f"unknown key {key}; {text}"
+        left += [(f"{key}.{k}", v) for k, v in inner.items()] if isinstance(inner, dict) else []
     in_groups = [key for key in keys if key.rpartition(".")[2] == name]
     groups = {key.rpartition(".")[0] for key in keys if "." in key and "[]" not in key}
-    return in_groups or difflib.get_close_matches(name, [*keys, *groups], n=1, cutoff=0.5)
+    short = ["algorithm"] * ("policy" in keys)
+    alike = difflib.get_close_matches(name, [*keys, *groups, *short], n=1, cutoff=0.5)
+    near = " or ".join(in_groups or alike)
+    return f"unknown key {name}" + (f"; did you mean {near}?" if near else "")
 
 
 def _split_by_shell(text: str) -> str:
@@ -163,6 +192,11 @@ def changes_since(file: Path, config: Any, may_change: tuple[str, ...]) -> list[
 def dump(config: Any) -> str:
     """The settings as YAML."""
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def all_keys(schema: type) -> list[str]:
+    """Every dotted key, leaves only; those of a list's elements as `phases[].layer`."""
+    return [key for key, _, _ in describe(schema)]
 
 
 def describe(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:

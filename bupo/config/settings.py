@@ -1,16 +1,25 @@
-"""Every setting of a run. Rules between groups are in `__post_init__`, so an impossible
-configuration cannot be built.
-"""
+"""Every setting of a run. Each group checks itself when it is built, so no impossible configuration
+exists."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from bupo.config.errors import one_of, require
+from bupo.config.errors import ConfigError
 from bupo.config.inputs import DataConfig, ModelConfig
-from bupo.config.objective import ADVANTAGES, TOKENWISE, CriticConfig, LossConfig, OptimizerConfig
-from bupo.config.phases import BupoConfig, PhaseConfig
+from bupo.config.limits import Group, setting
+from bupo.config.objective import (
+    ADVANTAGES,
+    POLICIES,
+    TOKENWISE,
+    BupoConfig,
+    CriticConfig,
+    LossConfig,
+    OptimizerConfig,
+    PhaseConfig,
+)
 from bupo.config.sampling import EvalConfig, RewardConfig, RolloutConfig
 
 GPU_WORKSPACE = 2 << 30
@@ -30,78 +39,71 @@ MAY_CHANGE = (
 
 
 @dataclass
-class CheckpointConfig:
-    minutes: float = 30.0
-    """A checkpoint is written at the end of a step when the last one is this old; 0: not for its
+class CheckpointConfig(Group, prefix="checkpoint."):
+    minutes: float = setting(30.0, at_least=0)
+    """A checkpoint is written at the end of a step when the last one is this old; 0: never for its
     age. One is always written at the end of the run and on Ctrl-C or SIGTERM."""
-    every: int = 0
-    """Steps between further checkpoints; 0: none."""
-    keep_last: int = 2
-    """This many of the newest checkpoints are kept; older ones are removed, except for `keep`."""
-    keep: list[str] = field(default_factory=lambda: ["switch", "best"])
-    """Checkpoints that are written and kept besides: switch, the end of every phase; best, the step
-    with the highest Avg@n in evaluation (mean over data sets). []: none."""
-
-    def __post_init__(self) -> None:
-        require(self.minutes >= 0, f"checkpoint.minutes must be at least 0, got {self.minutes}")
-        require(self.every >= 0, f"checkpoint.every must be at least 0, got {self.every}")
-        require(self.keep_last >= 1, f"checkpoint.keep_last must be at least 1: {self.keep_last}")
-        for kind in self.keep:
-            one_of("checkpoint.keep", kind, ("switch", "best"))
+    every: int = setting(0, at_least=0)
+    """Number of steps between further checkpoints; 0: none."""
+    keep_last: int = setting(2, at_least=1)
+    """Number of newest checkpoints that are kept; older ones are removed, except for `keep`."""
+    keep: list[str] = setting(["switch", "best"], choices=("switch", "best"))
+    """Checkpoints that are written and kept in addition: switch, at the end of each phase; best, at
+    the step with the highest Avg@n in evaluation (mean over data sets). []: none."""
 
 
 @dataclass
-class WatchdogConfig:
-    seconds: float = 1800.0
-    """A stage (rollout, reward, update, evaluation, ...) that gets no further
-    for so long is named, and the stacks of all threads go to stalls.txt; 0: never."""
+class WatchdogConfig(Group, prefix="watchdog."):
+    seconds: float = setting(1800.0, at_least=0)
+    """A stage (rollout, reward, update, evaluation, ...) that makes no progress for this long is
+    named, and the stacks of all threads are written to stalls.txt; 0: never."""
     kill: bool = False
-    """Then end the process, for a supervisor that starts it again with resume=auto."""
-
-    def __post_init__(self) -> None:
-        require(self.seconds >= 0, "watchdog.seconds must be at least 0")
+    """Then also end the process, for a supervisor that starts it again with resume=auto."""
 
 
 @dataclass
-class DiagnosticsConfig:
-    every: int = 10
-    """Steps between looks at the policies of all layers, on probes: responses that the model gives
-    before step 1 to 32 prompts. diagnostics.jsonl and the report have them. 0: never; a run
-    that began so has no probes to look at later."""
-
-    def __post_init__(self) -> None:
-        require(self.every >= 0, "diagnostics.every must be at least 0")
+class DiagnosticsConfig(Group, prefix="diagnostics."):
+    every: int = setting(10, at_least=0)
+    """Number of steps between measurements of the policies of all layers on the probes, which are
+    the model's responses before step 1 to 32 prompts. diagnostics.jsonl and the report show them.
+    0: never; a run that was started so has no probes to measure later."""
 
 
 @dataclass
-class Config:
+class Config(Group):
     name: str = "run"
-    """Used in the name of the run directory and the report."""
-    algorithm: str = "bupo"
-    """bupo: the internal policy first, then the final policy. grpo: the final policy only.
-    internal: the internal policy only. custom: the given `phases`."""
+    """Name of the run, for its directory and its report."""
+    policy: str = setting("bupo", choices=POLICIES)
+    """Policy that the steps train. final: the model's own. internal: that of layer bupo.layer.
+    bupo: the internal one for bupo.steps steps, then the final one. custom: those of `phases`.
+    algorithm=NAME sets a well-known combination: bupo, internal and custom set only the policy;
+    grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline and ppo set policy=final and that
+    advantage (dr_grpo also its aggregation); gspo and cispo set policy=final, that loss.type and
+    the published clips. Keys that are given next to it win."""
     phases: list[PhaseConfig] = field(default_factory=list)
-    """For algorithm=custom, e.g. from the bottom up: [{layer: 2, steps: 10}, {layer: 4, steps: 10},
-    {}]; only layers up to 6, under the final objective: [{lr: {7-: 0}}]."""
-    advantage: str = "grpo"
-    """grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, or ppo, which trains a critic
-    (bupo/rl/advantages.py)."""
-    steps: int = 300
-    """Training steps in all."""
+    """Phases of policy=custom, for example from the bottom up: [{layer: 2, steps: 10}, {layer: 4,
+    steps: 10}, {}]; or the layers up to 6 under the final policy's objective: [{lr: {7-: 0}}]."""
+    advantage: str = setting("grpo", choices=ADVANTAGES)
+    """How rewards become advantages: grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, or
+    ppo, which trains a critic (bupo/rl/advantages.py)."""
+    steps: int = setting(300, at_least=1)
+    """Number of training steps in all."""
     seed: int = 0
-    """Of prompt order and sampling; same seed, same run."""
+    """Seed of the prompt order and of sampling; the same seed gives the same run."""
     out: str | None = None
-    """Run directory; default runs/NAME-ALGORITHM-TIME."""
-    resume: str = "never"
+    """Run directory; null: runs/NAME-ALGORITHM-TIME."""
+    resume: str = setting("never", choices=("never", "auto"))
     """auto continues from the newest complete checkpoint in `out`, or starts if there is none."""
-    max_bad_steps: int = 3
-    """An update with nan or infinity is skipped; so many steps in a row with one end the run."""
+    max_bad_steps: int = setting(3, at_least=1)
+    """An update with nan or infinity is skipped; this many steps in a row with one end the run."""
     wandb: str | None = None
-    """Project of Weights & Biases to show the metrics in, if that package is installed."""
+    """Project of Weights & Biases that shows the metrics, if that package is installed; null:
+    none."""
     task: str | None = None
-    """Python module that makes model and data (bupo.tasks.arithmetic, bupo.tasks.tiny)."""
+    """Python module that makes model and data (bupo.tasks.arithmetic, bupo.tasks.tiny); null: model
+    and data are given."""
     task_options: dict[str, Any] = field(default_factory=dict)
-    """Passed to the task."""
+    """Options of the task."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -116,75 +118,64 @@ class Config:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
-        one_of("algorithm", self.algorithm, ("bupo", "grpo", "internal", "custom"))
-        one_of("advantage", self.advantage, ADVANTAGES)
-        one_of("resume", self.resume, ("never", "auto"))
-        require(self.steps > 0, f"steps must be positive, got {self.steps}")
-        require(self.max_bad_steps > 0, "max_bad_steps must be positive")
-        require(
-            self.resume == "never" or self.out is not None,
-            "resume=auto needs out=DIR, the run directory to continue",
-        )
-        require(
-            self.rollout.samples >= 2 or self.advantage in TOKENWISE,
-            f"rollout.samples must be at least 2 for {self.advantage}'s group advantages, got "
-            f"{self.rollout.samples}",
-        )
-        require(
-            self.rollout.refills == 0 or self.rollout.samples >= 2,
-            "rollout.refills needs rollout.samples of at least 2: one reward has no spread",
-        )
-        require(
-            self.reward.overlong_buffer <= self.rollout.max_new_tokens,
-            f"reward.overlong_buffer ({self.reward.overlong_buffer}) exceeds "
-            f"rollout.max_new_tokens ({self.rollout.max_new_tokens})",
-        )
-        sampled = self.rollout.top_p == 1
-        require(
-            sampled or self.loss.tis_cap is None,
-            f"loss.tis_cap needs rollout.top_p=1, got {self.rollout.top_p}: the log-probs of a "
-            "nucleus are of another distribution, so the weights would be biased",
-        )
-        require(
-            sampled or self.loss.max_sequence_gap is None or self.rollout.engine == "hf",
-            f"loss.max_sequence_gap with rollout.engine=vllm needs rollout.top_p=1, got "
-            f"{self.rollout.top_p}: vLLM's log-probs are those of the nucleus",
-        )
-        require(
-            self.loss.kl_estimator != "k1_reward" or self.advantage in TOKENWISE,
-            f"loss.kl_estimator=k1_reward needs advantage={' or '.join(TOKENWISE)}",
-        )
-        require(
-            self.rollout.prompts % self.optimizer.updates_per_step == 0,
-            f"rollout.prompts ({self.rollout.prompts}) must be a multiple of "
-            f"optimizer.updates_per_step ({self.optimizer.updates_per_step})",
-        )
-        require(
-            self.optimizer.warmup_steps <= self.steps,
-            f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds steps ({self.steps})",
-        )
-        require(
-            self.algorithm != "bupo" or self.bupo.steps < self.steps,
-            f"bupo.steps ({self.bupo.steps}) must be less than steps ({self.steps})",
-        )
-        require(
-            self.bupo.auto_layer is None or self.algorithm == "bupo",
-            "bupo.auto_layer needs algorithm=bupo",
-        )
-        require(
-            self.bupo.auto_stop is None or self.algorithm == "bupo",
-            "bupo.auto_stop needs algorithm=bupo",
-        )
-        require(
-            bool(self.phases) == (self.algorithm == "custom"),
-            "phases and algorithm=custom need one another",
-        )
+        super().__post_init__()
+        for message in (*self._contradictions(), *self._wrong_phases()):
+            raise ConfigError(message)
+
+    @property
+    def algorithm(self) -> str:
+        """The name in ALGORITHMS that comes nearest to these settings."""
+        if self.policy != "final":
+            return self.policy
+        return self.advantage if self.loss.type == "ppo" else self.loss.type
+
+    def _contradictions(self) -> Iterator[str]:
+        rollout, loss, optimizer = self.rollout, self.loss, self.optimizer
+        if self.resume == "auto" and self.out is None:
+            yield "resume=auto needs out=DIR, the run directory to continue"
+        if rollout.samples < 2 and self.advantage not in TOKENWISE:
+            yield (
+                f"rollout.samples must be at least 2 for {self.advantage}'s group advantages, got "
+                f"{rollout.samples}"
+            )
+        if rollout.samples < 2 and rollout.refills:
+            yield "rollout.refills needs rollout.samples of at least 2: one reward has no spread"
+        if (buffer := self.reward.overlong_buffer) > rollout.max_new_tokens:
+            yield (
+                f"reward.overlong_buffer ({buffer}) exceeds rollout.max_new_tokens "
+                f"({rollout.max_new_tokens})"
+            )
+        if rollout.top_p < 1 and loss.tis_cap is not None:
+            yield (
+                f"loss.tis_cap needs rollout.top_p=1, got {rollout.top_p}: the log-probs of a "
+                "nucleus are of another distribution, so the weights would be biased"
+            )
+        if rollout.top_p < 1 and loss.max_sequence_gap is not None and rollout.engine == "vllm":
+            yield (
+                "loss.max_sequence_gap with rollout.engine=vllm needs rollout.top_p=1, got "
+                f"{rollout.top_p}: vLLM's log-probs are those of the nucleus"
+            )
+        if loss.kl_estimator == "k1_reward" and self.advantage not in TOKENWISE:
+            yield f"loss.kl_estimator=k1_reward needs advantage={' or '.join(TOKENWISE)}"
+        if rollout.prompts % optimizer.updates_per_step:
+            yield (
+                f"rollout.prompts ({rollout.prompts}) must be a multiple of "
+                f"optimizer.updates_per_step ({optimizer.updates_per_step})"
+            )
+        if optimizer.warmup_steps > self.steps:
+            yield f"optimizer.warmup_steps ({optimizer.warmup_steps}) exceeds steps ({self.steps})"
+
+    def _wrong_phases(self) -> Iterator[str]:
+        if self.policy == "bupo" and self.bupo.steps >= self.steps:
+            yield f"bupo.steps ({self.bupo.steps}) must be less than steps ({self.steps})"
+        for key in ("auto_layer", "auto_stop"):
+            if getattr(self.bupo, key) is not None and self.policy != "bupo":
+                yield f"bupo.{key} needs policy=bupo, got policy={self.policy}"
+        if bool(self.phases) != (self.policy == "custom"):
+            yield "phases and policy=custom need one another"
         lengths = [phase.steps for phase in self.phases]
-        require(
-            all(lengths[:-1]), "phases: only the last may leave out steps, which is all that remain"
-        )
-        total, rest = sum(filter(None, lengths)), bool(lengths) and lengths[-1] is None
-        require(
-            not lengths or (total < self.steps if rest else total == self.steps),
-            f"phases have {total} steps{' before the last' if rest else ''}, steps={self.steps}",
-        )
+        if not all(lengths[:-1]):
+            yield "phases: only the last may leave out steps, which is all that remain"
+        total, rest = sum(filter(None, lengths)), lengths[-1:] == [None]
+        if lengths and (total >= self.steps if rest else total != self.steps):
+            yield f"phases have {total} steps{' before the last' * rest}, steps={self.steps}"

@@ -14,19 +14,19 @@ from bupo.types import Policy, Rates
 def _phases(config: Config) -> list[tuple[str, PhaseConfig]]:
     """The phases of a configuration, each with the key that its layer comes from."""
     layer, steps = config.bupo.layer, config.bupo.steps
-    if config.algorithm == "custom":
+    if config.policy == "custom":
         return [(f"phases[{n}]", phase) for n, phase in enumerate(config.phases)]
-    internal = config.algorithm == "internal" or (config.algorithm == "bupo" and steps)
+    internal = config.policy == "internal" or (config.policy == "bupo" and steps)
     if internal and layer is None:
         raise ConfigError(
             "bupo.layer is not set: name the layer whose policy phase 1 trains (counted from 1; "
             "the paper: 6 for Qwen3, the last but one for Llamas), or measure it with "
             "bupo.auto_layer=0.1"
         )
-    if config.algorithm == "internal":
+    if config.policy == "internal":
         return [("bupo", PhaseConfig(layer=layer))]
     final = ("", PhaseConfig())
-    if config.algorithm == "bupo" and steps:
+    if config.policy == "bupo" and steps:
         return [("bupo", PhaseConfig(layer=layer, steps=steps)), final]
     return [final]
 

@@ -1,0 +1,70 @@
+"""What TRL (GRPOConfig) and verl call settings, for errors that name the key of bupo."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+OTHER_NAMES = {
+    "name": "run_name experiment_name",
+    "out": "output_dir default_local_dir",
+    "wandb": "project_name report_to",
+    "advantage": "adv_estimator scale_rewards norm_adv_by_std_in_grpo",
+    "steps": "max_steps total_training_steps",
+    "model.path": "model_name_or_path",
+    "model.gradient_checkpointing": "enable_gradient_checkpointing",
+    "data.train": "dataset_name train_files",
+    "data.max_prompt_tokens": "max_prompt_length",
+    "rollout.engine": "use_vllm rollout.name",
+    "rollout.prompts": "train_batch_size",
+    "rollout.samples": "num_generations rollout.n",
+    "rollout.max_new_tokens": "max_completion_length max_response_length",
+    "rollout.vllm={gpu_memory_utilization: SHARE}": "gpu_memory_utilization "
+    "vllm_gpu_memory_utilization",
+    "rollout.vllm={tensor_parallel_size: N}": "tensor_model_parallel_size "
+    "vllm_tensor_parallel_size",
+    "reward.function": "reward_funcs custom_reward_function.path custom_reward_function.name",
+    "loss.type": "importance_sampling_level",
+    "loss.clip_low and loss.clip_high": "epsilon clip_ratio",
+    "loss.clip_low": "clip_ratio_low",
+    "loss.clip_high": "epsilon_high clip_ratio_high",
+    "loss.dual_clip": "delta clip_ratio_c",
+    "loss.aggregation": "loss_type loss_agg_mode",
+    "loss.kl_coef": "beta kl_loss_coef",
+    "loss.drop_truncated": "mask_truncated_completions",
+    "optimizer.lr": "learning_rate optim.lr",
+    "optimizer.grad_clip": "max_grad_norm",
+    "optimizer.epochs": "num_iterations ppo_epochs",
+    "eval.files": "val_files",
+    "eval.every": "eval_steps test_freq",
+    "eval.samples": "val_kwargs.n",
+    "checkpoint.every": "save_steps save_freq",
+    "checkpoint.keep_last": "save_total_limit",
+}
+"""Our keys, and the names that others have for them, whatever group they put them in"""
+
+INSTEAD = {
+    "rollout.prompts and optimizer.updates_per_step decide how many prompts an update has, and "
+    "optimizer.micro_batch_tokens how many tokens a forward pass has": "ppo_mini_batch_size "
+    "per_device_train_batch_size gradient_accumulation_steps ppo_micro_batch_size "
+    "ppo_micro_batch_size_per_gpu log_prob_micro_batch_size_per_gpu",
+    "bupo counts steps of rollout.prompts prompts, not epochs: set steps": "num_train_epochs "
+    "total_epochs",
+    "bupo does not have LoRA yet: it trains all parameters but those that phases[].lr freezes": (
+        "lora.r lora_r lora_rank lora_alpha use_peft"
+    ),
+    "bupo trains on one device; rollout.vllm={tensor_parallel_size: N} generates on several": (
+        "n_gpus_per_node nnodes deepspeed"
+    ),
+}
+"""What to do where no key of ours is the same, and the names that call for it"""
+
+
+def our_name(name: str, keys: Collection[str]) -> str | None:
+    """What an error says of a dotted name that another trainer has; None for other names, and where
+    its key is none of `keys`, the keys of a command."""
+    for ours, others in (OTHER_NAMES | INSTEAD).items():
+        if f".{name}".endswith(tuple(f".{other}" for other in others.split())):
+            if ours in INSTEAD:
+                return ours
+            return f"bupo calls it {ours}" if ours.startswith(tuple(keys)) else None
+    return None
