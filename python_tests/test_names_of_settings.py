@@ -28,7 +28,7 @@ STANDS_FOR = {
     "reinforce_pp_baseline": ["policy=final", "advantage=reinforce_pp_baseline"],
     "ppo": ["policy=final", "advantage=ppo"],
     "gspo": ["policy=final", "loss.type=gspo", "loss.clip_low=3e-4", "loss.clip_high=4e-4"],
-    "cispo": ["policy=final", "loss.type=cispo", "loss.clip_low=1", "loss.clip_high=4"],
+    "cispo": ["policy=final", "loss.type=cispo", "loss.clip_high=4"],
 }
 
 

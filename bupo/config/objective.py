@@ -22,7 +22,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     **{name: {"policy": "final", "advantage": name} for name in ADVANTAGES},
     "gspo": {"policy": "final", "loss": {"type": "gspo", "clip_low": 3e-4, "clip_high": 4e-4}},
     # CISPO bounds the ratio only from above.
-    "cispo": {"policy": "final", "loss": {"type": "cispo", "clip_low": 1.0, "clip_high": 4.0}},
+    "cispo": {"policy": "final", "loss": {"type": "cispo", "clip_high": 4.0}},
 }
 ALGORITHMS["dr_grpo"]["loss"] = {"aggregation": "seq_sum_longest"}
 """The settings that `algorithm=NAME` stands for"""
