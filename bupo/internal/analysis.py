@@ -8,8 +8,8 @@ found.boundary.layer            where the FFNs stop exploring
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ from bupo.internal import tables
 from bupo.internal.boundary import TOLERANCE, Boundary, boundary_layer, convergence
 from bupo.internal.checks import Check, identities
 from bupo.internal.curves import Curve, curves, single
-from bupo.internal.entropy_flow import EntropyFlow, entropy_flow
-from bupo.internal.lens import Lens, lens
-from bupo.internal.texts import Text
+from bupo.internal.entropy_flow import EntropyFlow, FlowMeasure
+from bupo.internal.lens import Lens, LensMeasure
+from bupo.internal.sweep import VIEWS, sweep
 from bupo.policy import num_layers, unembedding
+from bupo.samples import Sample
 
 CLOSER = ("layer", "layer_normed")
 """Policies whose top tokens are kept"""
@@ -37,7 +38,7 @@ class Analysis:
     """One model over some texts. Arrays are those of EntropyFlow and Lens; layers count from 1."""
 
     name: str
-    texts: list[Text]
+    texts: list[Sample]
     flow: EntropyFlow
     lens: Lens
     """Ranks, KL and agreement, of every text; layers by `stride`"""
@@ -118,7 +119,7 @@ class Analysis:
 
 def analyse(
     model: nn.Module,
-    texts: Sequence[Text],
+    texts: Sequence[Sample],
     tokenizer: Any = None,
     *,
     name: str = "model",
@@ -130,55 +131,41 @@ def analyse(
     tolerance: float = TOLERANCE,
     batch_tokens: int = 1024,
     seed: int = 0,
-    share: Callable[[float], object] = lambda share: None,
 ) -> Analysis:
     """Entropies, log-probs, norms and cosines of every layer, attention and FFN over the measured
     tokens of texts; ranks, KL to the model and agreement at every `stride`-th layer and the last;
     top_k likeliest tokens for the first `closer_tokens` of the first `closer` texts.
 
-    tokenizer: for readable tokens only. temperature: of every policy. tolerance: of the boundary.
-    share is called with the share done. Memory: that of entropy_flow and lens, and O(L tokens).
-    Errors: ValueError for no text or a stride below 1; IdentityError where an identity of
-    bupo.internal.checks does not hold; DecompositionError; else as bupo.policy's.
+    The texts run through the model once. tokenizer: for readable tokens only. temperature: of every
+    policy. tolerance: of the boundary. Memory: that of entropy_flow and lens, and O(L tokens).
+    Errors: ValueError for no text, one without a measured token, or a stride below 1; IdentityError
+    where an identity of bupo.internal.checks does not hold; DecompositionError; else as
+    bupo.policy's.
     """
     if stride < 1:
         raise ValueError(f"analyse: stride: expected at least 1, came {stride}")
-    weight = unembedding(model).weight
     layers = kept_layers(num_layers(model), stride)
-    looked = [
-        replace(t, end=t.start + min(t.measured, closer_tokens)) for t in texts[: max(closer, 1)]
+    flow = FlowMeasure(model, texts, temperature)
+    first = [
+        (number < max(closer, 1)) & (np.arange(text.count) < closer_tokens)
+        for number, text in enumerate(texts)
     ]
-    sizes = [sum(len(t.token_ids) for t in group) for group in (texts, texts, looked)]
-    ends = np.cumsum([0, *sizes]) / max(sum(sizes), 1)
-
-    def part(number: int) -> Callable[[float], object]:
-        low, high = ends[number], ends[number + 1]
-        return lambda done: share(float(low + (high - low) * done))
-
-    flow = entropy_flow(model, texts, temperature, batch_tokens, part(0))
-    checks = identities(flow, weight.dtype)
-    wide = lens(
-        model,
-        texts,
-        1,
-        temperature=temperature,
-        layers=layers,
-        share=part(1),
-        batch_tokens=batch_tokens,
-    )
-    near = lens(model, looked, top_k, CLOSER, temperature, layers, part(2), batch_tokens)
+    wide = LensMeasure(model, texts, 1, VIEWS, layers)
+    near = LensMeasure(model, texts, top_k, CLOSER, layers, np.concatenate(first))
+    sweep(model, texts, [flow, wide, near], temperature, batch_tokens)
+    entropies = flow.result()
     found = Analysis(
         name=name,
         texts=list(texts),
-        flow=flow,
-        lens=wide,
-        closer=near,
-        boundary=boundary_layer(flow.by_text(flow.change("ffn")), tolerance, seed),
-        checks=checks,
+        flow=entropies,
+        lens=wide.result(),
+        closer=near.result(),
+        boundary=boundary_layer(entropies.by_text(entropies.change("ffn")), tolerance, seed),
+        checks=identities(entropies, unembedding(model).weight.dtype),
     )
     if tokenizer is not None:
-        shown = [np.concatenate([*(t.token_ids for t in texts), near.final_top])]
-        shown += [x.ravel() for x in near.top_tokens.values()]
+        shown = [np.concatenate([*(t.token_ids for t in texts), found.closer.final_top])]
+        shown += [x.ravel() for x in found.closer.top_tokens.values()]
         found.pieces = readable(tokenizer, np.unique(np.concatenate(shown)))
     return found
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bupo.internal.entropy_flow import POLICIES, EntropyFlow
+from bupo.internal.entropy_flow import EntropyFlow
 from bupo.internal.lens import Lens
+from bupo.internal.sweep import POLICIES
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,29 @@
-"""How far the policies of the layers are from one another, in a few figures: means over tokens.
+"""How far the policies of the layers are from one another: means over tokens, in a few figures, and
+the divergence of two of them, token by token.
 
     H(pi^m)    KL(pi^m || pi)    KL(pi^l || pi^m)    cos(H^l, H^m)    exp(-mean log pi(o_t))
 
-pi^m = softmax(H^m E_u^T) of layer m, raw as in the paper (arXiv 2512.19673); pi the model; l the
-anchor, the layer that phase 1 trains. What a run asks for on its probes, again and again: one
-forward and L + 1 products with the head over the measured tokens.
+pi^m = softmax(H^m E_u^T) of layer m, raw as in the paper (arXiv 2512.19673), or with the model's
+final norm, softmax(LN(H^m) E_u^T); pi the model; l the anchor, the layer that phase 1 trains. The
+means are what a run asks for on its probes, again and again: one forward and L + 1 products with
+the head over the measured tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bupo.internal.decomposition import first_tensor
-from bupo.internal.log_probs import CHUNK, evaluating, kl_rows, log_probs
-from bupo.internal.texts import Batch, Text, batches_of
-from bupo.policy import decoder_stack, hidden_states, num_layers, unembedding
-
-BATCH = 1024
-"""Tokens of texts of one forward; what all layers make of those that are measured is in memory"""
+from bupo.internal.log_probs import kl_rows
+from bupo.internal.sweep import FINAL, Measure, Policy, Rows, sweep
+from bupo.internal.texts import measured
+from bupo.policy import num_layers
+from bupo.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -45,110 +45,104 @@ class Distances:
 
 def distances(
     model: nn.Module,
-    texts: Sequence[Text],
+    texts: Sequence[Sample],
     anchor: int | None = None,
     layers: Sequence[int] | None = None,
     temperature: float = 1.0,
     final_norm: bool = False,
-    share: Callable[[float], object] = lambda share: None,
+    batch_tokens: int = 1024,
 ) -> Distances:
     """Entropies, divergences and similarities of layers' policies, means over measured tokens.
 
     anchor: l, 1..L; layers: all of them unless given; temperature: of all policies; final_norm:
-    puts the model's final norm before the unembedding of every layer (not into the cosine);
-    share: called with the share that is done. The same model and texts give the same figures to
-    the bit. Errors: ValueError for no text or a layer outside 1..L.
+    puts the model's final norm before the unembedding of every layer (not into the cosine). The
+    same model and texts give the same figures to the bit. Errors: ValueError for no text, or one
+    without a measured token, or a layer outside 1..L.
     """
-    depth = num_layers(model)
+    depth, count = num_layers(model), len(measured("distances", texts)[0])
     wanted = list(range(1, depth + 1)) if layers is None else list(layers)
-    if not texts:
-        raise ValueError("distances: texts: expected at least one, came none")
-    asked = [("layers", m) for m in wanted] + [("anchor", m) for m in (anchor,) if m is not None]
-    for name, value in asked:
-        if not 1 <= value <= depth:
+    for name, value in [*(("layers", m) for m in wanted), ("anchor", anchor)]:
+        if value is not None and not 1 <= value <= depth:
             raise ValueError(f"distances: {name}: expected 1..{depth}, came {value}")
-    with evaluating(model):
-        measure = _Measure(model, texts, anchor, wanted, temperature, final_norm)
-        return measure.run(share)
+    measure = _Means(anchor, wanted, "layer_normed" if final_norm else "layer")
+    sweep(model, texts, [measure], temperature, batch_tokens)
+    means = {m: (sums / count).tolist() for m, sums in measure.sums.items()}
+    with_anchor = wanted if anchor is not None else []
+    return Distances(
+        layers=wanted,
+        entropy=[means[m][0] for m in wanted],
+        kl_to_final=[means[m][1] for m in wanted],
+        kl_from_anchor=[means[m][2] for m in with_anchor],
+        similarity=[means[m][3] for m in with_anchor],
+        final_entropy=means[None][0],
+        log_perplexity=means[None][1],
+    )
 
 
-class _Measure:
-    def __init__(
-        self,
-        model: nn.Module,
-        texts: Sequence[Text],
-        anchor: int | None,
-        layers: list[int],
-        temperature: float,
-        final_norm: bool,
-    ) -> None:
-        self.model, self.texts, self.anchor, self.layers = model, texts, anchor, layers
-        self.head, self.temperature = unembedding(model), temperature
-        self.norm = decoder_stack(model).norm if final_norm else nn.Identity()
-        exact: Any = {"dtype": torch.float64, "device": self.head.weight.device}
-        self.sums, self.final = torch.zeros(4, len(layers), **exact), torch.zeros(2, **exact)
+class _Means(Measure):
+    """Sums over tokens, of each layer: entropy and KL(pi^m || pi) and, with an anchor, KL(pi^l ||
+    pi^m) and cos(H^l, H^m). Of None, the model: entropy and -log pi(token)."""
 
-    def run(self, share: Callable[[float], object]) -> Distances:
-        tokens, total = 0, sum(text.measured for text in self.texts)
-        for batch in batches_of(self.texts, BATCH, self.head.weight.device):
-            needed = {*self.layers, *([self.anchor] if self.anchor else [])}
-            with _layer_outputs(self.model, needed, batch) as streams:
-                final = batch.pick(hidden_states(self.model, batch.ids))
-            for first in range(0, len(batch.targets), CHUNK):
-                rows = slice(first, first + CHUNK)
-                self._chunk(batch, final[rows], {m: x[rows] for m, x in streams.items()}, rows)
-                share((tokens + min(rows.stop, len(batch.targets))) / total)
-            tokens += len(batch.targets)
-        entropy, to_final, from_anchor, similarity = (self.sums / tokens).tolist()
-        final_entropy, log_perplexity = (self.final / tokens).tolist()
-        if self.anchor is None:
-            from_anchor = similarity = []
-        return Distances(
-            self.layers, entropy, to_final, from_anchor, similarity, final_entropy, log_perplexity
-        )
+    def __init__(self, anchor: int | None, layers: Sequence[int], view: str) -> None:
+        first = [] if anchor is None else [anchor]
+        self.policies = (FINAL, *(Policy(m, view) for m in [*first, *layers]))
+        self.sums: dict[int | None, Tensor] = {}
+        self._anchor = anchor
 
-    def _chunk(self, batch: Batch, final: Tensor, streams: dict[int, Tensor], rows: slice) -> None:
-        model = log_probs(self.head, final, self.temperature)
-        anchor = self._policy(streams[self.anchor]) if self.anchor else None
-        token = model.gather(1, batch.targets[rows, None])
-        self.final += torch.stack([_entropy(model), -token.double().sum()])
-        for place, m in enumerate(self.layers):
-            known = anchor if m == self.anchor else None
-            policy = self._policy(streams[m]) if known is None else known
-            found = [_entropy(policy), kl_rows(policy, model).double().sum()]
-            if self.anchor and anchor is not None:
-                pair = (streams[self.anchor].float(), streams[m].float())
-                cosine = nn.functional.cosine_similarity(*pair, dim=-1).double().sum()
-                found += [kl_rows(anchor, policy).double().sum(), cosine]
-            self.sums[: len(found), place] += torch.stack(found)
-
-    def _policy(self, stream: Tensor) -> Tensor:
-        """[n, D] -> [n, V]"""
-        return log_probs(self.head, self.norm(stream), self.temperature)
+    def compare(self, policy: Policy, rows: Rows) -> None:
+        logp = rows.log_probs
+        # xlogy's convention: an entry of probability 0 adds nothing.
+        figures = [torch.special.entr(logp.exp())]
+        if policy == FINAL:
+            self._final = logp
+            figures.append(-logp.gather(1, rows.targets[:, None]))
+        else:
+            figures.append(kl_rows(logp, self._final))
+        if policy.layer == self._anchor:  # the first of the layers
+            self._rows = rows
+        if self._anchor is not None and policy != FINAL:
+            pair = (self._rows.vectors.float(), rows.vectors.float())
+            figures.append(kl_rows(self._rows.log_probs, logp))
+            figures.append(nn.functional.cosine_similarity(*pair, dim=-1))
+        sums = torch.stack([x.double().sum() for x in figures])
+        self.sums[policy.layer] = self.sums.get(policy.layer, 0) + sums
 
 
-def _entropy(logp: Tensor) -> Tensor:
-    """Sum over rows. xlogy's convention: an entry of probability 0 adds nothing."""
-    return torch.special.entr(logp.exp()).double().sum()
+def kl_between(
+    model: nn.Module,
+    texts: Sequence[Sample],
+    l: int | None,
+    m: int | None,
+    final_norm: bool = False,
+    temperature: float = 1.0,
+    batch_tokens: int = 1024,
+) -> NDArray[np.float32]:
+    """KL(pi^l || pi^m) = sum_j pi^l_j (log pi^l_j - log pi^m_j) of every measured token, [token],
+    in nats and in the order of texts and places.
+
+    l, m: layers 1..L; None is the final policy, which has its norm in any case. Errors: ValueError
+    for no text, or one without a measured token, or a layer outside 1..L.
+    """
+    depth, count = num_layers(model), len(measured("kl_between", texts)[0])
+    for layer in (l, m):
+        if layer is not None and not 1 <= layer <= depth:
+            raise ValueError(f"kl_between: layer: expected an int in 1..{depth}, came {layer}")
+    view = "layer_normed" if final_norm else "layer"
+    pair = tuple(FINAL if layer is None else Policy(layer, view) for layer in (l, m))
+    measure = _Divergence(pair, count)
+    sweep(model, texts, [measure], temperature, batch_tokens)
+    return measure.found
 
 
-@contextmanager
-def _layer_outputs(model: nn.Module, wanted: set[int], batch: Batch) -> Iterator[dict[int, Tensor]]:
-    """H^m of the forward inside, where measured tokens are predicted, [N, D], by m."""
-    outputs: dict[int, Tensor] = {}
+class _Divergence(Measure):
+    def __init__(self, pair: tuple[Policy, ...], count: int) -> None:
+        self.policies = pair
+        self.found = np.empty(count, np.float32)
+        self._seen: dict[Policy, Tensor] = {}
 
-    def keep(m: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found = first_tensor((output,), {})
-            assert found is not None
-            outputs[m] = batch.pick(found)
-
-        return hook
-
-    stack = decoder_stack(model).layers
-    hooks = [stack[m - 1].register_forward_hook(keep(m)) for m in sorted(wanted)]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def compare(self, policy: Policy, rows: Rows) -> None:
+        self._seen[policy] = rows.log_probs
+        if self._seen.keys() == set(self.policies):
+            ours, theirs = (self._seen[p] for p in self.policies)
+            self.found[rows.places] = kl_rows(ours, theirs).cpu().numpy()
+            self._seen.clear()

@@ -8,16 +8,15 @@ TOP_TOKENS: a row a text, token, layer, policy and place.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bupo.internal.entropy_flow import POLICIES
-
-if TYPE_CHECKING:
-    from bupo.internal.analysis import Analysis
+from bupo.internal.entropy_flow import EntropyFlow
+from bupo.internal.lens import Lens
+from bupo.internal.sweep import POLICIES
 
 NAME = pa.dictionary(pa.int32(), pa.string())
 WHERE = [("model", NAME), ("text", pa.int32()), ("position", pa.int32())]
@@ -45,14 +44,26 @@ TOP_TOKENS = pa.schema(
 )
 
 
-def token_rows(found: Analysis) -> Iterator[pa.RecordBatch]:
+class Analysed(Protocol):
+    """What tables are made of: bupo.internal.Analysis."""
+
+    name: str
+    flow: EntropyFlow
+    lens: Lens
+    closer: Lens
+
+    def piece(self, token: int) -> str:
+        """A readable token."""
+
+
+def token_rows(found: Analysed) -> Iterator[pa.RecordBatch]:
     """Rows of TOKENS, a batch a text, ordered by place, layer and policy."""
     change = {name: found.flow.change(name) for name in POLICIES}
-    for number in range(len(found.texts)):
+    for number in range(int(found.flow.text.max()) + 1):
         yield _token_rows(found, number, change)
 
 
-def _token_rows(found: Analysis, number: int, change: dict[str, NDArray]) -> pa.RecordBatch:
+def _token_rows(found: Analysed, number: int, change: dict[str, NDArray]) -> pa.RecordBatch:
     flow, mine = found.flow, found.flow.text == number
     count, depth = int(mine.sum()), flow.layers
     policies = ["embedding", *POLICIES * depth, "final"]
@@ -98,7 +109,7 @@ def _token_rows(found: Analysis, number: int, change: dict[str, NDArray]) -> pa.
     return pa.record_batch([(where | rest)[name] for name in TOKENS.names], schema=TOKENS)
 
 
-def top_rows(found: Analysis) -> Iterator[pa.RecordBatch]:
+def top_rows(found: Analysed) -> Iterator[pa.RecordBatch]:
     """Rows of TOP_TOKENS, a batch a text, ordered by place in the text, layer, policy, place."""
     near = found.closer
     views = list(near.top_tokens)
@@ -129,7 +140,7 @@ def top_rows(found: Analysis) -> Iterator[pa.RecordBatch]:
 
 
 def _where(
-    found: Analysis,
+    found: Analysed,
     number: int,
     position: NDArray,
     token: NDArray,
@@ -152,7 +163,7 @@ def _names(values: list[str]) -> pa.Array:
     return pa.array(values).dictionary_encode().cast(NAME)
 
 
-def _pieces(found: Analysis, ids: NDArray) -> pa.Array:
+def _pieces(found: Analysed, ids: NDArray) -> pa.Array:
     which, places = np.unique(ids, return_inverse=True)
     names = pa.array([found.piece(t) for t in which.tolist()])
     return pa.DictionaryArray.from_arrays(pa.array(places.astype(np.int32)), names)
