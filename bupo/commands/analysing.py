@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from bupo.commands.models import load_model
 from bupo.commands.run_lock import locked
 from bupo.commands.sources import build_task, make_engine
 from bupo.config import AnalysisConfig, ConfigError, RunError
+from bupo.progress import watched_by
 from bupo.terminal import TERMINAL
 
 IGNORED = "data.weights, rollout.prompts, .samples, .refills, .max_logprob_gap"
@@ -110,20 +111,14 @@ def _analyse(plan: Plan) -> list[Any]:
                     "long, or a single token; both have to have the same texts, so choose others"
                 )
         model = model if model is not None else _loaded(plan, subject)
-        with progress.waiting(f"measuring {subject.name}") as share:
-            found.append(_measured(config, subject, model, [m.text for m in texts], share))
+        with progress.waiting(f"measuring {subject.name}") as share, watched_by(share):
+            found.append(_measured(config, subject, model, [m.text for m in texts]))
         with progress.waiting("writing tables and report"):
             write_results(plan.out, config, found, plan.how, subject.own_tokens, _facts(plan))
     return found
 
 
-def _measured(
-    config: AnalysisConfig,
-    subject: Subject,
-    model: Any,
-    texts: list[Any],
-    share: Callable[[float], object],
-) -> Any:
+def _measured(config: AnalysisConfig, subject: Subject, model: Any, texts: list[Any]) -> Any:
     from bupo import internal
 
     try:
@@ -140,7 +135,6 @@ def _measured(
             tolerance=config.tolerance,
             batch_tokens=config.batch_tokens,
             seed=config.seed,
-            share=share,
         )
     except internal.IdentityError as error:
         raise RunError(f"{subject.name}: {error}; its figures would be wrong") from None

@@ -69,19 +69,18 @@ class Analysis:
         """Share of tokens whose likeliest next token, by a policy, is the one that it has just
         read, for each of the lens's layers."""
         read = [self.texts[n].token_ids[p - 1] for n, p in zip(self.lens.text, self.lens.position)]
-        same: NDArray[np.floating] = self.lens.top_tokens[policy][..., 0] == np.array(read)
-        return same.mean(axis=1)
+        same = self.lens.top_tokens[policy][..., 0] == np.array(read)
+        return np.asarray(same.mean(axis=1))
 
     def notes(self) -> list[str]:
         """What a reader has to know before the curves: where one of them means nothing."""
         echo, layers = self.echo("layer"), self.lens.layers
-        flat = [m for m, share in zip(layers, echo) if share >= ECHO and m < layers[-1]]
+        flat = [n for n, share in enumerate(echo) if share >= ECHO and layers[n] < layers[-1]]
         if not flat:
             return []
-        runs = _runs(flat, layers)
         return [
-            f"{self.name}: in layers {runs} the raw policy pi^l mostly names the token that it has "
-            f"just read (for {np.mean([echo[layers.index(m)] for m in flat]):.0%} of the tokens): "
+            f"{self.name}: in layers {_runs(flat, layers)} the raw policy pi^l mostly names the "
+            f"token that it has just read (for {echo[flat].mean():.0%} of the tokens): "
             "the embedding still dominates H^l. Raw entropy, KL and ranks there say nothing about "
             "the next token; read the curves with the final norm."
         ]
@@ -92,12 +91,7 @@ class Analysis:
     def summary(self) -> dict[str, Any]:
         """Means by layer with standard errors over texts, boundary, convergence and checks."""
         found = self.curves()
-        entropy = {name: x for name, x in found.items() if name.startswith("entropy.")}
-        how = {
-            name.removeprefix("entropy."): convergence(x.mean)
-            for name, x in entropy.items()
-            if not name.endswith("_input")
-        }
+        ways = {name: convergence(found[f"entropy.{name}"].mean) for name in self.flow.logprob}
         return {
             "name": self.name,
             "layers": self.flow.layers,
@@ -110,7 +104,10 @@ class Analysis:
             "echo": {name: self.echo(name).tolist() for name in CLOSER},
             "checks": [asdict(c) for c in self.checks],
             "boundary": asdict(self.boundary),
-            "convergence": {k: {"kind": v[0], "share_of_last_two": v[1]} for k, v in how.items()},
+            "convergence": {
+                name: {"kind": kind, "share_of_last_two": share}
+                for name, (kind, share) in ways.items()
+            },
             "model": {name: _of_curve(x, 0) for name, x in single(self.flow).items()},
             "curves": {name: _of_curve(x) for name, x in found.items()},
             "similarity": self.lens.similarity.tolist(),
@@ -171,14 +168,10 @@ def analyse(
 
 
 def _runs(chosen: Sequence[int], layers: Sequence[int]) -> str:
-    """1-5, 8 of neighbours in a list of layers."""
-    runs: list[list[int]] = []
-    for m in chosen:
-        if runs and layers.index(m) == layers.index(runs[-1][-1]) + 1:
-            runs[-1].append(m)
-        else:
-            runs.append([m])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    """1-5, 8: the layers at these places, neighbours in one run."""
+    runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > 1) + 1)
+    ends = [(layers[run[0]], layers[run[-1]]) for run in runs]
+    return ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in ends)
 
 
 def kept_layers(depth: int, stride: int) -> list[int]:

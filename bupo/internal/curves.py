@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ class Curve:
 
     @property
     def mean(self) -> NDArray[np.floating]:
-        return self.by_text.mean(axis=1)
+        return np.asarray(self.by_text.mean(axis=1))
 
     @property
     def error(self) -> NDArray[np.floating] | None:
@@ -63,5 +64,5 @@ def single(flow: EntropyFlow) -> dict[str, Curve]:
     return {name: Curve([], _by_text(flow, getattr(flow, name)[None])) for name in names}
 
 
-def _by_text(flow: EntropyFlow, values: NDArray) -> NDArray[np.floating]:
+def _by_text(flow: EntropyFlow, values: NDArray[Any]) -> NDArray[np.floating]:
     return flow.by_text(values.astype(np.float64)).astype(np.float64)

@@ -89,25 +89,6 @@ def decomposed(model: nn.Module, visit: Callable[[Layer], None]) -> Iterator[Non
         yield
 
 
-@contextmanager
-def layer_outputs(model: nn.Module, visit: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Inside, every forward calls visit(l, H^l) as layer l ends, whether or not the layer can be
-    taken apart."""
-
-    def end(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            after = first_tensor((output,), {})
-            assert after is not None
-            visit(index, after)
-
-        return hook
-
-    with ExitStack() as hooks:
-        for index, layer in enumerate(decoder_stack(model).layers, start=1):
-            hooks.callback(layer.register_forward_hook(end(index)).remove)
-        yield
-
-
 def _watch(
     hooks: ExitStack, layer: nn.Module, index: int, where: str, visit: Callable[[Layer], None]
 ) -> None:

@@ -1,12 +1,10 @@
-"""How far the policies of the layers are from one another: means over tokens, in a few figures, and
-the divergence of two of them, token by token.
+"""How far the policies of a model's layers are from one another.
 
     H(pi^m)    KL(pi^m || pi)    KL(pi^l || pi^m)    cos(H^l, H^m)    exp(-mean log pi(o_t))
 
 pi^m = softmax(H^m E_u^T) of layer m, raw as in the paper (arXiv 2512.19673), or with the model's
-final norm, softmax(LN(H^m) E_u^T); pi the model; l the anchor, the layer that phase 1 trains. The
-means are what a run asks for on its probes, again and again: one forward and L + 1 products with
-the head over the measured tokens.
+final norm, softmax(LN(H^m) E_u^T); pi the model; l the anchor, the layer that phase 1 trains. A run
+asks for the means over its probes again and again: one forward and L + 1 products with the head.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from bupo.internal.log_probs import kl_rows
 from bupo.internal.sweep import FINAL, Measure, Policy, Rows, sweep
@@ -56,56 +54,28 @@ def distances(
 
     anchor: l, 1..L; layers: all of them unless given; temperature: of all policies; final_norm:
     puts the model's final norm before the unembedding of every layer (not into the cosine). The
-    same model and texts give the same figures to the bit. Errors: ValueError for no text, or one
+    same model and texts give the same figures to the bit. Errors: ValueError for no text, one
     without a measured token, or a layer outside 1..L.
     """
-    depth, count = num_layers(model), len(measured("distances", texts)[0])
+    depth, count = num_layers(model), len(measured("distances", texts).text)
     wanted = list(range(1, depth + 1)) if layers is None else list(layers)
     for name, value in [*(("layers", m) for m in wanted), ("anchor", anchor)]:
         if value is not None and not 1 <= value <= depth:
             raise ValueError(f"distances: {name}: expected 1..{depth}, came {value}")
-    measure = _Means(anchor, wanted, "layer_normed" if final_norm else "layer")
+    policies = [_policy(m, final_norm) for m in wanted]
+    measure = _Between(_policy(anchor, final_norm), policies, count)
     sweep(model, texts, [measure], temperature, batch_tokens)
-    means = {m: (sums / count).tolist() for m, sums in measure.sums.items()}
-    with_anchor = wanted if anchor is not None else []
+    means = {p: dict(zip(FIGURES, x.mean(axis=1).tolist())) for p, x in measure.found.items()}
+    anchored = policies if anchor is not None else []
     return Distances(
         layers=wanted,
-        entropy=[means[m][0] for m in wanted],
-        kl_to_final=[means[m][1] for m in wanted],
-        kl_from_anchor=[means[m][2] for m in with_anchor],
-        similarity=[means[m][3] for m in with_anchor],
-        final_entropy=means[None][0],
-        log_perplexity=means[None][1],
+        entropy=[means[p]["entropy"] for p in policies],
+        kl_to_final=[means[p]["to_final"] for p in policies],
+        kl_from_anchor=[means[p]["from_anchor"] for p in anchored],
+        similarity=[means[p]["cosine"] for p in anchored],
+        final_entropy=means[FINAL]["entropy"],
+        log_perplexity=-means[FINAL]["logprob"],
     )
-
-
-class _Means(Measure):
-    """Sums over tokens, of each layer: entropy and KL(pi^m || pi) and, with an anchor, KL(pi^l ||
-    pi^m) and cos(H^l, H^m). Of None, the model: entropy and -log pi(token)."""
-
-    def __init__(self, anchor: int | None, layers: Sequence[int], view: str) -> None:
-        first = [] if anchor is None else [anchor]
-        self.policies = (FINAL, *(Policy(m, view) for m in [*first, *layers]))
-        self.sums: dict[int | None, Tensor] = {}
-        self._anchor = anchor
-
-    def compare(self, policy: Policy, rows: Rows) -> None:
-        logp = rows.log_probs
-        # xlogy's convention: an entry of probability 0 adds nothing.
-        figures = [torch.special.entr(logp.exp())]
-        if policy == FINAL:
-            self._final = logp
-            figures.append(-logp.gather(1, rows.targets[:, None]))
-        else:
-            figures.append(kl_rows(logp, self._final))
-        if policy.layer == self._anchor:  # the first of the layers
-            self._rows = rows
-        if self._anchor is not None and policy != FINAL:
-            pair = (self._rows.vectors.float(), rows.vectors.float())
-            figures.append(kl_rows(self._rows.log_probs, logp))
-            figures.append(nn.functional.cosine_similarity(*pair, dim=-1))
-        sums = torch.stack([x.double().sum() for x in figures])
-        self.sums[policy.layer] = self.sums.get(policy.layer, 0) + sums
 
 
 def kl_between(
@@ -121,28 +91,49 @@ def kl_between(
     in nats and in the order of texts and places.
 
     l, m: layers 1..L; None is the final policy, which has its norm in any case. Errors: ValueError
-    for no text, or one without a measured token, or a layer outside 1..L.
+    for no text, one without a measured token, or a layer outside 1..L.
     """
-    depth, count = num_layers(model), len(measured("kl_between", texts)[0])
+    depth, count = num_layers(model), len(measured("kl_between", texts).text)
     for layer in (l, m):
         if layer is not None and not 1 <= layer <= depth:
             raise ValueError(f"kl_between: layer: expected an int in 1..{depth}, came {layer}")
-    view = "layer_normed" if final_norm else "layer"
-    pair = tuple(FINAL if layer is None else Policy(layer, view) for layer in (l, m))
-    measure = _Divergence(pair, count)
+    first, second = _policy(l, final_norm), _policy(m, final_norm)
+    measure = _Between(first, [second], count)
     sweep(model, texts, [measure], temperature, batch_tokens)
-    return measure.found
+    policy, figure = (first, "to_final") if m is None else (second, "from_anchor")
+    return np.asarray(measure.found[policy][FIGURES.index(figure)], dtype=np.float32)
 
 
-class _Divergence(Measure):
-    def __init__(self, pair: tuple[Policy, ...], count: int) -> None:
-        self.policies = pair
-        self.found = np.empty(count, np.float32)
-        self._seen: dict[Policy, Tensor] = {}
+def _policy(layer: int | None, final_norm: bool) -> Policy:
+    return FINAL if layer is None else Policy(layer, "layer_normed" if final_norm else "layer")
+
+
+FIGURES = ("entropy", "logprob", "to_final", "from_anchor", "cosine")
+
+
+class _Between(Measure):
+    """FIGURES [figure, token] of policies: entropy, log-prob of the token, KL to the model, KL from
+    an anchor, and the cosine of the vector with that of the anchor."""
+
+    def __init__(self, anchor: Policy, policies: Sequence[Policy], count: int) -> None:
+        self.policies, self._anchor = (FINAL, anchor, *policies), anchor
+        self.found = {policy: np.empty((len(FIGURES), count)) for policy in self.policies}
 
     def compare(self, policy: Policy, rows: Rows) -> None:
-        self._seen[policy] = rows.log_probs
-        if self._seen.keys() == set(self.policies):
-            ours, theirs = (self._seen[p] for p in self.policies)
-            self.found[rows.places] = kl_rows(ours, theirs).cpu().numpy()
-            self._seen.clear()
+        if policy == FINAL:
+            self._final = self._from = rows  # the anchor comes next
+        if policy == self._anchor:
+            self._from = rows
+        logp = rows.log_probs
+        figures = [
+            # xlogy's convention: an entry of probability 0 adds nothing.
+            torch.special.entr(logp.exp()).double().sum(-1),
+            logp.gather(1, rows.targets[:, None])[:, 0],
+            kl_rows(logp, self._final.log_probs),
+            kl_rows(self._from.log_probs, logp),
+            nn.functional.cosine_similarity(
+                self._from.vectors.float(), rows.vectors.float(), dim=-1
+            ),
+        ]
+        together = torch.stack([x.double() for x in figures])
+        self.found[policy][:, rows.places] = together.cpu().numpy()

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from bupo import ops
 from bupo.internal.decomposition import Layer
-from bupo.internal.sweep import POLICIES, Forward, Measure, sweep
+from bupo.internal.sweep import POLICIES, Measure, Places, sweep
 from bupo.internal.texts import Tokens, measured
 from bupo.policy import decoder_stack, num_layers, unembedding
-from bupo.samples import Sample
+from bupo.samples import Batch, Sample
 
 Array = NDArray[np.float32]
 MODULE_INPUTS = ("attention_input", "ffn_input")
@@ -75,9 +75,8 @@ class EntropyFlow(Tokens):
 
     def by_text(self, values: Array) -> Array:
         """[layer, token] -> [layer, text]: means over each text's tokens."""
-        counts = np.bincount(self.text)
         sums = np.stack([np.bincount(self.text, row) for row in values])
-        return (sums / counts).astype(np.float32)
+        return np.asarray(sums / np.bincount(self.text), np.float32)
 
 
 def entropy_flow(
@@ -104,17 +103,17 @@ class FlowMeasure(Measure):
 
     def __init__(self, model: nn.Module, texts: Sequence[Sample], temperature: float) -> None:
         self._head, self._norm = unembedding(model), decoder_stack(model).norm
-        self._depth, self._temperature = num_layers(model), temperature
+        self._temperature = temperature
         self._total = torch.empty(0)  # H^0 + sum A + sum F, of the layers so far
-        columns = measured("entropy_flow", texts)
-        count = len(columns[0])
+        tokens = measured("entropy_flow", texts)
+        depth, count = num_layers(model), len(tokens.text)
 
         def empty(names: Iterable[str]) -> dict[str, Array]:
-            return {name: np.empty((self._depth, count), np.float32) for name in names}
+            return {name: np.empty((depth, count), np.float32) for name in names}
 
         views = [policy + suffix for policy in POLICIES for suffix in ("", "_normed")]
         self._flow = EntropyFlow(
-            *columns,
+            **vars(tokens),
             vocab=int(self._head.weight.shape[0]),
             entropy=empty([*views, *MODULE_INPUTS]),
             logprob=empty(views),
@@ -125,11 +124,10 @@ class FlowMeasure(Measure):
             cosine=empty(["attention", "ffn"]),
         )
 
-    def layer(self, forward: Forward, layer: Layer) -> None:
-        pick, flow, places = forward.batch.pick, self._flow, forward.places
-        row = layer.index - 1
-        before, after = pick(layer.before), pick(layer.after)
-        attention, ffn = pick(layer.attention), pick(layer.ffn)
+    def layer(self, batch: Batch, places: Places, layer: Layer) -> None:
+        flow, row, depth = self._flow, layer.index - 1, self._flow.layers
+        before, after = batch.pick(layer.before), batch.pick(layer.after)
+        attention, ffn = batch.pick(layer.attention), batch.pick(layer.ffn)
         written = {"layer": after, "attention": attention, "ffn": ffn}
 
         def vectors() -> Iterator[tuple[str, Tensor]]:  # one by one: a copy of each would be much
@@ -137,11 +135,11 @@ class FlowMeasure(Measure):
                 yield name, x
                 yield f"{name}_normed", self._norm(x)
             for name in MODULE_INPUTS:
-                yield name, pick(getattr(layer, name))
+                yield name, batch.pick(getattr(layer, name))
             if layer.index == 1:
                 yield "embedding", before
 
-        for name, logprob, entropy in self._policies(forward.batch.targets, vectors()):
+        for name, logprob, entropy in self._policies(batch.targets, vectors()):
             if name == "embedding":
                 flow.embedding_entropy[places] = entropy
                 continue
@@ -150,21 +148,20 @@ class FlowMeasure(Measure):
                 flow.logprob[name][row, places] = logprob
         for name, x in written.items():
             flow.norm[name][row, places] = x.float().norm(dim=-1).cpu().numpy()
-        for name, onto in (("attention", before), ("ffn", pick(layer.ffn_stream))):
+        for name, onto in (("attention", before), ("ffn", batch.pick(layer.ffn_stream))):
             cosine = nn.functional.cosine_similarity(written[name].float(), onto.float(), dim=-1)
             flow.cosine[name][row, places] = cosine.cpu().numpy()
         self._total = before.double() if layer.index == 1 else self._total
         self._total.add_(attention).add_(ffn)
-        if layer.index == self._depth:
+        if layer.index == depth:
             off = self._total.sub_(after).norm() / after.double().norm().clamp(min=1e-30)
             # np.maximum keeps a nan, max() may drop it.
             flow.decomposition_error = float(np.maximum(flow.decomposition_error, float(off)))
         flow.parallel = layer.parallel
 
-    def end(self, forward: Forward, final: Tensor) -> None:
-        for _, logprob, entropy in self._policies(forward.batch.targets, [("final", final)]):
-            self._flow.final_logprob[forward.places] = logprob
-            self._flow.final_entropy[forward.places] = entropy
+    def end(self, batch: Batch, places: Places, final: Tensor) -> None:
+        for _, logprob, entropy in self._policies(batch.targets, [("final", final)]):
+            self._flow.final_logprob[places], self._flow.final_entropy[places] = logprob, entropy
 
     def _policies(
         self, targets: Tensor, vectors: Iterable[tuple[str, Tensor]]
@@ -177,22 +174,22 @@ class FlowMeasure(Measure):
             states = [x.to(head.weight.dtype) for _, x in group]
             stacked = states[0] if len(states) == 1 else torch.cat(states)
             repeated = targets.repeat(len(group))
-            found = np.empty((2, len(stacked)), np.float32)
-            for first in range(0, len(stacked), most):
-                rows = slice(first, first + most)
-                out = ops.lm_head_logprobs(
-                    stacked[rows],
+            outs = [
+                ops.lm_head_logprobs(
+                    x,
                     head.weight,
-                    repeated[rows],
+                    target,
                     bias=head.bias,
                     softcap=head.softcap,
                     temperature=head.temperature * self._temperature,
                 )
-                found[0, rows] = out.logprobs.float().cpu().numpy()
-                found[1, rows] = out.entropy.float().cpu().numpy()
-            of_each = found.reshape(2, len(group), count)
-            for n, (name, _) in enumerate(group):
-                yield name, of_each[0, n], of_each[1, n]
+                for x, target in zip(torch.split(stacked, most), torch.split(repeated, most))
+            ]
+            logprobs, entropies = (
+                torch.cat(parts).float().cpu().numpy().reshape(len(group), count)
+                for parts in ([o.logprobs for o in outs], [o.entropy for o in outs])
+            )
+            yield from zip((name for name, _ in group), logprobs, entropies)
 
     def result(self) -> EntropyFlow:
         """After the sweep."""

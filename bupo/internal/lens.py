@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from bupo.internal.decomposition import Layer
 from bupo.internal.log_probs import kl_rows
-from bupo.internal.sweep import FINAL, VIEWS, Forward, Measure, Policy, Rows, sweep
+from bupo.internal.sweep import FINAL, VIEWS, Measure, Places, Policy, Rows, sweep
 from bupo.internal.texts import Tokens, measured
 from bupo.policy import num_layers, unembedding
-from bupo.samples import Sample
+from bupo.samples import Batch, Sample
 
 COMPARED = 256
 """Tokens of a batch, evenly spaced, whose H^1..H^L are kept for the cosines between layers"""
@@ -86,7 +86,7 @@ class LensMeasure(Measure):
         layers: Sequence[int] | None,
         chosen: NDArray[np.bool_] | None = None,
     ) -> None:
-        columns = measured("lens", texts)
+        tokens = measured("lens", texts)
         if unknown := [v for v in views if v not in VIEWS]:
             raise ValueError(f"lens: views: expected some of {VIEWS}, came {unknown}")
         vocabulary, depth = unembedding(model).weight.shape[0], num_layers(model)
@@ -97,7 +97,7 @@ class LensMeasure(Measure):
             raise ValueError(f"lens: layers: expected some of 1..{depth}, came {layers}")
         self.policies = (FINAL, *(Policy(layer, view) for layer in kept for view in views))
         self._top_k = top_k
-        mine = np.ones(len(columns[0]), bool) if chosen is None else chosen
+        mine = np.ones(len(tokens.text), bool) if chosen is None else chosen
         self._column = np.where(mine, np.cumsum(mine) - 1, -1)
         self._stream: list[Tensor] = []
         self._similarity = np.zeros((depth, depth))
@@ -107,7 +107,7 @@ class LensMeasure(Measure):
             return {view: np.empty((len(kept), count, *rest), kind) for view in views}
 
         self._lens = Lens(
-            *(column[mine] for column in columns),
+            **{name: column[mine] for name, column in vars(tokens).items()},
             rank=empty(np.int64),
             kl=empty(np.float32),
             agrees=empty(np.bool_),
@@ -118,18 +118,17 @@ class LensMeasure(Measure):
             layers=kept,
         )
 
-    def layer(self, forward: Forward, layer: Layer) -> None:
-        mine = np.flatnonzero(self._column[forward.places] >= 0)
+    def layer(self, batch: Batch, places: Places, layer: Layer) -> None:
+        mine = np.flatnonzero(self._column[places] >= 0)
         spaced = np.linspace(0, len(mine) - 1, min(len(mine), COMPARED)).round().astype(np.int64)
-        compared = torch.from_numpy(mine[spaced]).to(layer.after.device)
-        self._stream.append(forward.batch.pick(layer.after)[compared].float())
+        self._stream.append(batch.pick(layer.after)[mine[spaced].tolist()].float())
 
-    def end(self, forward: Forward, final: Tensor) -> None:
+    def end(self, batch: Batch, places: Places, final: Tensor) -> None:
         unit = nn.functional.normalize(torch.stack(self._stream), dim=-1)
         self._stream.clear()
         if unit.shape[1]:
             mean = torch.einsum("ind,jnd->ij", unit, unit).div(unit.shape[1]).cpu().double()
-            share = (self._column[forward.places] >= 0).sum() / len(self._lens.text)
+            share = (self._column[places] >= 0).sum() / len(self._lens.text)
             self._similarity += share * mean.numpy()
 
     def compare(self, policy: Policy, rows: Rows) -> None:

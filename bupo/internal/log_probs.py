@@ -20,8 +20,8 @@ def log_probs(head: Unembedding, hidden: Tensor, temperature: float = 1.0) -> Te
     are summed and kept in float32, as by the fused ops."""
     exact = torch.promote_types(head.weight.dtype, torch.float32)
     block = len(head.weight) if head.weight.dtype == exact else BLOCK
-    weights = head.weight.split(block)
-    biases = [None] * len(weights) if head.bias is None else head.bias.split(block)
+    weights = torch.split(head.weight, block)
+    biases = [None] * len(weights) if head.bias is None else torch.split(head.bias, block)
     logits = [
         head._replace(weight=w.to(exact), bias=None if b is None else b.to(exact)).logits(
             hidden.to(exact)

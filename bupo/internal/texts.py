@@ -44,9 +44,9 @@ class Tokens:
     """[token]: its id, the target of every policy's log-prob"""
 
 
-def measured(function: str, texts: Sequence[Sample]) -> tuple[NDArray[np.int64], ...]:
-    """The columns of Tokens. Raises ValueError in the name of a function where there is no text, or
-    nothing to measure in one."""
+def measured(function: str, texts: Sequence[Sample]) -> Tokens:
+    """The tokens that count. Raises ValueError in the name of a function where there is no text, or
+    one without such a token."""
     if not texts:
         raise ValueError(f"{function}: texts: expected at least one, came none")
     for number, text in enumerate(texts):
@@ -57,4 +57,4 @@ def measured(function: str, texts: Sequence[Sample]) -> tuple[NDArray[np.int64],
     places = [np.array(text.positions) for text in texts]
     ids = [np.array(text.token_ids)[place] for text, place in zip(texts, places)]
     numbers = np.repeat(np.arange(len(texts)), [len(place) for place in places])
-    return numbers, np.concatenate(places), np.concatenate(ids)
+    return Tokens(numbers, np.concatenate(places), np.concatenate(ids))

@@ -15,6 +15,7 @@ from typing import Any
 
 from bupo.config import Config, RunError
 from bupo.internal import Text, boundary_layer, entropy_flow
+from bupo.progress import watched_by
 from bupo.rollouts import RolloutEngine
 from bupo.runlog.display import Progress
 from bupo.runlog.run_directory import replace_text
@@ -76,8 +77,9 @@ def _measure(
         for r in rollouts
         if r.token_ids and r.prompt.token_ids
     ]
-    with progress.waiting(f"auto_layer: entropies of {len(texts)} responses") as show:
-        flow = entropy_flow(model, texts, config.rollout.temperature, share=going_on)
+    what = f"auto_layer: entropies of {len(texts)} responses"
+    with progress.waiting(what) as show, watched_by(going_on):
+        flow = entropy_flow(model, texts, config.rollout.temperature)
     tolerance = config.bupo.auto_layer
     assert tolerance is not None
     found = boundary_layer(flow.by_text(flow.change("ffn")), tolerance, config.seed)

@@ -23,6 +23,7 @@ from torch import nn
 
 from bupo.config import Config, RunError
 from bupo.internal import Text, distances
+from bupo.progress import watched_by
 from bupo.rl.schedule import Schedule
 from bupo.runlog.recorder import Recorder
 from bupo.runlog.run_directory import read_rows, replace_text
@@ -103,14 +104,14 @@ class Diagnostics:
         if not self.due(step) or (self._rows and self._rows[-1]["step"] >= step):
             return {}
         config = self._config
-        found = distances(
-            self._model,
-            self._texts,
-            self._anchor,
-            temperature=config.rollout.temperature,
-            final_norm=config.bupo.final_norm,
-            share=self.share,
-        )
+        with watched_by(self.share):
+            found = distances(
+                self._model,
+                self._texts,
+                self._anchor,
+                temperature=config.rollout.temperature,
+                final_norm=config.bupo.final_norm,
+            )
         row: dict[str, Any] = {"step": step, "anchor": self._anchor, **asdict(found)}
         self._rows.append(row)
         row["ends_phase"] = self._ends_phase(step)
