@@ -22,7 +22,7 @@ from bupo.internal.boundary import TOLERANCE, Boundary, boundary_layer, converge
 from bupo.internal.checks import Check, identities
 from bupo.internal.curves import Curve, curves, single
 from bupo.internal.entropy_flow import EntropyFlow, FlowMeasure
-from bupo.internal.lens import Lens, LensMeasure
+from bupo.internal.lens import Lens, LensMeasure, Similarity
 from bupo.internal.sweep import VIEWS, sweep
 from bupo.policy import num_layers, unembedding
 from bupo.samples import Sample
@@ -149,14 +149,15 @@ def analyse(
     ]
     wide = LensMeasure(model, texts, 1, VIEWS, layers)
     near = LensMeasure(model, texts, top_k, CLOSER, layers, np.concatenate(first))
-    sweep(model, texts, [flow, wide, near], temperature, batch_tokens)
+    similarity = Similarity(texts)
+    sweep(model, texts, [flow, wide, near, similarity], temperature, batch_tokens)
     entropies = flow.result()
     found = Analysis(
         name=name,
         texts=list(texts),
         flow=entropies,
-        lens=wide.result(),
-        closer=near.result(),
+        lens=wide.result(similarity),
+        closer=near.result(similarity),
         boundary=boundary_layer(entropies.by_text(entropies.change("ffn")), tolerance, seed),
         checks=identities(entropies, unembedding(model).weight.dtype),
     )

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bupo.internal.log_probs import kl_rows
-from bupo.internal.sweep import FINAL, Measure, Policy, Rows, sweep
-from bupo.internal.texts import measured
+from bupo.internal.sweep import FINAL, Figures, Measure, Policy, Rows, sweep
 from bupo.policy import num_layers
 from bupo.samples import Sample
 
@@ -57,24 +56,27 @@ def distances(
     same model and texts give the same figures to the bit. Errors: ValueError for no text, one
     without a measured token, or a layer outside 1..L.
     """
-    depth, count = num_layers(model), len(measured("distances", texts).text)
+    depth = num_layers(model)
     wanted = list(range(1, depth + 1)) if layers is None else list(layers)
     for name, value in [*(("layers", m) for m in wanted), ("anchor", anchor)]:
         if value is not None and not 1 <= value <= depth:
             raise ValueError(f"distances: {name}: expected 1..{depth}, came {value}")
     policies = [_policy(m, final_norm) for m in wanted]
-    measure = _Between(_policy(anchor, final_norm), policies, count)
+    measure = _Between("distances", texts, _policy(anchor, final_norm), policies)
     sweep(model, texts, [measure], temperature, batch_tokens)
-    means = {p: dict(zip(FIGURES, x.mean(axis=1).tolist())) for p, x in measure.found.items()}
-    anchored = policies if anchor is not None else []
+
+    def means(figure: str, policies: Sequence[Policy]) -> list[float]:
+        found = [measure.found[figure, p.view, p.layer] for p in policies]
+        return [float(values.mean(dtype=np.float64)) for values in found]
+
     return Distances(
         layers=wanted,
-        entropy=[means[p]["entropy"] for p in policies],
-        kl_to_final=[means[p]["to_final"] for p in policies],
-        kl_from_anchor=[means[p]["from_anchor"] for p in anchored],
-        similarity=[means[p]["cosine"] for p in anchored],
-        final_entropy=means[FINAL]["entropy"],
-        log_perplexity=-means[FINAL]["logprob"],
+        entropy=means("entropy", policies),
+        kl_to_final=means("to_final", policies),
+        kl_from_anchor=means("from_anchor", policies if anchor else []),
+        similarity=means("cosine", policies if anchor else []),
+        final_entropy=means("entropy", [FINAL])[0],
+        log_perplexity=-means("logprob", [FINAL])[0],
     )
 
 
@@ -93,47 +95,40 @@ def kl_between(
     l, m: layers 1..L; None is the final policy, which has its norm in any case. Errors: ValueError
     for no text, one without a measured token, or a layer outside 1..L.
     """
-    depth, count = num_layers(model), len(measured("kl_between", texts).text)
+    depth = num_layers(model)
     for layer in (l, m):
         if layer is not None and not 1 <= layer <= depth:
             raise ValueError(f"kl_between: layer: expected an int in 1..{depth}, came {layer}")
     first, second = _policy(l, final_norm), _policy(m, final_norm)
-    measure = _Between(first, [second], count)
+    measure = _Between("kl_between", texts, first, [second])
     sweep(model, texts, [measure], temperature, batch_tokens)
-    policy, figure = (first, "to_final") if m is None else (second, "from_anchor")
-    return np.asarray(measure.found[policy][FIGURES.index(figure)], dtype=np.float32)
+    # The model's own policy comes before the anchor.
+    figure, policy = ("to_final", first) if second == FINAL else ("from_anchor", second)
+    return measure.found[figure, policy.view, policy.layer]
 
 
 def _policy(layer: int | None, final_norm: bool) -> Policy:
     return FINAL if layer is None else Policy(layer, "layer_normed" if final_norm else "layer")
 
 
-FIGURES = ("entropy", "logprob", "to_final", "from_anchor", "cosine")
-
-
 class _Between(Measure):
-    """FIGURES [figure, token] of policies: entropy, log-prob of the token, KL to the model, KL from
-    an anchor, and the cosine of the vector with that of the anchor."""
+    """Figures of policies beside those of the model and of an anchor."""
 
-    def __init__(self, anchor: Policy, policies: Sequence[Policy], count: int) -> None:
+    def __init__(
+        self, function: str, texts: Sequence[Sample], anchor: Policy, policies: Sequence[Policy]
+    ) -> None:
+        super().__init__(function, texts)
         self.policies, self._anchor = (FINAL, anchor, *policies), anchor
-        self.found = {policy: np.empty((len(FIGURES), count)) for policy in self.policies}
 
-    def compare(self, policy: Policy, rows: Rows) -> None:
+    def compare(self, policy: Policy, rows: Rows) -> Figures:
         if policy == FINAL:
             self._final = self._from = rows  # the anchor comes next
         if policy == self._anchor:
             self._from = rows
-        logp = rows.log_probs
-        figures = [
-            # xlogy's convention: an entry of probability 0 adds nothing.
-            torch.special.entr(logp.exp()).double().sum(-1),
-            logp.gather(1, rows.targets[:, None])[:, 0],
-            kl_rows(logp, self._final.log_probs),
-            kl_rows(self._from.log_probs, logp),
-            nn.functional.cosine_similarity(
-                self._from.vectors.float(), rows.vectors.float(), dim=-1
-            ),
-        ]
-        together = torch.stack([x.double() for x in figures])
-        self.found[policy][:, rows.places] = together.cpu().numpy()
+        logp, vectors = rows.log_probs, (self._from.vectors.float(), rows.vectors.float())
+        # entr: an entry of probability 0 adds nothing.
+        yield "entropy", policy.view, torch.special.entr(logp.exp()).double().sum(-1)
+        yield "logprob", policy.view, logp.gather(1, rows.targets[:, None])[:, 0]
+        yield "to_final", policy.view, kl_rows(logp, self._final.log_probs)
+        yield "from_anchor", policy.view, kl_rows(self._from.log_probs, logp)
+        yield "cosine", policy.view, nn.functional.cosine_similarity(*vectors, dim=-1)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from bupo import ops
 from bupo.internal.decomposition import Layer
-from bupo.internal.sweep import POLICIES, Measure, Places, sweep
-from bupo.internal.texts import Tokens, measured
+from bupo.internal.sweep import POLICIES, Figures, Measure, sweep
+from bupo.internal.texts import Tokens
 from bupo.policy import decoder_stack, num_layers, unembedding
 from bupo.samples import Batch, Sample
 
@@ -53,11 +53,11 @@ class EntropyFlow(Tokens):
     """|H^l|, |A^l|, |F^l| under layer, attention, ffn"""
     cosine: dict[str, Array]
     """attention: cos(A^l, stream it adds to); ffn: cos(F^l, stream it adds to)"""
-    parallel: bool = False
+    parallel: bool
     """Attention and FFN read the same stream"""
-    decomposition_error: float = 0.0
+    decomposition_error: float
     """|H^0 + sum A + sum F - H^L| / |H^L|"""
-    last_layer_error: float = 0.0
+    last_layer_error: float
     """Largest difference, in nats, of the last layer's normed log-probs to the model's own"""
 
     @property
@@ -70,8 +70,11 @@ class EntropyFlow(Tokens):
             raise ValueError(f"change: policy: expected one of {POLICIES}, came {policy!r}")
         after = self.entropy[policy]
         if policy == "layer":
-            return after - np.concatenate([self.embedding_entropy[None], after[:-1]])
-        return after - self.entropy[f"{policy}_input"]
+            before = np.concatenate([self.embedding_entropy[None], after[:-1]])
+        else:
+            before = self.entropy[f"{policy}_input"]
+        change: Array = after - before
+        return change
 
     def by_text(self, values: Array) -> Array:
         """[layer, token] -> [layer, text]: means over each text's tokens."""
@@ -102,30 +105,13 @@ class FlowMeasure(Measure):
     takes_apart = True
 
     def __init__(self, model: nn.Module, texts: Sequence[Sample], temperature: float) -> None:
+        super().__init__("entropy_flow", texts)
         self._head, self._norm = unembedding(model), decoder_stack(model).norm
-        self._temperature = temperature
+        self._depth, self._temperature = num_layers(model), temperature
+        self._parallel, self._decomposition_error = False, 0.0
         self._total = torch.empty(0)  # H^0 + sum A + sum F, of the layers so far
-        tokens = measured("entropy_flow", texts)
-        depth, count = num_layers(model), len(tokens.text)
 
-        def empty(names: Iterable[str]) -> dict[str, Array]:
-            return {name: np.empty((depth, count), np.float32) for name in names}
-
-        views = [policy + suffix for policy in POLICIES for suffix in ("", "_normed")]
-        self._flow = EntropyFlow(
-            **vars(tokens),
-            vocab=int(self._head.weight.shape[0]),
-            entropy=empty([*views, *MODULE_INPUTS]),
-            logprob=empty(views),
-            embedding_entropy=np.empty(count, np.float32),
-            final_entropy=np.empty(count, np.float32),
-            final_logprob=np.empty(count, np.float32),
-            norm=empty(POLICIES),
-            cosine=empty(["attention", "ffn"]),
-        )
-
-    def layer(self, batch: Batch, places: Places, layer: Layer) -> None:
-        flow, row, depth = self._flow, layer.index - 1, self._flow.layers
+    def layer(self, batch: Batch, layer: Layer) -> Figures:
         before, after = batch.pick(layer.before), batch.pick(layer.after)
         attention, ffn = batch.pick(layer.attention), batch.pick(layer.ffn)
         written = {"layer": after, "attention": attention, "ffn": ffn}
@@ -141,31 +127,32 @@ class FlowMeasure(Measure):
 
         for name, logprob, entropy in self._policies(batch.targets, vectors()):
             if name == "embedding":
-                flow.embedding_entropy[places] = entropy
+                yield "embedding_entropy", "", entropy
                 continue
-            flow.entropy[name][row, places] = entropy
-            if name in flow.logprob:
-                flow.logprob[name][row, places] = logprob
+            yield "entropy", name, entropy
+            if name not in MODULE_INPUTS:
+                yield "logprob", name, logprob
         for name, x in written.items():
-            flow.norm[name][row, places] = x.float().norm(dim=-1).cpu().numpy()
+            yield "norm", name, x.float().norm(dim=-1)
         for name, onto in (("attention", before), ("ffn", batch.pick(layer.ffn_stream))):
-            cosine = nn.functional.cosine_similarity(written[name].float(), onto.float(), dim=-1)
-            flow.cosine[name][row, places] = cosine.cpu().numpy()
+            pair = (written[name].float(), onto.float())
+            yield "cosine", name, nn.functional.cosine_similarity(*pair, dim=-1)
         self._total = before.double() if layer.index == 1 else self._total
         self._total.add_(attention).add_(ffn)
-        if layer.index == depth:
+        if layer.index == self._depth:
             off = self._total.sub_(after).norm() / after.double().norm().clamp(min=1e-30)
             # np.maximum keeps a nan, max() may drop it.
-            flow.decomposition_error = float(np.maximum(flow.decomposition_error, float(off)))
-        flow.parallel = layer.parallel
+            self._decomposition_error = float(np.maximum(self._decomposition_error, float(off)))
+        self._parallel = layer.parallel
 
-    def end(self, batch: Batch, places: Places, final: Tensor) -> None:
+    def end(self, batch: Batch, final: Tensor) -> Figures:
         for _, logprob, entropy in self._policies(batch.targets, [("final", final)]):
-            self._flow.final_logprob[places], self._flow.final_entropy[places] = logprob, entropy
+            yield "final_entropy", "", entropy
+            yield "final_logprob", "", logprob
 
     def _policies(
         self, targets: Tensor, vectors: Iterable[tuple[str, Tensor]]
-    ) -> Iterator[tuple[str, Array, Array]]:
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, log-probs of the targets and entropies of softmax(x E_u^T), of every vector x; as
         many of them in one call of the op as ROWS says."""
         head, count, left = self._head, len(targets), iter(vectors)
@@ -186,13 +173,23 @@ class FlowMeasure(Measure):
                 for x, target in zip(torch.split(stacked, most), torch.split(repeated, most))
             ]
             logprobs, entropies = (
-                torch.cat(parts).float().cpu().numpy().reshape(len(group), count)
-                for parts in ([o.logprobs for o in outs], [o.entropy for o in outs])
+                torch.cat(parts).float().view(len(group), count)
+                for parts in ([out.logprobs for out in outs], [out.entropy for out in outs])
             )
             yield from zip((name for name, _ in group), logprobs, entropies)
 
     def result(self) -> EntropyFlow:
         """After the sweep."""
-        gap = self._flow.logprob["layer_normed"][-1] - self._flow.final_logprob
-        self._flow.last_layer_error = float(np.abs(gap).max())
-        return self._flow
+        tables = {kind: self.table(kind) for kind in ("entropy", "logprob", "norm", "cosine")}
+        final = self.found["final_logprob", "", 0]
+        return EntropyFlow(
+            **vars(self.tokens),
+            **tables,
+            vocab=int(self._head.weight.shape[0]),
+            embedding_entropy=self.found["embedding_entropy", "", 1],
+            final_entropy=self.found["final_entropy", "", 0],
+            final_logprob=final,
+            parallel=self._parallel,
+            decomposition_error=self._decomposition_error,
+            last_layer_error=float(np.abs(tables["logprob"]["layer_normed"][-1] - final).max()),
+        )

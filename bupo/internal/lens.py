@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 
 from bupo.internal.decomposition import Layer
 from bupo.internal.log_probs import kl_rows
-from bupo.internal.sweep import FINAL, VIEWS, Measure, Places, Policy, Rows, sweep
-from bupo.internal.texts import Tokens, measured
+from bupo.internal.sweep import FINAL, VIEWS, Figures, Measure, Policy, Rows, sweep
+from bupo.internal.texts import Tokens
 from bupo.policy import num_layers, unembedding
 from bupo.samples import Batch, Sample
 
@@ -46,7 +45,7 @@ class Lens(Tokens):
     final_top: NDArray[np.int64]
     """[token]: the model's most likely token"""
     similarity: NDArray[np.float32]
-    """[L, L]: cos(H^l, H^m), mean over tokens, of a batch over at most COMPARED of them"""
+    """[L, L]: cos(H^l, H^m), mean over all tokens of the texts, of a batch over at most COMPARED"""
     layers: list[int]
     """Which layers the rows are, counted from 1"""
 
@@ -67,9 +66,9 @@ def lens(
     unknown view or layer, top_k outside 1..V; DecompositionError for a family whose layers cannot
     be taken apart.
     """
-    measure = LensMeasure(model, texts, top_k, views, layers)
-    sweep(model, texts, [measure], temperature, batch_tokens)
-    return measure.result()
+    measure, similarity = LensMeasure(model, texts, top_k, views, layers), Similarity(texts)
+    sweep(model, texts, [measure, similarity], temperature, batch_tokens)
+    return measure.result(similarity)
 
 
 class LensMeasure(Measure):
@@ -86,76 +85,65 @@ class LensMeasure(Measure):
         layers: Sequence[int] | None,
         chosen: NDArray[np.bool_] | None = None,
     ) -> None:
-        tokens = measured("lens", texts)
+        super().__init__("lens", texts, chosen)
         if unknown := [v for v in views if v not in VIEWS]:
             raise ValueError(f"lens: views: expected some of {VIEWS}, came {unknown}")
         vocabulary, depth = unembedding(model).weight.shape[0], num_layers(model)
         if not 1 <= top_k <= vocabulary:
             raise ValueError(f"lens: top_k: expected 1..{vocabulary}, came {top_k}")
-        kept = sorted(set(range(1, depth + 1) if layers is None else layers))
-        if not kept or kept[0] < 1 or kept[-1] > depth:
+        self._layers = sorted(set(range(1, depth + 1) if layers is None else layers))
+        if not self._layers or self._layers[0] < 1 or self._layers[-1] > depth:
             raise ValueError(f"lens: layers: expected some of 1..{depth}, came {layers}")
-        self.policies = (FINAL, *(Policy(layer, view) for layer in kept for view in views))
+        self.policies = (FINAL, *(Policy(m, view) for m in self._layers for view in views))
         self._top_k = top_k
-        mine = np.ones(len(tokens.text), bool) if chosen is None else chosen
-        self._column = np.where(mine, np.cumsum(mine) - 1, -1)
-        self._stream: list[Tensor] = []
-        self._similarity = np.zeros((depth, depth))
-        count = int(mine.sum())
 
-        def empty(kind: Any, *rest: int) -> dict[str, NDArray[Any]]:
-            return {view: np.empty((len(kept), count, *rest), kind) for view in views}
-
-        self._lens = Lens(
-            **{name: column[mine] for name, column in vars(tokens).items()},
-            rank=empty(np.int64),
-            kl=empty(np.float32),
-            agrees=empty(np.bool_),
-            top_tokens=empty(np.int64, top_k),
-            top_logprobs=empty(np.float32, top_k),
-            final_top=np.empty(count, np.int64),
-            similarity=np.empty((0, 0), np.float32),
-            layers=kept,
-        )
-
-    def layer(self, batch: Batch, places: Places, layer: Layer) -> None:
-        mine = np.flatnonzero(self._column[places] >= 0)
-        spaced = np.linspace(0, len(mine) - 1, min(len(mine), COMPARED)).round().astype(np.int64)
-        self._stream.append(batch.pick(layer.after)[mine[spaced].tolist()].float())
-
-    def end(self, batch: Batch, places: Places, final: Tensor) -> None:
-        unit = nn.functional.normalize(torch.stack(self._stream), dim=-1)
-        self._stream.clear()
-        if unit.shape[1]:
-            mean = torch.einsum("ind,jnd->ij", unit, unit).div(unit.shape[1]).cpu().double()
-            share = (self._column[places] >= 0).sum() / len(self._lens.text)
-            self._similarity += share * mean.numpy()
-
-    def compare(self, policy: Policy, rows: Rows) -> None:
-        columns = self._column[rows.places]
-        mine, logp = columns >= 0, rows.log_probs
-        if not mine.any():
-            return
+    def compare(self, policy: Policy, rows: Rows) -> Figures:
+        logp = rows.log_probs
         if policy == FINAL:
             self._final, self._said = logp, logp.argmax(-1)
-            self._lens.final_top[columns[mine]] = self._said.cpu().numpy()[mine]
+            yield "final_top", "", self._said
             return
         if self._top_k > 1:
             best, first = logp.topk(self._top_k, dim=-1)
         else:  # much cheaper
             best, first = logp.max(-1, keepdim=True)
-        found = {
-            "rank": (logp > logp.gather(1, rows.targets[:, None])).sum(-1),
-            "kl": kl_rows(logp, self._final),
-            "agrees": first[:, 0] == self._said,
-            "top_tokens": first,
-            "top_logprobs": best,
-        }
-        row = self._lens.layers.index(policy.layer)
-        for kind, values in found.items():
-            getattr(self._lens, kind)[policy.view][row, columns[mine]] = values.cpu().numpy()[mine]
+        yield "rank", policy.view, (logp > logp.gather(1, rows.targets[:, None])).sum(-1)
+        yield "kl", policy.view, kl_rows(logp, self._final)
+        yield "agrees", policy.view, first[:, 0] == self._said
+        yield "top_tokens", policy.view, first
+        yield "top_logprobs", policy.view, best
 
-    def result(self) -> Lens:
+    def result(self, similarity: Similarity) -> Lens:
         """After the sweep."""
-        self._lens.similarity = self._similarity.astype(np.float32)
-        return self._lens
+        kinds = ("rank", "kl", "agrees", "top_tokens", "top_logprobs")
+        return Lens(
+            **vars(self.tokens),
+            **{kind: self.table(kind) for kind in kinds},
+            final_top=self.found["final_top", "", 0],
+            similarity=similarity.mean.astype(np.float32),
+            layers=self._layers,
+        )
+
+
+class Similarity(Measure):
+    """cos(H^l, H^m) as a measure of a sweep over texts: the mean over tokens, [L, L]."""
+
+    takes_apart = True
+
+    def __init__(self, texts: Sequence[Sample]) -> None:
+        super().__init__("lens", texts)
+        self.mean = np.zeros(())
+        self._stream: list[Tensor] = []
+
+    def layer(self, batch: Batch, layer: Layer) -> Figures:
+        count = len(batch.targets)
+        spaced = np.linspace(0, count - 1, min(count, COMPARED)).round().astype(np.int64)
+        self._stream.append(batch.pick(layer.after)[spaced.tolist()].float())
+        return ()
+
+    def end(self, batch: Batch, final: Tensor) -> Figures:
+        unit = nn.functional.normalize(torch.stack(self._stream), dim=-1)
+        self._stream.clear()
+        cosines = torch.einsum("ind,jnd->ij", unit, unit).div(unit.shape[1]).cpu().double().numpy()
+        self.mean = self.mean + len(batch.targets) / len(self.tokens.text) * cosines
+        return ()
