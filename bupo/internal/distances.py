@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from bupo.internal.log_probs import kl_rows
-from bupo.internal.sweep import FINAL, Figures, Measure, Policy, Rows, sweep
+from bupo.internal.sweep import FINAL, Figures, Measure, Policy, sweep
 from bupo.policy import num_layers
 from bupo.samples import Sample
 
@@ -66,7 +66,7 @@ def distances(
     sweep(model, texts, [measure], temperature, batch_tokens)
 
     def means(figure: str, policies: Sequence[Policy]) -> list[float]:
-        found = [measure.found[figure, p.view, p.layer] for p in policies]
+        found = [measure.found[figure, view, m] for m, view in policies]
         return [float(values.mean(dtype=np.float64)) for values in found]
 
     return Distances(
@@ -103,12 +103,12 @@ def kl_between(
     measure = _Between("kl_between", texts, first, [second])
     sweep(model, texts, [measure], temperature, batch_tokens)
     # The model's own policy comes before the anchor.
-    figure, policy = ("to_final", first) if second == FINAL else ("from_anchor", second)
-    return measure.found[figure, policy.view, policy.layer]
+    figure, (layer, view) = ("to_final", first) if second == FINAL else ("from_anchor", second)
+    return measure.found[figure, view, layer]
 
 
 def _policy(layer: int | None, final_norm: bool) -> Policy:
-    return FINAL if layer is None else Policy(layer, "layer_normed" if final_norm else "layer")
+    return FINAL if layer is None else (layer, "layer_normed" if final_norm else "layer")
 
 
 class _Between(Measure):
@@ -120,15 +120,15 @@ class _Between(Measure):
         super().__init__(function, texts)
         self.policies, self._anchor = (FINAL, anchor, *policies), anchor
 
-    def compare(self, policy: Policy, rows: Rows) -> Figures:
+    def compare(self, policy: Policy, targets: Tensor, x: Tensor, logp: Tensor) -> Figures:
         if policy == FINAL:
-            self._final = self._from = rows  # the anchor comes next
-        if policy == self._anchor:
-            self._from = rows
-        logp, vectors = rows.log_probs, (self._from.vectors.float(), rows.vectors.float())
+            self._final = logp
+        if policy in (FINAL, self._anchor):  # which comes next
+            self._from, self._vector = logp, x.float()
+        view = policy[1]
         # entr: an entry of probability 0 adds nothing.
-        yield "entropy", policy.view, torch.special.entr(logp.exp()).double().sum(-1)
-        yield "logprob", policy.view, logp.gather(1, rows.targets[:, None])[:, 0]
-        yield "to_final", policy.view, kl_rows(logp, self._final.log_probs)
-        yield "from_anchor", policy.view, kl_rows(self._from.log_probs, logp)
-        yield "cosine", policy.view, nn.functional.cosine_similarity(*vectors, dim=-1)
+        yield "entropy", view, torch.special.entr(logp.exp()).double().sum(-1)
+        yield "logprob", view, logp.gather(1, targets[:, None])[:, 0]
+        yield "to_final", view, kl_rows(logp, self._final)
+        yield "from_anchor", view, kl_rows(self._from, logp)
+        yield "cosine", view, nn.functional.cosine_similarity(self._vector, x.float(), dim=-1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bupo import ops
 from bupo.internal.decomposition import Layer
-from bupo.internal.sweep import POLICIES, Figures, Measure, sweep
+from bupo.internal.sweep import POLICIES, VIEWS, Figures, Measure, sweep
 from bupo.internal.texts import Tokens
 from bupo.policy import decoder_stack, num_layers, unembedding
 from bupo.samples import Batch, Sample
@@ -126,11 +126,8 @@ class FlowMeasure(Measure):
                 yield "embedding", before
 
         for name, logprob, entropy in self._policies(batch.targets, vectors()):
-            if name == "embedding":
-                yield "embedding_entropy", "", entropy
-                continue
-            yield "entropy", name, entropy
-            if name not in MODULE_INPUTS:
+            yield "embedding" if name == "embedding" else "entropy", name, entropy
+            if name in VIEWS:
                 yield "logprob", name, logprob
         for name, x in written.items():
             yield "norm", name, x.float().norm(dim=-1)
@@ -147,8 +144,8 @@ class FlowMeasure(Measure):
 
     def end(self, batch: Batch, final: Tensor) -> Figures:
         for _, logprob, entropy in self._policies(batch.targets, [("final", final)]):
-            yield "final_entropy", "", entropy
-            yield "final_logprob", "", logprob
+            yield "final_entropy", "final", entropy
+            yield "final_logprob", "final", logprob
 
     def _policies(
         self, targets: Tensor, vectors: Iterable[tuple[str, Tensor]]
@@ -180,16 +177,18 @@ class FlowMeasure(Measure):
 
     def result(self) -> EntropyFlow:
         """After the sweep."""
-        tables = {kind: self.table(kind) for kind in ("entropy", "logprob", "norm", "cosine")}
-        final = self.found["final_logprob", "", 0]
+        logprob, final = self.table("logprob"), self.found["final_logprob", "final", 0]
         return EntropyFlow(
             **vars(self.tokens),
-            **tables,
             vocab=int(self._head.weight.shape[0]),
-            embedding_entropy=self.found["embedding_entropy", "", 1],
-            final_entropy=self.found["final_entropy", "", 0],
+            entropy=self.table("entropy"),
+            logprob=logprob,
+            embedding_entropy=self.found["embedding", "embedding", 1],
+            final_entropy=self.found["final_entropy", "final", 0],
             final_logprob=final,
+            norm=self.table("norm"),
+            cosine=self.table("cosine"),
             parallel=self._parallel,
             decomposition_error=self._decomposition_error,
-            last_layer_error=float(np.abs(tables["logprob"]["layer_normed"][-1] - final).max()),
+            last_layer_error=float(np.abs(logprob["layer_normed"][-1] - final).max()),
         )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bupo.internal.decomposition import Layer
 from bupo.internal.log_probs import kl_rows
-from bupo.internal.sweep import FINAL, VIEWS, Figures, Measure, Policy, Rows, sweep
+from bupo.internal.sweep import FINAL, VIEWS, Figures, Measure, Policy, sweep
 from bupo.internal.texts import Tokens
 from bupo.policy import num_layers, unembedding
 from bupo.samples import Batch, Sample
@@ -94,32 +94,35 @@ class LensMeasure(Measure):
         self._layers = sorted(set(range(1, depth + 1) if layers is None else layers))
         if not self._layers or self._layers[0] < 1 or self._layers[-1] > depth:
             raise ValueError(f"lens: layers: expected some of 1..{depth}, came {layers}")
-        self.policies = (FINAL, *(Policy(m, view) for m in self._layers for view in views))
+        self.policies = (FINAL, *((m, view) for m in self._layers for view in views))
         self._top_k = top_k
 
-    def compare(self, policy: Policy, rows: Rows) -> Figures:
-        logp = rows.log_probs
+    def compare(self, policy: Policy, targets: Tensor, x: Tensor, logp: Tensor) -> Figures:
+        view = policy[1]
         if policy == FINAL:
             self._final, self._said = logp, logp.argmax(-1)
-            yield "final_top", "", self._said
+            yield "final_top", view, self._said
             return
         if self._top_k > 1:
             best, first = logp.topk(self._top_k, dim=-1)
         else:  # much cheaper
             best, first = logp.max(-1, keepdim=True)
-        yield "rank", policy.view, (logp > logp.gather(1, rows.targets[:, None])).sum(-1)
-        yield "kl", policy.view, kl_rows(logp, self._final)
-        yield "agrees", policy.view, first[:, 0] == self._said
-        yield "top_tokens", policy.view, first
-        yield "top_logprobs", policy.view, best
+        yield "rank", view, (logp > logp.gather(1, targets[:, None])).sum(-1)
+        yield "kl", view, kl_rows(logp, self._final)
+        yield "agrees", view, first[:, 0] == self._said
+        yield "top_tokens", view, first
+        yield "top_logprobs", view, best
 
     def result(self, similarity: Similarity) -> Lens:
         """After the sweep."""
-        kinds = ("rank", "kl", "agrees", "top_tokens", "top_logprobs")
         return Lens(
             **vars(self.tokens),
-            **{kind: self.table(kind) for kind in kinds},
-            final_top=self.found["final_top", "", 0],
+            rank=self.table("rank"),
+            kl=self.table("kl"),
+            agrees=self.table("agrees"),
+            top_tokens=self.table("top_tokens"),
+            top_logprobs=self.table("top_logprobs"),
+            final_top=self.found["final_top", "final", 0],
             similarity=similarity.mean.astype(np.float32),
             layers=self._layers,
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,41 +28,15 @@ from bupo.samples import Batch, Sample, micro_batches
 CHUNK = 64
 """Tokens whose rows of log-probs are in memory at once"""
 POLICIES = ("layer", "attention", "ffn")
-"""Whose vectors x are H^l, A^l and F^l"""
+"""softmax(x E_u^T) for the vectors x = H^l, A^l and F^l"""
 VIEWS = (*POLICIES, *(f"{policy}_normed" for policy in POLICIES))
 """Each raw, and with the model's final norm before the unembedding"""
-PLACE = "place"
-"""The stream of a batch that says where its measured tokens are among those of all texts"""
+Policy = tuple[int, str]
+"""A layer, 1..L, and one of VIEWS; or FINAL"""
+FINAL: Policy = (0, "final")
+"""The model's own policy"""
 Figures = Iterable[tuple[str, str, Tensor]]
 """A kind of figure ("entropy"), a name ("ffn_normed") and the values of n tokens, [n, ...]"""
-
-
-class Policy(NamedTuple):
-    """softmax(x E_u^T) for a vector x of each token."""
-
-    layer: int
-    """1..L; 0: the model's own"""
-    view: str
-    """One of VIEWS; "final": the model's own"""
-
-    @property
-    def vector(self) -> Policy:
-        """The same without the norm."""
-        return Policy(self.layer, self.view.removesuffix("_normed"))
-
-
-FINAL = Policy(0, "final")
-
-
-class Rows(NamedTuple):
-    """What a policy says before some of the measured tokens."""
-
-    targets: Tensor
-    """[n]: the tokens"""
-    vectors: Tensor
-    """[n, D]: x, before any norm"""
-    log_probs: Tensor
-    """[n, V]"""
 
 
 class Measure:
@@ -93,8 +67,9 @@ class Measure:
         """The model has ended; final [T, D] is what its unembedding sees."""
         return ()
 
-    def compare(self, policy: Policy, rows: Rows) -> Figures:
-        """What a policy says; called for all policies before the next rows come."""
+    def compare(self, policy: Policy, targets: Tensor, x: Tensor, logp: Tensor) -> Figures:
+        """What a policy says, logp [n, V], before n tokens, targets [n], of vectors x [n, D], raw.
+        Called for all policies before the next tokens come."""
         return ()
 
     def put(self, layer: int, places: Tensor, figures: Figures) -> None:
@@ -132,7 +107,7 @@ def sweep(
     """
     starts = np.cumsum([0, *(text.count for text in texts)]).tolist()
     placed = [
-        Sample(text.token_ids, text.loss_mask, streams={PLACE: torch.arange(*ends)})
+        Sample(text.token_ids, text.loss_mask, streams={"place": torch.arange(*ends)})
         for text, ends in zip(texts, pairwise(starts))
     ]
     total, done = sum(len(text.token_ids) for text in texts), 0
@@ -142,11 +117,8 @@ def sweep(
         for batch in micro_batches(placed, batch_tokens, device, equal_lengths=True):
             before, done = done, done + batch.input_ids.numel()
             with progress.part(before / total, done / total):
-                with progress.part(0, 0.5):
-                    kept = _forward(model, batch, measures)
-                with progress.part(0.5, 1):
-                    _compare(model, batch, kept, measures, temperature)
-                progress.report(1)
+                kept = _forward(model, batch, measures)
+                _compare(model, batch, kept, measures, temperature)
     finally:
         model.train(training)
 
@@ -155,34 +127,31 @@ def _forward(model: nn.Module, batch: Batch, measures: Sequence[Measure]) -> dic
     """Runs a batch; returns what _compare needs, the vectors [T, D] of its measured tokens."""
     layers, kept = decoder_stack(model).layers, dict[Policy, Tensor]()
     looking = [measure for measure in measures if measure.takes_apart]
-    wanted = {policy.vector for measure in measures for policy in measure.policies}
+    wanted = {(m, view.removesuffix("_normed")) for x in measures for m, view in x.policies}
 
-    def keep(index: int, name: str, x: Tensor) -> None:
-        if (policy := Policy(index, name)) in wanted:
-            kept[policy] = batch.pick(x).cpu()
+    def keep(m: int, name: str, x: Any) -> None:
+        if (m, name) in wanted:
+            kept[m, name] = batch.pick(x).cpu()
 
     def visit(layer: Layer) -> None:
         for name, x in zip(POLICIES, (layer.after, layer.attention, layer.ffn)):
             keep(layer.index, name, x)
         for measure in looking:
-            measure.put(layer.index, batch.streams[PLACE], measure.layer(batch, layer))
-        progress.report(layer.index / len(layers))
+            measure.put(layer.index, batch.streams["place"], measure.layer(batch, layer))
+        progress.report(layer.index / len(layers) / 2)
 
-    def output(index: int, module: nn.Module, args: Any, out: Any) -> None:
-        x = first_tensor((out,), {})
-        assert x is not None
-        keep(index, "layer", x)
+    def output(m: int, module: nn.Module, args: Any, out: Any) -> None:
+        keep(m, "layer", first_tensor((out,), {}))
 
     with ExitStack() as hooks:
         if looking:
             hooks.enter_context(decomposed(model, visit))
         else:  # works for families too whose layers cannot be taken apart
-            for index, layer in enumerate(layers, start=1):
-                hook = layer.register_forward_hook(partial(output, index))
-                hooks.callback(hook.remove)
+            for m, module in enumerate(layers, start=1):
+                hooks.callback(module.register_forward_hook(partial(output, m)).remove)
         final = kept[FINAL] = batch.pick(hidden_states(model, batch.input_ids))
     for measure in measures:
-        measure.put(0, batch.streams[PLACE], measure.end(batch, final))
+        measure.put(0, batch.streams["place"], measure.end(batch, final))
     return kept
 
 
@@ -194,16 +163,18 @@ def _compare(
     temperature: float,
 ) -> None:
     """Shows the measures what the policies say that they read, CHUNK tokens at a time."""
-    head, norm = unembedding(model), decoder_stack(model).norm
-    compared = sorted((p for m in measures for p in m.policies), key=lambda p: p != FINAL)
-    readers = {p: [m for m in measures if p in m.policies] for p in compared}
-    chunks = [slice(first, first + CHUNK) for first in range(0, len(batch.targets), CHUNK)]
-    for n, chunk in enumerate(chunks):
-        for k, (policy, reading) in enumerate(readers.items(), start=1):
-            x = kept[policy.vector][chunk].to(batch.targets.device)
-            logp = log_probs(head, norm(x) if policy != policy.vector else x, temperature)
-            rows = Rows(batch.targets[chunk], x, logp)
+    head, norm, targets = unembedding(model), decoder_stack(model).norm, batch.targets
+    compared = sorted((p for x in measures for p in x.policies), key=lambda p: p != FINAL)
+    readers = {p: [x for x in measures if p in x.policies] for p in compared}
+    for first in range(0, len(targets), CHUNK):
+        chunk = slice(first, first + CHUNK)
+        for k, (policy, reading) in enumerate(readers.items()):
+            m, view = policy
+            x = kept[m, view.removesuffix("_normed")][chunk].to(targets.device)
+            logp = log_probs(head, norm(x) if view.endswith("_normed") else x, temperature)
             for measure in reading:
-                places = batch.streams[PLACE][chunk]
-                measure.put(policy.layer, places, measure.compare(policy, rows))
-            progress.report((n + k / len(readers)) / len(chunks))
+                figures = measure.compare(policy, targets[chunk], x, logp)
+                measure.put(m, batch.streams["place"][chunk], figures)
+            done = first + (k + 1) / len(readers) * len(targets[chunk])
+            progress.report(0.5 + done / len(targets) / 2)
+    progress.report(1)
