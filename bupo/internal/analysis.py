@@ -108,8 +108,8 @@ class Analysis:
                 name: {"kind": kind, "share_of_last_two": share}
                 for name, (kind, share) in ways.items()
             },
-            "model": {name: _of_curve(x, 0) for name, x in single(self.flow).items()},
-            "curves": {name: _of_curve(x) for name, x in found.items()},
+            "model": {name: _spread(x, 0) for name, x in single(self.flow).items()},
+            "curves": {name: {"layers": x.layers, **_spread(x)} for name, x in found.items()},
             "similarity": self.lens.similarity.tolist(),
         }
 
@@ -135,12 +135,13 @@ def analyse(
 
     The texts run through the model once. tokenizer: for readable tokens only. temperature: of every
     policy. tolerance: of the boundary. Memory: that of entropy_flow and lens, and O(L tokens).
-    Errors: ValueError for no text, one without a measured token, or a stride below 1; IdentityError
-    where an identity of bupo.internal.checks does not hold; DecompositionError; else as
-    bupo.policy's.
+    Errors: ValueError for no text, one without a measured token, stride or closer_tokens below 1;
+    IdentityError where an identity of bupo.internal.checks does not hold; DecompositionError; else
+    as bupo.policy's.
     """
-    if stride < 1:
-        raise ValueError(f"analyse: stride: expected at least 1, came {stride}")
+    for option, value in (("stride", stride), ("closer_tokens", closer_tokens)):
+        if value < 1:
+            raise ValueError(f"analyse: {option}: expected at least 1, came {value}")
     layers = kept_layers(num_layers(model), stride)
     flow = FlowMeasure(model, texts, temperature)
     first = [
@@ -192,15 +193,6 @@ def readable(tokenizer: Any, ids: NDArray[np.integer]) -> dict[int, str]:
     return found
 
 
-def _of_curve(curve: Curve, index: int | None = None) -> dict[str, Any]:
-    error = curve.error
-    if index is not None:
-        return {
-            "mean": float(curve.mean[index]),
-            "se": None if error is None else float(error[index]),
-        }
-    return {
-        "layers": curve.layers,
-        "mean": curve.mean.tolist(),
-        "se": None if error is None else error.tolist(),
-    }
+def _spread(curve: Curve, layers: Any = ...) -> dict[str, Any]:
+    error = None if curve.error is None else curve.error[layers].tolist()
+    return {"mean": curve.mean[layers].tolist(), "se": error}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,21 +42,26 @@ class Curve:
         return low, high
 
 
+def figures(flow: EntropyFlow, lens: Lens) -> Iterator[tuple[str, str, list[int], NDArray[Any]]]:
+    """Kind, name, layers and values [layer, token] of everything that has layers."""
+    every = list(range(1, flow.layers + 1))
+    for kind in ("entropy", "logprob", "norm", "cosine"):
+        for name, values in getattr(flow, kind).items():
+            yield kind, name, every, values
+    for policy in POLICIES:
+        yield "entropy_change", policy, every, flow.change(policy)
+    for kind in ("kl", "agrees", "rank"):
+        for name, values in getattr(lens, kind).items():
+            yield kind, name, lens.layers, values
+
+
 def curves(flow: EntropyFlow, lens: Lens) -> dict[str, Curve]:
     """By name: entropy.layer, entropy.ffn_normed, entropy_change.ffn, logprob.layer, norm.layer,
     cosine.attention, kl.layer_normed, agreement.layer, rank.layer, ..."""
-    every = list(range(1, flow.layers + 1))
-    found = {
-        f"{kind}.{name}": Curve(every, _by_text(flow, values))
-        for kind in ("entropy", "logprob", "norm", "cosine")
-        for name, values in getattr(flow, kind).items()
+    return {
+        f"{'agreement' if kind == 'agrees' else kind}.{name}": Curve(layers, _by_text(flow, values))
+        for kind, name, layers, values in figures(flow, lens)
     }
-    for policy in POLICIES:
-        found[f"entropy_change.{policy}"] = Curve(every, _by_text(flow, flow.change(policy)))
-    for kind, of_lens in (("kl", lens.kl), ("agreement", lens.agrees), ("rank", lens.rank)):
-        for name, values in of_lens.items():
-            found[f"{kind}.{name}"] = Curve(lens.layers, _by_text(flow, values))
-    return found
 
 
 def single(flow: EntropyFlow) -> dict[str, Curve]:

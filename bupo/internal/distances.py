@@ -62,7 +62,7 @@ def distances(
         if value is not None and not 1 <= value <= depth:
             raise ValueError(f"distances: {name}: expected 1..{depth}, came {value}")
     policies = [_policy(m, final_norm) for m in wanted]
-    measure = _Between("distances", texts, _policy(anchor, final_norm), policies)
+    measure = _Between("distances", texts, [FINAL, _policy(anchor, final_norm), *policies])
     sweep(model, texts, [measure], temperature, batch_tokens)
 
     def means(figure: str, policies: Sequence[Policy]) -> list[float]:
@@ -100,7 +100,7 @@ def kl_between(
         if layer is not None and not 1 <= layer <= depth:
             raise ValueError(f"kl_between: layer: expected an int in 1..{depth}, came {layer}")
     first, second = _policy(l, final_norm), _policy(m, final_norm)
-    measure = _Between("kl_between", texts, first, [second])
+    measure = _Between("kl_between", texts, [FINAL, first, second])
     sweep(model, texts, [measure], temperature, batch_tokens)
     # The model's own policy comes before the anchor.
     figure, (layer, view) = ("to_final", first) if second == FINAL else ("from_anchor", second)
@@ -112,18 +112,12 @@ def _policy(layer: int | None, final_norm: bool) -> Policy:
 
 
 class _Between(Measure):
-    """Figures of policies beside those of the model and of an anchor."""
-
-    def __init__(
-        self, function: str, texts: Sequence[Sample], anchor: Policy, policies: Sequence[Policy]
-    ) -> None:
-        super().__init__(function, texts)
-        self.policies, self._anchor = (FINAL, anchor, *policies), anchor
+    """Figures of policies beside those of the model and of an anchor: policies[:2]."""
 
     def compare(self, policy: Policy, targets: Tensor, x: Tensor, logp: Tensor) -> Figures:
         if policy == FINAL:
             self._final = logp
-        if policy in (FINAL, self._anchor):  # which comes next
+        if policy in self.policies[:2]:  # the anchor comes next
             self._from, self._vector = logp, x.float()
         view = policy[1]
         # entr: an entry of probability 0 adds nothing.

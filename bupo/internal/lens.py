@@ -85,7 +85,6 @@ class LensMeasure(Measure):
         layers: Sequence[int] | None,
         chosen: NDArray[np.bool_] | None = None,
     ) -> None:
-        super().__init__("lens", texts, chosen)
         if unknown := [v for v in views if v not in VIEWS]:
             raise ValueError(f"lens: views: expected some of {VIEWS}, came {unknown}")
         vocabulary, depth = unembedding(model).weight.shape[0], num_layers(model)
@@ -94,8 +93,9 @@ class LensMeasure(Measure):
         self._layers = sorted(set(range(1, depth + 1) if layers is None else layers))
         if not self._layers or self._layers[0] < 1 or self._layers[-1] > depth:
             raise ValueError(f"lens: layers: expected some of 1..{depth}, came {layers}")
-        self.policies = (FINAL, *((m, view) for m in self._layers for view in views))
         self._top_k = top_k
+        policies = [FINAL, *((m, view) for m in self._layers for view in views)]
+        super().__init__("lens", texts, policies, chosen)
 
     def compare(self, policy: Policy, targets: Tensor, x: Tensor, logp: Tensor) -> Figures:
         view = policy[1]

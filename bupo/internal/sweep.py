@@ -45,13 +45,17 @@ class Measure:
 
     takes_apart = False
     """Whether layer() is called: for families whose layers can be taken apart"""
-    policies: tuple[Policy, ...] = ()
-    """Those that compare() is called with: FINAL first, then the others in this order"""
 
     def __init__(
-        self, function: str, texts: Sequence[Sample], chosen: NDArray[np.bool_] | None = None
+        self,
+        function: str,
+        texts: Sequence[Sample],
+        policies: Iterable[Policy] = (),
+        chosen: NDArray[np.bool_] | None = None,
     ) -> None:
-        """Of the texts of a sweep; chosen [token]: of these tokens alone. Errors: as measured."""
+        """texts: those of the sweep. policies: those that compare() is called with, FINAL first and
+        the others in this order. chosen [token]: measures these alone. Errors: as measured."""
+        self.policies = tuple(policies)
         tokens = measured(function, texts)
         mine = np.ones(len(tokens.text), bool) if chosen is None else chosen
         self.tokens = Tokens(tokens.text[mine], tokens.position[mine], tokens.token[mine])
@@ -80,8 +84,9 @@ class Measure:
         for kind, name, values in figures if mine.any() else ():
             new = values.cpu().numpy()[mine]
             shape = (len(self.tokens.text), *new.shape[1:])
-            array = self.found.setdefault((kind, name, layer), np.empty(shape, new.dtype))
-            array[columns[mine]] = new
+            if (kind, name, layer) not in self.found:
+                self.found[kind, name, layer] = np.empty(shape, new.dtype)
+            self.found[kind, name, layer][columns[mine]] = new
 
     def table(self, kind: str) -> dict[str, NDArray[Any]]:
         """[layer, token, ...] by name."""
@@ -112,13 +117,18 @@ def sweep(
     ]
     total, done = sum(len(text.token_ids) for text in texts), 0
     device, training = unembedding(model).weight.device, model.training
+    # A forward takes little time beside the products with the head.
+    apart = any(measure.takes_apart for measure in measures)
+    middle = (0.5 if any(measure.policies for measure in measures) else 1.0) if apart else 0.0
     model.eval()
     try:
         for batch in micro_batches(placed, batch_tokens, device, equal_lengths=True):
             before, done = done, done + batch.input_ids.numel()
             with progress.part(before / total, done / total):
-                kept = _forward(model, batch, measures)
-                _compare(model, batch, kept, measures, temperature)
+                with progress.part(0, middle):
+                    kept = _forward(model, batch, measures)
+                with progress.part(middle, 1):
+                    _compare(model, batch, kept, measures, temperature)
     finally:
         model.train(training)
 
@@ -138,7 +148,7 @@ def _forward(model: nn.Module, batch: Batch, measures: Sequence[Measure]) -> dic
             keep(layer.index, name, x)
         for measure in looking:
             measure.put(layer.index, batch.streams["place"], measure.layer(batch, layer))
-        progress.report(layer.index / len(layers) / 2)
+        progress.report(layer.index / len(layers))
 
     def output(m: int, module: nn.Module, args: Any, out: Any) -> None:
         keep(m, "layer", first_tensor((out,), {}))
@@ -168,13 +178,11 @@ def _compare(
     readers = {p: [x for x in measures if p in x.policies] for p in compared}
     for first in range(0, len(targets), CHUNK):
         chunk = slice(first, first + CHUNK)
-        for k, (policy, reading) in enumerate(readers.items()):
+        for k, (policy, reading) in enumerate(readers.items(), start=1):
             m, view = policy
             x = kept[m, view.removesuffix("_normed")][chunk].to(targets.device)
             logp = log_probs(head, norm(x) if view.endswith("_normed") else x, temperature)
             for measure in reading:
                 figures = measure.compare(policy, targets[chunk], x, logp)
                 measure.put(m, batch.streams["place"][chunk], figures)
-            done = first + (k + 1) / len(readers) * len(targets[chunk])
-            progress.report(0.5 + done / len(targets) / 2)
-    progress.report(1)
+            progress.report((first + k / len(readers) * len(targets[chunk])) / len(targets))

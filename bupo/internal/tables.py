@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from bupo.internal.curves import figures
 from bupo.internal.entropy_flow import EntropyFlow
 from bupo.internal.lens import Lens
 from bupo.internal.sweep import POLICIES
@@ -68,18 +69,11 @@ def token_rows(found: Analysed) -> Iterator[pa.RecordBatch]:
     }
     columns["entropy"] = [(0, flow.embedding_entropy), (-1, flow.final_entropy)]
     columns["logprob"] = [(-1, flow.final_logprob)]
-    for k, policy in enumerate(POLICIES):
-        rows = np.arange(1 + k, 1 + len(POLICIES) * depth, len(POLICIES))
-        seen = rows[np.array(found.lens.layers) - 1]
-        columns["entropy_change"].append((rows, flow.change(policy)))
-        columns["norm"].append((rows, flow.norm[policy]))
-        if policy in flow.cosine:
-            columns["cosine"].append((rows, flow.cosine[policy]))
-        for suffix in ("", "_normed"):
-            for kind in ("entropy", "logprob"):
-                columns[kind + suffix].append((rows, getattr(flow, kind)[policy + suffix]))
-            for kind in ("rank", "kl", "agrees"):
-                columns[kind + suffix].append((seen, getattr(found.lens, kind)[policy + suffix]))
+    for kind, name, kept, known in figures(flow, found.lens):
+        policy = name.removesuffix("_normed")
+        if policy in POLICIES:
+            rows = 1 + len(POLICIES) * (np.array(kept) - 1) + POLICIES.index(policy)
+            columns[kind + name.removeprefix(policy)].append((rows, known))
     for number in range(int(flow.text.max()) + 1):
         mine = np.flatnonzero(flow.text == number)
         token, row = np.indices((len(mine), len(policies))).reshape(2, -1)
