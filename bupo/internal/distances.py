@@ -62,7 +62,7 @@ def distances(
         if value is not None and not 1 <= value <= depth:
             raise ValueError(f"distances: {name}: expected 1..{depth}, came {value}")
     policies = [_policy(m, final_norm) for m in wanted]
-    measure = _Between("distances", texts, [FINAL, _policy(anchor, final_norm), *policies])
+    measure = _Figures("distances", texts, [FINAL, _policy(anchor, final_norm), *policies])
     sweep(model, texts, [measure], temperature, batch_tokens)
 
     def means(figure: str, policies: Sequence[Policy]) -> list[float]:
@@ -99,30 +99,43 @@ def kl_between(
     for layer in (l, m):
         if layer is not None and not 1 <= layer <= depth:
             raise ValueError(f"kl_between: layer: expected an int in 1..{depth}, came {layer}")
-    first, second = _policy(l, final_norm), _policy(m, final_norm)
-    measure = _Between("kl_between", texts, [FINAL, first, second])
+    measure = _Divergence("kl_between", texts, [_policy(l, final_norm), _policy(m, final_norm)])
     sweep(model, texts, [measure], temperature, batch_tokens)
-    # The model's own policy comes before the anchor.
-    figure, (layer, view) = ("to_final", first) if second == FINAL else ("from_anchor", second)
-    return measure.found[figure, view, layer]
+    (kl,) = measure.found.values()
+    return kl
 
 
 def _policy(layer: int | None, final_norm: bool) -> Policy:
     return FINAL if layer is None else (layer, "layer_normed" if final_norm else "layer")
 
 
-class _Between(Measure):
-    """Figures of policies beside those of the model and of an anchor: policies[:2]."""
+class _Figures(Measure):
+    """The figures of Distances: policies are FINAL, the anchor (FINAL for none) and the others."""
 
     def compare(self, policy: Policy, targets: Tensor, x: Tensor, logp: Tensor) -> Figures:
-        if policy == FINAL:
-            self._final = logp
-        if policy in self.policies[:2]:  # the anchor comes next
-            self._from, self._vector = logp, x.float()
-        view = policy[1]
+        view, anchor = policy[1], self.policies[1]
         # entr: an entry of probability 0 adds nothing.
         yield "entropy", view, torch.special.entr(logp.exp()).double().sum(-1)
-        yield "logprob", view, logp.gather(1, targets[:, None])[:, 0]
+        if policy == FINAL:
+            self._final = logp
+            yield "logprob", view, logp.gather(1, targets[:, None])[:, 0]
+            return
         yield "to_final", view, kl_rows(logp, self._final)
-        yield "from_anchor", view, kl_rows(self._from, logp)
-        yield "cosine", view, nn.functional.cosine_similarity(self._vector, x.float(), dim=-1)
+        if policy == anchor:  # the first of the layers
+            self._anchor, self._vector = logp, x.float()
+        if anchor != FINAL:
+            yield "from_anchor", view, kl_rows(self._anchor, logp)
+            yield "cosine", view, nn.functional.cosine_similarity(self._vector, x.float(), dim=-1)
+
+
+class _Divergence(Measure):
+    """KL(p || q) of policies p, q."""
+
+    def compare(self, policy: Policy, targets: Tensor, x: Tensor, logp: Tensor) -> Figures:
+        p, q = self.policies
+        if policy == p:
+            self._p = logp
+        if policy == q:
+            self._q = logp
+        if policy == (p if q == FINAL else q):  # FINAL comes first
+            yield "kl", "", kl_rows(self._p, self._q)
