@@ -22,7 +22,7 @@ from bupo.internal.boundary import TOLERANCE, Boundary, boundary_layer, converge
 from bupo.internal.checks import Check, identities
 from bupo.internal.curves import Curve, curves, single
 from bupo.internal.entropy_flow import EntropyFlow, FlowMeasure
-from bupo.internal.lens import Lens, LensMeasure, Similarity
+from bupo.internal.lens import Lens, LensMeasure, SimilarityMeasure
 from bupo.internal.sweep import VIEWS, sweep
 from bupo.policy import num_layers, unembedding
 from bupo.samples import Sample
@@ -150,7 +150,7 @@ def analyse(
     ]
     wide = LensMeasure(model, texts, 1, VIEWS, layers)
     near = LensMeasure(model, texts, top_k, CLOSER, layers, np.concatenate(first))
-    similarity = Similarity(texts)
+    similarity = SimilarityMeasure(texts)
     sweep(model, texts, [flow, wide, near, similarity], temperature, batch_tokens)
     entropies = flow.result()
     found = Analysis(

@@ -42,7 +42,7 @@ class Curve:
         return low, high
 
 
-def figures(flow: EntropyFlow, lens: Lens) -> Iterator[tuple[str, str, list[int], NDArray[Any]]]:
+def by_layer(flow: EntropyFlow, lens: Lens) -> Iterator[tuple[str, str, list[int], NDArray[Any]]]:
     """Kind, name, layers and values [layer, token] of everything that has layers."""
     every = list(range(1, flow.layers + 1))
     for kind in ("entropy", "logprob", "norm", "cosine"):
@@ -60,7 +60,7 @@ def curves(flow: EntropyFlow, lens: Lens) -> dict[str, Curve]:
     cosine.attention, kl.layer_normed, agreement.layer, rank.layer, ..."""
     return {
         f"{'agreement' if kind == 'agrees' else kind}.{name}": Curve(layers, _by_text(flow, values))
-        for kind, name, layers, values in figures(flow, lens)
+        for kind, name, layers, values in by_layer(flow, lens)
     }
 
 

@@ -62,7 +62,7 @@ def distances(
         if value is not None and not 1 <= value <= depth:
             raise ValueError(f"distances: {name}: expected 1..{depth}, came {value}")
     policies = [_policy(m, final_norm) for m in wanted]
-    measure = _Figures("distances", texts, [FINAL, _policy(anchor, final_norm), *policies])
+    measure = _DistancesMeasure("distances", texts, [FINAL, _policy(anchor, final_norm), *policies])
     sweep(model, texts, [measure], temperature, batch_tokens)
 
     def means(figure: str, policies: Sequence[Policy]) -> list[float]:
@@ -99,7 +99,8 @@ def kl_between(
     for layer in (l, m):
         if layer is not None and not 1 <= layer <= depth:
             raise ValueError(f"kl_between: layer: expected an int in 1..{depth}, came {layer}")
-    measure = _Divergence("kl_between", texts, [_policy(l, final_norm), _policy(m, final_norm)])
+    pair = [_policy(l, final_norm), _policy(m, final_norm)]
+    measure = _DivergenceMeasure("kl_between", texts, pair)
     sweep(model, texts, [measure], temperature, batch_tokens)
     (kl,) = measure.found.values()
     return kl
@@ -109,7 +110,7 @@ def _policy(layer: int | None, final_norm: bool) -> Policy:
     return FINAL if layer is None else (layer, "layer_normed" if final_norm else "layer")
 
 
-class _Figures(Measure):
+class _DistancesMeasure(Measure):
     """The figures of Distances: policies are FINAL, the anchor (FINAL for none) and the others."""
 
     def compare(self, policy: Policy, targets: Tensor, x: Tensor, logp: Tensor) -> Figures:
@@ -128,7 +129,7 @@ class _Figures(Measure):
             yield "cosine", view, nn.functional.cosine_similarity(self._vector, x.float(), dim=-1)
 
 
-class _Divergence(Measure):
+class _DivergenceMeasure(Measure):
     """KL(p || q) of policies p, q."""
 
     def compare(self, policy: Policy, targets: Tensor, x: Tensor, logp: Tensor) -> Figures:

@@ -66,7 +66,7 @@ def lens(
     unknown view or layer, top_k outside 1..V; DecompositionError for a family whose layers cannot
     be taken apart.
     """
-    measure, similarity = LensMeasure(model, texts, top_k, views, layers), Similarity(texts)
+    measure, similarity = LensMeasure(model, texts, top_k, views, layers), SimilarityMeasure(texts)
     sweep(model, texts, [measure, similarity], temperature, batch_tokens)
     return measure.result(similarity)
 
@@ -113,7 +113,7 @@ class LensMeasure(Measure):
         yield "top_tokens", view, first
         yield "top_logprobs", view, best
 
-    def result(self, similarity: Similarity) -> Lens:
+    def result(self, similarity: SimilarityMeasure) -> Lens:
         """After the sweep."""
         return Lens(
             **vars(self.tokens),
@@ -128,7 +128,7 @@ class LensMeasure(Measure):
         )
 
 
-class Similarity(Measure):
+class SimilarityMeasure(Measure):
     """cos(H^l, H^m) as a measure of a sweep over texts: the mean over tokens, [L, L]."""
 
     takes_apart = True

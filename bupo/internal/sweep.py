@@ -40,11 +40,11 @@ Figures = Iterable[tuple[str, str, Tensor]]
 
 
 class Measure:
-    """What is to be found out in a sweep. A subclass overrides the methods that it needs; what they
-    yield is put where the tokens stand, in the order of texts and places."""
+    """What is measured in a sweep. A subclass overrides the methods that it needs, and yields the
+    figures of the tokens of a batch; they are kept in the order of texts and places."""
 
     takes_apart = False
-    """Whether layer() is called: for families whose layers can be taken apart"""
+    """Whether layer() is called, which needs a family whose layers can be taken apart"""
 
     def __init__(
         self,
@@ -54,7 +54,8 @@ class Measure:
         chosen: NDArray[np.bool_] | None = None,
     ) -> None:
         """texts: those of the sweep. policies: those that compare() is called with, FINAL first and
-        the others in this order. chosen [token]: measures these alone. Errors: as measured."""
+        the others in this order. chosen [token]: which tokens are measured, all of them unless
+        given. Errors: as measured, in the name of a function."""
         self.policies = tuple(policies)
         tokens = measured(function, texts)
         mine = np.ones(len(tokens.text), bool) if chosen is None else chosen
@@ -77,8 +78,8 @@ class Measure:
         return ()
 
     def put(self, layer: int, places: Tensor, figures: Figures) -> None:
-        """Notes figures of tokens, given their places among all. A generator is not begun where
-        none of them is chosen."""
+        """Keeps figures of a layer (0: of the model), of the tokens at these places among all. A
+        generator is not begun where none of these tokens is chosen."""
         columns = self._column[places.cpu().numpy()]
         mine = columns >= 0
         for kind, name, values in figures if mine.any() else ():
@@ -89,7 +90,7 @@ class Measure:
             self.found[kind, name, layer][columns[mine]] = new
 
     def table(self, kind: str) -> dict[str, NDArray[Any]]:
-        """[layer, token, ...] by name."""
+        """All figures of a kind by name, [layer, token, ...]."""
         layers: dict[str, list[NDArray[Any]]] = {}
         for key in [key for key in self.found if key[0] == kind]:
             layers.setdefault(key[1], []).append(self.found.pop(key))
@@ -136,7 +137,7 @@ def sweep(
 def _forward(model: nn.Module, batch: Batch, measures: Sequence[Measure]) -> dict[Policy, Tensor]:
     """Runs a batch; returns what _compare needs, the vectors [T, D] of its measured tokens."""
     layers, kept = decoder_stack(model).layers, dict[Policy, Tensor]()
-    looking = [measure for measure in measures if measure.takes_apart]
+    visitors = [measure for measure in measures if measure.takes_apart]
     wanted = {(m, view.removesuffix("_normed")) for x in measures for m, view in x.policies}
 
     def keep(m: int, name: str, x: Any) -> None:
@@ -146,7 +147,7 @@ def _forward(model: nn.Module, batch: Batch, measures: Sequence[Measure]) -> dic
     def visit(layer: Layer) -> None:
         for name, x in zip(POLICIES, (layer.after, layer.attention, layer.ffn)):
             keep(layer.index, name, x)
-        for measure in looking:
+        for measure in visitors:
             measure.put(layer.index, batch.streams["place"], measure.layer(batch, layer))
         progress.report(layer.index / len(layers))
 
@@ -154,7 +155,7 @@ def _forward(model: nn.Module, batch: Batch, measures: Sequence[Measure]) -> dic
         keep(m, "layer", first_tensor((out,), {}))
 
     with ExitStack() as hooks:
-        if looking:
+        if visitors:
             hooks.enter_context(decomposed(model, visit))
         else:  # works for families too whose layers cannot be taken apart
             for m, module in enumerate(layers, start=1):

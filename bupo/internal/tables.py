@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bupo.internal.curves import figures
+from bupo.internal.curves import by_layer
 from bupo.internal.entropy_flow import EntropyFlow
 from bupo.internal.lens import Lens
 from bupo.internal.sweep import POLICIES
@@ -69,7 +69,7 @@ def token_rows(found: Analysed) -> Iterator[pa.RecordBatch]:
     }
     columns["entropy"] = [(0, flow.embedding_entropy), (-1, flow.final_entropy)]
     columns["logprob"] = [(-1, flow.final_logprob)]
-    for kind, name, kept, known in figures(flow, found.lens):
+    for kind, name, kept, known in by_layer(flow, found.lens):
         policy = name.removesuffix("_normed")
         if policy in POLICIES:
             rows = 1 + len(POLICIES) * (np.array(kept) - 1) + POLICIES.index(policy)

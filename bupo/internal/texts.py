@@ -45,8 +45,8 @@ class Tokens:
 
 
 def measured(function: str, texts: Sequence[Sample]) -> Tokens:
-    """The tokens that count. Raises ValueError in the name of a function where there is no text, or
-    one without such a token."""
+    """The tokens that count. Raises ValueError, in the name of a function, where there is no text,
+    or one without such a token."""
     if not texts:
         raise ValueError(f"{function}: texts: expected at least one, came none")
     for number, text in enumerate(texts):
