@@ -6,15 +6,26 @@ from typing import Any
 
 import families
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
 from internal_samples import build, ids, layers_of
 from torch import Tensor, nn
 
-from bupo.internal import Analysis, IdentityError, Text, analyse, identities, kl_between
+from bupo import progress
+from bupo.internal import (
+    Analysis,
+    IdentityError,
+    Text,
+    analyse,
+    distances,
+    identities,
+    kl_between,
+)
 from bupo.internal.analysis import kept_layers
 from bupo.policy import decoder_stack, unembedding
+from bupo.samples import Sample
 
 VOCAB = families.VOCAB
 DEPTH = families.DEPTH
@@ -195,9 +206,34 @@ def test_top_tokens_of_the_first_tokens_alone() -> None:
 
 def test_progress_rises_to_one() -> None:
     shares: list[float] = []
-    analyse(build("qwen3"), texts(), share=shares.append)
+    with progress.watched_by(shares.append):
+        analyse(build("qwen3"), texts())
     assert shares == sorted(shares) and len(shares) >= 3 * DEPTH
     assert shares[-1] == pytest.approx(1) and shares[0] < 0.2
+
+
+def test_a_masked_stretch_is_read_but_not_measured() -> None:
+    """Two turns of a policy with the answer of a tool between them: what the turns are measured
+    with is what they are measured with where the tool's tokens count too."""
+    model, tokens = build("qwen3"), ids(12).tolist()
+    turns = [place in (3, 4, 5, 9, 10) for place in range(12)]
+    some, every = Sample(tokens, turns), Text(tokens, 3)
+    found, whole = analyse(model, [some], top_k=2), analyse(model, [every], top_k=2)
+    assert found.flow.position.tolist() == found.closer.position.tolist() == [3, 4, 5, 9, 10]
+    assert found.flow.token.tolist() == [tokens[place] for place in (3, 4, 5, 9, 10)]
+    for mine, all_rows in ((found.table(), whole.table()), (found.top_table(), whole.top_table())):
+        theirs = all_rows.filter(pc.is_in(all_rows["position"], pa.array([3, 4, 5, 9, 10])))
+        for name in mine.column_names:
+            if pa.types.is_floating(mine[name].type):
+                np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-5, atol=1e-6)
+            else:
+                assert mine[name].to_pylist() == theirs[name].to_pylist(), name
+    kl = kl_between(model, [every], 1, 2)[[0, 1, 2, 6, 7]]
+    np.testing.assert_allclose(kl_between(model, [some], 1, 2), kl, rtol=1e-5, atol=1e-6)
+    mean = whole.flow.final_entropy[[0, 1, 2, 6, 7]].mean()
+    assert distances(model, [some]).final_entropy == pytest.approx(mean, rel=1e-5)
+    with pytest.raises(ValueError, match="expected measured tokens in each, came none in text 1"):
+        analyse(model, [some, Sample(tokens, [False] * 12)])
 
 
 @pytest.mark.parametrize("final_norm", [False, True])

@@ -9,7 +9,7 @@ import browser as chrome
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from test_analyze import tiny_model
+from analyze_samples import tiny_model
 
 from bupo.analyze import main
 

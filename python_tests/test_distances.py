@@ -1,7 +1,5 @@
 """bupo.internal.distances against literal float64."""
 
-import sys
-
 import families
 import pytest
 import torch
@@ -95,10 +93,8 @@ def test_chosen_layers_and_no_anchor() -> None:
 def test_tokens_count_alike_whatever_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     whole = distances(model, TEXTS, 1)
-    module = sys.modules["bupo.internal.distances"]  # the package has the function by that name
-    monkeypatch.setattr(module, "CHUNK", 1)
-    monkeypatch.setattr(module, "BATCH", 1)
-    split = distances(model, TEXTS, 1)
+    monkeypatch.setattr("bupo.internal.sweep.CHUNK", 1)
+    split = distances(model, TEXTS, 1, batch_tokens=1)
     assert split.entropy == pytest.approx(whole.entropy, rel=1e-6)
     assert split.similarity == pytest.approx(whole.similarity, rel=1e-6)
 

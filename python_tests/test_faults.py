@@ -15,9 +15,9 @@ import browser as chrome
 import pyarrow.parquet as pq
 import pytest
 import torch
+from analyze_samples import tiny_model
 from rl_samples import data_file, tiny_tokenizer, verl_row, write_parquet
 from run_samples import arguments, run
-from test_analyze import tiny_model
 from test_report import write_run
 
 from bupo import analyze, config, report

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from bupo import config as configuration
-from bupo import progress
 from bupo.commands.analysis_plan import AnalysisPlan, Subject, make_plan
 from bupo.commands.command import Command, keys_and_defaults, user_paths
 from bupo.commands.models import load_model
@@ -101,12 +100,7 @@ def _analyse(plan: AnalysisPlan) -> list[Any]:
     return found
 
 
-def _measured(
-    config: AnalysisConfig,
-    subject: Subject,
-    model: Any,
-    texts: list[Any],
-) -> Any:
+def _measured(config: AnalysisConfig, subject: Subject, model: Any, texts: list[Any]) -> Any:
     from bupo import internal
 
     try:
@@ -123,7 +117,6 @@ def _measured(
             tolerance=config.tolerance,
             batch_tokens=config.batch_tokens,
             seed=config.seed,
-            share=progress.report,
         )
     except internal.IdentityError as error:
         raise RunError(f"{subject.name}: {error}; its figures would be wrong") from None

@@ -5,8 +5,7 @@ from bupo.internal.boundary import Boundary, boundary_layer, convergence
 from bupo.internal.checks import Check, IdentityError, identities
 from bupo.internal.curves import Curve
 from bupo.internal.decomposition import DecompositionError, Layer, decomposed
-from bupo.internal.distances import Distances, distances
-from bupo.internal.divergence import kl_between
+from bupo.internal.distances import Distances, distances, kl_between
 from bupo.internal.entropy_flow import EntropyFlow, entropy_flow
 from bupo.internal.lens import Lens, lens
 from bupo.internal.texts import Text

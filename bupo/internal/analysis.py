@@ -8,8 +8,8 @@ found.boundary.layer            where the FFNs stop exploring
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ from bupo.internal import tables
 from bupo.internal.boundary import TOLERANCE, Boundary, boundary_layer, convergence
 from bupo.internal.checks import Check, identities
 from bupo.internal.curves import Curve, curves, single
-from bupo.internal.entropy_flow import EntropyFlow, entropy_flow
-from bupo.internal.lens import Lens, lens
-from bupo.internal.texts import Text
+from bupo.internal.entropy_flow import EntropyFlow, FlowMeasure
+from bupo.internal.lens import Lens, LensMeasure, SimilarityMeasure
+from bupo.internal.sweep import VIEWS, sweep
 from bupo.policy import num_layers, unembedding
+from bupo.samples import Sample
 
 CLOSER = ("layer", "layer_normed")
 """Policies whose top tokens are kept"""
@@ -37,7 +38,7 @@ class Analysis:
     """One model over some texts. Arrays are those of EntropyFlow and Lens; layers count from 1."""
 
     name: str
-    texts: list[Text]
+    texts: list[Sample]
     flow: EntropyFlow
     lens: Lens
     """Ranks, KL and agreement, of every text; layers by `stride`"""
@@ -68,19 +69,18 @@ class Analysis:
         """Share of tokens whose likeliest next token, by a policy, is the one that it has just
         read, for each of the lens's layers."""
         read = [self.texts[n].token_ids[p - 1] for n, p in zip(self.lens.text, self.lens.position)]
-        same: NDArray[np.floating] = self.lens.top_tokens[policy][..., 0] == np.array(read)
-        return same.mean(axis=1)
+        same = self.lens.top_tokens[policy][..., 0] == np.array(read)
+        return np.asarray(same.mean(axis=1))
 
     def notes(self) -> list[str]:
         """What a reader has to know before the curves: where one of them means nothing."""
         echo, layers = self.echo("layer"), self.lens.layers
-        flat = [m for m, share in zip(layers, echo) if share >= ECHO and m < layers[-1]]
+        flat = [n for n, share in enumerate(echo) if share >= ECHO and layers[n] < layers[-1]]
         if not flat:
             return []
-        runs = _runs(flat, layers)
         return [
-            f"{self.name}: in layers {runs} the raw policy pi^l mostly names the token that it has "
-            f"just read (for {np.mean([echo[layers.index(m)] for m in flat]):.0%} of the tokens): "
+            f"{self.name}: in layers {_runs(flat, layers)} the raw policy pi^l mostly names the "
+            f"token that it has just read (for {echo[flat].mean():.0%} of the tokens): "
             "the embedding still dominates H^l. Raw entropy, KL and ranks there say nothing about "
             "the next token; read the curves with the final norm."
         ]
@@ -91,12 +91,7 @@ class Analysis:
     def summary(self) -> dict[str, Any]:
         """Means by layer with standard errors over texts, boundary, convergence and checks."""
         found = self.curves()
-        entropy = {name: x for name, x in found.items() if name.startswith("entropy.")}
-        how = {
-            name.removeprefix("entropy."): convergence(x.mean)
-            for name, x in entropy.items()
-            if not name.endswith("_input")
-        }
+        ways = {name: convergence(found[f"entropy.{name}"].mean) for name in self.flow.logprob}
         return {
             "name": self.name,
             "layers": self.flow.layers,
@@ -109,16 +104,19 @@ class Analysis:
             "echo": {name: self.echo(name).tolist() for name in CLOSER},
             "checks": [asdict(c) for c in self.checks],
             "boundary": asdict(self.boundary),
-            "convergence": {k: {"kind": v[0], "share_of_last_two": v[1]} for k, v in how.items()},
-            "model": {name: _of_curve(x, 0) for name, x in single(self.flow).items()},
-            "curves": {name: _of_curve(x) for name, x in found.items()},
+            "convergence": {
+                name: {"kind": kind, "share_of_last_two": share}
+                for name, (kind, share) in ways.items()
+            },
+            "model": {name: _spread(x, 0) for name, x in single(self.flow).items()},
+            "curves": {name: {"layers": x.layers, **_spread(x)} for name, x in found.items()},
             "similarity": self.lens.similarity.tolist(),
         }
 
 
 def analyse(
     model: nn.Module,
-    texts: Sequence[Text],
+    texts: Sequence[Sample],
     tokenizer: Any = None,
     *,
     name: str = "model",
@@ -130,68 +128,52 @@ def analyse(
     tolerance: float = TOLERANCE,
     batch_tokens: int = 1024,
     seed: int = 0,
-    share: Callable[[float], object] = lambda share: None,
 ) -> Analysis:
     """Entropies, log-probs, norms and cosines of every layer, attention and FFN over the measured
     tokens of texts; ranks, KL to the model and agreement at every `stride`-th layer and the last;
     top_k likeliest tokens for the first `closer_tokens` of the first `closer` texts.
 
-    tokenizer: for readable tokens only. temperature: of every policy. tolerance: of the boundary.
-    share is called with the share done. Memory: that of entropy_flow and lens, and O(L tokens).
-    Errors: ValueError for no text or a stride below 1; IdentityError where an identity of
-    bupo.internal.checks does not hold; DecompositionError; else as bupo.policy's.
+    The texts run through the model once. tokenizer: for readable tokens only. temperature: of every
+    policy. tolerance: of the boundary. Memory: that of entropy_flow and lens, and O(L tokens).
+    Errors: ValueError for no text, one without a measured token, stride or closer_tokens below 1;
+    IdentityError where an identity of bupo.internal.checks does not hold; DecompositionError; else
+    as bupo.policy's.
     """
-    if stride < 1:
-        raise ValueError(f"analyse: stride: expected at least 1, came {stride}")
-    weight = unembedding(model).weight
+    for option, value in (("stride", stride), ("closer_tokens", closer_tokens)):
+        if value < 1:
+            raise ValueError(f"analyse: {option}: expected at least 1, came {value}")
     layers = kept_layers(num_layers(model), stride)
-    looked = [
-        replace(t, end=t.start + min(t.measured, closer_tokens)) for t in texts[: max(closer, 1)]
+    flow = FlowMeasure(model, texts, temperature)
+    first = [
+        (number < max(closer, 1)) & (np.arange(text.count) < closer_tokens)
+        for number, text in enumerate(texts)
     ]
-    sizes = [sum(len(t.token_ids) for t in group) for group in (texts, texts, looked)]
-    ends = np.cumsum([0, *sizes]) / max(sum(sizes), 1)
-
-    def part(number: int) -> Callable[[float], object]:
-        low, high = ends[number], ends[number + 1]
-        return lambda done: share(float(low + (high - low) * done))
-
-    flow = entropy_flow(model, texts, temperature, batch_tokens, part(0))
-    checks = identities(flow, weight.dtype)
-    wide = lens(
-        model,
-        texts,
-        1,
-        temperature=temperature,
-        layers=layers,
-        share=part(1),
-        batch_tokens=batch_tokens,
-    )
-    near = lens(model, looked, top_k, CLOSER, temperature, layers, part(2), batch_tokens)
+    wide = LensMeasure(model, texts, 1, VIEWS, layers)
+    near = LensMeasure(model, texts, top_k, CLOSER, layers, np.concatenate(first))
+    similarity = SimilarityMeasure(texts)
+    sweep(model, texts, [flow, wide, near, similarity], temperature, batch_tokens)
+    entropies = flow.result()
     found = Analysis(
         name=name,
         texts=list(texts),
-        flow=flow,
-        lens=wide,
-        closer=near,
-        boundary=boundary_layer(flow.by_text(flow.change("ffn")), tolerance, seed),
-        checks=checks,
+        flow=entropies,
+        lens=wide.result(similarity),
+        closer=near.result(similarity),
+        boundary=boundary_layer(entropies.by_text(entropies.change("ffn")), tolerance, seed),
+        checks=identities(entropies, unembedding(model).weight.dtype),
     )
     if tokenizer is not None:
-        shown = [np.concatenate([*(t.token_ids for t in texts), near.final_top])]
-        shown += [x.ravel() for x in near.top_tokens.values()]
+        shown = [np.concatenate([*(t.token_ids for t in texts), found.closer.final_top])]
+        shown += [x.ravel() for x in found.closer.top_tokens.values()]
         found.pieces = readable(tokenizer, np.unique(np.concatenate(shown)))
     return found
 
 
 def _runs(chosen: Sequence[int], layers: Sequence[int]) -> str:
-    """1-5, 8 of neighbours in a list of layers."""
-    runs: list[list[int]] = []
-    for m in chosen:
-        if runs and layers.index(m) == layers.index(runs[-1][-1]) + 1:
-            runs[-1].append(m)
-        else:
-            runs.append([m])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    """1-5, 8: the layers at these places, neighbours in one run."""
+    runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > 1) + 1)
+    ends = [(layers[run[0]], layers[run[-1]]) for run in runs]
+    return ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in ends)
 
 
 def kept_layers(depth: int, stride: int) -> list[int]:
@@ -211,15 +193,6 @@ def readable(tokenizer: Any, ids: NDArray[np.integer]) -> dict[int, str]:
     return found
 
 
-def _of_curve(curve: Curve, index: int | None = None) -> dict[str, Any]:
-    error = curve.error
-    if index is not None:
-        return {
-            "mean": float(curve.mean[index]),
-            "se": None if error is None else float(error[index]),
-        }
-    return {
-        "layers": curve.layers,
-        "mean": curve.mean.tolist(),
-        "se": None if error is None else error.tolist(),
-    }
+def _spread(curve: Curve, layers: Any = ...) -> dict[str, Any]:
+    error = None if curve.error is None else curve.error[layers].tolist()
+    return {"mean": curve.mean[layers].tolist(), "se": error}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bupo.internal.decomposition import rounding
 from bupo.internal.entropy_flow import EntropyFlow
@@ -33,10 +32,6 @@ class Check:
         return self.value <= self.limit  # nan does not
 
 
-def _bad(values: NDArray[np.float32]) -> int:
-    return values.size - int(np.isfinite(values).sum())
-
-
 def identities(flow: EntropyFlow, dtype: torch.dtype) -> list[Check]:
     """Of a model that ran in that dtype: finite, decomposition, last layer, bounds of entropies.
 
@@ -49,13 +44,10 @@ def identities(flow: EntropyFlow, dtype: torch.dtype) -> list[Check]:
     bound = math.log(flow.vocab)
     last = LAST_LAYER.get(dtype, 0.1)
     figures = [*everything, *flow.logprob.values(), *flow.norm.values(), *flow.cosine.values()]
+    bad = sum(int((~np.isfinite(x)).sum()) for x in figures)
     checks = [
-        Check("figures that are no finite numbers", sum(_bad(x) for x in figures), 0),
-        Check(
-            "|H^0 + sum A + sum F - H^L| / |H^L|",
-            flow.decomposition_error,
-            rounding(dtype),
-        ),
+        Check("figures that are no finite numbers", bad, 0),
+        Check("|H^0 + sum A + sum F - H^L| / |H^L|", flow.decomposition_error, rounding(dtype)),
         Check("last layer with final norm = the model, nats", flow.last_layer_error, last),
         Check("entropy <= ln V, nats above it", highest - bound, 1e-4 * bound),
         Check("entropy >= 0, nats below it", -lowest, 1e-4 * bound),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bupo.internal.entropy_flow import POLICIES, EntropyFlow
+from bupo.internal.entropy_flow import EntropyFlow
 from bupo.internal.lens import Lens
+from bupo.internal.sweep import POLICIES
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Curve:
 
     @property
     def mean(self) -> NDArray[np.floating]:
-        return self.by_text.mean(axis=1)
+        return np.asarray(self.by_text.mean(axis=1))
 
     @property
     def error(self) -> NDArray[np.floating] | None:
@@ -39,21 +42,26 @@ class Curve:
         return low, high
 
 
+def by_layer(flow: EntropyFlow, lens: Lens) -> Iterator[tuple[str, str, list[int], NDArray[Any]]]:
+    """Kind, name, layers and values [layer, token] of everything that has layers."""
+    every = list(range(1, flow.layers + 1))
+    for kind in ("entropy", "logprob", "norm", "cosine"):
+        for name, values in getattr(flow, kind).items():
+            yield kind, name, every, values
+    for policy in POLICIES:
+        yield "entropy_change", policy, every, flow.change(policy)
+    for kind in ("kl", "agrees", "rank"):
+        for name, values in getattr(lens, kind).items():
+            yield kind, name, lens.layers, values
+
+
 def curves(flow: EntropyFlow, lens: Lens) -> dict[str, Curve]:
     """By name: entropy.layer, entropy.ffn_normed, entropy_change.ffn, logprob.layer, norm.layer,
     cosine.attention, kl.layer_normed, agreement.layer, rank.layer, ..."""
-    every = list(range(1, flow.layers + 1))
-    found = {
-        f"{kind}.{name}": Curve(every, _by_text(flow, values))
-        for kind in ("entropy", "logprob", "norm", "cosine")
-        for name, values in getattr(flow, kind).items()
+    return {
+        f"{'agreement' if kind == 'agrees' else kind}.{name}": Curve(layers, _by_text(flow, values))
+        for kind, name, layers, values in by_layer(flow, lens)
     }
-    for policy in POLICIES:
-        found[f"entropy_change.{policy}"] = Curve(every, _by_text(flow, flow.change(policy)))
-    for kind, of_lens in (("kl", lens.kl), ("agreement", lens.agrees), ("rank", lens.rank)):
-        for name, values in of_lens.items():
-            found[f"{kind}.{name}"] = Curve(lens.layers, _by_text(flow, values))
-    return found
 
 
 def single(flow: EntropyFlow) -> dict[str, Curve]:
@@ -62,5 +70,5 @@ def single(flow: EntropyFlow) -> dict[str, Curve]:
     return {name: Curve([], _by_text(flow, getattr(flow, name)[None])) for name in names}
 
 
-def _by_text(flow: EntropyFlow, values: NDArray) -> NDArray[np.floating]:
+def _by_text(flow: EntropyFlow, values: NDArray[Any]) -> NDArray[np.floating]:
     return flow.by_text(values.astype(np.float64)).astype(np.float64)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,14 +98,11 @@ def _watch(
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         trace.before, trace.calls = first_tensor(args, kwargs), []
 
-    def call(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            source, result = first_tensor(args, kwargs), first_tensor((output,), {})
-            if source is not None and result is not None:
-                value = result.clone() if name in ("attention", "ffn") else result
-                trace.calls.append(_Call(name, source, result, value))
-
-        return note
+    def call(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        source, result = first_tensor(args, kwargs), first_tensor((output,), {})
+        if source is not None and result is not None:
+            value = result.clone() if name in ("attention", "ffn") else result
+            trace.calls.append(_Call(name, source, result, value))
 
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         after = first_tensor((output,), {})
@@ -113,14 +111,11 @@ def _watch(
         visit(_take_apart(trace, after, index, where))
         trace.before, trace.calls = None, []
 
-    handles = [layer.register_forward_pre_hook(begin, with_kwargs=True)]
-    handles += [
-        child.register_forward_hook(call(_label(name, child)), with_kwargs=True)
-        for name, child in layer.named_children()
-    ]
-    handles.append(layer.register_forward_hook(end, with_kwargs=True))
-    for handle in handles:
-        hooks.callback(handle.remove)
+    hooks.callback(layer.register_forward_pre_hook(begin, with_kwargs=True).remove)
+    for name, child in layer.named_children():
+        note = partial(call, _label(name, child))
+        hooks.callback(child.register_forward_hook(note, with_kwargs=True).remove)
+    hooks.callback(layer.register_forward_hook(end, with_kwargs=True).remove)
 
 
 def _label(name: str, child: nn.Module) -> str:

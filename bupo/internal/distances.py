@@ -1,29 +1,26 @@
-"""How far the policies of the layers are from one another, in a few figures: means over tokens.
+"""How far the policies of a model's layers are from one another.
 
     H(pi^m)    KL(pi^m || pi)    KL(pi^l || pi^m)    cos(H^l, H^m)    exp(-mean log pi(o_t))
 
-pi^m = softmax(H^m E_u^T) of layer m, raw as in the paper (arXiv 2512.19673); pi the model; l the
-anchor, the layer that phase 1 trains. What a run asks for on its probes, again and again: one
-forward and L + 1 products with the head over the measured tokens.
+pi^m = softmax(H^m E_u^T) of layer m, raw as in the paper (arXiv 2512.19673), or with the model's
+final norm, softmax(LN(H^m) E_u^T); pi the model; l the anchor, the layer that phase 1 trains. A run
+asks for the means over its probes again and again: one forward and L + 1 products with the head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bupo.internal.decomposition import first_tensor
-from bupo.internal.log_probs import CHUNK, evaluating, kl_rows, log_probs
-from bupo.internal.texts import Batch, Text, batches_of
-from bupo.policy import decoder_stack, hidden_states, num_layers, unembedding
-
-BATCH = 1024
-"""Tokens of texts of one forward; what all layers make of those that are measured is in memory"""
+from bupo.internal.log_probs import kl_rows
+from bupo.internal.sweep import FINAL, Figures, Measure, Policy, sweep
+from bupo.policy import num_layers
+from bupo.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -45,110 +42,101 @@ class Distances:
 
 def distances(
     model: nn.Module,
-    texts: Sequence[Text],
+    texts: Sequence[Sample],
     anchor: int | None = None,
     layers: Sequence[int] | None = None,
     temperature: float = 1.0,
     final_norm: bool = False,
-    share: Callable[[float], object] = lambda share: None,
+    batch_tokens: int = 1024,
 ) -> Distances:
     """Entropies, divergences and similarities of layers' policies, means over measured tokens.
 
     anchor: l, 1..L; layers: all of them unless given; temperature: of all policies; final_norm:
-    puts the model's final norm before the unembedding of every layer (not into the cosine);
-    share: called with the share that is done. The same model and texts give the same figures to
-    the bit. Errors: ValueError for no text or a layer outside 1..L.
+    puts the model's final norm before the unembedding of every layer (not into the cosine). The
+    same model and texts give the same figures to the bit. Errors: ValueError for no text, one
+    without a measured token, or a layer outside 1..L.
     """
     depth = num_layers(model)
     wanted = list(range(1, depth + 1)) if layers is None else list(layers)
-    if not texts:
-        raise ValueError("distances: texts: expected at least one, came none")
-    asked = [("layers", m) for m in wanted] + [("anchor", m) for m in (anchor,) if m is not None]
-    for name, value in asked:
-        if not 1 <= value <= depth:
+    for name, value in [*(("layers", m) for m in wanted), ("anchor", anchor)]:
+        if value is not None and not 1 <= value <= depth:
             raise ValueError(f"distances: {name}: expected 1..{depth}, came {value}")
-    with evaluating(model):
-        measure = _Measure(model, texts, anchor, wanted, temperature, final_norm)
-        return measure.run(share)
+    policies = [_policy(m, final_norm) for m in wanted]
+    measure = _DistancesMeasure("distances", texts, [FINAL, _policy(anchor, final_norm), *policies])
+    sweep(model, texts, [measure], temperature, batch_tokens)
+
+    def means(figure: str, policies: Sequence[Policy]) -> list[float]:
+        found = [measure.found[figure, view, m] for m, view in policies]
+        return [float(values.mean(dtype=np.float64)) for values in found]
+
+    return Distances(
+        layers=wanted,
+        entropy=means("entropy", policies),
+        kl_to_final=means("to_final", policies),
+        kl_from_anchor=means("from_anchor", policies if anchor else []),
+        similarity=means("cosine", policies if anchor else []),
+        final_entropy=means("entropy", [FINAL])[0],
+        log_perplexity=-means("logprob", [FINAL])[0],
+    )
 
 
-class _Measure:
-    def __init__(
-        self,
-        model: nn.Module,
-        texts: Sequence[Text],
-        anchor: int | None,
-        layers: list[int],
-        temperature: float,
-        final_norm: bool,
-    ) -> None:
-        self.model, self.texts, self.anchor, self.layers = model, texts, anchor, layers
-        self.head, self.temperature = unembedding(model), temperature
-        self.norm = decoder_stack(model).norm if final_norm else nn.Identity()
-        exact: Any = {"dtype": torch.float64, "device": self.head.weight.device}
-        self.sums, self.final = torch.zeros(4, len(layers), **exact), torch.zeros(2, **exact)
+def kl_between(
+    model: nn.Module,
+    texts: Sequence[Sample],
+    l: int | None,
+    m: int | None,
+    final_norm: bool = False,
+    temperature: float = 1.0,
+    batch_tokens: int = 1024,
+) -> NDArray[np.float32]:
+    """KL(pi^l || pi^m) = sum_j pi^l_j (log pi^l_j - log pi^m_j) of every measured token, [token],
+    in nats and in the order of texts and places.
 
-    def run(self, share: Callable[[float], object]) -> Distances:
-        tokens, total = 0, sum(text.measured for text in self.texts)
-        for batch in batches_of(self.texts, BATCH, self.head.weight.device):
-            needed = {*self.layers, *([self.anchor] if self.anchor else [])}
-            with _layer_outputs(self.model, needed, batch) as streams:
-                final = batch.pick(hidden_states(self.model, batch.ids))
-            for first in range(0, len(batch.targets), CHUNK):
-                rows = slice(first, first + CHUNK)
-                self._chunk(batch, final[rows], {m: x[rows] for m, x in streams.items()}, rows)
-                share((tokens + min(rows.stop, len(batch.targets))) / total)
-            tokens += len(batch.targets)
-        entropy, to_final, from_anchor, similarity = (self.sums / tokens).tolist()
-        final_entropy, log_perplexity = (self.final / tokens).tolist()
-        if self.anchor is None:
-            from_anchor = similarity = []
-        return Distances(
-            self.layers, entropy, to_final, from_anchor, similarity, final_entropy, log_perplexity
-        )
-
-    def _chunk(self, batch: Batch, final: Tensor, streams: dict[int, Tensor], rows: slice) -> None:
-        model = log_probs(self.head, final, self.temperature)
-        anchor = self._policy(streams[self.anchor]) if self.anchor else None
-        token = model.gather(1, batch.targets[rows, None])
-        self.final += torch.stack([_entropy(model), -token.double().sum()])
-        for place, m in enumerate(self.layers):
-            known = anchor if m == self.anchor else None
-            policy = self._policy(streams[m]) if known is None else known
-            found = [_entropy(policy), kl_rows(policy, model).double().sum()]
-            if self.anchor and anchor is not None:
-                pair = (streams[self.anchor].float(), streams[m].float())
-                cosine = nn.functional.cosine_similarity(*pair, dim=-1).double().sum()
-                found += [kl_rows(anchor, policy).double().sum(), cosine]
-            self.sums[: len(found), place] += torch.stack(found)
-
-    def _policy(self, stream: Tensor) -> Tensor:
-        """[n, D] -> [n, V]"""
-        return log_probs(self.head, self.norm(stream), self.temperature)
+    l, m: layers 1..L; None is the final policy, which has its norm in any case. Errors: ValueError
+    for no text, one without a measured token, or a layer outside 1..L.
+    """
+    depth = num_layers(model)
+    for layer in (l, m):
+        if layer is not None and not 1 <= layer <= depth:
+            raise ValueError(f"kl_between: layer: expected an int in 1..{depth}, came {layer}")
+    pair = [_policy(l, final_norm), _policy(m, final_norm)]
+    measure = _DivergenceMeasure("kl_between", texts, pair)
+    sweep(model, texts, [measure], temperature, batch_tokens)
+    (kl,) = measure.found.values()
+    return kl
 
 
-def _entropy(logp: Tensor) -> Tensor:
-    """Sum over rows. xlogy's convention: an entry of probability 0 adds nothing."""
-    return torch.special.entr(logp.exp()).double().sum()
+def _policy(layer: int | None, final_norm: bool) -> Policy:
+    return FINAL if layer is None else (layer, "layer_normed" if final_norm else "layer")
 
 
-@contextmanager
-def _layer_outputs(model: nn.Module, wanted: set[int], batch: Batch) -> Iterator[dict[int, Tensor]]:
-    """H^m of the forward inside, where measured tokens are predicted, [N, D], by m."""
-    outputs: dict[int, Tensor] = {}
+class _DistancesMeasure(Measure):
+    """The figures of Distances: policies are FINAL, the anchor (FINAL for none) and the others."""
 
-    def keep(m: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found = first_tensor((output,), {})
-            assert found is not None
-            outputs[m] = batch.pick(found)
+    def compare(self, policy: Policy, targets: Tensor, x: Tensor, logp: Tensor) -> Figures:
+        view, anchor = policy[1], self.policies[1]
+        # entr: an entry of probability 0 adds nothing.
+        yield "entropy", view, torch.special.entr(logp.exp()).double().sum(-1)
+        if policy == FINAL:
+            self._final = logp
+            yield "logprob", view, logp.gather(1, targets[:, None])[:, 0]
+            return
+        yield "to_final", view, kl_rows(logp, self._final)
+        if policy == anchor:  # the first of the layers
+            self._anchor, self._vector = logp, x.float()
+        if anchor != FINAL:
+            yield "from_anchor", view, kl_rows(self._anchor, logp)
+            yield "cosine", view, nn.functional.cosine_similarity(self._vector, x.float(), dim=-1)
 
-        return hook
 
-    stack = decoder_stack(model).layers
-    hooks = [stack[m - 1].register_forward_hook(keep(m)) for m in sorted(wanted)]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+class _DivergenceMeasure(Measure):
+    """KL(p || q) of policies p, q."""
+
+    def compare(self, policy: Policy, targets: Tensor, x: Tensor, logp: Tensor) -> Figures:
+        p, q = self.policies
+        if policy == p:
+            self._p = logp
+        if policy == q:
+            self._q = logp
+        if policy == (p if q == FINAL else q):  # FINAL comes first
+            yield "kl", "", kl_rows(self._p, self._q)

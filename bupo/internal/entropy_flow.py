@@ -10,10 +10,9 @@ the last layer is the model itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bupo import ops
-from bupo.internal.decomposition import Layer, decomposed
-from bupo.internal.log_probs import evaluating
-from bupo.internal.texts import Batch, Text, batches_of
-from bupo.policy import Unembedding, decoder_stack, hidden_states, num_layers, unembedding
+from bupo.internal.decomposition import Layer
+from bupo.internal.sweep import POLICIES, VIEWS, Figures, Measure, sweep
+from bupo.internal.texts import Tokens
+from bupo.policy import decoder_stack, num_layers, unembedding
+from bupo.samples import Batch, Sample
 
 Array = NDArray[np.float32]
-POLICIES = ("layer", "attention", "ffn")
 MODULE_INPUTS = ("attention_input", "ffn_input")
 ROWS = {"cpu": 1024, "cuda": 8192}
 """Hidden states that one call of the op takes: many of short texts, and memory does not grow with
@@ -35,36 +34,30 @@ long ones. On a CPU more take no less time; 1024 do not fill a GPU."""
 
 
 @dataclass
-class EntropyFlow:
+class EntropyFlow(Tokens):
     """Arrays over [layer, token]; tokens of all texts behind one another, layers 1..L.
 
     Entropies and log-probs are in nats. `entropy["layer"]` etc. are raw, `entropy["layer_normed"]`
     with the final norm; `entropy["attention_input"]` and `["ffn_input"]` what the modules read.
     """
 
-    text: NDArray[np.int64]
-    """[token]: which text"""
-    position: NDArray[np.int64]
-    """[token]: its place in the text"""
-    token: NDArray[np.int64]
-    """[token]: its id, the target of every policy's log-prob"""
     vocab: int
-    entropy: dict[str, Array] = field(default_factory=dict)
-    logprob: dict[str, Array] = field(default_factory=dict)
-    embedding_entropy: Array = field(default_factory=lambda: np.empty(0, np.float32))
+    entropy: dict[str, Array]
+    logprob: dict[str, Array]
+    embedding_entropy: Array
     """[token]: H(H^0)"""
-    final_entropy: Array = field(default_factory=lambda: np.empty(0, np.float32))
+    final_entropy: Array
     """[token]: the model's own"""
-    final_logprob: Array = field(default_factory=lambda: np.empty(0, np.float32))
-    norm: dict[str, Array] = field(default_factory=dict)
+    final_logprob: Array
+    norm: dict[str, Array]
     """|H^l|, |A^l|, |F^l| under layer, attention, ffn"""
-    cosine: dict[str, Array] = field(default_factory=dict)
+    cosine: dict[str, Array]
     """attention: cos(A^l, stream it adds to); ffn: cos(F^l, stream it adds to)"""
-    parallel: bool = False
+    parallel: bool
     """Attention and FFN read the same stream"""
-    decomposition_error: float = 0.0
+    decomposition_error: float
     """|H^0 + sum A + sum F - H^L| / |H^L|"""
-    last_layer_error: float = 0.0
+    last_layer_error: float
     """Largest difference, in nats, of the last layer's normed log-probs to the model's own"""
 
     @property
@@ -73,175 +66,129 @@ class EntropyFlow:
 
     def change(self, policy: str) -> Array:
         """dH of a policy, [layer, token]: > 0 exploration, about 0 integration, < 0 convergence."""
-        after = self.entropy[policy]
-        if policy == "layer":
-            return after - np.concatenate([self.embedding_entropy[None], after[:-1]])
         if policy not in POLICIES:
             raise ValueError(f"change: policy: expected one of {POLICIES}, came {policy!r}")
-        return after - self.entropy[f"{policy}_input"]
+        after = self.entropy[policy]
+        if policy == "layer":
+            before = np.concatenate([self.embedding_entropy[None], after[:-1]])
+        else:
+            before = self.entropy[f"{policy}_input"]
+        change: Array = after - before
+        return change
 
     def by_text(self, values: Array) -> Array:
         """[layer, token] -> [layer, text]: means over each text's tokens."""
-        count = int(self.text.max()) + 1
-        sums = np.stack([np.bincount(self.text, row, minlength=count) for row in values])
-        return (sums / np.bincount(self.text, minlength=count)).astype(np.float32)
+        sums = np.stack([np.bincount(self.text, row) for row in values])
+        return np.asarray(sums / np.bincount(self.text), np.float32)
 
 
 def entropy_flow(
     model: nn.Module,
-    texts: Sequence[Text],
+    texts: Sequence[Sample],
     temperature: float = 1.0,
     batch_tokens: int = 1024,
-    share: Callable[[float], object] = lambda share: None,
 ) -> EntropyFlow:
     """Every internal policy of a model over the measured tokens of texts.
 
-    Memory is that of one layer's activations, [batch_tokens, D], whatever L and V. Texts run one by
-    one or, those of equal length, together, so nothing is padded. share is called with the share
-    done. Errors: ValueError for no text; DecompositionError for a family whose layers cannot be
-    taken apart. bupo.internal.checks has the bounds that the figures must keep.
+    Memory is that of one layer's activations, [batch_tokens, D], whatever L and V. Errors:
+    ValueError for no text, or one without a measured token; DecompositionError for a family whose
+    layers cannot be taken apart. bupo.internal.checks has the bounds that the figures must keep.
     """
-    if not texts:
-        raise ValueError("entropy_flow: texts: expected at least one, came none")
-    done, total = 0, sum(len(t.token_ids) for t in texts)
-
-    def of_batch(batch: Batch) -> EntropyFlow:
-        nonlocal done
-        begin, size = done, batch.ids.numel()
-        sweep = _Sweep(model, batch, temperature)
-        sweep.share = lambda part: share((begin + part * size) / total)
-        done += size
-        return sweep.run()
-
-    with evaluating(model):
-        device = unembedding(model).weight.device
-        parts = [of_batch(batch) for batch in batches_of(texts, batch_tokens, device)]
-    return _joined(parts)
+    measure = FlowMeasure(model, texts, temperature)
+    sweep(model, texts, [measure], temperature, batch_tokens)
+    return measure.result()
 
 
-class _Sweep:
-    """One batch of texts of equal length."""
+class FlowMeasure(Measure):
+    """EntropyFlow as a measure of a sweep."""
 
-    share: Callable[[float], object]
+    takes_apart = True
 
-    def __init__(self, model: nn.Module, batch: Batch, temperature: float) -> None:
-        self.model, self.head, self.norm = model, unembedding(model), decoder_stack(model).norm
-        self.batch, self.temperature = batch, temperature
-        self.flow = EntropyFlow(
-            text=batch.text,
-            position=batch.position,
-            token=batch.targets.cpu().numpy(),
-            vocab=int(self.head.weight.shape[0]),
-        )
-        self.depth = num_layers(model)
-        self.found: dict[str, dict[str, list[Array]]] = {}
-        self.total: Tensor | None = None
+    def __init__(self, model: nn.Module, texts: Sequence[Sample], temperature: float) -> None:
+        super().__init__("entropy_flow", texts)
+        self._head, self._norm = unembedding(model), decoder_stack(model).norm
+        self._depth, self._temperature = num_layers(model), temperature
+        self._parallel, self._decomposition_error = False, 0.0
+        self._total = torch.empty(0)  # H^0 + sum A + sum F, of the layers so far
 
-    def run(self) -> EntropyFlow:
-        flow = self.flow
-        with decomposed(self.model, self._visit):
-            final = self.batch.pick(hidden_states(self.model, self.batch.ids))
-        for _, flow.final_logprob, flow.final_entropy in self._policies([("final", final)]):
-            del final
-        for kind, columns in self.found.items():
-            getattr(flow, kind).update({name: np.stack(x) for name, x in columns.items()})
-        gap = flow.logprob["layer_normed"][-1] - flow.final_logprob
-        flow.last_layer_error = float(np.abs(gap).max())
-        return flow
-
-    def _visit(self, layer: Layer) -> None:
-        before, after = self.batch.pick(layer.before), self.batch.pick(layer.after)
-        attention, ffn = self.batch.pick(layer.attention), self.batch.pick(layer.ffn)
-        stream = self.batch.pick(layer.ffn_stream)
+    def layer(self, batch: Batch, layer: Layer) -> Figures:
+        before, after = batch.pick(layer.before), batch.pick(layer.after)
+        attention, ffn = batch.pick(layer.attention), batch.pick(layer.ffn)
+        written = {"layer": after, "attention": attention, "ffn": ffn}
 
         def vectors() -> Iterator[tuple[str, Tensor]]:  # one by one: a copy of each would be much
-            for name, x in (("layer", after), ("attention", attention), ("ffn", ffn)):
+            for name, x in written.items():
                 yield name, x
-                yield f"{name}_normed", self.norm(x)
-            yield "attention_input", self.batch.pick(layer.attention_input)
-            yield "ffn_input", self.batch.pick(layer.ffn_input)
+                yield f"{name}_normed", self._norm(x)
+            for name in MODULE_INPUTS:
+                yield name, batch.pick(getattr(layer, name))
             if layer.index == 1:
                 yield "embedding", before
 
-        for name, logprob, entropy in self._policies(vectors()):
-            if name == "embedding":
-                self.flow.embedding_entropy = entropy
-                continue
-            self._note("entropy", name, entropy)
-            if name not in MODULE_INPUTS:
-                self._note("logprob", name, logprob)
-        for name, x in (("layer", after), ("attention", attention), ("ffn", ffn)):
-            self._note("norm", name, x.float().norm(dim=-1).cpu().numpy())
-        for name, write, onto in (("attention", attention, before), ("ffn", ffn, stream)):
-            cosine = nn.functional.cosine_similarity(write.float(), onto.float(), dim=-1)
-            self._note("cosine", name, cosine.cpu().numpy())
-        self.total = before.double() if self.total is None else self.total
-        self.total.add_(attention).add_(ffn)
-        if layer.index == self.depth:
-            off = self.total.sub_(after).norm() / after.double().norm().clamp(min=1e-30)
-            self.flow.decomposition_error = float(off)
-        self.flow.parallel = layer.parallel
-        self.share(layer.index / self.depth)
+        for name, logprob, entropy in self._policies(batch.targets, vectors()):
+            yield "embedding" if name == "embedding" else "entropy", name, entropy
+            if name in VIEWS:
+                yield "logprob", name, logprob
+        for name, x in written.items():
+            yield "norm", name, x.float().norm(dim=-1)
+        for name, onto in (("attention", before), ("ffn", batch.pick(layer.ffn_stream))):
+            pair = (written[name].float(), onto.float())
+            yield "cosine", name, nn.functional.cosine_similarity(*pair, dim=-1)
+        self._total = before.double() if layer.index == 1 else self._total
+        self._total.add_(attention).add_(ffn)
+        if layer.index == self._depth:
+            off = self._total.sub_(after).norm() / after.double().norm().clamp(min=1e-30)
+            # np.maximum keeps a nan, max() may drop it.
+            self._decomposition_error = float(np.maximum(self._decomposition_error, float(off)))
+        self._parallel = layer.parallel
 
-    def _note(self, kind: str, name: str, values: Array) -> None:
-        self.found.setdefault(kind, {}).setdefault(name, []).append(values)
+    def end(self, batch: Batch, final: Tensor) -> Figures:
+        for _, logprob, entropy in self._policies(batch.targets, [("final", final)]):
+            yield "final_entropy", "final", entropy
+            yield "final_logprob", "final", logprob
 
     def _policies(
-        self, vectors: Iterable[tuple[str, Tensor]]
-    ) -> Iterator[tuple[str, Array, Array]]:
-        """Name, log-probs of the next tokens and entropies of softmax(x E_u^T), of every vector;
-        as many of them in one call of the op as ROWS says."""
-        count, left = len(self.batch.targets), iter(vectors)
-        most = ROWS.get(self.batch.targets.device.type, 1024)
+        self, targets: Tensor, vectors: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, log-probs of the targets and entropies of softmax(x E_u^T), of every vector x; as
+        many of them in one call of the op as ROWS says."""
+        head, count, left = self._head, len(targets), iter(vectors)
+        most = ROWS.get(targets.device.type, 1024)
         while group := list(islice(left, max(1, most // count))):
-            states = [x.to(self.head.weight.dtype) for _, x in group]
+            states = [x.to(head.weight.dtype) for _, x in group]
             stacked = states[0] if len(states) == 1 else torch.cat(states)
-            targets = self.batch.targets.repeat(len(group))
-            found = np.empty((2, len(stacked)), np.float32)
-            for first in range(0, len(stacked), most):
-                rows = slice(first, first + most)
-                out = _policy(self.head, stacked[rows], targets[rows], self.temperature)
-                for n, values in enumerate((out.logprobs, out.entropy)):
-                    found[n, rows] = values.float().cpu().numpy()
-            of_each = found.reshape(2, len(group), count)
-            for n, (name, _) in enumerate(group):
-                yield name, of_each[0, n].copy(), of_each[1, n].copy()
+            repeated = targets.repeat(len(group))
+            outs = [
+                ops.lm_head_logprobs(
+                    x,
+                    head.weight,
+                    target,
+                    bias=head.bias,
+                    softcap=head.softcap,
+                    temperature=head.temperature * self._temperature,
+                )
+                for x, target in zip(torch.split(stacked, most), torch.split(repeated, most))
+            ]
+            logprobs, entropies = (
+                torch.cat(parts).float().view(len(group), count)
+                for parts in ([out.logprobs for out in outs], [out.entropy for out in outs])
+            )
+            yield from zip((name for name, _ in group), logprobs, entropies)
 
-
-def _policy(head: Unembedding, x: Tensor, targets: Tensor, temperature: float) -> ops.LogProbs:
-    return ops.lm_head_logprobs(
-        x,
-        head.weight,
-        targets,
-        bias=head.bias,
-        softcap=head.softcap,
-        temperature=head.temperature * temperature,
-    )
-
-
-def _joined(parts: list[EntropyFlow]) -> EntropyFlow:
-    """One flow of several, tokens in the order of texts and places."""
-    order = np.lexsort(
-        (np.concatenate([p.position for p in parts]), np.concatenate([p.text for p in parts]))
-    )
-
-    def together(values: list[Any], axis: int = -1) -> Any:
-        return np.take(np.concatenate(values, axis=axis), order, axis=axis)
-
-    def tables(name: str) -> dict[str, Array]:
-        found = [getattr(p, name) for p in parts]
-        return {key: together([f[key] for f in found]) for key in found[0]}
-
-    singles = ("text", "position", "token", "embedding_entropy", "final_entropy", "final_logprob")
-    columns = {name: together([getattr(p, name) for p in parts]) for name in singles}
-    return EntropyFlow(
-        **columns,
-        entropy=tables("entropy"),
-        logprob=tables("logprob"),
-        norm=tables("norm"),
-        cosine=tables("cosine"),
-        vocab=parts[0].vocab,
-        parallel=parts[0].parallel,
-        decomposition_error=float(np.max([p.decomposition_error for p in parts])),  # nan is kept
-        last_layer_error=float(np.max([p.last_layer_error for p in parts])),
-    )
+    def result(self) -> EntropyFlow:
+        """After the sweep."""
+        logprob, final = self.table("logprob"), self.found["final_logprob", "final", 0]
+        return EntropyFlow(
+            **vars(self.tokens),
+            vocab=int(self._head.weight.shape[0]),
+            entropy=self.table("entropy"),
+            logprob=logprob,
+            embedding_entropy=self.found["embedding", "embedding", 1],
+            final_entropy=self.found["final_entropy", "final", 0],
+            final_logprob=final,
+            norm=self.table("norm"),
+            cosine=self.table("cosine"),
+            parallel=self._parallel,
+            decomposition_error=self._decomposition_error,
+            last_layer_error=float(np.abs(logprob["layer_normed"][-1] - final).max()),
+        )

@@ -6,16 +6,11 @@ divergences need them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bupo.policy import Unembedding
 
-CHUNK = 64
-"""Tokens whose rows are in memory at once"""
 BLOCK = 8192
 """Entries of the vocabulary whose weights are widened at once"""
 
@@ -25,8 +20,8 @@ def log_probs(head: Unembedding, hidden: Tensor, temperature: float = 1.0) -> Te
     are summed and kept in float32, as by the fused ops."""
     exact = torch.promote_types(head.weight.dtype, torch.float32)
     block = len(head.weight) if head.weight.dtype == exact else BLOCK
-    weights = head.weight.split(block)
-    biases = [None] * len(weights) if head.bias is None else head.bias.split(block)
+    weights = torch.split(head.weight, block)
+    biases = [None] * len(weights) if head.bias is None else torch.split(head.bias, block)
     logits = [
         head._replace(weight=w.to(exact), bias=None if b is None else b.to(exact)).logits(
             hidden.to(exact)
@@ -43,15 +38,3 @@ def kl_rows(logp: Tensor, logq: Tensor) -> Tensor:
     p = logp.exp()
     gap = torch.where(p > 0, logp - logq, torch.zeros((), device=p.device))
     return (p * gap).sum(-1).clamp(min=0)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, without gradient and in evaluation mode; then as it was."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

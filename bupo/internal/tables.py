@@ -8,16 +8,17 @@ TOP_TOKENS: a row a text, token, layer, policy and place.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bupo.internal.entropy_flow import POLICIES
-
-if TYPE_CHECKING:
-    from bupo.internal.analysis import Analysis
+from bupo.internal.curves import by_layer
+from bupo.internal.entropy_flow import EntropyFlow
+from bupo.internal.lens import Lens
+from bupo.internal.sweep import POLICIES
+from bupo.internal.texts import Tokens
 
 NAME = pa.dictionary(pa.int32(), pa.string())
 WHERE = [("model", NAME), ("text", pa.int32()), ("position", pa.int32())]
@@ -45,114 +46,86 @@ TOP_TOKENS = pa.schema(
 )
 
 
-def token_rows(found: Analysis) -> Iterator[pa.RecordBatch]:
+class Analysed(Protocol):
+    """What tables are made of: a bupo.internal.Analysis."""
+
+    name: str
+    flow: EntropyFlow
+    lens: Lens
+    closer: Lens
+
+    def piece(self, token: int) -> str:
+        """A token, readable."""
+
+
+def token_rows(found: Analysed) -> Iterator[pa.RecordBatch]:
     """Rows of TOKENS, a batch a text, ordered by place, layer and policy."""
-    change = {name: found.flow.change(name) for name in POLICIES}
-    for number in range(len(found.texts)):
-        yield _token_rows(found, number, change)
-
-
-def _token_rows(found: Analysis, number: int, change: dict[str, NDArray]) -> pa.RecordBatch:
-    flow, mine = found.flow, found.flow.text == number
-    count, depth = int(mine.sum()), flow.layers
+    flow, depth = found.flow, found.flow.layers
     policies = ["embedding", *POLICIES * depth, "final"]
-    layers = np.array([0, *np.repeat(np.arange(1, depth + 1), len(POLICIES)), depth], np.int32)
-    rows = len(policies)
-
-    def column(values: list[tuple[slice | int, Any]], kind: Any) -> pa.Array:
-        """values: (rows of a token, [those rows, token]); the other rows are null."""
-        data, known = np.zeros((rows, count), np.float64), np.zeros((rows, count), bool)
-        for place, x in values:
-            data[place], known[place] = x, True
-        return pa.array(data.T.ravel(), mask=~known.T.ravel()).cast(kind)
-
-    def by_policy(table: dict[str, NDArray], suffix: str = "", layers: Any = None) -> list:
-        kept = np.arange(depth) if layers is None else np.array(layers) - 1
-        return [
-            (1 + len(POLICIES) * kept + k, table[name + suffix][:, mine])
-            for k, name in enumerate(POLICIES)
-            if name + suffix in table
-        ]
-
-    of_model = {"entropy": flow.final_entropy, "logprob": flow.final_logprob}
-    columns: dict[str, list] = {}
-    for kind in ("entropy", "logprob"):
-        columns[kind] = [*by_policy(getattr(flow, kind)), (rows - 1, of_model[kind][mine])]
-        columns[f"{kind}_normed"] = by_policy(getattr(flow, kind), "_normed")
-    columns["entropy"].append((0, flow.embedding_entropy[mine]))
-    columns["entropy_change"] = by_policy(change)
-    for kind in ("rank", "kl", "agrees"):
-        table = getattr(found.lens, kind)
-        columns[kind] = by_policy(table, "", found.lens.layers)
-        columns[f"{kind}_normed"] = by_policy(table, "_normed", found.lens.layers)
-    columns["norm"], columns["cosine"] = by_policy(flow.norm), by_policy(flow.cosine)
-    where = _where(
-        found,
-        number,
-        np.repeat(flow.position[mine], rows),
-        np.repeat(flow.token[mine], rows),
-        np.tile(layers, count),
-        policies * count,
-    )
-    rest = {name: column(columns[name], TOKENS.field(name).type) for name in columns}
-    return pa.record_batch([(where | rest)[name] for name in TOKENS.names], schema=TOKENS)
+    layers = np.array([0, *np.repeat(np.arange(1, depth + 1), len(POLICIES)), depth])
+    # Of each column: which of these policies have a value, and the values [policy, token].
+    columns: dict[str, list[tuple[Any, NDArray[Any]]]] = {
+        name: [] for name in TOKENS.names[len(WHERE) :]
+    }
+    columns["entropy"] = [(0, flow.embedding_entropy), (-1, flow.final_entropy)]
+    columns["logprob"] = [(-1, flow.final_logprob)]
+    for kind, name, kept, known in by_layer(flow, found.lens):
+        policy = name.removesuffix("_normed")
+        if policy in POLICIES:
+            rows = 1 + len(POLICIES) * (np.array(kept) - 1) + POLICIES.index(policy)
+            columns[kind + name.removeprefix(policy)].append((rows, known))
+    for number in range(int(flow.text.max()) + 1):
+        mine = np.flatnonzero(flow.text == number)
+        token, row = np.indices((len(mine), len(policies))).reshape(2, -1)
+        batch = _where(found, flow, mine[token], layers[row], [policies[n] for n in row])
+        shape = (len(policies), len(mine))
+        for name, parts in columns.items():
+            values, null = np.zeros(shape, parts[0][1].dtype), np.ones(shape, bool)
+            for rows, known in parts:
+                values[rows], null[rows] = known[..., mine], False
+            batch[name] = pa.array(values.T.ravel(), mask=null.T.ravel())
+        yield pa.RecordBatch.from_pydict(batch, TOKENS)
 
 
-def top_rows(found: Analysis) -> Iterator[pa.RecordBatch]:
+def top_rows(found: Analysed) -> Iterator[pa.RecordBatch]:
     """Rows of TOP_TOKENS, a batch a text, ordered by place in the text, layer, policy, place."""
-    near = found.closer
+    near, layers = found.closer, np.array(found.closer.layers)
     views = list(near.top_tokens)
     for number in range(int(near.text.max()) + 1):
-        mine = near.text == number
+        mine = np.flatnonzero(near.text == number)
         # [view, layer, token, k] -> [token, layer, view, k]
-        ids, logp = (
+        ids, logprobs = (
             np.stack([table[view][:, mine] for view in views]).transpose(2, 1, 0, 3)
             for table in (near.top_tokens, near.top_logprobs)
         )
-        count, layers, kinds, k = ids.shape
-        each = layers * kinds * k
-        where = _where(
-            found,
-            number,
-            np.repeat(near.position[mine], each),
-            np.repeat(near.token[mine], each),
-            np.tile(np.repeat(np.array(near.layers, np.int32), kinds * k), count),
-            [v.removesuffix("_normed") for v in views for _ in range(k)] * (layers * count),
-        )
-        normed = np.repeat([v.endswith("_normed") for v in views], k)
-        where["normed"] = pa.array(np.tile(normed, count * layers))
-        where["place"] = pa.array(np.tile(np.arange(1, k + 1, dtype=np.int32), each * count // k))
-        where["top_token_id"] = pa.array(ids.ravel().astype(np.int32))
-        where["top_token"] = _pieces(found, ids.ravel())
-        where["logprob"] = pa.array(logp.ravel().astype(np.float32))
-        yield pa.record_batch([where[n] for n in TOP_TOKENS.names], schema=TOP_TOKENS)
+        token, layer, view, place = np.indices(ids.shape).reshape(4, -1)
+        policies = [views[n].removesuffix("_normed") for n in view]
+        batch = _where(found, near, mine[token], layers[layer], policies)
+        batch |= {
+            "normed": np.array([name.endswith("_normed") for name in views])[view],
+            "place": place + 1,
+            "top_token_id": ids.ravel(),
+            "top_token": _pieces(found, ids.ravel()),
+            "logprob": logprobs.ravel(),
+        }
+        yield pa.RecordBatch.from_pydict(batch, TOP_TOKENS)
 
 
 def _where(
-    found: Analysis,
-    number: int,
-    position: NDArray,
-    token: NDArray,
-    layer: NDArray,
-    policy: list[str],
-) -> dict[str, pa.Array]:
-    rows = len(position)
+    found: Analysed, tokens: Tokens, at: NDArray[Any], layer: NDArray[Any], policy: list[str]
+) -> dict[str, Any]:
     return {
-        "model": _names([found.name] * rows),
-        "text": pa.array(np.full(rows, number, np.int32)),
-        "position": pa.array(position.astype(np.int32)),
-        "token_id": pa.array(token.astype(np.int32)),
-        "token": _pieces(found, token),
-        "layer": pa.array(layer),
-        "policy": _names(policy),
+        "model": [found.name] * len(at),
+        "text": tokens.text[at],
+        "position": tokens.position[at],
+        "token_id": tokens.token[at],
+        "token": _pieces(found, tokens.token[at]),
+        "layer": layer,
+        "policy": policy,
     }
 
 
-def _names(values: list[str]) -> pa.Array:
-    return pa.array(values).dictionary_encode().cast(NAME)
-
-
-def _pieces(found: Analysis, ids: NDArray) -> pa.Array:
+def _pieces(found: Analysed, ids: NDArray[Any]) -> pa.Array:
     which, places = np.unique(ids, return_inverse=True)
     names = pa.array([found.piece(t) for t in which.tolist()])
     return pa.DictionaryArray.from_arrays(pa.array(places.astype(np.int32)), names)

@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bupo import progress
 from bupo.config import Config, RunError
 from bupo.internal import Text, boundary_layer, entropy_flow
 from bupo.runlog.display import Display
@@ -66,7 +65,7 @@ def _measure(
         rollouts = engine.generate(prompts[:PROMPTS], 1, seed, lambda: False)
     texts = [Text(r.token_ids, len(r.prompt.token_ids)) for r in rollouts if r.count]
     with display.waiting(f"auto_layer: entropies of {len(texts)} responses", alive):
-        flow = entropy_flow(model, texts, config.rollout.temperature, share=progress.report)
+        flow = entropy_flow(model, texts, config.rollout.temperature)
     tolerance = config.bupo.auto_layer
     assert tolerance is not None
     found = boundary_layer(flow.by_text(flow.change("ffn")), tolerance, config.seed)

@@ -21,7 +21,6 @@ from typing import Any
 
 from torch import nn
 
-from bupo import progress
 from bupo.config import Config, RunError
 from bupo.internal import Text, distances
 from bupo.rl.schedule import Schedule
@@ -105,7 +104,6 @@ class Diagnostics:
             self._anchor,
             temperature=config.rollout.temperature,
             final_norm=config.bupo.final_norm,
-            share=progress.report,
         )
         row: dict[str, Any] = {"step": step, "anchor": self._anchor, **asdict(found)}
         self._rows.append(row)
