@@ -1,7 +1,7 @@
-"""What the benchmark runs: the ops of this package, and bare matrix products as the floor.
+"""What the benchmarks run of this package, and bare matrix products as the floor.
 
-Others' are in peers.py. An implementation takes a batch, leaves gradients in .grad (those with
-three products) and returns its per-token results, for the errors.
+The implementations of others are in peers.py. An implementation takes a batch, leaves gradients in
+.grad if it has three products, and returns its per-token results, whose errors are measured.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from torch import Tensor
 
 import bupo.ops as ops
 
-NO_CLIP = {"clip_low": 1.0, "clip_high": 1e9}
 ONE, THREE = "one bare GEMM", "three bare GEMMs"
 POLICY = "policy_loss fwd+bwd"
 LOGPROBS, LOGPROBS_FORWARD = "lm_head_logprobs fwd+bwd", "lm_head_logprobs fwd"
+POLICY_PORTABLE, FORWARD_PORTABLE = f"{POLICY}, portable", f"{LOGPROBS_FORWARD}, portable"
 SWEEP, SWEEP_GEMM = "lm_head_logprobs fwd, layer sweep", "one bare GEMM, layer sweep"
 SWEEP_ROWS = 8192
-"""of the bare product, which has to write its logits somewhere"""
-POLICY_PORTABLE, FORWARD_PORTABLE = f"{POLICY}, portable", f"{LOGPROBS_FORWARD}, portable"
+"""Rows of one bare product of a sweep on a GPU, which has to write its logits somewhere."""
 
 Outputs = dict[str, Tensor]
 """logprobs and entropy, as far as an implementation gives them"""
@@ -40,6 +39,10 @@ class Implementation:
     loss: str = "policy"
     """whose gradient it leaves: the "policy" loss, or plain "cross entropy" over N"""
 
+    @property
+    def short_name(self) -> str:
+        return self.name.removesuffix(" fwd+bwd").removesuffix(" fwd")
+
 
 def live_name(share: float) -> str:
     return POLICY if share == 1 else f"{POLICY}, live {share:g}"
@@ -52,7 +55,7 @@ def ratio_loss(batch: Batch, logprobs: Tensor) -> Tensor:
 
 
 def policy_loss(batch: Batch) -> Outputs:
-    result = ops.policy_loss(**batch.policy(), **NO_CLIP)
+    result = ops.policy_loss(**batch.policy(), clip_low=1.0, clip_high=1e9)
     result.loss.backward()
     return {"logprobs": result.logprobs, "entropy": result.entropy}
 
@@ -70,9 +73,9 @@ def logprobs_forward(batch: Batch) -> Outputs:
 
 
 def portable(run: Callable[[Batch], Outputs]) -> Callable[[Batch], Outputs]:
-    """The same on the path that serves every other GPU."""
+    """The same by the kernels that serve every GPU but Hopper."""
 
-    def on_portable(batch: Batch) -> Outputs:
+    def run_portable(batch: Batch) -> Outputs:
         chosen = ops.build_info()["cuda_kernels"]
         ops.set_cuda_kernels("portable")
         try:
@@ -80,7 +83,20 @@ def portable(run: Callable[[Batch], Outputs]) -> Callable[[Batch], Outputs]:
         finally:
             ops.set_cuda_kernels(chosen)
 
-    return on_portable
+    return run_portable
+
+
+def ours(cuda: bool) -> list[Implementation]:
+    """The ops of this package: policy_loss with all tokens live and with shares of them, and on
+    Hopper also by the kernels of every other GPU."""
+    shares = (1.0, 0.5, 0.25) if cuda else (1.0, 0.25)
+    found = [Implementation(live_name(share), policy_loss, 3, live=share) for share in shares]
+    found.append(Implementation(LOGPROBS_FORWARD, logprobs_forward, 1))
+    found.append(Implementation(LOGPROBS, logprobs, 3))
+    if cuda and torch.cuda.get_device_capability() == (9, 0):
+        found.append(Implementation(POLICY_PORTABLE, portable(policy_loss), 3))
+        found.append(Implementation(FORWARD_PORTABLE, portable(logprobs_forward), 1))
+    return found
 
 
 class Gemms:
@@ -106,19 +122,16 @@ class Gemms:
         return {}
 
 
-def on_the_other_path() -> list[Implementation]:
-    """On Hopper, what serves every other GPU."""
-    return [
-        Implementation(POLICY_PORTABLE, portable(policy_loss), 3),
-        Implementation(FORWARD_PORTABLE, portable(logprobs_forward), 1),
-    ]
+def entropy_flow_rows(layers: int, tokens: int) -> int:
+    """States that a sweep of all internal policies multiplies the head with: in each layer three
+    policies, raw and with the final norm, and two inputs; the embedding and the model itself."""
+    return (8 * layers + 2) * tokens
 
 
-def ours(shares: tuple[float, ...]) -> list[Implementation]:
-    """The ops of this package; policy_loss once for each share of live tokens."""
-    found = [Implementation(live_name(s), policy_loss, 3, live=s) for s in shares]
-    return [
-        *found,
-        Implementation(LOGPROBS_FORWARD, logprobs_forward, 1),
-        Implementation(LOGPROBS, logprobs, 3),
-    ]
+def bare_head_products(weight: Tensor, rows: int, rows_at_once: int) -> None:
+    """The product of the head [V, D] and random states [rows, D], in parts."""
+    x = torch.randn(rows_at_once, weight.shape[1], device=weight.device).to(weight.dtype)
+    logits = torch.empty(rows_at_once, len(weight), dtype=weight.dtype, device=weight.device)
+    for first in range(0, rows, rows_at_once):
+        count = min(rows_at_once, rows - first)
+        torch.mm(x[:count], weight.T, out=logits[:count])

@@ -1,10 +1,11 @@
-"""Draws the rooflines in docs/ from bench/results: `python bench/roofline.py` (--check only says
-whether a picture is of other results). One of every benchmark whose machine's ceilings are known.
+"""Draws the rooflines in docs/ from bench/results: `python bench/roofline.py` (--check draws none
+and says which pictures show other results). Each benchmark that has measured the ceilings of its
+machine has a picture.
 
     rate <= min(peak rate, intensity x bandwidth),   intensity = flop / bytes
 
-flop: the products that the mathematics needs. bytes: every input read once, every output written
-once. Both ceilings are measured in the same run: a square product and a copy in memory.
+flop counts the products that the mathematics needs; bytes counts every input read once and every
+output written once. A square product and a copy in memory measure the two ceilings in the same run.
 """
 
 from __future__ import annotations
@@ -16,33 +17,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rows import Row, gradient_is_right
-from tables import newest, shape_of
+import tables
+from rows import ROOT, Row, is_wrong_peer, newest, shape_of
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 BENCHMARKS = {"cuda": "a GPU", "cpu": "a CPU", "cpu_avx2": "a CPU without AVX-512"}
-KINDS = {"peer": "#9ca3af", "floor": "#1d4ed8", "bupo": "#c2410c"}
 SMALL: dict[str, Any] = {"fontsize": 8}
 KEY = "results"
-"""in the picture's metadata: a digest of what it shows"""
+"""The key in a picture's metadata, of a digest of the rows that it shows"""
 
 
 def points(name: str) -> list[Row]:
-    """The rows of one benchmark's first shape and dtype that have a rate, with all tokens live: the
-    others leave out products. A peer with a wrong gradient has none. [] where the ceilings are not
-    known."""
-    rows = newest(name)
+    """The rows with a rate of one benchmark's first shape and dtype. Rows in which not all tokens
+    are live leave out products and are not shown, nor are peers with a wrong gradient. [] where the
+    ceilings are not known."""
+    rows = newest(tables.RESULTS / f"{name}.jsonl")
     if not rows or "copy_gb_s" not in rows[0]:
         return []
-    same = [r for r in rows if shape_of(r) == shape_of(rows[0]) and "gb_s" in r]
-    same = [r for r in same if r["dtype"] == same[0]["dtype"] and r["live"] == 1]
-    return [r for r in same if not (r.get("peer") and r["products"] == 3) or gradient_is_right(r)]
+    rows = [row for row in rows if shape_of(row) == shape_of(rows[0]) and "gb_s" in row]
+    dtype = rows[0]["dtype"]
+    return [r for r in rows if r["dtype"] == dtype and r["live"] == 1 and not is_wrong_peer(r)]
 
 
-def kind_of(row: Row) -> str:
+def color_of(row: Row) -> str:
+    """Grey: a peer. Blue: bare products. Orange: bupo."""
     if row.get("peer"):
-        return "peer"
-    return "floor" if "GEMM" in row["name"] else "bupo"
+        return "#9ca3af"
+    return "#1d4ed8" if "GEMM" in row["name"] else "#c2410c"
 
 
 def digest(rows: list[Row]) -> str:
@@ -50,7 +51,7 @@ def digest(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], title: str) -> Any:
-    """Left the roofline, right the rates by implementation."""
+    """On the left the roofline, on the right the rate of each implementation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +62,7 @@ def draw(rows: list[Row], title: str) -> Any:
     rows = sorted(rows, key=lambda row: row["gflops"])
     rates = [row["gflops"] / 1e3 for row in rows]
     intensities = [row["gflops"] / row["gb_s"] for row in rows]
-    colors = [KINDS[kind_of(row)] for row in rows]
+    colors = [color_of(row) for row in rows]
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(10, 0.25 * len(rows) + 2.2), layout="constrained"
     )

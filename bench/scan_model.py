@@ -14,9 +14,10 @@ count as bare ones. Left out: power, which lets a product that rests run faster 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
+
+from rows import aligned, table
 
 SHAPES = (
     (8192, 4096, 151936),
@@ -148,27 +149,20 @@ def forward(d: Design, tokens: int, width: int, vocab: int) -> float:
     return ratio + (moved / BYTES + 5 * LAUNCH) / bare
 
 
-def table() -> str:
-    titles = ("forward", "forward and backward", "live 0.25", "chunks")
-    lines = [
-        "| N, D, V | design | " + " | ".join(titles) + " |",
-        "|---|---|" + "---:|" * len(titles),
+def predictions() -> str:
+    titles = ("N, D, V", "design", "forward", "forward and backward", "live 0.25", "chunks")
+    cells = [
+        [
+            *(", ".join(map(str, shape)), design.name, f"{forward(design, *shape):.3f}"),
+            *(f"{policy_loss(design, *shape, live=live):.3f}" for live in (1.0, 0.25)),
+            str(chunks(design, *shape)),
+        ]
+        for shape in SHAPES
+        for design in DESIGNS
     ]
-    for shape in SHAPES:
-        for d in DESIGNS:
-            cells = [
-                f"{forward(d, *shape):.3f}",
-                f"{policy_loss(d, *shape):.3f}",
-                f"{policy_loss(d, *shape, live=0.25):.3f}",
-                str(chunks(d, *shape)),
-            ]
-            lines.append(f"| {', '.join(map(str, shape))} | {d.name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return table(titles, cells, 2)
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
     print("PREDICTED, not measured: ratios to one bare product (forward) and to three.\n")
-    print(table())
+    print(aligned(predictions()))
