@@ -4,8 +4,6 @@ Every implementation runs once per round, in one process, so that a slow moment 
 falls on all of them. How to read the table: bench/README.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import sys

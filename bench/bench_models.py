@@ -5,8 +5,6 @@ The models have the sizes of their public configurations and random weights, gra
 on. Protocol: bench/README.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

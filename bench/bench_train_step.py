@@ -6,8 +6,6 @@ of its own; the processes take turns, so that a slow moment of the machine falls
 Protocol: bench/README.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import sys

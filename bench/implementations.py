@@ -4,8 +4,6 @@ The implementations of others are in peers.py. An implementation takes a batch, 
 .grad if it has three products, and returns its per-token results, whose errors are measured.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

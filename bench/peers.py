@@ -5,8 +5,6 @@ entropy or None); the ratio loss on top is the same torch code for all. A peer t
 loss is a function of the batch that returns the scalar and what else it has computed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib
@@ -53,9 +51,6 @@ def hollow(package: str) -> None:
             sys.modules[name] = module
 
 
-# ---- torch -------------------------------------------------------------------------------------
-
-
 def eager_loss(batch: Batch) -> tuple[Tensor, Outputs]:
     """What a training loop does: log_softmax, gather, entropy for the log, clipped ratio."""
     logp = F.linear(batch.hidden, batch.weight).float().log_softmax(-1)
@@ -78,9 +73,6 @@ def load_compiled() -> Loss:
 def load_cross_entropy() -> Loss:
     options = torch.nn.LinearCrossEntropyOptions()  # torch 2.13
     return lambda batch: (F.linear_cross_entropy(*batch.head(), options=options), {})
-
-
-# ---- liger-kernel 0.8.5 ------------------------------------------------------------------------
 
 
 def load_liger_cross_entropy() -> Loss:
@@ -135,9 +127,6 @@ def load_liger_scaled() -> LogProbs:
     return logprobs
 
 
-# ---- liger-cute-kernels 0.8.5 ------------------------------------------------------------------
-
-
 def load_liger_native() -> LogProbs:
     """Its C++ kernels, through liger-kernel 0.8.5. They reserve their memory up front and outside
     of torch, so what the card has less of afterwards is counted as theirs (RESERVED)."""
@@ -173,17 +162,11 @@ def load_liger_native() -> LogProbs:
     return logprobs
 
 
-# ---- quack-kernels 0.6.5 -----------------------------------------------------------------------
-
-
 def load_quack() -> Loss:
     """Cross-entropy by exponentials in bfloat16 and three products, as policy_loss does it."""
     from quack.linear_cross_entropy import scaled_exp_linear_cross_entropy
 
     return lambda batch: (scaled_exp_linear_cross_entropy(*batch.head()), {})
-
-
-# ---- cut-cross-entropy 25.1.1 ------------------------------------------------------------------
 
 
 def load_cce(filter_eps: str | None) -> Callable[[], LogProbs]:
@@ -202,9 +185,6 @@ def load_cce(filter_eps: str | None) -> Callable[[], LogProbs]:
     return load
 
 
-# ---- trl 1.16.0 --------------------------------------------------------------------------------
-
-
 def load_trl() -> LogProbs:
     hollow("trl.trainer")
     # Its backward asks the trainer whether DeepSpeed has sharded the head, which it never has here.
@@ -221,9 +201,6 @@ def load_trl() -> LogProbs:
     return logprobs
 
 
-# ---- verl 0.9.1 --------------------------------------------------------------------------------
-
-
 def load_verl_triton() -> LogProbs:
     hollow("verl.utils")
     module = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
@@ -238,9 +215,6 @@ def load_verl_triton() -> LogProbs:
 def load_verl_torch() -> LogProbs:
     hollow("verl.utils")
     return importlib.import_module("verl.utils.experimental.torch_functional").FusedLinearForPPO()
-
-
-# ---- all of them -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Models with random weights, and what bench_models.py trains them on: random tokens."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

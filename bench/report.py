@@ -1,7 +1,5 @@
 """The rows of measured cases, their table, and the bars that the project holds itself to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from implementations import (

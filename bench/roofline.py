@@ -8,8 +8,6 @@ flop counts the products that the mathematics needs; bytes counts every input re
 output written once. A square product and a copy in memory measure the two ceilings in the same run.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

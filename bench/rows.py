@@ -1,8 +1,6 @@
 """Rows of results, JSON objects on lines of their own: how to read, write, judge and show them.
 Needs the standard library only."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -133,7 +131,8 @@ def table(titles: Cells, rows: Iterable[Cells], text_columns: int = 1) -> str:
 
 
 def _line(cells: Cells) -> str:
-    return "|" + "|".join(" " if cell is None else f" {cell} " for cell in cells) + "|"
+    texts = [" " if cell is None else f" {cell.replace('|', '/')} " for cell in cells]
+    return f"|{'|'.join(texts)}|"
 
 
 def aligned(text: str) -> str:

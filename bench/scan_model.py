@@ -12,8 +12,6 @@ has one of 900 clocks. A grid takes as long as its busiest cluster. The library'
 count as bare ones. Left out: power, which lets a product that rests run faster later, and L2.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,8 +1,6 @@
 """Some training steps of bupo, for bench_train_step.py: `python bench/step_bupo.py FOLDER SIZE
 STEPS THREADS LAYER`. Prints a JSON object a step. The run is that of `python -m bupo.run`."""
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from pathlib import Path

@@ -2,8 +2,6 @@
 FOLDER SIZE STEPS THREADS SETTINGS`. Prints a JSON object a step: a generation and the updates on
 it. SETTINGS: a JSON object of further fields of GRPOConfig."""
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -3,8 +3,6 @@ compares). A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 
 The programs that measure print the same tables of their own rows."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys
