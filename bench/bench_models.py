@@ -41,13 +41,20 @@ DEFAULT_PEERS = [name for name in POLICY_PEERS if name != peers.COMPILED]
 
 
 class ModelCase(Timed):
-    """Something that a model does, over and over."""
+    """Something that a model does, over and over. If it leaves the gradient of the policy loss,
+    that is compared with `truth`, which the first case of a layer fills: ours."""
 
     def __init__(
-        self, training: Training, name: str, layer: int | None, run: Callable[[], object]
+        self,
+        training: Training,
+        name: str,
+        layer: int | None,
+        run: Callable[[], object],
+        truth: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__(f"{name}, layer {layer or 'all'}", training.device)
         self.training, self.name, self.layer, self.run = training, name, layer, run
+        self.truth = truth
         self.figures: Row = {}
 
     def once(self, turn: int) -> float:
@@ -61,13 +68,22 @@ class ModelCase(Timed):
             retries = torch.cuda.memory_stats()["num_alloc_retries"] - before
             self.figures["total_mib"] = torch.cuda.max_memory_allocated() / MIB
             self.figures["retries"] = self.figures.get("retries", 0) + retries * (turn > 0)
-        if turn == 0:
-            self.check()
+        if turn == 0 and self.truth is not None:
+            self._compare(self.truth)
         self.training.clear()
         return elapsed
 
-    def check(self) -> None:
-        """Sets `failed` if the first run was wrong."""
+    def _compare(self, truth: dict[str, Tensor]) -> None:
+        found = self.training.gradients(self.layer)
+        if self.name == OURS:
+            truth |= found
+        if not truth:
+            self.failed = "ours has no gradient to compare it with"
+        for name, exact in truth.items():
+            error = relative_error(found[name], exact.double())
+            self.figures[f"off_{name.replace(' ', '_')}"] = error
+            if not error <= GRADIENT_RIGHT:
+                self.failed = f"its gradient of the {name} is {error:.1%} off ours"
 
     def release(self) -> None:
         self.training.clear()
@@ -80,34 +96,6 @@ class ModelCase(Timed):
         return row | self.times() | self.figures
 
 
-class LossCase(ModelCase):
-    """The gradient of the policy loss, which is compared with that of the first case of a layer."""
-
-    def __init__(
-        self,
-        training: Training,
-        layer: int | None,
-        implementation: Implementation,
-        truth: dict[str, Tensor],
-    ) -> None:
-        name = implementation.short_name
-        super().__init__(training, name, layer, lambda: training.step(layer, implementation))
-        self.truth = truth
-        """of this layer, which ours fills"""
-
-    def check(self) -> None:
-        found = self.training.gradients(self.layer)
-        if self.name == OURS:
-            self.truth |= found
-        if not self.truth:
-            self.failed = "ours has no gradient to compare it with"
-        for name, truth in self.truth.items():
-            error = relative_error(found[name], truth.double())
-            self.figures[f"off_{name.replace(' ', '_')}"] = error
-            if not error <= GRADIENT_RIGHT:
-                self.failed = f"its gradient of the {name} is {error:.1%} off ours"
-
-
 def ours() -> Implementation:
     return Implementation(OURS, policy_loss, 3)
 
@@ -115,11 +103,17 @@ def ours() -> Implementation:
 def loss_cases(
     training: Training, others: Sequence[Implementation], layers: Sequence[int | None]
 ) -> list[ModelCase]:
-    cases: list[ModelCase] = []
-    for layer in layers:
-        truth: dict[str, Tensor] = {}
-        cases += [LossCase(training, layer, each, truth) for each in (ours(), *others)]
-    return cases
+    def case(layer: int | None, loss: Implementation, truth: dict[str, Tensor]) -> ModelCase:
+        return ModelCase(
+            training, loss.short_name, layer, lambda: training.step(layer, loss), truth
+        )
+
+    truths: list[dict[str, Tensor]] = [{} for _ in layers]
+    return [
+        case(layer, loss, truth)
+        for layer, truth in zip(layers, truths)
+        for loss in (ours(), *others)
+    ]
 
 
 def adamw_case(training: Training, layer: int | None) -> ModelCase:
@@ -145,10 +139,7 @@ def sweep_cases(training: Training, tokens: int) -> list[ModelCase]:
         SWEEP_GEMMS: lambda: bare_head_products(weight, rows, SWEEP_ROWS),
         SWEEP: lambda: entropy_flow(model, [Text(ids, 1)]),
     }
-    cases = [ModelCase(training, name, None, run) for name, run in runs.items()]
-    for case in cases:
-        case.figures["states"] = rows
-    return cases
+    return [ModelCase(training, name, None, run) for name, run in runs.items()]
 
 
 def longest(fits: Callable[[int], bool], step: int, most: int) -> int:

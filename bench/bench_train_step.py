@@ -58,8 +58,7 @@ class Side:
             return row | {"failed": self.failed}
         row |= {key: median(step[key] for step in self.steps) for key in self.steps[0]}
         row["without_rollout"] = median(step["step"] - step["rollout"] for step in self.steps)
-        seconds = [step["step"] for step in self.steps]
-        return row | {"step_range": [min(seconds), max(seconds)]}
+        return row
 
 
 def sides(size: Size, folder: Path, args: argparse.Namespace) -> list[Side]:

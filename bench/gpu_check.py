@@ -1,10 +1,9 @@
 """What only a machine with an NVIDIA GPU can check: `make gpu-check ARGS="--call first"`.
 
-The stages are listed in bench/README.md. They fit into three calls of less than ten minutes:
---call first (the default), second and third; --call all --minutes 40 runs all of them. Each stage is
-useful alone. Works without a network: `--list-wheels` prints the commands that fill a folder, on
-another machine, with what this one lacks, and `--wheels FOLDER` uses it. Changes no setting of the
-GPU.
+The stages, which bench/README.md lists, fit into three calls of less than ten minutes: --call first
+(the default), second and third; --call all --minutes 40 runs all of them. Each stage is useful
+alone. Works without a network: `--list-wheels` prints the commands that fill a folder, on another
+machine, with what this one lacks, and `--wheels FOLDER` uses it. Changes no setting of the GPU.
 """
 
 import argparse
@@ -108,7 +107,7 @@ def smoke(job: Job) -> str:
     return "all kernels are right"
 
 
-def bench(job: Job, out: Path, arguments: list[str], peers: bool = False) -> str:
+def bench(job: Job, out: Path, peers: bool = False) -> str:
     """Without peers it begins a new file of results, so that a failure leaves no older ones that
     could be taken for its own; with peers it adds to the file."""
     results = out.resolve() / "bench.jsonl"
@@ -116,9 +115,9 @@ def bench(job: Job, out: Path, arguments: list[str], peers: bool = False) -> str
         results.unlink(missing_ok=True)
         LAST_BENCH.unlink(missing_ok=True)
     command = [PYTHON, "bench/bench_lm_head.py", "--device", "cuda", "--json", str(results)]
-    command += ["--minutes", f"{0.9 * job.left() / 60:.2f}", *arguments]
+    command += ["--minutes", f"{0.9 * job.left() / 60:.2f}", *([] if peers else ["--peers"])]
     try:
-        job.check([*command, *([] if peers else ["--peers"])])
+        job.check(command)
     finally:  # what was written before the end counts
         if results.exists() and not job.dry_run:
             shutil.copy(results, LAST_BENCH)
@@ -259,10 +258,10 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     every = [
         Stage("build", 240, part(build, wheels=args.wheels, site=SCRATCH / "site"), needed=True),
         Stage("smoke", 180, smoke, minimum=40),
-        Stage("bench", 150, part(bench, out=out, arguments=args.bench), minimum=50),
+        Stage("bench", 150, part(bench, out=out), minimum=50),
         Stage("test", 240, test, minimum=60),
         Stage("train", 150, part(train, out=out), minimum=50),
-        Stage("peers", 400, part(bench, out=out, arguments=args.bench, peers=True), minimum=150),
+        Stage("peers", 400, part(bench, out=out, peers=True), minimum=150),
         Stage("models", 400, part(models, out=out), minimum=100),
         Stage("variants", 400, part(variants, out=out), minimum=120),
         Stage("sanitize", 150, sanitize, minimum=40),
@@ -295,7 +294,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, default=9.5, help="for all stages; default: %(default)s")
     add("--wheels", type=Path, metavar="FOLDER", help="install its wheels for this run alone")
     add("--list-wheels", action="store_true", help="print how to fill FOLDER, and end")
-    add("--bench", nargs=argparse.REMAINDER, default=[], help="what follows goes to the benchmark")
     add("--dry_run", action="store_true", help="print the commands, run none")
     args = parser.parse_args(arguments)
     args.stages = args.stages or CALLS[args.call]

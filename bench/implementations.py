@@ -100,23 +100,19 @@ def ours(cuda: bool) -> list[Implementation]:
 class Gemms:
     """X W^T, dZ W, dZ^T X into memory that is there already; dZ is what the first one wrote."""
 
-    def __init__(self, batch: Batch, rows: int | None = None) -> None:
+    def __init__(self, batch: Batch) -> None:
         x, w = batch.hidden.detach(), batch.weight.detach()
-        rows = rows or len(x)
-        self.z = torch.empty(rows, len(w), dtype=x.dtype, device=x.device)
-        self.dx, self.dw = torch.empty_like(x[:rows]), torch.empty_like(w)
-
-    def three(self, batch: Batch) -> Outputs:
-        x, w = batch.hidden.detach(), batch.weight.detach()
-        torch.mm(x, w.T, out=self.z)
-        torch.mm(self.z, w, out=self.dx)
-        torch.mm(self.z.T, x, out=self.dw)
-        return {}
+        self.z = torch.empty(len(x), len(w), dtype=x.dtype, device=x.device)
+        self.dx, self.dw = torch.empty_like(x), torch.empty_like(w)
 
     def one(self, batch: Batch) -> Outputs:
-        w = batch.weight.detach()
-        for x in batch.hidden.detach().split(len(self.z)):
-            torch.mm(x, w.T, out=self.z[: len(x)])
+        torch.mm(batch.hidden.detach(), batch.weight.detach().T, out=self.z)
+        return {}
+
+    def three(self, batch: Batch) -> Outputs:
+        self.one(batch)
+        torch.mm(self.z, batch.weight.detach(), out=self.dx)
+        torch.mm(self.z.T, batch.hidden.detach(), out=self.dw)
         return {}
 
 
@@ -126,10 +122,11 @@ def entropy_flow_rows(layers: int, tokens: int) -> int:
     return (8 * layers + 2) * tokens
 
 
-def bare_head_products(weight: Tensor, rows: int, rows_at_once: int) -> None:
+def bare_head_products(weight: Tensor, rows: int, rows_at_once: int) -> Outputs:
     """The product of the head [V, D] and random states [rows, D], in parts."""
     x = torch.randn(rows_at_once, weight.shape[1], device=weight.device).to(weight.dtype)
     logits = torch.empty(rows_at_once, len(weight), dtype=weight.dtype, device=weight.device)
     for first in range(0, rows, rows_at_once):
         count = min(rows_at_once, rows - first)
         torch.mm(x[:count], weight.T, out=logits[:count])
+    return {}

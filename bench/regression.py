@@ -36,20 +36,14 @@ def label(row: Row) -> str:
     return f"{row['name']}, {row.get('dtype')}, {shape}"
 
 
-def ratio(row: Row) -> float | None:
-    """Over three bare products, or over one if the row has one product."""
-    keys = ("x_three_gemms", "x_one_gemm")
-    for key in keys if row.get("products", 3) == 3 else keys[::-1]:
-        value = row.get(key)
-        if value is not None and 0 < value < math.inf:
-            return float(value)
-    return None
-
-
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """Those of ours by label: neither of peers nor of the bare products themselves."""
-    ours = [row for row in rows if row["name"].startswith(OURS) and not row.get("peer")]
-    return {label(row): value for row in ours if (value := ratio(row)) is not None}
+    """Those of ours by label: over three bare products, or over one if the row has one product."""
+    found = {}
+    for row in rows:
+        value = row.get("x_three_gemms" if row.get("products") == 3 else "x_one_gemm") or math.nan
+        if row["name"].startswith(OURS) and not row.get("peer") and 0 < value < math.inf:
+            found[label(row)] = value
+    return found
 
 
 def compare(baseline: list[Row], fresh: list[Row], tolerance: float) -> int:

@@ -1,7 +1,8 @@
 """Predicts the LM-head ops on an H200 from clocks and bytes: `python bench/scan_model.py`.
 
-Nothing here is measured on our kernels. Two rates are: a large bf16 product reaches about 790
-TFLOP/s on an H200, a copy about 4.3 TB/s (read and written bytes counted). All else is arithmetic:
+None of our kernels has been measured for it. Two rates have: a large bf16 product reaches about 790
+TFLOP/s on an H200, and a copy about 4.3 TB/s (read and written bytes counted). The rest is
+arithmetic:
 
     time = products + what their epilogues show + bytes of the other kernels / copy rate + launches
 
@@ -27,7 +28,7 @@ SHAPES = (
     (256, 4096, 151936),
 )
 FLOPS, BYTES = 790e12, 4.3e12
-"""a second"""
+"""a second, of a large bf16 product and of a copy"""
 CLUSTERS, TENSOR_FLOPS_A_CLOCK, LIBRARY_EPILOGUE, FILL = 66, 4096, 900, 1500
 LAUNCH, WAIT = 3e-6, 25e-6
 """seconds of a small kernel, and of a bubble in which the host waits and then launches"""
@@ -35,35 +36,35 @@ LAUNCH, WAIT = 3e-6, 25e-6
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-    """What differs between two states of the sources."""
+    """What differs between states of the sources. The defaults are of the cooperative kernel."""
 
     name: str
-    columns: int
+    columns: int = 256
     """of a tile"""
-    tiles_a_unit: int
-    epilogue: tuple[int, int]
+    tiles_a_unit: int = 1
+    epilogue: tuple[int, int] = (2700, 3900)
     """clocks without and with E stored"""
-    hidden: bool
+    hidden: bool = False
     """behind the other warpgroup's product"""
-    budget: float
-    row_bytes_beside_e: int
+    budget: float = 2**32
+    row_bytes_beside_e: int = 10000
     """at D = 0"""
-    row_bytes_a_width: int
-    sums_again: int
+    row_bytes_a_width: int = 6
+    sums_again: int = 8
     """bytes an entry of dW that a further chunk reads and writes"""
-    scales: bool
+    scales: bool = False
     """backward multiplies dW and dX by 1"""
-    waits_late: bool
-    small_kernels: int
+    waits_late: bool = False
+    small_kernels: int = 11
     """of a chunk"""
 
 
+COOPERATIVE = Design("cooperative 128 x 256")
+PINGPONG = Design("ping-pong 128 x 192", columns=192, epilogue=(2500, 3300), hidden=True)
 BEFORE = Design(
-    name="before: cooperative 128 x 256, units of 4 tiles, slices",
-    columns=256,
+    "before: cooperative 128 x 256, units of 4 tiles, slices",
     tiles_a_unit=4,
     epilogue=(3000, 4150),
-    hidden=False,
     budget=2**30 * 15 / 16,
     row_bytes_beside_e=6500,
     row_bytes_a_width=8,
@@ -72,26 +73,11 @@ BEFORE = Design(
     waits_late=True,
     small_kernels=15,
 )
-COOPERATIVE = dataclasses.replace(
-    BEFORE,
-    name="cooperative 128 x 256",
-    tiles_a_unit=1,
-    epilogue=(2700, 3900),
-    budget=2**32,
-    row_bytes_beside_e=10000,
-    row_bytes_a_width=6,
-    sums_again=8,
-    scales=False,
-    waits_late=False,
-    small_kernels=11,
-)
-PINGPONG = dataclasses.replace(
-    COOPERATIVE, name="ping-pong 128 x 192", columns=192, epilogue=(2500, 3300), hidden=True
-)
 DESIGNS = (BEFORE, COOPERATIVE, PINGPONG)
 
 
 def tile_clocks(columns: int, width: int) -> float:
+    """Of the product of one tile of 128 rows."""
     return 128 * columns * width * 2 / TENSOR_FLOPS_A_CLOCK
 
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from rows import ROOT, Row, aligned, append, figure, rows_of_program, table
+from rows import ROOT, Row, aligned, append, rows_of_program, table
 
 SCAN, TILE = (f"csrc/cuda/sm90/{name}" for name in ("head_scan.cu", "tile_scan.cuh"))
 BUILT = ("csrc", "python_tests/emulator", "CMakeLists.txt", "setup.py", "pyproject.toml")
@@ -117,34 +117,20 @@ def run(tree: Path, kernels: str, shape: list[int]) -> tuple[list[Row], str]:
     return rows_of_program([*command, "--kernels", kernels, "--peers"], tree, SECONDS)
 
 
-def summary(found: dict[str, list[Row]]) -> list[Row]:
-    """A row for each variant: medians over its processes, of the ratios of FIGURES."""
-    rows = []
-    for name, measured in found.items():
-        timed = [row for row in measured if "ms" in row]
-        row: Row = {"name": name}
+def summary(found: dict[str, list[Row]]) -> str:
+    """A table with a row for each variant: medians and ranges over its processes, of the ratios of
+    FIGURES."""
+    cells = []
+    for name, rows in found.items():
+        cells.append([name])
         for what, over in FIGURES.items():
-            values = [r[over] for r in timed if r["name"] == what]
-            row[what] = median(values) if values else None
-            row[f"{what}, range"] = [min(values), max(values)] if values else None
-        errors = [r["error_d_weight"] for r in timed if r["name"] == POLICY]
-        rows.append(row | {"error_d_weight": max(errors, default=None)})
-    return rows
-
-
-def print_rows(rows: list[Row]) -> None:
-    def ratio(row: Row, what: str) -> str:
-        if row[what] is None:
-            return "-"
-        low, high = row[f"{what}, range"]
-        return f"{row[what]:.3f} ({low:.3f}-{high:.3f})"
-
-    def error(row: Row) -> str:
-        right = VARIANTS[row["name"]].right
-        return figure(row, "error_d_weight", ".1e", missing="-") if right else "any"
-
-    cells = [[row["name"], *(ratio(row, what) for what in FIGURES), error(row)] for row in rows]
-    print(aligned(table(("variant", *FIGURES, "error dW"), cells)))
+            ratios = [row[over] for row in rows if row["name"] == what and "ms" in row]
+            span = f"({min(ratios):.3f}-{max(ratios):.3f})" if ratios else ""
+            cells[-1].append(f"{median(ratios):.3f} {span}" if ratios else "-")
+        errors = [row["error_d_weight"] for row in rows if row["name"] == POLICY and "ms" in row]
+        error = f"{max(errors):.1e}" if errors else "-"
+        cells[-1].append(error if VARIANTS[name].right else "any")
+    return table(("variant", *FIGURES, "error dW"), cells)
 
 
 def main() -> int:
@@ -170,7 +156,7 @@ def main() -> int:
             print(f"  {name}, turn {turn + 1}: {wrong or 'done'}", flush=True)
             found[name] += rows
             append(args.json, {"variant": name}, rows)
-    print_rows(summary(found))
+    print(aligned(summary(found)))
     return int(any(built.values()))
 
 

@@ -14,7 +14,6 @@ import measure
 import peers
 import pytest
 import regression
-import report
 import roofline
 import rows as rows_module
 import tables
@@ -53,11 +52,11 @@ def test_the_kernels_that_are_set_stay_set(monkeypatch: pytest.MonkeyPatch) -> N
     """gpu-check's smoke test leaves out those that hang by an environment variable."""
     seen: list[object] = []
 
-    def all_shapes(_: object) -> bool:
+    def bench_shapes(*_: object) -> bool:
         seen.append(ops.build_info()["cuda_kernels"])
         return True
 
-    monkeypatch.setattr(bench_lm_head.Session, "all_shapes", all_shapes)
+    monkeypatch.setattr(bench_lm_head, "bench_shapes", bench_shapes)
     monkeypatch.setattr(bench_lm_head, "ceilings", lambda *_: {})
     for given in ([], ["--kernels", "sm90_cooperative"]):
         ops.set_cuda_kernels("portable")
@@ -171,7 +170,7 @@ def test_a_peer_counts_only_with_a_right_gradient() -> None:
     ]
     rows_module.add_best_peer(rows)
     assert rows[0]["best_peer"] == "slow and right fwd+bwd" and rows[0]["x_best_peer"] == 0.5
-    bars = "\n".join(report.cuda_bars(rows, (8192, 4096, 151936), 1024))
+    bars = "\n".join(bench_lm_head.cuda_bars(rows, (8192, 4096, 151936), 1024))
     assert "met: policy_loss / fastest right peer (slow and right fwd+bwd) = 0.50" in bars
     assert "NO FIGURE: lm_head_logprobs fwd / one bare GEMM" in bars
     assert "met: policy_loss / three bare GEMMs = 1.05, bar <= 1.05" in bars
@@ -183,7 +182,7 @@ def test_bars_that_are_not_met_and_rows_without_a_time() -> None:
         {"name": "policy_loss fwd+bwd, live 0.25", "dtype": "bfloat16", "failed": "out of memory"},
     ]
     rows_module.add_best_peer(rows)
-    bars = report.cuda_bars(rows, (8192, 4096, 151936), 1024)
+    bars = bench_lm_head.cuda_bars(rows, (8192, 4096, 151936), 1024)
     assert sum(line.startswith("NOT MET") for line in bars) == 4, bars
     assert "NO FIGURE: policy_loss live 0.25 / live 1" in bars
     assert not any(line.strip().startswith("met") for line in bars)
@@ -200,7 +199,7 @@ def test_the_table_of_a_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         {"name": "cce", "peer": True, "missing": "No module named 'cut_cross_entropy'"},
         gpu_row("policy_loss fwd+bwd", 168.0, tokens=32, **more),
     )
-    lines = tables.cuda_table().splitlines()
+    lines = tables.made("cuda").splitlines()
     assert lines[2] == "| policy_loss fwd+bwd | 42.0 | 3.23 | 1.05 | 0.50 | 5 | 2.0e-03 |"
     assert lines[3] == "| wrong fwd+bwd | wrong gradient, error 3.0e-01 | | | | | |"
     assert "out of memory" in lines[4] and "cut_cross_entropy" in lines[5]
@@ -209,8 +208,8 @@ def test_the_table_of_a_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_table_of_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.models_table().startswith("Not measured yet")
-    assert tables.cuda_table() == tables.cuda_shapes_table() == tables.not_measured("cuda")
+    nothing = "Not measured yet: there is no bench/results/cuda.jsonl."
+    assert tables.made("cuda") == tables.made("cuda_shapes") == nothing
     run = {"model": "M", "length": 4, "driver": "1", "torch": "2", "commit": "abc"}
     run |= {"transformers": "5", "layer": None}
     figures = {"ms": 1000.0, "x_bupo": 1.0, "x_full": 1.0, "peak_mib": 7.0, "total_mib": 9.0}
@@ -222,7 +221,7 @@ def test_the_table_of_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         run | {"name": "entropy_flow", "ms": 11.0, "x_gemms": 1.1},
         run | {"name": "bupo, longest sequence", "sequence": 40960, "gib": 78.0},
     )
-    lines = tables.models_table().splitlines()
+    lines = tables.made("models").splitlines()
     assert lines[2:7] == [
         "| M: bupo |  | 1000 | 1.00 | 1.00 |  | 7 | 9 |",
         "| M: bupo | layer 6 | 300 |  | 0.30 |  |  |  |",
