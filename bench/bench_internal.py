@@ -1,7 +1,7 @@
 """Entropies of all internal policies of a model: bupo's sweep, the hook-and-softmax way, and the
 bare GEMMs with the head that no way can do without. Seconds and peak memory, on a CPU.
 
-Each runs in a process of its own, in turns. Protocol: bench/README.md.
+Each runs in a process of its own. Protocol: bench/README.md.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 from implementations import bare_head_products, entropy_flow_rows
@@ -22,12 +21,6 @@ from torch import Tensor, nn
 from bupo.internal import Text, entropy_flow
 
 FLOOR, OURS, HOOKS = "bare GEMMs", "entropy_flow", "hooks and softmax"
-BARS = (
-    (OURS, "x_gemms", 1.5, False),
-    (HOOKS, "x_ours", 1.5, True),
-    (HOOKS, "x_ours_peak_mib", 10.0, True),
-)
-"""Of what, which figure, its limit, and whether it has to be at least that"""
 SIZE = {"layers": 12, "width": 512, "vocab": 32768, "texts": 16, "length": 1024}
 CHUNK = 1024
 """Rows of a bare GEMM: enough for its full speed."""
@@ -144,33 +137,35 @@ def largest_gap(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:
     return max(abs(x - y) for name in a for x, y in zip(a[name], b[name]))
 
 
-def rows_of(found: dict[str, list[Row]]) -> list[Row]:
-    """Medians over the processes, and ratios to the bare GEMMs and to ours."""
-    seconds = {name: median(run["seconds"] for run in runs) for name, runs in found.items()}
-    peaks = {name: max(run["peak_mib"] for run in runs) for name, runs in found.items()}
+def rows_of(found: dict[str, Row]) -> list[Row]:
+    """The figures of every way, and ratios to the bare GEMMs and to ours."""
+    floor, ours = found[FLOOR], found[OURS]
     return [
         {
             "name": name,
-            "seconds": seconds[name],
-            "peak_mib": peaks[name],
-            "x_gemms": seconds[name] / seconds[FLOOR],
-            "x_ours": seconds[name] / seconds[OURS],
-            "x_ours_peak_mib": peaks[name] / peaks[OURS],
+            "seconds": row["seconds"],
+            "peak_mib": row["peak_mib"],
+            "x_gemms": row["seconds"] / floor["seconds"],
+            "x_ours": row["seconds"] / ours["seconds"],
+            "x_ours_peak_mib": row["peak_mib"] / ours["peak_mib"],
         }
-        for name in found
+        for name, row in found.items()
     ]
 
 
 def bars(rows: list[Row]) -> list[str]:
-    named = {row["name"]: row for row in rows}
-    return [bar(f"{name}, {key}", named[name][key], x, least=least) for name, key, x, least in BARS]
+    _, ours, hooks = rows
+    return [
+        bar(f"{OURS}, x_gemms", ours["x_gemms"], 1.5),
+        bar(f"{HOOKS}, x_ours", hooks["x_ours"], 1.5, least=True),
+        bar(f"{HOOKS}, x_ours_peak_mib", hooks["x_ours_peak_mib"], 10.0, least=True),
+    ]
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in SIZE.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--rounds", type=int, default=1, help="processes of each way")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="append a line per way")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
@@ -184,18 +179,17 @@ def main() -> int:
         print(json.dumps(once(args.way, args)))
         return 0
     size = {key: getattr(args, key) for key in SIZE}
-    run = environment("cpu", args.threads) | size | {"rounds": args.rounds}
+    run = environment("cpu", args.threads) | size
     show(run)
-    found: dict[str, list[Row]] = {name: [] for name in WAYS}
+    found: dict[str, Row] = {}
     options = [f"--{key}={value}" for key, value in (size | {"threads": args.threads}).items()]
-    for _ in range(args.rounds):
-        for name in WAYS:
-            rows, wrong = rows_of_program([__file__, "--way", name, *options])
-            if wrong:
-                raise SystemExit(f"{name}: {wrong}")
-            found[name] += rows
-            print(f"  {name}: {rows[0]['seconds']:.1f} s", flush=True)
-    gap = largest_gap(found[OURS][0]["means"], found[HOOKS][0]["means"])
+    for name in WAYS:
+        rows, wrong = rows_of_program([__file__, "--way", name, *options])
+        if wrong:
+            raise SystemExit(f"{name}: {wrong}")
+        found[name] = rows[0]
+        print(f"  {name}: {found[name]['seconds']:.1f} s", flush=True)
+    gap = largest_gap(found[OURS]["means"], found[HOOKS]["means"])
     rows = rows_of(found)
     for row in rows:
         row["gap_to_hooks"] = gap if row["name"] == OURS else None

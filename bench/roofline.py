@@ -1,6 +1,5 @@
-"""Draws the rooflines in docs/ from bench/results: `python bench/roofline.py` (--check draws none
-and says which pictures show other results). Each benchmark that has measured the ceilings of its
-machine has a picture.
+"""The rooflines in docs/, one for each benchmark that has measured the ceilings of its machine.
+tables.py draws them.
 
     rate <= min(peak rate, intensity x bandwidth),   intensity = flop / bytes
 
@@ -8,15 +7,12 @@ flop counts the products that the mathematics needs; bytes counts every input re
 output written once. A square product and a copy in memory measure the two ceilings in the same run.
 """
 
-import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import tables
-from rows import ROOT, Row, is_wrong_peer, newest, shape_of
+from rows import RESULTS, ROOT, Row, is_wrong_peer, newest, shape_of
 
 DOCS = ROOT / "docs"
 BENCHMARKS = {"cuda": "a GPU", "cpu": "a CPU", "cpu_avx2": "a CPU without AVX-512"}
@@ -29,7 +25,7 @@ def points(name: str) -> list[Row]:
     """The rows with a rate of one benchmark's first shape and dtype. Rows in which not all tokens
     are live leave out products and are not shown, nor are peers with a wrong gradient. [] where the
     ceilings are not known."""
-    rows = newest(tables.RESULTS / f"{name}.jsonl")
+    rows = newest(RESULTS / f"{name}.jsonl")
     if not rows or "copy_gb_s" not in rows[0]:
         return []
     rows = [row for row in rows if shape_of(row) == shape_of(rows[0]) and "gb_s" in row]
@@ -96,13 +92,10 @@ def shown(picture: Path) -> str:
         return str(image.info.get(KEY, ""))
 
 
-def main() -> int:
-    """Exit status 1 if --check finds a picture that is missing or of other results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="draw nothing")
-    check, stale = parser.parse_args().check, []
+def update(check: bool) -> list[str]:
+    """Draws the pictures that are missing or show other results; with `check` draws none. Returns
+    their names."""
+    stale = []
     for name, machine in BENCHMARKS.items():
         rows, picture = points(name), DOCS / f"roofline_{name}.png"
         if not rows or shown(picture) == digest(rows):
@@ -111,11 +104,5 @@ def main() -> int:
         if not check:
             tokens, width, vocab = shape_of(rows[0])
             title = f"LM-head ops on {machine}, {rows[0]['dtype']}, N={tokens} D={width} V={vocab}"
-            figure = draw(rows, title)
-            figure.savefig(picture, dpi=110, metadata={KEY: digest(rows)})
-    print("\n".join(f"docs/{name}: {'differs' if check else 'drawn'}" for name in stale))
-    return int(check and bool(stale))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            draw(rows, title).savefig(picture, dpi=110, metadata={KEY: digest(rows)})
+    return stale

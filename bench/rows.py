@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 Row = dict[str, Any]
 GRADIENT_RIGHT = 5e-2
 """Largest relative Frobenius error of dX and dW in a right gradient. Rounding to bfloat16 gives

@@ -1,5 +1,6 @@
-"""Writes the tables of the documents from bench/results: `python bench/tables.py` (--check only
-compares). A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""Makes the tables and pictures of the documents from bench/results: `python bench/tables.py`
+(--check changes nothing and says what differs). A table stands between `<!-- table: NAME -->` and
+`<!-- end -->`.
 
 The programs that measure print the same tables of their own rows."""
 
@@ -8,11 +9,22 @@ import re
 import sys
 from collections.abc import Callable
 
+import roofline
 import scan_model
-from rows import ROOT, Cells, Row, add_best_peer, figure, is_wrong_peer, newest, shape_of, table
+from rows import (
+    RESULTS,
+    ROOT,
+    Cells,
+    Row,
+    add_best_peer,
+    figure,
+    is_wrong_peer,
+    newest,
+    shape_of,
+    table,
+)
 
 DOCUMENTS = ("README.md", "docs/performance.md")
-RESULTS = ROOT / "bench" / "results"
 PRODUCTS = {"block": "block products, AVX-512", "library": "torch's BLAS"}
 """What build_info() calls the products of a CPU, in words"""
 
@@ -143,7 +155,7 @@ def internal_table(rows: list[Row]) -> str:
 
 
 def pictures() -> str:
-    """What roofline.py has drawn."""
+    """The rooflines that were drawn."""
     names = sorted(file.name for file in (ROOT / "docs").glob("roofline_*.png"))
     links = [f"![rates against bandwidth and peak]({name})" for name in names]
     return "\n\n".join(links) or "No picture yet: no run has measured its machine's ceilings."
@@ -182,17 +194,20 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    """Exit status 1 if --check finds a table that differs."""
+    """Exit status 1 if --check finds a table or picture that differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
-    check, stale = parser.parse_args().check, []
+    check = parser.parse_args().check
+    stale = [
+        f"docs/{name}" for name in roofline.update(check)
+    ]  # before the tables, which link them
     for name in DOCUMENTS:
         text = (ROOT / name).read_text(encoding="utf-8")
         if filled(text) != text:
             stale.append(name)
             if not check:
                 (ROOT / name).write_text(filled(text), encoding="utf-8")
-    print("\n".join(f"{name}: tables {'differ' if check else 'written'}" for name in stale))
+    print("\n".join(f"{name}: {'differs' if check else 'written'}" for name in stale))
     return int(check and bool(stale))
 
 

@@ -237,9 +237,8 @@ def test_the_table_of_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_roofline_shows_what_may_be_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(roofline, "RESULTS", tmp_path)
     monkeypatch.setattr(roofline, "DOCS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["roofline.py"])
     rate = {"gflops": 5e5, "gb_s": 200.0, "live": 1, "copy_gb_s": 4000.0}
     rate |= {"gemm_tflops": {"bfloat16": 700.0}}
     rows = [
@@ -256,15 +255,14 @@ def test_the_roofline_shows_what_may_be_compared(
     write(tmp_path / "cuda.jsonl", *rows)
     shown = [row["name"] for row in roofline.points("cuda")]
     assert shown == [rows[n]["name"] for n in (0, 1, 4, 5)]
-    assert roofline.main() == 0 and picture.stat().st_size > 10_000
-    monkeypatch.setattr(sys, "argv", ["roofline.py", "--check"])
-    assert roofline.main() == 0
+    assert roofline.update(check=False) == [picture.name] and picture.stat().st_size > 10_000
+    assert roofline.update(check=True) == []
     write(tmp_path / "cuda.jsonl", *rows[:2])
-    assert roofline.main() == 1, "a picture of other results"
+    assert roofline.update(check=True) == [picture.name], "a picture of other results"
     picture.unlink()
-    assert roofline.main() == 1, "no picture"
+    assert roofline.update(check=True) == [picture.name], "no picture"
     write(tmp_path / "cuda.jsonl", *[gpu_row("policy_loss fwd+bwd", 42.0)])
-    assert roofline.main() == 0, "its ceilings are not known"
+    assert roofline.update(check=True) == [], "its ceilings are not known"
 
 
 # ---- regression.py -----------------------------------------------------------------------------

@@ -43,8 +43,8 @@ def test_both_ways_see_every_policy() -> None:
 
 
 def test_bars() -> None:
-    def run(seconds: float, peak: float) -> list[dict[str, float]]:
-        return [{"seconds": seconds, "peak_mib": peak}]
+    def run(seconds: float, peak: float) -> dict[str, float]:
+        return {"seconds": seconds, "peak_mib": peak}
 
     rows = bench.rows_of(
         {bench.FLOOR: run(10, 50), bench.OURS: run(14, 100), bench.HOOKS: run(28, 900)}
