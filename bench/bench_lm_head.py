@@ -33,7 +33,7 @@ from implementations import (
     ours,
 )
 from measure import MIB, Case, ceilings, environment, errors_of, memory_of, reason, time_rounds
-from rows import Row, add_best_peer, aligned, append, bar, figure, is_wrong_peer, show, table
+from rows import SHAPE, Row, add_best_peer, aligned, append, bar, figure, is_wrong_peer, show, table
 from truth import Truth
 
 import bupo.ops as ops
@@ -252,7 +252,7 @@ def bench(
     cuda = args.device == "cuda"
     error_tokens = min(args.error_tokens or (shape[0] if cuda else 256), shape[0])
     entries = args.entries or (512 if cuda else shape[2])
-    where = run | dict(zip(("tokens", "width", "vocab"), shape))
+    where = run | dict(zip(SHAPE, shape))
     rows: list[Row] = []
 
     def add(more: list[Row]) -> None:
@@ -294,7 +294,7 @@ def bench_shapes(args: argparse.Namespace, run: Row, others: list[Implementation
         if products_a_second and size / products_a_second > left:
             why = f"left out: about {size / products_a_second:.0f} s, {left:.0f} s are left"
             print(why)
-            where = run | dict(zip(("tokens", "width", "vocab"), shape))
+            where = run | dict(zip(SHAPE, shape))
             append(args.json, where, [{"name": "shape", "failed": why}])
             continue
         start = time.monotonic()
@@ -358,7 +358,7 @@ def main() -> int:
     good = bench_shapes(args, run, others)
     absent = [{"name": name, "missing": why, "peer": True} for name, why in missing.items()]
     if args.device == "cuda":
-        append(args.json, run | dict(zip(("tokens", "width", "vocab"), args.shapes[0])), absent)
+        append(args.json, run | dict(zip(SHAPE, args.shapes[0])), absent)
     for name, why in missing.items():
         print(f"missing: {name}: {why}")
     return int(not good)

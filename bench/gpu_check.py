@@ -47,15 +47,22 @@ def absent(job: Job, modules: tuple[str, ...]) -> list[str]:
 
 
 def program(job: Job, name: str) -> str | None:
-    """Where it is; in a dry run its name."""
+    """The path of a program, or in a dry run its name."""
     return name if job.dry_run else shutil.which(name, path=job.environment["PATH"])
+
+
+def new_file(job: Job, file: Path) -> Path:
+    """A file of results, without older ones that could be taken for those of this call."""
+    if not job.dry_run:
+        file.unlink(missing_ok=True)
+    return file.resolve()
 
 
 # ---- stages ------------------------------------------------------------------------------------
 
 
 def build(job: Job, wheels: Path | None, site: Path) -> None:
-    """First of all what is missing is named, with the wheel to bring."""
+    """Names what is missing first, with the wheel to bring."""
     if wheels:
         shutil.rmtree(site, ignore_errors=True)
         job.check(install_command(wheels, site))
@@ -83,8 +90,8 @@ def build(job: Job, wheels: Path | None, site: Path) -> None:
 
 
 def smoke(job: Job) -> str:
-    """Later stages use the first of these that is right, and later calls, which read it from a
-    file beside the wheels."""
+    """Later stages use the first kernels that are right, and so do later calls, which read their
+    name from a file."""
     right, wrong = [], []
     for kernels in ("sm90_pingpong", "sm90_cooperative", "portable"):
         status, output = job.run([PYTHON, "bench/smoke.py", kernels], seconds=job.left() / 2)
@@ -108,17 +115,16 @@ def smoke(job: Job) -> str:
 
 
 def bench(job: Job, out: Path, peers: bool = False) -> str:
-    """Without peers it begins a new file of results, so that a failure leaves no older ones that
-    could be taken for its own; with peers it adds to the file."""
+    """With peers, the rows are added to those without."""
     results = out.resolve() / "bench.jsonl"
-    if not peers and not job.dry_run:
-        results.unlink(missing_ok=True)
-        LAST_BENCH.unlink(missing_ok=True)
+    if not peers:
+        new_file(job, results)
+        new_file(job, LAST_BENCH)
     command = [PYTHON, "bench/bench_lm_head.py", "--device", "cuda", "--json", str(results)]
     command += ["--minutes", f"{0.9 * job.left() / 60:.2f}", *([] if peers else ["--peers"])]
     try:
         job.check(command)
-    finally:  # what was written before the end counts
+    finally:  # what was written before a failure counts
         if results.exists() and not job.dry_run:
             shutil.copy(results, LAST_BENCH)
     if job.dry_run:
@@ -155,23 +161,21 @@ def test(job: Job) -> str:
 
 
 def train(job: Job, out: Path, settings: tuple[str, ...] = ()) -> str:
-    """Its metrics, with peak memory on a GPU, go to train.jsonl."""
-    said = []
-    if not job.dry_run:
-        (out / "train.jsonl").unlink(missing_ok=True)
+    """Writes the metrics, with peak memory on a GPU, to train.jsonl."""
+    said, results = [], new_file(job, out / "train.jsonl")
     for dtype in ("float32", "bfloat16"):
         run = SCRATCH / f"train-{dtype}"
         shutil.rmtree(run, ignore_errors=True)
         command = [PYTHON, "-m", "bupo.run", "--out", str(run), f"model.compute_dtype={dtype}"]
         command += ["rollout.engine=hf", "bupo.steps=2", "eval.every=0"]
-        # Constant: else the learning rate depends on `steps`, which the second run extends.
+        # Any other schedule depends on `steps`, which the second run extends.
         command += ["optimizer.schedule=constant", *settings]
         job.check([*command, "steps=4"])
         job.check([*command, "steps=6", "resume=auto"])
         if job.dry_run:
             continue
         steps = read(run / "metrics.jsonl")
-        append(out / "train.jsonl", {"compute_dtype": dtype}, steps)
+        append(results, {"compute_dtype": dtype}, steps)
         if [step["step"] for step in steps] != list(range(1, 7)):
             raise Failed(f"{dtype}: steps {[step['step'] for step in steps]}, expected 1 to 6")
         if len({step["phase"] for step in steps}) != 2:
@@ -183,9 +187,7 @@ def train(job: Job, out: Path, settings: tuple[str, ...] = ()) -> str:
 
 
 def models(job: Job, out: Path) -> str:
-    results = out.resolve() / "models.jsonl"
-    if not job.dry_run:
-        results.unlink(missing_ok=True)
+    results = new_file(job, out / "models.jsonl")
     command = [PYTHON, "bench/bench_models.py", "--json", str(results)]
     command += ["--fastest", str(LAST_BENCH)] if LAST_BENCH.exists() else ["--peers", "eager"]
     minutes = f"{(job.left() - 20) / 60:.2f}"  # what has begun must also end
@@ -196,7 +198,7 @@ def models(job: Job, out: Path) -> str:
 
 
 def variants(job: Job, out: Path) -> str:
-    results = str(out.resolve() / "variants.jsonl")
+    results = str(new_file(job, out / "variants.jsonl"))
     folder = str(SCRATCH / "variants")
     job.check([PYTHON, "bench/variants.py", "--folder", folder, "--json", results])
     return results
@@ -208,14 +210,14 @@ def sanitize(job: Job) -> str:
         raise NotRun("compute-sanitizer is not installed")
     planted = str(SCRATCH / "planted")
     job.check(["nvcc", "-arch=native", "-o", planted, "bench/planted.cu"])
-    # API errors are not reported: torch probes for symbols; our own calls are checked.
+    # API errors are not reported, because torch probes for symbols; our own calls are checked.
     command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99"]
     command += ["--print-limit", "20", "--report-api-errors", "no"]
     status, output = job.run([*command, planted])
     if status != 99 and not job.dry_run:
         said = " ".join(output.split())[-200:]
         raise NotRun(f"it does not report a planted error here: exit status {status}, {said}")
-    # Without torch's pool each tensor is an allocation, and its end is an end.
+    # Without torch's pool each tensor is an allocation of its own, so a write past its end shows.
     exercise = [PYTHON, "bench/exercise.py", "small"]
     job.check([*command, *exercise], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return "memcheck: no error"
@@ -271,7 +273,7 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
 
 
 def write_summary(verdicts: list[Verdict], out: Path, environment: dict[str, str]) -> None:
-    """JSON lines like those of the benchmark: where and when, then one object per stage."""
+    """Adds a JSON line per stage, with where and when it ran as in those of the benchmark."""
     code = (
         "import json, measure, torch; device = 'cuda' if torch.cuda.is_available() else 'cpu'; "
         "print(json.dumps(measure.environment(device, 1)))"

@@ -10,11 +10,10 @@ import math
 import sys
 from pathlib import Path
 
-from rows import ROOT, Row, aligned, newest, table
+from rows import RESULTS, SHAPE, Row, aligned, newest, table
 
-BASELINE = ROOT / "bench" / "results" / "cuda.jsonl"
+BASELINE = RESULTS / "cuda.jsonl"
 OURS = ("policy_loss", "lm_head_logprobs")
-SHAPE = ("tokens", "width", "vocab")
 
 
 class Incomparable(Exception):

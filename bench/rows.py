@@ -11,6 +11,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+SHAPE = ("tokens", "width", "vocab")
+"""The keys of N, D and V in a row."""
 Row = dict[str, Any]
 GRADIENT_RIGHT = 5e-2
 """Largest relative Frobenius error of dX and dW in a right gradient. Rounding to bfloat16 gives
@@ -50,11 +52,12 @@ def rows_of_program(
     """Runs Python in a process of its own, with `path` and `folder` on its path. Returns the JSON
     objects that it printed on lines of their own, and what went wrong, or ""."""
     paths = filter(None, (path, str(folder), os.environ.get("PYTHONPATH", "")))
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     try:
         done = subprocess.run(
             [sys.executable, *arguments],
             cwd=folder,
-            env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ | environment,
             capture_output=True,
             text=True,
             timeout=seconds,
@@ -71,9 +74,9 @@ def rows_of_program(
 # ---- judgements --------------------------------------------------------------------------------
 
 
-def shape_of(row: Row) -> tuple[int, int, int]:
+def shape_of(row: Row) -> tuple[int, ...]:
     """N, D, V"""
-    return row["tokens"], row["width"], row["vocab"]
+    return tuple(row[key] for key in SHAPE)
 
 
 def gradient_is_right(row: Row) -> bool:

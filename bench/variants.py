@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from rows import ROOT, Row, aligned, append, rows_of_program, table
+from rows import ROOT, SHAPE, Row, aligned, append, rows_of_program, table
 
 SCAN, TILE = (f"csrc/cuda/sm90/{name}" for name in ("head_scan.cu", "tile_scan.cuh"))
 BUILT = ("csrc", "python_tests/emulator", "CMakeLists.txt", "setup.py", "pyproject.toml")
@@ -111,9 +111,9 @@ def build(tree: Path) -> str:
 
 
 def run(tree: Path, kernels: str, shape: list[int]) -> tuple[list[Row], str]:
-    """The rows of one process, and what went wrong: a kernel that waits for ever, say."""
+    """The rows of one process, and what went wrong: for example a kernel that waits for ever."""
     command = ["bench/bench_lm_head.py", "--device", "cuda", "--json", "/dev/stdout"]
-    command += [f"--{k}={n}" for k, n in zip(("tokens", "width", "vocab"), shape, strict=True)]
+    command += [f"--{k}={n}" for k, n in zip(SHAPE, shape, strict=True)]
     return rows_of_program([*command, "--kernels", kernels, "--peers"], tree, SECONDS)
 
 
