@@ -8,7 +8,6 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import peers
@@ -92,19 +91,16 @@ def cases_of(sets: list[Batch], dtype: torch.dtype, device: str) -> list[Case]:
     return found
 
 
-def bytes_of(case: Case) -> int:
-    """Every input read once and every output written once: the fewest that could be moved."""
-    tokens, width, vocab = case.batches[0].shape
-    element = case.dtype.itemsize
-    forward = element * (tokens + vocab) * width + 8 * tokens + 3 * 4 * tokens
-    gradients = element * (tokens + vocab) * width + 3 * 4 * tokens
-    return forward + (gradients if case.implementation.products == 3 else 0)
-
-
 def row_of(case: Case, reference: dict[str, float]) -> Row:
-    """The times of one case; reference: median milliseconds by name, of the same dtype."""
+    """The times of one case; reference: median milliseconds by name, of the same dtype. Bytes count
+    every input read once and every output written once: the fewest that could be moved."""
     tokens, width, vocab = case.batches[0].shape
-    flop = 2 * case.implementation.products * tokens * vocab * width
+    products = case.implementation.products
+    flop = 2 * products * tokens * vocab * width
+    matrices = case.dtype.itemsize * (tokens + vocab) * width
+    moved = matrices + 8 * tokens + 3 * 4 * tokens
+    if products == 3:
+        moved += matrices + 3 * 4 * tokens
     times = case.times()
     ms = times["ms"]
     row = {
@@ -112,8 +108,8 @@ def row_of(case: Case, reference: dict[str, float]) -> Row:
         "dtype": str(case.dtype).removeprefix("torch."),
         **times,
         "gflops": 1e-6 * flop / ms,
-        "gb_s": 1e-6 * bytes_of(case) / ms,
-        "products": case.implementation.products,
+        "gb_s": 1e-6 * moved / ms,
+        "products": products,
         "live": case.implementation.live,
         "peer": case.peer,
     }
@@ -150,38 +146,33 @@ def measure(found: list[Case], rounds: int, checked: tuple[Batch, Truth] | None)
 # ---- the table ---------------------------------------------------------------------------------
 
 
-def column(key: str, form: str) -> Callable[[Row], str]:
-    return lambda row: figure(row, key, form, missing="-")
-
-
-def name_of(row: Row) -> str:
-    return f"{row['name']}, {row['dtype']}" + " GRADIENT WRONG" * is_wrong_peer(row)
-
-
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "implementation": name_of,
-    "ms (p20-p80)": lambda row: f"{row['ms']:.2f} ({row['ms_p20']:.2f}-{row['ms_p80']:.2f})",
-    "TFLOP/s": lambda row: f"{row['gflops'] / 1e3:.3g}",
-    "GB/s": column("gb_s", ".0f"),
-    "x one bare GEMM": column("x_one_gemm", ".2f"),
-    "x three bare GEMMs": column("x_three_gemms", ".2f"),
-    "x ours": column("x_ours", ".2f"),
-    "x best peer": column("x_best_peer", ".2f"),
-    "peak MiB": column("peak_mib", ".0f"),
-    "max error logp": column("error_logprobs", ".1e"),
-    "max error H": column("error_entropy", ".1e"),
-    "rel error dX": column("error_d_hidden", ".1e"),
-    "rel error dW": column("error_d_weight", ".1e"),
+COLUMNS = {
+    "GFLOP/s": ("gflops", ".0f"),
+    "GB/s": ("gb_s", ".0f"),
+    "x one bare GEMM": ("x_one_gemm", ".2f"),
+    "x three bare GEMMs": ("x_three_gemms", ".2f"),
+    "x ours": ("x_ours", ".2f"),
+    "x best peer": ("x_best_peer", ".2f"),
+    "peak MiB": ("peak_mib", ".0f"),
+    "max error logp": ("error_logprobs", ".1e"),
+    "max error H": ("error_entropy", ".1e"),
+    "rel error dX": ("error_d_hidden", ".1e"),
+    "rel error dW": ("error_d_weight", ".1e"),
 }
+"""By title: a figure of a row, and its format"""
 
 
 def print_table(rows: list[Row]) -> None:
-    timed = [row for row in rows if "failed" not in row]
-    cells = [[cell(row) for cell in COLUMNS.values()] for row in timed]
-    print(aligned(table(list(COLUMNS), cells)))
+    cells = []
     for row in rows:
         if "failed" in row:
             print(f"no time: {row['name']}, {row['dtype']}: {row['failed']}")
+            continue
+        name = f"{row['name']}, {row['dtype']}" + " GRADIENT WRONG" * is_wrong_peer(row)
+        median = f"{row['ms']:.2f} ({row['ms_p20']:.2f}-{row['ms_p80']:.2f})"
+        figures = [figure(row, key, form, missing="-") for key, form in COLUMNS.values()]
+        cells.append([name, median, *figures])
+    print(aligned(table(("implementation", "ms (p20-p80)", *COLUMNS), cells)))
 
 
 # ---- bars --------------------------------------------------------------------------------------

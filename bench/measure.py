@@ -81,7 +81,9 @@ def time_rounds(
     run begins after the deadline, which is of time.monotonic()."""
     for turn in range(warm_up + rounds):
         for case in cases:
-            if case.failed or time.monotonic() > deadline or _is_slow_peer(case, cases[0]):
+            known = case.milliseconds[-1] if len(case.milliseconds) >= ENOUGH else 0.0
+            slow = case.peer and known and known > SLOW * cases[0].milliseconds[-1]
+            if case.failed or slow or time.monotonic() > deadline:
                 continue
             try:
                 elapsed = case.once(turn)
@@ -93,11 +95,6 @@ def time_rounds(
                 case.failed = reason(error)
             if case.failed:
                 case.release()
-
-
-def _is_slow_peer(case: Timed, floor: Timed) -> bool:
-    known = len(case.milliseconds) >= ENOUGH and case.peer
-    return known and case.milliseconds[-1] > SLOW * floor.milliseconds[-1]
 
 
 def milliseconds_of(run: Callable[[], object], device: torch.device) -> float:

@@ -73,20 +73,18 @@ class Training:
         self.policies: dict[int | None, tuple[float, Tensor, Tensor]] = {}
 
     def hidden(self, layer: int | None) -> Tensor:
-        """[N, D], before its gain"""
+        """[N, D], not yet multiplied with the gain of the policy"""
         with internal_policy(self.model, layer):
             return hidden_states(self.model, self.ids).flatten(0, 1)
 
+    @torch.no_grad()
     def policy(self, layer: int | None) -> tuple[float, Tensor, Tensor]:
         """Of the policy of a layer: the gain, with which hidden states are multiplied so that
         logits have their SPREAD; targets that are sampled from it; old log-probs near its own, so
         that ratios are near 1. Made at its first use."""
-        if layer not in self.policies:
-            with torch.no_grad():
-                self.policies[layer] = self._sample(self.hidden(layer))
-        return self.policies[layer]
-
-    def _sample(self, hidden: Tensor) -> tuple[float, Tensor, Tensor]:
+        if layer in self.policies:
+            return self.policies[layer]
+        hidden = self.hidden(layer)
         gain = SPREAD / float(self.head.logits(hidden[:ROWS]).float().std())
         sampled = []
         for part in hidden.split(ROWS):
@@ -95,7 +93,8 @@ class Training:
         targets = torch.cat(sampled).squeeze(1)
         logprobs = ops.lm_head_logprobs(hidden * gain, self.head.weight, targets).logprobs
         noise = torch.randn(logprobs.shape, generator=self.random, device=self.device)
-        return gain, targets, logprobs + 0.05 * noise
+        self.policies[layer] = gain, targets, logprobs + 0.05 * noise
+        return self.policies[layer]
 
     def step(self, layer: int | None, implementation: Implementation) -> None:
         """Gradients of the whole model, of the policy of a layer (None: the full one)."""

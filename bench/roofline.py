@@ -33,17 +33,6 @@ def points(name: str) -> list[Row]:
     return [r for r in rows if r["dtype"] == dtype and r["live"] == 1 and not is_wrong_peer(r)]
 
 
-def color_of(row: Row) -> str:
-    """Grey: a peer. Blue: bare products. Orange: bupo."""
-    if row.get("peer"):
-        return "#9ca3af"
-    return "#1d4ed8" if "GEMM" in row["name"] else "#c2410c"
-
-
-def digest(rows: list[Row]) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def draw(rows: list[Row], title: str) -> Any:
     """On the left the roofline, on the right the rate of each implementation."""
     import matplotlib
@@ -56,7 +45,10 @@ def draw(rows: list[Row], title: str) -> Any:
     rows = sorted(rows, key=lambda row: row["gflops"])
     rates = [row["gflops"] / 1e3 for row in rows]
     intensities = [row["gflops"] / row["gb_s"] for row in rows]
-    colors = [color_of(row) for row in rows]
+    grey, blue, orange = "#9ca3af", "#1d4ed8", "#c2410c"  # peers, bare products, bupo
+    colors = [
+        grey if row.get("peer") else blue if "GEMM" in row["name"] else orange for row in rows
+    ]
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(10, 0.25 * len(rows) + 2.2), layout="constrained"
     )
@@ -82,14 +74,14 @@ def draw(rows: list[Row], title: str) -> Any:
     return figure
 
 
-def shown(picture: Path) -> str:
-    """The digest of the results that a picture was made from; "" if there is none."""
+def shows(picture: Path, digest: str) -> bool:
+    """Whether a picture is there and was made from results with this digest."""
     from PIL import Image
 
     if not picture.exists():
-        return ""
+        return False
     with Image.open(picture) as image:
-        return str(image.info.get(KEY, ""))
+        return image.info.get(KEY) == digest
 
 
 def update(check: bool) -> list[str]:
@@ -98,11 +90,13 @@ def update(check: bool) -> list[str]:
     stale = []
     for name, machine in BENCHMARKS.items():
         rows, picture = points(name), DOCS / f"roofline_{name}.png"
-        if not rows or shown(picture) == digest(rows):
+        text = json.dumps(rows, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if not rows or shows(picture, digest):
             continue
         stale.append(picture.name)
         if not check:
             tokens, width, vocab = shape_of(rows[0])
             title = f"LM-head ops on {machine}, {rows[0]['dtype']}, N={tokens} D={width} V={vocab}"
-            draw(rows, title).savefig(picture, dpi=110, metadata={KEY: digest(rows)})
+            draw(rows, title).savefig(picture, dpi=110, metadata={KEY: digest})
     return stale

@@ -154,13 +154,6 @@ def internal_table(rows: list[Row]) -> str:
     )
 
 
-def pictures() -> str:
-    """The rooflines that were drawn."""
-    names = sorted(file.name for file in (ROOT / "docs").glob("roofline_*.png"))
-    links = [f"![rates against bandwidth and peak]({name})" for name in names]
-    return "\n\n".join(links) or "No picture yet: no run has measured its machine's ceilings."
-
-
 MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "cpu": ("cpu", cpu_table),
     "cpu_avx2": ("cpu_avx2", cpu_table),
@@ -176,7 +169,9 @@ MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
 def made(name: str) -> str:
     """A table of the documents, or a sentence that says what there is not yet."""
     if name == "rooflines":
-        return pictures()
+        pictures = sorted(file.name for file in (ROOT / "docs").glob("roofline_*.png"))
+        links = [f"![rates against bandwidth and peak]({picture})" for picture in pictures]
+        return "\n\n".join(links) or "No picture yet: no run has measured its machine's ceilings."
     if name == "predictions":
         return scan_model.predictions()
     results, make = MEASURED[name]
