@@ -24,7 +24,7 @@ PYTHON = sys.executable
 SCRATCH = ROOT / "build" / "gpu-check-scratch"
 """Beside the results and not among them, because whoever fetches those wants few files."""
 LAST_BENCH = SCRATCH / "bench.jsonl"
-"""Stays where the results are fetched and gone before the next call."""
+"""A copy for the next call, because the results may be fetched and deleted in between."""
 OPERATOR_TESTS = ["test_ops_tensors.py", "test_policy_loss.py", "test_lm_head.py"]
 GPU_TESTS = ["test_gpu.py", "test_gpu_sizes.py"]
 NEEDED_BY_TESTS = ("pytest", "pytest_timeout", "hypothesis")

@@ -34,20 +34,18 @@ def hollow(package: str) -> None:
     """Makes `import package.module` work without running the __init__ of the packages on the way.
     Those of trl and verl import the whole trainer, and with it ray, datasets and more, none of
     which the kernel needs."""
-    root = package.partition(".")[0]
-    spec = importlib.util.find_spec(root)
+    names = package.split(".")
+    spec = importlib.util.find_spec(names[0])
     if spec is None:
-        raise ModuleNotFoundError(f"No module named '{root}'")
-    folders, name = list(spec.submodule_search_locations or []), ""
-    for part in package.split("."):
-        if name:
-            folders = [f"{folder}/{part}" for folder in folders]
-        name = f"{name}.{part}".lstrip(".")
+        raise ModuleNotFoundError(f"No module named '{names[0]}'")
+    for depth in range(1, len(names) + 1):
+        name = ".".join(names[:depth])
         if name not in sys.modules:
             module = types.ModuleType(name)
-            module.__path__ = folders
+            folders = spec.submodule_search_locations or []
+            module.__path__ = ["/".join((folder, *names[1:depth])) for folder in folders]
             module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-            module.__spec__.submodule_search_locations = folders
+            module.__spec__.submodule_search_locations = module.__path__
             sys.modules[name] = module
 
 
