@@ -1,5 +1,5 @@
-"""Entropies of all internal policies of a model: bupo's sweep, the hook-and-softmax way, and the
-bare GEMMs with the head that no way can do without. Seconds and peak memory, on a CPU.
+"""Seconds and peak memory of the entropies of all internal policies of a model, on a CPU: by bupo's
+sweep, by hooks and softmax, and the bare GEMMs with the head that any way needs.
 
 Each runs in a process of its own. Protocol: bench/README.md.
 """
@@ -22,12 +22,9 @@ from bupo.internal import Text, entropy_flow
 
 FLOOR, OURS, HOOKS = "bare GEMMs", "entropy_flow", "hooks and softmax"
 SIZE = {"layers": 12, "width": 512, "vocab": 32768, "texts": 16, "length": 1024}
-CHUNK = 1024
-"""Rows of a bare GEMM: enough for its full speed."""
-LARGEST_GAP = 1e-3
-"""Nats by which the mean entropies of both ways may differ."""
-Entropies = dict[str, Tensor]
-"""[layer, token] by policy"""
+CHUNK = 1024  # rows of a bare GEMM: enough for its full speed
+LARGEST_GAP = 1e-3  # nats by which the mean entropies of both ways may differ
+Entropies = dict[str, Tensor]  # [layer, token] by policy
 
 
 def build(size: argparse.Namespace, attention: str) -> nn.Module:
@@ -62,8 +59,8 @@ def ours(size: argparse.Namespace) -> Callable[[], Entropies]:
 
 
 def hooks(size: argparse.Namespace) -> Callable[[], Entropies]:
-    """A text at a time: a forward that keeps hidden states, attention maps and, by hooks, a copy
-    of what each module reads and writes; then logits, softmax and log-softmax of each."""
+    """Takes one text at a time: a forward that keeps hidden states, attention maps and, by hooks, a
+    copy of what each module reads and writes; then logits, softmax and log-softmax of each."""
     model, ids = build(size, "eager"), texts(size)
     kept: dict[tuple[str, int], Tensor] = {}
     parts = {
@@ -121,7 +118,7 @@ WAYS: dict[str, Callable[[argparse.Namespace], Callable[[], Entropies]]] = {
 
 
 def once(name: str, size: argparse.Namespace) -> Row:
-    """One analysis, after one of a sixteenth of the tokens as a warm-up."""
+    """Measures one analysis, after another of a sixteenth of the tokens as a warm-up."""
     small = argparse.Namespace(**vars(size) | {"length": max(2, size.length // 16)})
     WAYS[name](small)()
     run, cpu, found = WAYS[name](size), torch.device("cpu"), Entropies()
@@ -132,7 +129,7 @@ def once(name: str, size: argparse.Namespace) -> Row:
 
 
 def largest_gap(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:
-    """In nats, of mean entropies by policy and layer."""
+    """The largest difference of mean entropies by policy and layer, in nats."""
     assert a.keys() == b.keys(), (sorted(a), sorted(b))
     return max(abs(x - y) for name in a for x, y in zip(a[name], b[name]))
 

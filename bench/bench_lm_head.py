@@ -1,7 +1,7 @@
 """Time, memory and error of the LM-head ops, beside bare GEMMs, plain torch and other libraries.
 
 Every implementation runs once per round, in one process, so that a slow moment of the machine
-falls on all of them. How to read the table: bench/README.md.
+affects all of them. How to read the table: bench/README.md.
 """
 
 import argparse
@@ -38,11 +38,9 @@ from truth import Truth
 import bupo.ops as ops
 from bupo.ops.registration import CUDA_KERNELS
 
-Shape = tuple[int, int, int]
-"""N, D, V"""
+Shape = tuple[int, int, int]  # N, D, V
 CPU_SHAPE = (2048, 1024, 32768)
-SWEEP_SHAPE = (36 * 3 * 2048, 4096, 151936)
-"""36 layers x 3 policies x 2048 tokens, forward only"""
+SWEEP_SHAPE = (36 * 3 * 2048, 4096, 151936)  # 36 layers x 3 policies x 2048 tokens, forward only
 GPU_SHAPES = (
     (8192, 4096, 151936),
     (8192, 2560, 151936),
@@ -52,16 +50,14 @@ GPU_SHAPES = (
     (32768, 2560, 151936),
     (32768, 4096, 128256),
 )
-"""The most important first: what does not fit into --minutes is left out from the end."""
+"""The most important first: those for which --minutes leaves no time are dropped from the end."""
 CPU_PEERS = (peers.EAGER, peers.CROSS_ENTROPY)
-BUDGET = 4 << 30
-"""The workspace that bupo.ops takes by default on a GPU with 16 GiB free."""
-SWEEP_TOKENS = 100_000
-"""A shape with this many tokens or more is a sweep."""
+BUDGET = 4 << 30  # the workspace that bupo.ops takes by default on a GPU with 16 GiB free
+SWEEP_TOKENS = 100_000  # A shape with this many tokens or more is a sweep
 
 
 def input_sets(shape: Shape, dtype: torch.dtype, device: str) -> list[Batch]:
-    """One on the CPU. On a GPU at least two, and four times its L2 in all, 8 at most."""
+    """One on the CPU; on a GPU two to eight, together at least four times its L2 cache."""
     count = 1
     if device == "cuda" and shape[0] < SWEEP_TOKENS:
         one_set = (shape[0] + shape[2]) * shape[1] * dtype.itemsize
@@ -120,7 +116,7 @@ def row_of(case: Case, reference: dict[str, float]) -> Row:
 
 
 def measure(found: list[Case], rounds: int, checked: tuple[Batch, Truth] | None) -> list[Row]:
-    """One row of the table per case; errors on the batch whose truth is known."""
+    """Returns one row of the table per case, with errors on the batch whose truth is known."""
     time_rounds(found, rounds, warm_up=2 if found[0].device.type == "cuda" else 1)
     timed = {case.label: case.times()["ms"] for case in found if not case.failed}
     rows = []
@@ -179,7 +175,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 def cpu_bars(rows: list[Row]) -> list[str]:
-    """A line for each of which both figures are there."""
+    """A line for each bar both of whose figures are there."""
     ms = {(row["name"], row["dtype"]): row["ms"] for row in rows if "ms" in row}
     quarter = live_name(0.25)
     bars = [
@@ -238,8 +234,8 @@ def cuda_bars(rows: list[Row], shape: tuple[int, int, int], budget_mib: float) -
 def bench(
     shape: Shape, args: argparse.Namespace, run: Row, others: list[Implementation]
 ) -> list[Row]:
-    """Ours first, then each peer beside the floor and ours. Rows are written as they are made, so
-    that a peer that hangs, or the end of the time, loses none of those before it."""
+    """Measures ours first, then each peer beside the floor and ours. Rows are written as they are
+    made, so that none is lost if a later peer hangs or the time ends."""
     cuda = args.device == "cuda"
     error_tokens = min(args.error_tokens or (shape[0] if cuda else 256), shape[0])
     entries = args.entries or (512 if cuda else shape[2])
@@ -262,7 +258,7 @@ def bench(
         beside = [case for case in mine if case.label in (THREE, ONE, POLICY) and not case.failed]
         for peer in others if checked else []:
             if not cuda and dtype != torch.float32 and peer.name.startswith(peers.EAGER):
-                continue  # it would take minutes
+                continue  # this would take minutes
             for case in beside:
                 case.milliseconds.clear()
             add(measure([*beside, Case(peer, dtype, sets)], args.rounds, checked)[len(beside) :])
@@ -275,7 +271,7 @@ def bench(
 
 
 def bench_shapes(args: argparse.Namespace, run: Row, others: list[Implementation]) -> bool:
-    """Whether ours all have figures, at every shape that there was time for."""
+    """Returns whether all of ours have figures, at every shape that there was time for."""
     began, products_a_second, good = time.monotonic(), 0.0, True
     for shape in args.shapes:
         tokens, width, vocab = shape

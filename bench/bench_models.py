@@ -1,8 +1,8 @@
 """Forward and backward of real models in a training step: by bupo's loss, by plain torch and by
 other libraries; the full policy against an internal one; and the sweep of all internal policies.
 
-The models have the sizes of their public configurations and random weights, gradient checkpointing
-on. Protocol: bench/README.md.
+The models have the sizes of their public configurations, random weights and gradient checkpointing.
+Protocol: bench/README.md.
 """
 
 import argparse
@@ -41,8 +41,8 @@ DEFAULT_PEERS = [name for name in POLICY_PEERS if name != peers.COMPILED]
 
 
 class ModelCase(Timed):
-    """Something that a model does, over and over. If it leaves the gradient of the policy loss,
-    that is compared with `truth`, which the first case of a layer fills: ours."""
+    """Something that a model does again and again. If it leaves the gradient of the policy loss,
+    this is compared with `truth`, which the first case of a layer, ours, fills."""
 
     def __init__(
         self,
@@ -117,8 +117,8 @@ def loss_cases(
 
 
 def adamw_case(training: Training, layer: int | None) -> ModelCase:
-    """A whole update: the gradients by our loss, then AdamW, whose state stays. At a learning rate
-    of 0 it does the work of an update, and has the same numbers in every round."""
+    """A whole update: the gradients by our loss, then AdamW, whose state stays. A learning rate of
+    0 takes the work of an update and keeps the numbers the same in every round."""
     fused = training.device.type == "cuda"
     optimizer = torch.optim.AdamW(training.model.parameters(), lr=0.0, fused=fused)
 
@@ -189,8 +189,8 @@ def longest_rows(
 
 
 def add_ratios(rows: list[Row]) -> None:
-    """x_bupo: over ours for the same policy. x_full: over the same loss for the full policy.
-    x_gemms: of the sweep, over its bare products."""
+    """x_bupo is over ours for the same policy, x_full over the same loss for the full policy, and
+    x_gemms is the sweep over its bare products."""
     times = {(row["name"], row["layer"]): row["ms"] for row in rows if "ms" in row}
     for row in rows:
         floors = {"x_bupo": (OURS, row["layer"]), "x_full": (row["name"], None)}
@@ -202,7 +202,7 @@ def add_ratios(rows: list[Row]) -> None:
 
 
 def bars(rows: list[Row]) -> list[str]:
-    """Those of Qwen3-4B."""
+    """The bars that hold for Qwen3-4B."""
     internal = {row["name"]: row for row in rows if row["layer"]}
     sweep = {row["name"]: row for row in rows if row["name"] == SWEEP}
     return [
@@ -218,7 +218,7 @@ def bars(rows: list[Row]) -> list[str]:
 def bench(
     name: str, args: argparse.Namespace, others: list[Implementation], deadline: float
 ) -> Iterator[list[Row]]:
-    """The rows of one model, group after group: what was measured is not lost with what follows."""
+    """Yields the rows of one model in groups, so that a failure does not lose earlier ones."""
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model = build(name, args.fields, dtype, args.device)
     sequences = max(1, args.tokens // args.length)
@@ -270,7 +270,7 @@ def parse() -> argparse.Namespace:
     add("--rounds", type=int, default=3, help="timed rounds after the warm-up")
     add("--peers", nargs="*", default=DEFAULT_PEERS, choices=POLICY_PEERS, metavar="NAME")
     add("--fastest", type=Path, metavar="FILE", help="eager and the fastest right peer of this run")
-    add("--minutes", type=float, default=60.0, help="after which nothing begins")
+    add("--minutes", type=float, default=60.0, help="after this time nothing begins")
     add("--fields", type=json.loads, default={}, help="JSON: over the models' configurations")
     add("--json", type=Path, metavar="FILE", help="append a line per case")
     args = parser.parse_args()

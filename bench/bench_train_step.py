@@ -1,8 +1,8 @@
 """A training step of bupo and of TRL's GRPOTrainer: seconds by stage and peak memory, on a CPU.
 
-Both train the same random model on the same prompts, with as many rollouts, tokens, optimiser
-updates and rollouts a micro-batch, in float32, and generate by transformers. Each runs in a process
-of its own; the processes take turns, so that a slow moment of the machine falls on all of them.
+Both train the same random model on the same prompts, with the same numbers of rollouts, tokens,
+optimiser updates and rollouts per micro-batch, in float32, and generate by transformers. Each runs
+in a process of its own; the processes take turns, so that a slow moment of the machine affects all.
 Protocol: bench/README.md.
 """
 
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 STAGES = ("rollout", "old_logprobs", "update", "sync", "rest")
 OURS, PEER = "bupo", "TRL GRPOTrainer"
 BARS = (("without_rollout", 1.5), ("step", 1.0), ("peak_mib", 1.0))
-"""A figure, and what TRL's over ours has to be at least"""
+"""A figure, and the least that TRL's over ours has to be."""
 
 
 @dataclasses.dataclass
@@ -34,10 +34,8 @@ class Side:
 
     name: str
     arguments: list[str]
-    path: str = ""
-    """of packages that this side alone imports"""
-    layer: int | None = None
-    """the internal policy that it trains"""
+    path: str = ""  # of packages that this side alone imports
+    layer: int | None = None  # the internal policy that it trains
     steps: list[Row] = dataclasses.field(default_factory=list)
     failed: str = ""
 
@@ -75,8 +73,8 @@ def sides(size: Size, folder: Path, args: argparse.Namespace) -> list[Side]:
 
 
 def add_ratios(rows: Sequence[Row]) -> None:
-    """x_bupo_FIGURE: over that of the full step of bupo. On a machine that others use as well, CPU
-    seconds differ less than the others from run to run."""
+    """x_bupo_FIGURE is over that of the full step of bupo. On a machine that is used for other work
+    as well, CPU seconds vary the least from run to run."""
     full = next(row for row in rows if row["name"] == OURS)
     for row in rows:
         if "failed" not in row and "failed" not in full:
@@ -93,7 +91,7 @@ def bars(rows: Sequence[Row]) -> list[str]:
 
 
 def check_work(rows: Sequence[Row], size: Size) -> None:
-    """A side that has not trained on as many tokens as it was asked for gets no time."""
+    """A side that has not trained on the number of tokens that it was asked for gets no time."""
     expected = size.rollouts * size.new_tokens
     for row in rows:
         if "failed" not in row and row["tokens"] != expected:

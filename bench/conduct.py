@@ -1,6 +1,5 @@
-"""Runs stages one after another: a time cap for each, live output, one log, a summary last.
-
-Knows nothing of what the stages do; gpu_check.py says that.
+"""Runs stages one after another, each with a time cap and live output, all with one log and a
+summary. gpu_check.py defines what the stages do.
 """
 
 import contextlib
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 Command = list[str]
-GRACE = 10.0
-"""Seconds between the interrupt and the kill of a stage that is over its time."""
+GRACE = 10.0  # seconds between the interrupt and the kill of a stage that is over its time
 
 
 class NotRun(Exception):
@@ -34,12 +32,9 @@ class Job:
 
     name: str
     log: TextIO
-    deadline: float
-    """of time.monotonic()"""
-    environment: dict[str, str]
-    """of commands; what a stage adds holds for later ones too"""
-    folder: Path
-    """where commands run"""
+    deadline: float  # of time.monotonic()
+    environment: dict[str, str]  # of commands; what a stage adds holds for later ones too
+    folder: Path  # where commands run
     dry_run: bool = False
 
     def left(self) -> float:
@@ -53,9 +48,9 @@ class Job:
     def run(
         self, command: Command, *, seconds: float = float("inf"), **environment: str
     ) -> tuple[int, str]:
-        """Returns exit status and output. A command over its time is interrupted, so that it can
-        say what it has found, and killed with all its children ten seconds later; then the stage
-        fails, and what the command printed is in the log."""
+        """Returns exit status and output. A command that exceeds its time is interrupted, so that
+        it can say what it has found, and killed with all its children ten seconds later. Then the
+        stage fails, and what the command printed is in the log."""
         self.say("$ " + shlex.join([*(f"{k}={v}" for k, v in environment.items()), *command]))
         if self.dry_run:
             return 0, ""
@@ -91,7 +86,7 @@ class Job:
                 process.wait(GRACE)
             raise Failed(f"over its {seconds:.0f} s: {shlex.join(command)}") from None
         finally:
-            with contextlib.suppress(ProcessLookupError):  # children may have outlived it
+            with contextlib.suppress(ProcessLookupError):  # its children may have outlived it
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             reader.join(5)
@@ -108,25 +103,19 @@ class Job:
 @dataclasses.dataclass(frozen=True)
 class Stage:
     name: str
-    seconds: float
-    """its cap"""
-    run: Callable[[Job], str | None]
-    """returns a remark for the summary; raises Failed or NotRun"""
-    needed: bool = False
-    """whether later stages make no sense if it fails"""
-    minimum: float = 0.0
-    """seconds that the stages before it leave for it"""
+    seconds: float  # its cap
+    run: Callable[[Job], str | None]  # returns a remark for the summary; raises Failed or NotRun
+    needed: bool = False  # whether later stages make no sense if it fails
+    minimum: float = 0.0  # seconds that the stages before it leave for it
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     stage: str
-    verdict: str
-    """ok, FAILED, not run; planned in a dry run"""
+    verdict: str  # ok, FAILED, not run; planned in a dry run
     seconds: float
     why: str
-    bad: bool
-    """whether it failed, came too late, or came after a failed stage that it needs"""
+    bad: bool  # whether it failed, came too late, or came after a failed stage that it needs
 
 
 def _verdict_of(stage: Stage, job: Job, broken: str) -> tuple[str, str, bool]:

@@ -29,8 +29,7 @@ OPERATOR_TESTS = ["test_ops_tensors.py", "test_policy_loss.py", "test_lm_head.py
 GPU_TESTS = ["test_gpu.py", "test_gpu_sizes.py"]
 NEEDED_BY_TESTS = ("pytest", "pytest_timeout", "hypothesis")
 HINT = "(--list-wheels, --wheels; or `make setup`)"
-KERNELS = "BUPO_CUDA_KERNELS"
-"""The environment variable from which bupo.ops takes its default."""
+KERNELS = "BUPO_CUDA_KERNELS"  # the environment variable from which bupo.ops takes its default
 CALLS = {
     "first": ["build", "smoke", "bench", "test", "train"],
     "second": ["build", "peers", "models"],

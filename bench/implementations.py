@@ -1,7 +1,7 @@
-"""What the benchmarks run of this package, and bare matrix products as the floor.
+"""The ops of this package as the benchmarks run them, and bare matrix products as the floor.
 
-The implementations of others are in peers.py. An implementation takes a batch, leaves gradients in
-.grad if it has three products, and returns its per-token results, whose errors are measured.
+Peers are in peers.py. An implementation takes a batch, leaves gradients in .grad if it has three
+products, and returns its per-token results, whose errors are measured.
 """
 
 import dataclasses
@@ -21,8 +21,7 @@ SWEEP, SWEEP_GEMM = "lm_head_logprobs fwd, layer sweep", "one bare GEMM, layer s
 SWEEP_ROWS = 8192
 """Rows of one bare product of a sweep on a GPU, which has to write its logits somewhere."""
 
-Outputs = dict[str, Tensor]
-"""logprobs and entropy, as far as an implementation gives them"""
+Outputs = dict[str, Tensor]  # logprobs and entropy, as far as an implementation gives them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +30,7 @@ class Implementation:
     run: Callable[[Batch], Outputs]
     products: int
     """matrix products of 2NDV flop that its mathematics needs (recomputation not counted)"""
-    live: float = 1.0
-    """share of the tokens that have a gradient"""
+    live: float = 1.0  # share of the tokens that have a gradient
     peer: bool = False
     loss: str = "policy"
     """whose gradient it leaves: the "policy" loss, or plain "cross entropy" over N"""
@@ -47,7 +45,7 @@ def live_name(share: float) -> str:
 
 
 def ratio_loss(batch: Batch, logprobs: Tensor) -> Tensor:
-    """The policy loss in torch on top of per-token log-probs, nothing clipped."""
+    """The policy loss in torch on top of per-token log-probs, without clipping."""
     ratio = (logprobs - batch.old_logprobs).exp()
     return -(batch.token_weights * ratio * batch.advantages).sum()
 
@@ -98,7 +96,7 @@ def ours(cuda: bool) -> list[Implementation]:
 
 
 class Gemms:
-    """X W^T, dZ W, dZ^T X into memory that is there already; dZ is what the first one wrote."""
+    """X W^T, dZ W and dZ^T X into existing memory; dZ is what the first product wrote."""
 
     def __init__(self, batch: Batch) -> None:
         x, w = batch.hidden.detach(), batch.weight.detach()

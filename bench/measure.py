@@ -34,8 +34,7 @@ class Timed:
     def __init__(self, label: str, device: torch.device, peer: bool = False) -> None:
         self.label, self.device, self.peer = label, device, peer
         self.milliseconds: list[float] = []
-        self.failed = ""
-        """why it has no time"""
+        self.failed = ""  # why it has no time
 
     def once(self, turn: int) -> float:
         """Runs once and returns the milliseconds; turn 0 is the first warm-up."""
@@ -77,7 +76,7 @@ class Case(Timed):
 def time_rounds(
     cases: Sequence[Timed], rounds: int, warm_up: int = 1, deadline: float = float("inf")
 ) -> None:
-    """Runs all cases once a round, so that a slow moment of the machine falls on all of them. No
+    """Runs all cases once per round, so that a slow moment of the machine affects all of them. No
     run begins after the deadline, which is of time.monotonic()."""
     for turn in range(warm_up + rounds):
         for case in cases:

@@ -24,8 +24,7 @@ from torch import Tensor
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 Loss = Callable[[Batch], tuple[Tensor, Outputs]]
-RESERVED: dict[str, float] = {}
-"""MiB that a peer holds outside of torch's allocator, by its name"""
+RESERVED: dict[str, float] = {}  # miB that a peer holds outside of torch's allocator, by its name
 EAGER, COMPILED = "eager", "torch.compile of eager"
 CROSS_ENTROPY = "F.linear_cross_entropy"
 
@@ -218,11 +217,9 @@ def load_verl_torch() -> LogProbs:
 @dataclasses.dataclass(frozen=True)
 class Peer:
     name: str
-    gives: str
-    """"logprobs" (per token, differentiable), "policy" or "cross entropy" (only a loss)"""
+    gives: str  # "logprobs" (per token, differentiable), "policy" or "cross entropy" (only a loss)
     load: Callable[[], Any]
-    package: str = ""
-    """what to install; "" for torch itself"""
+    package: str = ""  # what to install; "" for torch itself
     gpu_only: bool = False
 
     def implementations(self) -> list[Implementation]:

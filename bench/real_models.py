@@ -1,4 +1,4 @@
-"""Models with random weights, and what bench_models.py trains them on: random tokens."""
+"""Models with random weights, and random tokens on which bench_models.py trains them."""
 
 from typing import Any
 
@@ -27,10 +27,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 SPREAD = 4.0
 """Standard deviation of the logits, as of a trained model. Random weights give a flat softmax, and
 no check would miss its part of the gradient."""
-ROWS = 1024
-"""Rows of logits that are in memory at once where a policy is made."""
-CHECKED = 2048
-"""Entries of the vocabulary, and targets, whose gradients are compared."""
+ROWS = 1024  # rows of logits that are in memory at once where a policy is made
+CHECKED = 2048  # entries of the vocabulary, and targets, whose gradients are compared
 
 
 def random_model(
@@ -43,7 +41,7 @@ def random_model(
 
 
 def random_qwen3(layers: int, width: int, vocab: int, **fields: Any) -> nn.Module:
-    """A small one in float32, with heads of 64."""
+    """A small Qwen3 in float32, with heads of width 64."""
     sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 3 * width}
     heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64}
     head = {"head_dim": 64, "vocab_size": vocab, "tie_word_embeddings": False}
@@ -79,9 +77,9 @@ class Training:
 
     @torch.no_grad()
     def policy(self, layer: int | None) -> tuple[float, Tensor, Tensor]:
-        """Of the policy of a layer: the gain, with which hidden states are multiplied so that
-        logits have their SPREAD; targets that are sampled from it; old log-probs near its own, so
-        that ratios are near 1. Made at its first use."""
+        """Of the policy of a layer: the gain by which hidden states are multiplied so that logits
+        have their SPREAD; targets that are sampled from the policy; old log-probs near its own, so
+        that ratios are near 1. Made at the first use."""
         if layer in self.policies:
             return self.policies[layer]
         hidden = self.hidden(layer)
@@ -97,7 +95,7 @@ class Training:
         return self.policies[layer]
 
     def step(self, layer: int | None, implementation: Implementation) -> None:
-        """Gradients of the whole model, of the policy of a layer (None: the full one)."""
+        """Leaves the model's gradients for the policy of a layer (None: the full policy)."""
         gain, targets, old_logprobs = self.policy(layer)
         given = (targets, old_logprobs, self.advantages, self.token_weights)
         implementation.run(Batch(self.hidden(layer) * gain, self.head.weight, *given))
@@ -106,8 +104,8 @@ class Training:
         self.model.zero_grad(set_to_none=True)
 
     def gradients(self, layer: int | None) -> dict[str, Tensor]:
-        """What shows most of a loss: of the head, to which all tokens add, rows spread over the
-        vocabulary and some of targets; and of layer 1 one matrix, to which dX has come down."""
+        """Gradients that show the most of a loss: rows of the head, to which all tokens add, spread
+        over the vocabulary and of some targets; and one matrix of layer 1, which dX has reached."""
         head, first = self.head.weight.grad, decoder_stack(self.model).layers[0]
         down = next(first.parameters()).grad
         assert head is not None and down is not None

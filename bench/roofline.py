@@ -17,8 +17,7 @@ from rows import RESULTS, ROOT, Row, is_wrong_peer, newest, shape_of
 DOCS = ROOT / "docs"
 BENCHMARKS = {"cuda": "a GPU", "cpu": "a CPU", "cpu_avx2": "a CPU without AVX-512"}
 SMALL: dict[str, Any] = {"fontsize": 8}
-KEY = "results"
-"""The key in a picture's metadata, of a digest of the rows that it shows"""
+KEY = "results"  # the key in a picture's metadata of a digest of its rows
 
 
 def points(name: str) -> list[Row]:

@@ -11,8 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-SHAPE = ("tokens", "width", "vocab")
-"""The keys of N, D and V in a row."""
+SHAPE = ("tokens", "width", "vocab")  # the keys of N, D and V in a row
 Row = dict[str, Any]
 GRADIENT_RIGHT = 5e-2
 """Largest relative Frobenius error of dX and dW in a right gradient. Rounding to bfloat16 gives
@@ -122,8 +121,7 @@ def figure(row: Row, key: str, form: str, missing: str = "") -> str:
     return missing if row.get(key) is None else f"{row[key]:{form}}"
 
 
-Cells = Sequence[str | None]
-"""None and "" are both empty; they differ in the number of blanks."""
+Cells = Sequence[str | None]  # None and "" are both empty; they differ in the number of blanks
 
 
 def table(titles: Cells, rows: Iterable[Cells], text_columns: int = 1) -> str:

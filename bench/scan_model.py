@@ -10,7 +10,7 @@ A 128-row tile of C columns keeps a tensor core busy for 128 C D 2 / 4096 clocks
 clocks adds to each tile where both warpgroups run it at the same time (cooperative), and only once,
 at the end, where one multiplies meanwhile (ping-pong). A cuBLAS product, the unit of every ratio,
 has one of 900 clocks. A grid takes as long as its busiest cluster. The library's products dX and dW
-count as bare ones. Left out: power, which lets a product that rests run faster later, and L2.
+count as bare ones. The model leaves out L2, and power: after a rest, a product runs faster.
 """
 
 import dataclasses
@@ -27,8 +27,7 @@ SHAPES = (
     (1024, 4096, 151936),
     (256, 4096, 151936),
 )
-FLOPS, BYTES = 790e12, 4.3e12
-"""a second, of a large bf16 product and of a copy"""
+FLOPS, BYTES = 790e12, 4.3e12  # a second, of a large bf16 product and of a copy
 CLUSTERS, TENSOR_FLOPS_A_CLOCK, LIBRARY_EPILOGUE, FILL = 66, 4096, 900, 1500
 LAUNCH, WAIT = 3e-6, 25e-6
 """seconds of a small kernel, and of a bubble in which the host waits and then launches"""
@@ -39,24 +38,17 @@ class Design:
     """What differs between states of the sources. The defaults are of the cooperative kernel."""
 
     name: str
-    columns: int = 256
-    """of a tile"""
+    columns: int = 256  # of a tile
     tiles_a_unit: int = 1
-    epilogue: tuple[int, int] = (2700, 3900)
-    """clocks without and with E stored"""
-    hidden: bool = False
-    """behind the other warpgroup's product"""
+    epilogue: tuple[int, int] = (2700, 3900)  # clocks without and with E stored
+    hidden: bool = False  # behind the other warpgroup's product
     budget: float = 2**32
-    row_bytes_beside_e: int = 10000
-    """at D = 0"""
+    row_bytes_beside_e: int = 10000  # at D = 0
     row_bytes_a_width: int = 6
-    sums_again: int = 8
-    """bytes an entry of dW that a further chunk reads and writes"""
-    scales: bool = False
-    """backward multiplies dW and dX by 1"""
+    sums_again: int = 8  # bytes an entry of dW that a further chunk reads and writes
+    scales: bool = False  # backward multiplies dW and dX by 1
     waits_late: bool = False
-    small_kernels: int = 11
-    """of a chunk"""
+    small_kernels: int = 11  # of a chunk
 
 
 COOPERATIVE = Design("cooperative 128 x 256")

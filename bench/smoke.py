@@ -1,8 +1,8 @@
 """Every CUDA kernel once, on a small call, against plain torch in float64: `python bench/smoke.py
 sm90_pingpong`. The first thing to run on a new GPU.
 
-A line before each call and one after it, so that the last line names what hangs: a call has
-SECONDS, then the process ends. Exit status 1 if one is wrong or hangs.
+Prints a line before each call and one after it, so that the last line names a call that hangs. A
+call may take SECONDS; then the process ends. Exit status 1 if a call is wrong or hangs.
 """
 
 import argparse
@@ -20,13 +20,13 @@ import bupo.ops as ops
 from bupo.ops.registration import CUDA_KERNELS
 
 SECONDS = 20
-SHAPE = (300, 256, 2600)
-"""N, D, V: several tiles of rows and columns, the last ones ragged."""
+SHAPE = (300, 256, 2600)  # N, D, V: several tiles of rows and columns, the last ones ragged
 LIMIT = {"output": 1e-3, "gradient": 1e-2}
-"""Absolute, in nats, and by the Frobenius norm: bfloat16 gives 3e-3."""
+"""The largest error: absolute in nats, and by the Frobenius norm, where bfloat16 has 3e-3."""
 Given = dict[str, Tensor]
 Call = Callable[[Any, Given], tuple[Tensor, Tensor]]
-"""Of bupo.ops or its reference, and inputs: outputs and a scalar, which may have a gradient."""
+"""Takes bupo.ops or its reference, and inputs. Returns outputs, and a scalar that may have a
+gradient."""
 
 
 def inputs(shape: tuple[int, int, int], device: str) -> Given:
@@ -52,16 +52,12 @@ def select(given: Given, names: str) -> Given:
     return {name: given[name] for name in names.split()}
 
 
-def forward(module: Any, given: Given, names: str = "", **options: Any) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        return backward(module, given, names, **options)
-
-
-def ignored(module: Any, given: Given) -> tuple[Tensor, Tensor]:
-    """A target of -100 has no log-prob, but an entropy."""
+def forward(module: Any, given: Given, names: str = "") -> tuple[Tensor, Tensor]:
+    """Some targets are -100: these tokens have no log-prob, but an entropy."""
     targets = given["targets"].clone()
     targets[::3] = -100
-    return forward(module, given | {"targets": targets})
+    with torch.no_grad():
+        return backward(module, given | {"targets": targets}, names)
 
 
 def backward(module: Any, given: Given, names: str = "", **options: Any) -> tuple[Tensor, Tensor]:
@@ -81,7 +77,7 @@ def policy_loss(
 
 
 def in_chunks(module: Any, given: Given) -> tuple[Tensor, Tensor]:
-    """dW is added up over several products."""
+    """dW is the sum of several products."""
     ops.set_workspace_bytes(1 << 20)
     try:
         return policy_loss(module, given)
@@ -92,7 +88,6 @@ def in_chunks(module: Any, given: Given) -> tuple[Tensor, Tensor]:
 CALLS: dict[str, Call] = {
     "forward": forward,
     "forward with bias": functools.partial(forward, names="bias"),
-    "forward with ignored targets": ignored,
     "backward": backward,
     "backward of entropy with bias": functools.partial(backward, names="bias"),
     "backward of entropy with softcap": functools.partial(backward, softcap=20.0),
@@ -106,7 +101,7 @@ CALLS: dict[str, Call] = {
 
 
 def results(call: Call, module: Any, given: Given) -> tuple[Tensor, dict[str, Tensor]]:
-    """Outputs, and the gradients that the call has."""
+    """The outputs of a call, and the gradients of its inputs."""
     outputs, total = call(module, given)
     if total.requires_grad:
         total.backward()

@@ -1,5 +1,5 @@
 """Some training steps of bupo, for bench_train_step.py: `python bench/step_bupo.py FOLDER SIZE
-STEPS THREADS LAYER`. Prints a JSON object a step. The run is that of `python -m bupo.run`."""
+STEPS THREADS LAYER`. Prints a JSON object per step. It runs what `python -m bupo.run` runs."""
 
 import sys
 import tempfile
@@ -17,7 +17,7 @@ STAGES = ("rollout", "old_logprobs", "update", "sync")
 
 
 def overrides(folder: Path, size: Size, steps: int, layer: int | None) -> list[str]:
-    """The run's configuration, over the defaults."""
+    """The settings of the run that differ from the defaults."""
     return [
         f"model.path={folder}",
         f"data.train=[{folder / 'prompts.jsonl'}]",

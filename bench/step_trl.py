@@ -1,5 +1,5 @@
 """Some training steps of TRL's GRPOTrainer, for bench_train_step.py: `python bench/step_trl.py
-FOLDER SIZE STEPS THREADS SETTINGS`. Prints a JSON object a step: a generation and the updates on
+FOLDER SIZE STEPS THREADS SETTINGS`. Prints a JSON object per step: a generation and the updates on
 it. SETTINGS: a JSON object of further fields of GRPOConfig."""
 
 import json
@@ -19,7 +19,7 @@ from workload import Size, StepMeter, prompts, reward
 
 
 class Timed(GRPOTrainer):
-    """GRPOTrainer as it is, with a clock around its parts."""
+    """GRPOTrainer unchanged, with a clock around its parts."""
 
     def begin(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)

@@ -167,7 +167,7 @@ MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
 
 
 def made(name: str) -> str:
-    """A table of the documents, or a sentence that says what there is not yet."""
+    """A table of the documents, or a sentence that says which results are missing."""
     if name == "rooflines":
         pictures = sorted(file.name for file in (ROOT / "docs").glob("roofline_*.png"))
         links = [f"![rates against bandwidth and peak]({picture})" for picture in pictures]
@@ -180,7 +180,7 @@ def made(name: str) -> str:
 
 
 def filled(text: str) -> str:
-    """A document with its tables made anew."""
+    """The text of a document with its tables made anew."""
 
     def fill(match: re.Match[str]) -> str:
         return f"{match[1]}\n{made(match[2])}\n<!-- end -->"

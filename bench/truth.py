@@ -1,6 +1,6 @@
-"""What a batch's results are, in float64, at sizes whose [tokens, vocab] fits nowhere.
+"""The results of a batch in float64, at sizes whose [tokens, vocab] does not fit into memory.
 
-Log-probs and entropy of every token, but the gradients of a few only: dX of `rows` tokens spread
+Log-probs and entropy are of every token, but gradients only of some: dX of `rows` tokens spread
 over the batch, and dW, to which every token adds, of `entries` spread over the vocabulary. So a sum
 that drifts over many chunks of tokens shows, and the cost is one product in float64.
 """
@@ -13,24 +13,17 @@ import torch
 from batch import Batch
 from torch import Tensor
 
-CHUNK = 512
-"""rows of logits, and of the weight, that are held in float64 at once"""
+CHUNK = 512  # rows of logits, and of the weight, that are held in float64 at once
 
 
 @dataclasses.dataclass
 class Truth:
-    logprobs: Tensor
-    """[N]"""
-    entropy: Tensor
-    """[N]"""
-    rows: Tensor
-    """the tokens whose row of dX is known, [R]"""
-    entries: Tensor
-    """the entries of the vocabulary whose row of dW is known, [E]"""
-    row_probabilities: Tensor
-    """[R, V]"""
-    entry_probabilities: Tensor
-    """[N, E]"""
+    logprobs: Tensor  # [N]
+    entropy: Tensor  # [N]
+    rows: Tensor  # the tokens whose row of dX is known, [R]
+    entries: Tensor  # the entries of the vocabulary whose row of dW is known, [E]
+    row_probabilities: Tensor  # [R, V]
+    entry_probabilities: Tensor  # [N, E]
 
     @staticmethod
     def of(batch: Batch, rows: int, entries: int) -> Truth:
@@ -81,7 +74,7 @@ def spread(count: int, size: int, like: Tensor) -> Tensor:
 
 
 def policy_slope(batch: Batch, logprobs: Tensor) -> Tensor:
-    """dLoss / dlogp of the ratio loss that no token is clipped in."""
+    """dLoss / dlogp of the ratio loss without clipping."""
     ratio = (logprobs - batch.old_logprobs).exp()
     return -batch.token_weights * batch.advantages * ratio
 

@@ -27,20 +27,17 @@ FIGURES = {
     POLICY: "x_three_gemms",
     f"{POLICY}, live 0.25": "x_three_gemms",
 }
-"""What is timed, and over what"""
-SECONDS = 60
-"""that a process may take"""
+"""What is timed, and its ratio"""
+SECONDS = 60  # a process may take this long
 PINGPONG, COOPERATIVE = "sm90_pingpong", "sm90_cooperative"
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    kernels: str = PINGPONG
-    """as in bupo.ops.set_cuda_kernels"""
+    kernels: str = PINGPONG  # as in bupo.ops.set_cuda_kernels
     changes: tuple[tuple[str, str, str], ...] = ()
     """file, what stands there once, what takes its place"""
-    right: bool = True
-    """False: its numbers are wrong on purpose, and only its time says something"""
+    right: bool = True  # False: its numbers are wrong on purpose, and only its time says something
 
 
 def resident(mib: int) -> Variant:
@@ -61,7 +58,7 @@ def late(steps: int) -> Variant:
 
 
 def without_epilogue(kernels: str) -> Variant:
-    """The product alone. Its sums must not be known to be unused, so they are compared."""
+    """The product alone. A comparison keeps the compiler from dropping sums that nothing uses."""
     call = "scan_tile<kSchedule, kStore, kBias>("
     return Variant(kernels, ((SCAN, call, f"if (sums(0) == 1e30f) {call}"),), right=False)
 
@@ -86,7 +83,7 @@ DEFAULT = ["ping-pong", "cooperative", "no epilogue"]
 
 
 def lay_out(name: str, folder: Path) -> Path:
-    """The variant's own tree."""
+    """Makes the variant's own tree and returns it."""
     tree = folder / name.replace(" ", "_")
     ignored = shutil.ignore_patterns("_C*.so", "__pycache__", "results")
     for item in COPIED:
@@ -111,7 +108,7 @@ def build(tree: Path) -> str:
 
 
 def run(tree: Path, kernels: str, shape: list[int]) -> tuple[list[Row], str]:
-    """The rows of one process, and what went wrong: for example a kernel that waits for ever."""
+    """Returns the rows of one process, and what went wrong, such as a kernel that never ends."""
     command = ["bench/bench_lm_head.py", "--device", "cuda", "--json", "/dev/stdout"]
     command += [f"--{k}={n}" for k, n in zip(SHAPE, shape, strict=True)]
     return rows_of_program([*command, "--kernels", kernels, "--peers"], tree, SECONDS)

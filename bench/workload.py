@@ -1,8 +1,8 @@
-"""What bench_train_step.py trains: a random Qwen3 and its tokenizer, prompts, a reward; and how a
-step is measured.
+"""What bench_train_step.py trains: a random Qwen3 and its tokenizer, prompts and a reward; and how
+it measures a step.
 
 No response ends before its last token: one entry of the hidden states is the same positive number
-for every token, and the head's row of the end of sequence alone reads it, so that its logit is far
+for every token, and only the head's row of the end of sequence reads it, so that its logit is far
 below all others.
 """
 
@@ -33,13 +33,10 @@ class Size:
     vocab: int = 32768
     prompts: int = 4
     samples: int = 8
-    prompt_tokens: tuple[int, int] = (24, 48)
-    """shortest and longest"""
+    prompt_tokens: tuple[int, int] = (24, 48)  # shortest and longest
     new_tokens: int = 32
-    updates: int = 2
-    """optimiser updates a step"""
-    micro_rollouts: int = 8
-    """of the longest prompts, a micro-batch"""
+    updates: int = 2  # optimiser updates a step
+    micro_rollouts: int = 8  # of the longest prompts, a micro-batch
     lr: float = 1e-6
 
     @property
@@ -67,12 +64,12 @@ def prompts(size: Size) -> list[str]:
 
 
 def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """0 or 1, as good as random: every group has both, so every token has a gradient."""
+    """0 or 1, as good as random, so that groups have both and tokens have a gradient."""
     return [float(zlib.crc32(text.encode()) % 2) for text in responses]
 
 
 def write(size: Size, folder: Path) -> None:
-    """Model and tokenizer, and the prompts in bupo's format."""
+    """Writes model and tokenizer, and the prompts in bupo's format."""
     words = ["<pad>", "<eos>", *(f"w{n}" for n in range(2, size.vocab))]
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -93,7 +90,7 @@ def _model(size: Size) -> nn.Module:
     model = random_qwen3(size.layers, size.width, size.vocab, **options)
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = 0.1
-        for layer in model.base_model.layers:  # which leave that entry alone
+        for layer in model.base_model.layers:  # none of which changes that entry
             layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
         head = model.get_output_embeddings().weight
         head[:, 0] = 0
