@@ -198,7 +198,7 @@ def add_ratios(rows: list[Row]) -> None:
             floors = {"x_gemms": (SWEEP_GEMMS, None)}
         if "ms" in row:
             known = {key: times[floor] for key, floor in floors.items() if floor in times}
-            row |= {key: row["ms"] / time for key, time in known.items()}
+            row |= {key: row["ms"] / floor for key, floor in known.items()}
 
 
 def bars(rows: list[Row]) -> list[str]:

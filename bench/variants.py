@@ -44,32 +44,15 @@ def resident(mib: int) -> Variant:
     return Variant(changes=((SCAN, "kResident = 16 << 20;", f"kResident = {mib} << 20;"),))
 
 
-def late(steps: int) -> Variant:
-    """The second warpgroup begins when this many more steps are loaded than it needs. At its own
-    pace it stays behind, and multiplies while the first one reduces."""
-    begin = "typename S::Mainloop::PipelineState state;"
-    wait = f"""
-    if (warpgroup == 2 && unit < units.count()) {{
-      auto later = state;
-      later.advance(min({steps}, steps - 1));
-      pipeline.consumer_wait(later);
-    }}"""
-    return Variant(COOPERATIVE, ((SCAN, begin, begin + wait),))
-
-
 def without_epilogue(kernels: str) -> Variant:
     """The product alone. A comparison keeps the compiler from dropping sums that nothing uses."""
     call = "scan_tile<kSchedule, kStore, kBias>("
     return Variant(kernels, ((SCAN, call, f"if (sums(0) == 1e30f) {call}"),), right=False)
 
 
-STAGES = ("kStages = kPingpong ? 5 : 4;", "kStages = kPingpong ? 4 : 4;")
 VARIANTS = {
     "ping-pong": Variant(),
     "cooperative": Variant(COOPERATIVE),
-    "cooperative, one step late": late(1),
-    "cooperative, two steps late": late(2),
-    "4 stages": Variant(changes=((SCAN, *STAGES),)),
     "8 MiB in L2": resident(8),
     "32 MiB in L2": resident(32),
     "no exponentials": Variant(changes=((TILE, "e = exp2_fast(d);", "e = d;"),), right=False),

@@ -59,7 +59,7 @@ def test_figures_of_several_processes() -> None:
     found = {
         "ping-pong": [row(forward, x) for x in (1.1, 1.2, 1.0)] + [row(policy, 1.3)],
         "no exponentials": [row(policy, 1.0, error_d_weight=float("nan"))],
-        "cooperative, one step late": [
+        "8 MiB in L2": [
             row(forward, 1.0),
             {"name": policy, "failed": "out of memory"},
         ],
@@ -67,5 +67,5 @@ def test_figures_of_several_processes() -> None:
     assert variants.summary(found).splitlines()[2:] == [
         "| ping-pong | 1.100 (1.000-1.200) | 1.300 (1.300-1.300) | - | 1.0e-03 |",
         "| no exponentials | - | 1.000 (1.000-1.000) | - | any |",
-        "| cooperative, one step late | 1.000 (1.000-1.000) | - | - | - |",
+        "| 8 MiB in L2 | 1.000 (1.000-1.000) | - | - | - |",
     ]
