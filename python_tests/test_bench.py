@@ -133,21 +133,6 @@ def test_a_slow_peer_is_timed_less_often() -> None:
     assert [len(case.milliseconds) for case in cases] == [6, measure.ENOUGH, 6]
 
 
-def test_a_case_that_breaks_does_not_stop_the_others() -> None:
-    batch = Batch.make(4, 8, 9, torch.float32)
-
-    def broken(_: Batch) -> dict:
-        raise RuntimeError("out of memory\nwith details")
-
-    cases = [
-        measure.Case(Implementation(name, run, 3), torch.float32, [batch])
-        for name, run in (("broken", broken), ("good", lambda _: {}))
-    ]
-    measure.time_rounds(cases, 2)
-    assert cases[0].failed == "RuntimeError: out of memory" and not cases[0].milliseconds
-    assert not cases[1].failed and len(cases[1].milliseconds) == 2
-
-
 # ---- bars --------------------------------------------------------------------------------------
 
 
