@@ -6,6 +6,7 @@ Protocol: bench/README.md.
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -103,17 +104,13 @@ def ours() -> Implementation:
 def loss_cases(
     training: Training, others: Sequence[Implementation], layers: Sequence[int | None]
 ) -> list[ModelCase]:
-    def case(layer: int | None, loss: Implementation, truth: dict[str, Tensor]) -> ModelCase:
-        return ModelCase(
-            training, loss.short_name, layer, lambda: training.step(layer, loss), truth
-        )
-
-    truths: list[dict[str, Tensor]] = [{} for _ in layers]
-    return [
-        case(layer, loss, truth)
-        for layer, truth in zip(layers, truths)
-        for loss in (ours(), *others)
-    ]
+    cases = []
+    for layer in layers:
+        truth: dict[str, Tensor] = {}
+        for loss in (ours(), *others):
+            run = functools.partial(training.step, layer, loss)
+            cases.append(ModelCase(training, loss.short_name, layer, run, truth))
+    return cases
 
 
 def adamw_case(training: Training, layer: int | None) -> ModelCase:

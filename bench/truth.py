@@ -53,17 +53,13 @@ class Truth:
         dz = -of_rows * self.row_probabilities
         dz.scatter_add_(1, batch.targets[self.rows, None], of_rows)
         w, x = batch.weight.detach(), batch.hidden.detach()
-        d_hidden = torch.zeros(len(dz), w.shape[1], dtype=torch.float64, device=x.device)
-        for first in range(0, len(w), 16 * CHUNK):
-            last = min(first + 16 * CHUNK, len(w))
-            d_hidden += dz[:, first:last] @ w[first:last].double()
+        rows = 16 * CHUNK
+        parts = zip(dz.split(rows, dim=1), w.split(rows), strict=True)
+        d_hidden = torch.stack([part @ of_w.double() for part, of_w in parts]).sum(0)
         is_target = batch.targets[:, None] == self.entries
         dz = slope[:, None] * (is_target.double() - self.entry_probabilities)
-        d_weight = torch.zeros(len(self.entries), x.shape[1], dtype=torch.float64, device=x.device)
-        for first in range(0, len(x), 16 * CHUNK):
-            part = slice(first, first + 16 * CHUNK)
-            d_weight += dz[part].T @ x[part].double()
-        return d_hidden, d_weight
+        parts = zip(dz.split(rows), x.split(rows), strict=True)
+        return d_hidden, torch.stack([part.T @ of_x.double() for part, of_x in parts]).sum(0)
 
 
 def spread(count: int, size: int, like: Tensor) -> Tensor:
