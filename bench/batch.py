@@ -1,7 +1,5 @@
 """Inputs of the benchmarks: a head, hidden states and per-token numbers with realistic logits."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch
@@ -24,7 +22,7 @@ class Batch:
     @staticmethod
     def make(
         tokens: int, width: int, vocab: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
-    ) -> Batch:
+    ) -> "Batch":
         g = torch.Generator(device).manual_seed(seed)
         on = {"generator": g, "device": device}
         weight = torch.randn(vocab, width, **on) * (4 / width**0.5)
@@ -49,13 +47,13 @@ class Batch:
         """N, D, V"""
         return len(self.hidden), self.hidden.shape[1], len(self.weight)
 
-    def first(self, tokens: int) -> Batch:
+    def first(self, tokens: int) -> "Batch":
         """The first rows, with gradients of their own."""
         rows = {k: x if k == "weight" else x[:tokens] for k, x in self.policy().items()}
         copies = {k: x.detach().clone().requires_grad_(x.requires_grad) for k, x in rows.items()}
         return Batch(**copies)
 
-    def live(self, share: float) -> Batch:
+    def live(self, share: float) -> "Batch":
         """The same with advantage 0, and so no gradient, for all tokens but one of 1 / share."""
         live = torch.arange(len(self.targets), device=self.targets.device) % round(1 / share) == 0
         return dataclasses.replace(self, advantages=self.advantages * live)

@@ -14,7 +14,7 @@ import torch
 from implementations import bare_head_products, entropy_flow_rows
 from measure import Peak, environment, milliseconds_of
 from real_models import random_qwen3
-from rows import Row, aligned, append, bar, rows_of_program, show
+from rows import Row, aligned, append, bar, print_run, rows_of_program
 from tables import internal_table
 from torch import Tensor, nn
 
@@ -117,7 +117,7 @@ WAYS: dict[str, Callable[[argparse.Namespace], Callable[[], Entropies]]] = {
 }
 
 
-def once(name: str, size: argparse.Namespace) -> Row:
+def measure_way(name: str, size: argparse.Namespace) -> Row:
     """Measures one analysis, after another of a sixteenth of the tokens as a warm-up."""
     small = argparse.Namespace(**vars(size) | {"length": max(2, size.length // 16)})
     WAYS[name](small)()
@@ -173,11 +173,11 @@ def main() -> int:
     args = parse()
     torch.set_num_threads(args.threads)
     if args.way:
-        print(json.dumps(once(args.way, args)))
+        print(json.dumps(measure_way(args.way, args)))
         return 0
     size = {key: getattr(args, key) for key in SIZE}
     run = environment("cpu", args.threads) | size
-    show(run)
+    print_run(run)
     found: dict[str, Row] = {}
     options = [f"--{key}={value}" for key, value in (size | {"threads": args.threads}).items()]
     for name in WAYS:

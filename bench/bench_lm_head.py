@@ -32,7 +32,18 @@ from implementations import (
     ours,
 )
 from measure import MIB, Case, ceilings, environment, errors_of, memory_of, reason, time_rounds
-from rows import SHAPE, Row, add_best_peer, aligned, append, bar, figure, is_wrong_peer, show, table
+from rows import (
+    SHAPE,
+    Row,
+    add_best_peer,
+    aligned,
+    append,
+    bar,
+    figure,
+    is_wrong_peer,
+    print_run,
+    table,
+)
 from truth import Truth
 
 import bupo.ops as ops
@@ -341,7 +352,7 @@ def main() -> int:
         ops.set_cuda_kernels(args.kernels)
     run = environment(args.device, args.threads) | ceilings(args.device, args.dtypes[0])
     others, missing = peers.load(args.peers, args.device)
-    show(run)
+    print_run(run)
     good = bench_shapes(args, run, others)
     absent = [{"name": name, "missing": why, "peer": True} for name, why in missing.items()]
     if args.device == "cuda":

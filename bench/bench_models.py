@@ -25,7 +25,17 @@ from implementations import (
 )
 from measure import MIB, Peak, Timed, environment, milliseconds_of, reason, release, time_rounds
 from real_models import MODELS, Training, build
-from rows import GRADIENT_RIGHT, Row, aligned, append, bar, gradient_is_right, read, shape_of, show
+from rows import (
+    GRADIENT_RIGHT,
+    Row,
+    aligned,
+    append,
+    bar,
+    gradient_is_right,
+    print_run,
+    read,
+    shape_of,
+)
 from tables import models_table
 from torch import Tensor, nn
 from truth import relative_error
@@ -58,7 +68,7 @@ class ModelCase(Timed):
         self.truth = truth
         self.figures: Row = {}
 
-    def once(self, turn: int) -> float:
+    def run_once(self, turn: int) -> float:
         self.training.clear()
         cuda = self.device.type == "cuda"
         before = torch.cuda.memory_stats()["num_alloc_retries"] if cuda else 0
@@ -139,7 +149,7 @@ def sweep_cases(training: Training, tokens: int) -> list[ModelCase]:
     return [ModelCase(training, name, None, run) for name, run in runs.items()]
 
 
-def longest(fits: Callable[[int], bool], step: int, most: int) -> int:
+def longest_that_fits(fits: Callable[[int], bool], step: int, most: int) -> int:
     """The largest multiple of step up to most that fits, found by doubling and halving; 0: none."""
     low, high = 0, step
     while high <= most and fits(high):
@@ -177,7 +187,10 @@ def longest_rows(
 
         row: Row = {"name": f"{implementation.short_name}, longest sequence", "layer": None}
         try:
-            row |= {"sequence": longest(fits, args.longest_step, 1 << 20), "gib": args.card_gib}
+            row |= {
+                "sequence": longest_that_fits(fits, args.longest_step, 1 << 20),
+                "gib": args.card_gib,
+            }
         except Exception as error:
             row["failed"] = reason(error)
         print(f"  {row['name']}: {row.get('sequence', row.get('failed'))}", flush=True)
@@ -282,7 +295,7 @@ def main() -> int:
     deadline = time.monotonic() + 60 * args.minutes
     run = environment(args.device, torch.get_num_threads())
     run["transformers"] = transformers.__version__
-    show(run)
+    print_run(run)
     if args.fastest:
         args.peers = list(dict.fromkeys((peers.EAGER, fastest_peer(args.fastest))))
     found, missing = peers.load(args.peers, args.device)

@@ -17,7 +17,7 @@ from statistics import median
 
 import workload
 from measure import environment
-from rows import Row, aligned, append, bar, rows_of_program, show
+from rows import Row, aligned, append, bar, print_run, rows_of_program
 from tables import train_step_table
 from workload import Size
 
@@ -125,7 +125,7 @@ def main() -> int:
     run = environment("cpu", args.threads)
     run |= {"transformers": version("transformers"), "trl": trl[0] if trl else "none"}
     run |= dataclasses.asdict(size) | {"trl_settings": args.trl_settings}
-    show(run)
+    print_run(run)
     with tempfile.TemporaryDirectory() as folder:
         workload.write(size, Path(folder))
         found = sides(size, Path(folder), args)

@@ -38,14 +38,14 @@ CALLS = {
 CALLS["all"] = list(dict.fromkeys(name for call in CALLS.values() for name in call))
 
 
-def absent(job: Job, modules: tuple[str, ...]) -> list[str]:
+def missing_modules(job: Job, modules: tuple[str, ...]) -> list[str]:
     """Those of these modules that the interpreter does not find."""
     code = "import importlib.util as u, sys; "
     code += "print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])"
     return job.check([PYTHON, "-c", code, *modules]).split()
 
 
-def program(job: Job, name: str) -> str | None:
+def path_of_program(job: Job, name: str) -> str | None:
     """The path of a program, or in a dry run its name."""
     return name if job.dry_run else shutil.which(name, path=job.environment["PATH"])
 
@@ -75,7 +75,7 @@ def build(job: Job, wheels: Path | None, site: Path) -> None:
     )
     status, output = job.run([PYTHON, "-c", code])
     lacking = output.split() if status == 0 else ["setuptools>=77"]
-    lacking += [name for name in ("nvcc", "cmake", "ninja") if not program(job, name)]
+    lacking += [name for name in ("nvcc", "cmake", "ninja") if not path_of_program(job, name)]
     if lacking:
         raise Failed(f"missing: {', '.join(lacking)} {HINT}")
     code = "import torch, sys; print(torch.__version__, torch.version.cuda); "
@@ -135,12 +135,12 @@ def bench(job: Job, out: Path, peers: bool = False) -> str:
 
 
 def test(job: Job) -> str:
-    lacking = absent(job, NEEDED_BY_TESTS)
+    lacking = missing_modules(job, NEEDED_BY_TESTS)
     if lacking:
         raise Failed(f"missing: {', '.join(lacking)} {HINT}")
     pytest = [PYTHON, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
     pytest += ["--timeout=100", "-o", "faulthandler_timeout=60", "--durations=5"]
-    workers = [] if absent(job, ("xdist",)) else ["-n", "8", "--dist", "worksteal"]
+    workers = [] if missing_modules(job, ("xdist",)) else ["-n", "8", "--dist", "worksteal"]
     found, good = [], True
     for what, files, options, at_least, environment in (
         ("GPU only", GPU_TESTS, ["-m", "gpu"], 30, {}),
@@ -204,7 +204,7 @@ def variants(job: Job, out: Path) -> str:
 
 
 def sanitize(job: Job) -> str:
-    sanitizer = program(job, "compute-sanitizer")
+    sanitizer = path_of_program(job, "compute-sanitizer")
     if sanitizer is None:
         raise NotRun("compute-sanitizer is not installed")
     planted = str(SCRATCH / "planted")
@@ -224,7 +224,7 @@ def sanitize(job: Job) -> str:
 
 def profile(job: Job) -> str:
     job.check([PYTHON, "bench/exercise.py", "table"])
-    ncu = program(job, "ncu")
+    ncu = path_of_program(job, "ncu")
     if ncu is None:
         return "torch.profiler only: ncu is not installed"
     command = [ncu, "--clock-control", "none", "--profile-from-start", "off"]

@@ -1,7 +1,5 @@
 """Times, peak memory and errors of implementations, on the CPU or a GPU."""
 
-from __future__ import annotations
-
 import datetime
 import gc
 import os
@@ -36,7 +34,7 @@ class Timed:
         self.milliseconds: list[float] = []
         self.failed = ""  # why it has no time
 
-    def once(self, turn: int) -> float:
+    def run_once(self, turn: int) -> float:
         """Runs once and returns the milliseconds; turn 0 is the first warm-up."""
         raise NotImplementedError
 
@@ -60,7 +58,7 @@ class Case(Timed):
         super().__init__(implementation.name, batches[0].hidden.device, implementation.peer)
         self.implementation, self.dtype, self.batches = implementation, dtype, batches
 
-    def once(self, turn: int) -> float:
+    def run_once(self, turn: int) -> float:
         batch = self.batches[turn % len(self.batches)]
         batch.clear_gradients()
         elapsed = milliseconds_of(lambda: self.implementation.run(batch), self.device)
@@ -85,7 +83,7 @@ def time_rounds(
             if case.failed or slow or time.monotonic() > deadline:
                 continue
             try:
-                elapsed = case.once(turn)
+                elapsed = case.run_once(turn)
                 if turn == 0 and elapsed > 1e3:
                     print(f"  {case.label}: first call {elapsed / 1e3:.1f} s", flush=True)
                 if turn >= warm_up:
@@ -156,7 +154,7 @@ class Peak:
     def __init__(self, device: torch.device) -> None:
         self.cuda, self.mib = device.type == "cuda", 0.0
 
-    def __enter__(self) -> Peak:
+    def __enter__(self) -> "Peak":
         gc.collect()
         if self.cuda:
             torch.cuda.synchronize()

@@ -29,7 +29,7 @@ EAGER, COMPILED = "eager", "torch.compile of eager"
 CROSS_ENTROPY = "F.linear_cross_entropy"
 
 
-def hollow(package: str) -> None:
+def import_without_init(package: str) -> None:
     """Makes `import package.module` work without running the __init__ of the packages on the way.
     Those of trl and verl import the whole trainer, and with it ray, datasets and more, none of
     which the kernel needs."""
@@ -183,7 +183,7 @@ def load_cce(filter_eps: str | None) -> Callable[[], LogProbs]:
 
 
 def load_trl() -> LogProbs:
-    hollow("trl.trainer")
+    import_without_init("trl.trainer")
     # Its backward asks the trainer whether DeepSpeed has sharded the head, which it never has here.
     utils = types.ModuleType("trl.trainer.utils")
     utils.maybe_gather_lm_head_ctx = lambda *_: contextlib.nullcontext()  # type: ignore[attr-defined]
@@ -199,7 +199,7 @@ def load_trl() -> LogProbs:
 
 
 def load_verl_triton() -> LogProbs:
-    hollow("verl.utils")
+    import_without_init("verl.utils")
     module = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
     importlib.import_module("verl.utils.kernel.kernels")
 
@@ -210,7 +210,7 @@ def load_verl_triton() -> LogProbs:
 
 
 def load_verl_torch() -> LogProbs:
-    hollow("verl.utils")
+    import_without_init("verl.utils")
     return importlib.import_module("verl.utils.experimental.torch_functional").FusedLinearForPPO()
 
 

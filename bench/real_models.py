@@ -7,7 +7,7 @@ import transformers
 from batch import Batch
 from implementations import Implementation
 from torch import Tensor, nn
-from truth import spread
+from truth import evenly_spaced
 
 import bupo.ops as ops
 from bupo.policy import decoder_stack, hidden_states, internal_policy, unembedding
@@ -109,6 +109,6 @@ class Training:
         head, first = self.head.weight.grad, decoder_stack(self.model).layers[0]
         down = next(first.parameters()).grad
         assert head is not None and down is not None
-        entries = spread(min(CHECKED, len(head)), len(head), head)
+        entries = evenly_spaced(min(CHECKED, len(head)), len(head), head)
         entries = torch.cat([entries, self.policy(layer)[1][:CHECKED]]).unique()
         return {"head": head[entries], "first layer": down}

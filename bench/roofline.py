@@ -20,7 +20,7 @@ SMALL: dict[str, Any] = {"fontsize": 8}
 KEY = "results"  # the key in a picture's metadata of a digest of its rows
 
 
-def points(name: str) -> list[Row]:
+def rows_to_draw(name: str) -> list[Row]:
     """The rows with a rate of one benchmark's first shape and dtype. Rows in which not all tokens
     are live leave out products and are not shown, nor are peers with a wrong gradient. [] where the
     ceilings are not known."""
@@ -73,7 +73,7 @@ def draw(rows: list[Row], title: str) -> Any:
     return figure
 
 
-def shows(picture: Path, digest: str) -> bool:
+def is_made_from(picture: Path, digest: str) -> bool:
     """Whether a picture is there and was made from results with this digest."""
     from PIL import Image
 
@@ -83,15 +83,15 @@ def shows(picture: Path, digest: str) -> bool:
         return image.info.get(KEY) == digest
 
 
-def update(check: bool) -> list[str]:
+def update_pictures(check: bool) -> list[str]:
     """Draws the pictures that are missing or show other results; with `check` draws none. Returns
     their names."""
     stale = []
     for name, machine in BENCHMARKS.items():
-        rows, picture = points(name), DOCS / f"roofline_{name}.png"
+        rows, picture = rows_to_draw(name), DOCS / f"roofline_{name}.png"
         text = json.dumps(rows, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        if not rows or shows(picture, digest):
+        if not rows or is_made_from(picture, digest):
             continue
         stale.append(picture.name)
         if not check:

@@ -112,7 +112,7 @@ def bar(
 # ---- text --------------------------------------------------------------------------------------
 
 
-def show(run: Row) -> None:
+def print_run(run: Row) -> None:
     """Prints what holds for the whole run."""
     print(", ".join(f"{key} {value}" for key, value in run.items()), flush=True)
 

@@ -166,7 +166,7 @@ MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
 """By the name of a table: the file of its results, and what makes it of their rows"""
 
 
-def made(name: str) -> str:
+def table_named(name: str) -> str:
     """A table of the documents, or a sentence that says which results are missing."""
     if name == "rooflines":
         pictures = sorted(file.name for file in (ROOT / "docs").glob("roofline_*.png"))
@@ -179,11 +179,11 @@ def made(name: str) -> str:
     return make(rows) if rows else f"Not measured yet: there is no bench/results/{results}.jsonl."
 
 
-def filled(text: str) -> str:
+def with_new_tables(text: str) -> str:
     """The text of a document with its tables made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{made(match[2])}\n<!-- end -->"
+        return f"{match[1]}\n{table_named(match[2])}\n<!-- end -->"
 
     return re.sub(r"(<!-- table: (\w+) -->)\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
@@ -194,14 +194,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
     stale = [
-        f"docs/{name}" for name in roofline.update(check)
+        f"docs/{name}" for name in roofline.update_pictures(check)
     ]  # before the tables, which link them
     for name in DOCUMENTS:
         text = (ROOT / name).read_text(encoding="utf-8")
-        if filled(text) != text:
+        if with_new_tables(text) != text:
             stale.append(name)
             if not check:
-                (ROOT / name).write_text(filled(text), encoding="utf-8")
+                (ROOT / name).write_text(with_new_tables(text), encoding="utf-8")
     print("\n".join(f"{name}: {'differs' if check else 'written'}" for name in stale))
     return int(check and bool(stale))
 

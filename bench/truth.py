@@ -5,8 +5,6 @@ over the batch, and dW, to which every token adds, of `entries` spread over the 
 that drifts over many chunks of tokens shows, and the cost is one product in float64.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch
@@ -26,11 +24,11 @@ class Truth:
     entry_probabilities: Tensor  # [N, E]
 
     @staticmethod
-    def of(batch: Batch, rows: int, entries: int) -> Truth:
+    def of(batch: Batch, rows: int, entries: int) -> "Truth":
         x, w, targets = (t.detach() for t in batch.head())
         tokens, _, vocab = batch.shape
-        some = spread(min(rows, tokens), tokens, x)
-        chosen = spread(min(entries, vocab), vocab, x)
+        some = evenly_spaced(min(rows, tokens), tokens, x)
+        chosen = evenly_spaced(min(entries, vocab), vocab, x)
         chosen = torch.cat([chosen, targets[: entries // 4]]).unique()  # rows with a large gradient
         found: list[tuple[Tensor, ...]] = []
         kept = []
@@ -62,7 +60,7 @@ class Truth:
         return d_hidden, torch.stack([part.T @ of_x.double() for part, of_x in parts]).sum(0)
 
 
-def spread(count: int, size: int, like: Tensor) -> Tensor:
+def evenly_spaced(count: int, size: int, like: Tensor) -> Tensor:
     """`count` indices below `size`, the first and the last among them."""
     if count == 1:
         return torch.zeros(1, dtype=torch.int64, device=like.device)

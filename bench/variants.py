@@ -65,7 +65,7 @@ VARIANTS = {
 DEFAULT = ["ping-pong", "cooperative", "no epilogue"]
 
 
-def lay_out(name: str, folder: Path) -> Path:
+def copy_sources(name: str, folder: Path) -> Path:
     """Makes the variant's own tree and returns it."""
     tree = folder / name.replace(" ", "_")
     ignored = shutil.ignore_patterns("_C*.so", "__pycache__", "results")
@@ -124,7 +124,7 @@ def main() -> int:
     add("--folder", type=Path, default=ROOT / "build" / "variants", help="default: %(default)s")
     add("--json", type=Path, help="append the rows of every process, with the variant's name")
     args = parser.parse_args()
-    trees = {name: lay_out(name, args.folder.resolve()) for name in args.only}
+    trees = {name: copy_sources(name, args.folder.resolve()) for name in args.only}
     with ThreadPoolExecutor(max_workers=4) as pool:
         built = dict(zip(trees, pool.map(build, trees.values()), strict=True))
     for name, wrong in built.items():

@@ -6,8 +6,6 @@ for every token, and only the head's row of the end of sequence reads it, so tha
 below all others.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import random
@@ -48,7 +46,7 @@ class Size:
         return self.micro_rollouts * (self.prompt_tokens[1] + self.new_tokens)
 
     @staticmethod
-    def read(text: str) -> Size:
+    def read(text: str) -> "Size":
         fields = json.loads(text)
         return Size(**fields | {"prompt_tokens": tuple(fields["prompt_tokens"])})
 

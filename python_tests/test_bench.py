@@ -109,12 +109,12 @@ def test_a_kernel_is_imported_past_the_init_of_its_packages(
         (folder / "__init__.py").write_text("raise ImportError('ray is not installed')")
     (inner / "kernel.py").write_text("answer = 42")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for _ in range(2):  # the second of two peers in one package finds it hollow
-        peers.hollow("heavy_trainer.inner")
+    for _ in range(2):  # the second of two peers in one package finds it there
+        peers.import_without_init("heavy_trainer.inner")
         assert importlib.import_module("heavy_trainer.inner.kernel").answer == 42
         assert importlib.util.find_spec("heavy_trainer") is not None
     with pytest.raises(ModuleNotFoundError, match="no_such_trainer"):
-        peers.hollow("no_such_trainer.inner")
+        peers.import_without_init("no_such_trainer.inner")
 
 
 def test_a_slow_peer_is_timed_less_often() -> None:
@@ -184,7 +184,7 @@ def test_the_table_of_a_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         {"name": "cce", "peer": True, "missing": "No module named 'cut_cross_entropy'"},
         gpu_row("policy_loss fwd+bwd", 168.0, tokens=32, **more),
     )
-    lines = tables.made("cuda").splitlines()
+    lines = tables.table_named("cuda").splitlines()
     assert lines[2] == "| policy_loss fwd+bwd | 42.0 | 3.23 | 1.05 | 0.50 | 5 | 2.0e-03 |"
     assert lines[3] == "| wrong fwd+bwd | wrong gradient, error 3.0e-01 | | | | | |"
     assert "out of memory" in lines[4] and "cut_cross_entropy" in lines[5]
@@ -194,7 +194,7 @@ def test_the_table_of_a_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_table_of_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     nothing = "Not measured yet: there is no bench/results/cuda.jsonl."
-    assert tables.made("cuda") == tables.made("cuda_shapes") == nothing
+    assert tables.table_named("cuda") == tables.table_named("cuda_shapes") == nothing
     run = {"model": "M", "length": 4, "driver": "1", "torch": "2", "commit": "abc"}
     run |= {"transformers": "5", "layer": None}
     figures = {"ms": 1000.0, "x_bupo": 1.0, "x_full": 1.0, "peak_mib": 7.0, "total_mib": 9.0}
@@ -206,7 +206,7 @@ def test_the_table_of_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         run | {"name": "entropy_flow", "ms": 11.0, "x_gemms": 1.1},
         run | {"name": "bupo, longest sequence", "sequence": 40960, "gib": 78.0},
     )
-    lines = tables.made("models").splitlines()
+    lines = tables.table_named("models").splitlines()
     assert lines[2:7] == [
         "| M: bupo |  | 1000 | 1.00 | 1.00 |  | 7 | 9 |",
         "| M: bupo | layer 6 | 300 |  | 0.30 |  |  |  |",
@@ -238,16 +238,18 @@ def test_the_roofline_shows_what_may_be_compared(
     ]
     picture = tmp_path / "roofline_cuda.png"
     write(tmp_path / "cuda.jsonl", *rows)
-    shown = [row["name"] for row in roofline.points("cuda")]
+    shown = [row["name"] for row in roofline.rows_to_draw("cuda")]
     assert shown == [rows[n]["name"] for n in (0, 1, 4, 5)]
-    assert roofline.update(check=False) == [picture.name] and picture.stat().st_size > 10_000
-    assert roofline.update(check=True) == []
+    assert (
+        roofline.update_pictures(check=False) == [picture.name] and picture.stat().st_size > 10_000
+    )
+    assert roofline.update_pictures(check=True) == []
     write(tmp_path / "cuda.jsonl", *rows[:2])
-    assert roofline.update(check=True) == [picture.name], "a picture of other results"
+    assert roofline.update_pictures(check=True) == [picture.name], "a picture of other results"
     picture.unlink()
-    assert roofline.update(check=True) == [picture.name], "no picture"
+    assert roofline.update_pictures(check=True) == [picture.name], "no picture"
     write(tmp_path / "cuda.jsonl", *[gpu_row("policy_loss fwd+bwd", 42.0)])
-    assert roofline.update(check=True) == [], "its ceilings are not known"
+    assert roofline.update_pictures(check=True) == [], "its ceilings are not known"
 
 
 # ---- regression.py -----------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_the_longest_sequence_is_found(longest: int) -> None:
         tried.append(length)
         return length <= 100 * longest + 50
 
-    assert bench.longest(fits, 100, 6400) == 100 * longest
+    assert bench.longest_that_fits(fits, 100, 6400) == 100 * longest
     assert len(tried) == len(set(tried)) <= 14 and max(tried) <= 6400
 
 

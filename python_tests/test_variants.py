@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
 def test_a_variant_changes_what_it_says(name: str, tmp_path: Path) -> None:
-    tree = variants.lay_out(name, tmp_path)
+    tree = variants.copy_sources(name, tmp_path)
     changes = variants.VARIANTS[name].changes
     changed = {file for file, _, _ in changes}
     assert len({new for _, _, new in changes}) == len(changes)
@@ -29,7 +29,7 @@ def test_a_change_that_no_longer_fits_says_so(
     gone = variants.Variant(changes=((variants.SCAN, "no such line", "x"),))
     monkeypatch.setitem(variants.VARIANTS, "gone", gone)
     with pytest.raises(SystemExit, match=r"gone: expected once .* came 0 x: no such"):
-        variants.lay_out("gone", tmp_path)
+        variants.copy_sources("gone", tmp_path)
 
 
 def test_a_variant_that_hangs_or_breaks_loses_nothing(
