@@ -1,7 +1,5 @@
 """Inputs of the benchmarks: a head, hidden states and per-token numbers with realistic logits."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch
@@ -23,13 +21,8 @@ class Batch:
 
     @staticmethod
     def make(
-        tokens: int,
-        width: int,
-        vocab: int,
-        dtype: torch.dtype,
-        device: str | torch.device = "cpu",
-        seed: int = 0,
-    ) -> Batch:
+        tokens: int, width: int, vocab: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+    ) -> "Batch":
         g = torch.Generator(device).manual_seed(seed)
         on = {"generator": g, "device": device}
         weight = torch.randn(vocab, width, **on) * (4 / width**0.5)
@@ -54,22 +47,23 @@ class Batch:
         """N, D, V"""
         return len(self.hidden), self.hidden.shape[1], len(self.weight)
 
-    def first(self, tokens: int) -> Batch:
+    def first(self, tokens: int) -> "Batch":
         """The first rows, with gradients of their own."""
-        rows = [getattr(self, f.name) for f in dataclasses.fields(self)]
-        rows = [x if x is self.weight else x[:tokens] for x in rows]
-        copies = [x.detach().clone() for x in rows]
-        return Batch(copies[0].requires_grad_(), copies[1].requires_grad_(), *copies[2:])
+        rows = {k: x if k == "weight" else x[:tokens] for k, x in self.policy().items()}
+        copies = {k: x.detach().clone().requires_grad_(x.requires_grad) for k, x in rows.items()}
+        return Batch(**copies)
 
-    def live(self, share: float) -> Batch:
-        """Advantage 0 for all tokens but one of 1 / share: they have no gradient."""
+    def live(self, share: float) -> "Batch":
+        """The same with advantage 0, and so no gradient, for all tokens but one of 1 / share."""
         live = torch.arange(len(self.targets), device=self.targets.device) % round(1 / share) == 0
         return dataclasses.replace(self, advantages=self.advantages * live)
 
     def head(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of lm_head_logprobs."""
         return self.hidden, self.weight, self.targets
 
     def policy(self) -> dict[str, Tensor]:
+        """The arguments of policy_loss."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def clear_gradients(self) -> None:

@@ -1,9 +1,6 @@
-"""Runs stages one after another: a time cap for each, live output, one log, a summary last.
-
-Knows nothing of what the stages do; gpu_check.py says that.
+"""Runs stages one after another, each with a time cap and live output, all with one log and a
+summary. gpu_check.py defines what the stages do.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -11,7 +8,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,8 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 Command = list[str]
-GRACE = 10.0
-"""seconds between the interrupt and the kill; what is left of a group is killed then"""
+GRACE = 10.0  # seconds between the interrupt and the kill of a stage that is over its time
 
 
 class NotRun(Exception):
@@ -37,32 +32,29 @@ class Job:
 
     name: str
     log: TextIO
-    deadline: float
-    """of time.monotonic()"""
-    environment: dict[str, str]
-    """of commands; what a stage adds holds for later ones too"""
-    folder: Path
-    """where commands run"""
+    deadline: float  # of time.monotonic()
+    environment: dict[str, str]  # of commands; what a stage adds holds for later ones too
+    folder: Path  # where commands run
     dry_run: bool = False
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
     def say(self, text: str) -> None:
-        print(f"[{self.name}] {text}", flush=True)
-        self.log.write(f"[{self.name}] {text}\n")
-        self.log.flush()
+        line = f"[{self.name}] {text}"
+        print(line, flush=True)
+        print(line, file=self.log, flush=True)
 
     def run(
         self, command: Command, *, seconds: float = float("inf"), **environment: str
     ) -> tuple[int, str]:
-        """Exit status and output. A command over its time is interrupted, so that it can say what
-        it has found, then killed with all its children, and the stage fails: what it printed is in
-        the log."""
+        """Returns exit status and output. A command that exceeds its time is interrupted, so that
+        it can say what it has found, and killed with all its children ten seconds later. Then the
+        stage fails, and what the command printed is in the log."""
         self.say("$ " + shlex.join([*(f"{k}={v}" for k, v in environment.items()), *command]))
         if self.dry_run:
             return 0, ""
-        seconds = min(seconds, self.left())
+        seconds = max(min(seconds, self.left()), 0)
         lines: list[str] = []
         try:
             process = subprocess.Popen(
@@ -82,29 +74,27 @@ class Job:
             assert process.stdout is not None
             for line in process.stdout:
                 lines.append(line)
-                self.log.write(f"[{self.name}] {line}")
-                self.log.flush()
-                print(f"[{self.name}] {line}", end="", flush=True)
+                self.say(line.rstrip("\n"))
 
         reader = threading.Thread(target=copy, daemon=True)
         reader.start()
         try:
-            status = process.wait(max(seconds, 0))
+            status = process.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
-            raise Failed(f"over its {max(seconds, 0):.0f} s: {shlex.join(command)}") from None
+            raise Failed(f"over its {seconds:.0f} s: {shlex.join(command)}") from None
         finally:
-            with contextlib.suppress(ProcessLookupError):  # children may have outlived it
+            with contextlib.suppress(ProcessLookupError):  # its children may have outlived it
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             reader.join(5)
         return status, "".join(lines)
 
-    def check(self, command: Command, **options: str) -> str:
-        """Fails the stage if the command fails."""
-        status, output = self.run(command, **options)
+    def check(self, command: Command, **environment: str) -> str:
+        """Returns the output. Fails the stage if the command fails."""
+        status, output = self.run(command, **environment)
         if status:
             raise Failed(f"exit status {status}: {shlex.join(command)}")
         return output
@@ -113,23 +103,36 @@ class Job:
 @dataclasses.dataclass(frozen=True)
 class Stage:
     name: str
-    seconds: float
-    """its cap"""
-    run: Callable[[Job], str | None]
-    """returns a remark for the summary; raises Failed or NotRun"""
-    needed: bool = False
-    """whether later stages make no sense if it fails"""
-    minimum: float = 0.0
-    """seconds that the stages before it leave for it"""
+    seconds: float  # its cap
+    run: Callable[[Job], str | None]  # returns a remark for the summary; raises Failed or NotRun
+    needed: bool = False  # whether later stages make no sense if it fails
+    minimum: float = 0.0  # seconds that the stages before it leave for it
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     stage: str
-    verdict: str
-    """ok, FAILED, not run; planned in a dry run"""
+    verdict: str  # ok, FAILED, not run; planned in a dry run
     seconds: float
     why: str
+    bad: bool  # whether it failed, came too late, or came after a failed stage that it needs
+
+
+def _verdict_of(stage: Stage, job: Job, broken: str) -> tuple[str, str, bool]:
+    """The verdict, why, and whether it is bad."""
+    if broken:
+        return "not run", f"because {broken} failed", True
+    if job.left() < 1:
+        return "not run", "because no time was left", True
+    try:
+        why = stage.run(job) or ""
+        return ("planned", "", False) if job.dry_run else ("ok", why, False)
+    except NotRun as error:
+        return "not run", f"because {error}", False
+    except Failed as error:
+        return "FAILED", str(error), True
+    except Exception as error:  # a stage that breaks is a failed stage, not a lost summary
+        return "FAILED", f"{type(error).__name__}: {error}", True
 
 
 def conduct(
@@ -140,8 +143,8 @@ def conduct(
     environment: dict[str, str],
     dry_run: bool = False,
 ) -> list[Verdict]:
-    """All stages within `minutes` together; one that fails does not stop the others, unless they
-    need it."""
+    """Runs all stages within `minutes` together. One that fails does not stop the others, unless
+    they need it."""
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
     verdicts: list[Verdict] = []
@@ -154,37 +157,17 @@ def conduct(
             cap = min(stage.seconds, max(end - began - reserve, 0))
             job = Job(stage.name, log, began + cap, environment, folder, dry_run)
             job.say(f"at most {cap:.0f} s")
-            try:
-                if broken:
-                    raise NotRun(f"{broken} failed")
-                if cap < 1:
-                    raise NotRun("no time was left")
-                verdict, why = "ok", stage.run(job) or ""
-                if dry_run:
-                    verdict, why = "planned", ""
-            except NotRun as error:
-                verdict, why = "not run", f"because {error}"
-            except Failed as error:
-                verdict, why = "FAILED", str(error)
-            except Exception as error:  # a stage that breaks is a failed stage, not a lost summary
-                verdict, why = "FAILED", f"{type(error).__name__}: {error}"
+            verdict, why, bad = _verdict_of(stage, job, broken)
             if verdict == "FAILED" and stage.needed:
                 broken = stage.name
             seconds = time.monotonic() - began
-            verdicts.append(Verdict(stage.name, verdict, seconds, why))
+            verdicts.append(Verdict(stage.name, verdict, seconds, why, bad))
             job.say(f"{verdict}, {seconds:.0f} s {why}")
     return verdicts
 
 
-def failed(verdict: Verdict) -> bool:
-    """Also a stage that came too late, or after one that it needs: it has not shown anything."""
-    if verdict.verdict == "not run":
-        return verdict.why.endswith((" failed", "no time was left"))
-    return verdict.verdict == "FAILED"
-
-
-def print_summary(verdicts: list[Verdict], file: TextIO = sys.stdout) -> None:
-    print("\n| stage    | verdict | seconds | remarks |", file=file)
-    print("| -------- | ------- | ------: | ------- |", file=file)
+def print_summary(verdicts: list[Verdict]) -> None:
+    print("\n| stage    | verdict | seconds | remarks |")
+    print("| -------- | ------- | ------: | ------- |")
     for v in verdicts:
-        print(f"| {v.stage:8} | {v.verdict:7} | {v.seconds:7.0f} | {v.why} |", file=file)
+        print(f"| {v.stage:8} | {v.verdict:7} | {v.seconds:7.0f} | {v.why} |")

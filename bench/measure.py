@@ -1,73 +1,101 @@
 """Times, peak memory and errors of implementations, on the CPU or a GPU."""
 
-from __future__ import annotations
-
-import dataclasses
 import datetime
 import gc
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from batch import Batch
 from implementations import Implementation
-from resident import PeakMemory
+from rows import ROOT, Row
 from truth import Truth, policy_slope, relative_error
 
 import bupo.ops as ops
 
 MIB = 2**20
 SLOW, ENOUGH = 4, 3
-"""A peer that takes SLOW times the floor, the first case, is timed ENOUGH times and no more."""
+"""A peer that takes SLOW times as long as the first case is timed ENOUGH times and no more."""
 
 
-@dataclasses.dataclass
-class Case:
-    """One implementation on the input sets of one shape, and what was measured."""
+# ---- time --------------------------------------------------------------------------------------
 
-    implementation: Implementation
-    dtype: torch.dtype
-    batches: list[Batch]
-    """used in turn: together they are larger than the GPU's L2 cache"""
-    milliseconds: list[float] = dataclasses.field(default_factory=list)
-    failed: str = ""
 
-    @property
-    def name(self) -> str:
-        return self.implementation.name
+class Timed:
+    """Something that time_rounds() runs again and again."""
 
-    @property
-    def device(self) -> torch.device:
-        return self.batches[0].hidden.device
+    def __init__(self, label: str, device: torch.device, peer: bool = False) -> None:
+        self.label, self.device, self.peer = label, device, peer
+        self.milliseconds: list[float] = []
+        self.failed = ""  # why it has no time
 
-    def batch(self, turn: int) -> Batch:
-        return self.batches[turn % len(self.batches)]
+    def run_once(self, turn: int) -> float:
+        """Runs once and returns the milliseconds; turn 0 is the first warm-up."""
+        raise NotImplementedError
 
-    def quantile(self, q: float) -> float:
-        return float(torch.tensor(self.milliseconds).quantile(q))
+    def release(self) -> None:
+        """Gives back the memory that a failed run left."""
+        release(self.device)
 
-    def milliseconds_of(self, turn: int) -> float:
-        """Of one call, from no gradients to none."""
-        batch = self.batch(turn)
+    def times(self) -> Row:
+        times = torch.tensor(self.milliseconds)
+        quantiles = (("ms", 0.5), ("ms_p20", 0.2), ("ms_p80", 0.8))
+        return {key: float(times.quantile(q)) for key, q in quantiles}
+
+
+class Case(Timed):
+    """An implementation on the input sets of one shape. The sets are used in turn, because together
+    they are larger than the L2 cache of a GPU."""
+
+    def __init__(
+        self, implementation: Implementation, dtype: torch.dtype, batches: list[Batch]
+    ) -> None:
+        super().__init__(implementation.name, batches[0].hidden.device, implementation.peer)
+        self.implementation, self.dtype, self.batches = implementation, dtype, batches
+
+    def run_once(self, turn: int) -> float:
+        batch = self.batches[turn % len(self.batches)]
         batch.clear_gradients()
         elapsed = milliseconds_of(lambda: self.implementation.run(batch), self.device)
         batch.clear_gradients()
         return elapsed
 
     def release(self) -> None:
-        """After a failure."""
         for batch in self.batches:
             batch.clear_gradients()
         release(self.device)
 
 
+def time_rounds(
+    cases: Sequence[Timed], rounds: int, warm_up: int = 1, deadline: float = float("inf")
+) -> None:
+    """Runs all cases once per round, so that a slow moment of the machine affects all of them. No
+    run begins after the deadline, which is of time.monotonic()."""
+    for turn in range(warm_up + rounds):
+        for case in cases:
+            known = case.milliseconds[-1] if len(case.milliseconds) >= ENOUGH else 0.0
+            slow = case.peer and known and known > SLOW * cases[0].milliseconds[-1]
+            if case.failed or slow or time.monotonic() > deadline:
+                continue
+            try:
+                elapsed = case.run_once(turn)
+                if turn == 0 and elapsed > 1e3:
+                    print(f"  {case.label}: first call {elapsed / 1e3:.1f} s", flush=True)
+                if turn >= warm_up:
+                    case.milliseconds.append(elapsed)
+            except Exception as error:  # out of memory, or a peer that does not support this shape
+                case.failed = reason(error)
+            if case.failed:
+                case.release()
+
+
 def milliseconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """One call, by CUDA events or by the clock."""
+    """The time of one call, by CUDA events on a GPU and by the clock elsewhere."""
     if device.type != "cuda":
         began = time.perf_counter()
         run()
@@ -81,78 +109,84 @@ def milliseconds_of(run: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
-class Peak:
-    """`with Peak(device) as peak`: afterwards peak.mib is the highest memory within, less that
-    before: torch's allocations on a GPU, resident memory elsewhere."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda, self.mib, self._resident = device.type == "cuda", 0.0, PeakMemory()
-
-    def __enter__(self) -> Peak:
-        gc.collect()
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-        else:
-            self._resident.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.cuda:
-            self.mib = (torch.cuda.max_memory_allocated() - self._before) / MIB
-        else:
-            self.mib = self._resident.peak()
-
-
-def time_rounds(cases: list[Case], rounds: int, warm_up: int = 1) -> None:
-    """All cases once a round, so that a slow moment of the machine falls on all of them."""
-    for turn in range(warm_up + rounds):
-        for case in cases:
-            if case.failed or _slow_peer(case, cases[0]):
-                continue
-            try:
-                elapsed = case.milliseconds_of(turn)
-                if turn == 0 and case.device.type == "cuda":
-                    print(f"  {case.name}: first call {elapsed / 1e3:.1f} s", flush=True)
-                if turn >= warm_up:
-                    case.milliseconds.append(elapsed)
-            except Exception as error:  # out of memory, or a peer that cannot do this shape
-                case.failed = reason(error)
-            if case.failed:
-                case.release()
-
-
-def _slow_peer(case: Case, floor: Case) -> bool:
-    known = len(case.milliseconds) >= ENOUGH and case.implementation.peer
-    return known and case.milliseconds[-1] > SLOW * floor.milliseconds[-1]
-
-
 def reason(error: Exception) -> str:
     text = str(error).splitlines()
     return f"{type(error).__name__}: {text[0][:160] if text else ''}"
 
 
 def release(device: torch.device) -> None:
-    """Gives back what a failed call left. Not within `except`: the error holds its tensors."""
+    """Frees cached memory. Not to be called within `except`, where the error holds its tensors."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # raises again where the GPU itself is lost, and that ends the run
 
 
+# ---- memory ------------------------------------------------------------------------------------
+
+
+class ResidentMemory:
+    """Peak resident memory of this process, from /proc: Linux only."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self._before = self._status("VmRSS")
+        self.reset()
+
+    def reset(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+
+    def peak_mib(self) -> float:
+        """The highest since reset() above what was resident at start()."""
+        return self._status("VmHWM") - self._before
+
+    @staticmethod
+    def _status(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+class Peak:
+    """`with Peak(device) as peak`: afterwards peak.mib is the highest memory within, less that
+    before: torch's allocations on a GPU, resident memory elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda, self.mib = device.type == "cuda", 0.0
+
+    def __enter__(self) -> "Peak":
+        gc.collect()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            self._resident = ResidentMemory()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            self.mib = (torch.cuda.max_memory_allocated() - self._before) / MIB
+        else:
+            self.mib = self._resident.peak_mib()
+
+
 def memory_of(case: Case) -> dict[str, float]:
-    """peak_mib: of one call, gradients included; extra_mib: without the gradients it leaves (GPU
-    only, where allocations can be counted)."""
-    batch = case.batch(0)
+    """peak_mib of one call, gradients included. On a GPU, where allocations can be counted, also
+    extra_mib, which is without the gradients that it leaves."""
+    batch = case.batches[0]
     batch.clear_gradients()
     with Peak(case.device) as peak:
         case.implementation.run(batch)
     found = {"peak_mib": peak.mib}
     if case.device.type == "cuda":
         left = [g for g in (batch.hidden.grad, batch.weight.grad) if g is not None]
-        found["extra_mib"] = found["peak_mib"] - sum(g.nbytes for g in left) / MIB
+        found["extra_mib"] = peak.mib - sum(g.nbytes for g in left) / MIB
     batch.clear_gradients()
     return found
+
+
+# ---- errors ------------------------------------------------------------------------------------
 
 
 def errors_of(case: Case, batch: Batch, truth: Truth) -> dict[str, float]:
@@ -180,9 +214,9 @@ def errors_of(case: Case, batch: Batch, truth: Truth) -> dict[str, float]:
 # ---- the machine -------------------------------------------------------------------------------
 
 
-def ceilings(device: str, dtype: str) -> dict[str, Any]:
+def ceilings(device: str, dtype: str) -> Row:
     """What the roofline is made of: GB/s of a copy in memory, read and written bytes counted, and
-    TFLOP/s of a square product of random numbers. Medians."""
+    TFLOP/s of a square product of random numbers."""
     cuda = device == "cuda"
     source = torch.rand(1 << (29 if cuda else 26), device=device)
     target = torch.empty_like(source)
@@ -200,31 +234,23 @@ def _median_seconds(run: Callable[[], object], device: torch.device) -> float:
     return sorted(times[2:])[2] / 1e3  # after two to warm up
 
 
-# ---- where a figure comes from -----------------------------------------------------------------
-
-
 def _output_of(*command: str) -> str:
-    here = Path(__file__).parent
     try:
-        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
         return ""
 
 
-def commit() -> str:
-    """$BUPO_COMMIT where the tree came without its history."""
-    found = _output_of("git", "rev-parse", "--short", "HEAD")
-    if not found:
-        return os.environ.get("BUPO_COMMIT", "unknown")
-    return found + ("+changes" if _output_of("git", "status", "--porcelain") else "")
-
-
 def environment(device: str, threads: int) -> dict[str, Any]:
+    """Where a figure comes from. Where the tree has no history, the commit is $BUPO_COMMIT."""
+    commit = _output_of("git", "rev-parse", "--short", "HEAD")
+    changes = "+changes" if commit and _output_of("git", "status", "--porcelain") else ""
     run = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": commit + changes or os.environ.get("BUPO_COMMIT", "unknown"),
         "torch": torch.__version__,
     }
+    build = ops.build_info()
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -235,14 +261,14 @@ def environment(device: str, threads: int) -> dict[str, Any]:
             "driver": driver.splitlines()[0] if driver else "unknown",
             "cuda": torch.version.cuda,
             "python": platform.python_version(),
-            "build": {k: v for k, v in ops.build_info().items() if not k.startswith("cpu_")},
+            "build": {k: v for k, v in build.items() if not k.startswith("cpu_")},
         }
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return run | {
         "cpu": models[0] if models else platform.processor(),
-        "cpu_products": ops.build_info()["cpu_products"],
-        "vector_bits": ops.build_info()["cpu_vectors"],
+        "cpu_products": build["cpu_products"],
+        "vector_bits": build["cpu_vectors"],
         "threads": threads,
     }

@@ -1,12 +1,9 @@
-"""The benchmark's peers: one small adapter each, all behind one signature.
+"""The benchmark's peers, one small adapter each, written for the versions that are named.
 
-A peer that gives log-probs is a function (hidden, weight, targets) -> (logprobs, entropy or None)
-that is differentiable; the ratio loss on top is the same torch code for all. One that gives a loss
-only is a function of the batch that returns the scalar. What cannot be imported is reported with
-its reason, by the caller; APIs were read in the sources of the versions named.
+A peer that gives log-probs is a differentiable function (hidden, weight, targets) -> (logprobs,
+entropy or None); the ratio loss on top is the same torch code for all. A peer that gives only a
+loss is a function of the batch that returns the scalar and what else it has computed.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -22,40 +19,33 @@ import torch
 import torch.nn.functional as F
 from batch import Batch
 from implementations import Implementation, Outputs, ratio_loss
+from measure import reason
 from torch import Tensor
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-RESERVED: dict[str, float] = {}
-"""MiB that a peer holds outside of torch, by its name"""
+Loss = Callable[[Batch], tuple[Tensor, Outputs]]
+RESERVED: dict[str, float] = {}  # miB that a peer holds outside of torch's allocator, by its name
 EAGER, COMPILED = "eager", "torch.compile of eager"
 CROSS_ENTROPY = "F.linear_cross_entropy"
 
 
-def hollow(package: str) -> None:
-    """Makes `import package.module` work without running the __init__ of the packages on the way:
-    those of trl and verl import all of the trainer, and with it ray, datasets and more, which have
-    nothing to do with the kernel."""
-    name, *inner = package.split(".")
-    if name not in sys.modules:
-        spec = importlib.util.find_spec(name)
-        if spec is None:
-            raise ModuleNotFoundError(f"No module named '{name}'")
-        _hollow(name, list(spec.submodule_search_locations or []))
-    for part in inner:
-        folders = [f"{folder}/{part}" for folder in sys.modules[name].__path__]
-        name = f"{name}.{part}"
+def import_without_init(package: str) -> None:
+    """Makes `import package.module` work without running the __init__ of the packages on the way.
+    Those of trl and verl import the whole trainer, and with it ray, datasets and more, none of
+    which the kernel needs."""
+    names = package.split(".")
+    spec = importlib.util.find_spec(names[0])
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named '{names[0]}'")
+    for depth in range(1, len(names) + 1):
+        name = ".".join(names[:depth])
         if name not in sys.modules:
-            _hollow(name, folders)
-
-
-def _hollow(name: str, folders: list[str]) -> None:
-    module = types.ModuleType(name)
-    module.__path__ = folders
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-    sys.modules[name] = module
-
-
-# ---- torch -------------------------------------------------------------------------------------
+            module = types.ModuleType(name)
+            folders = spec.submodule_search_locations or []
+            module.__path__ = ["/".join((folder, *names[1:depth])) for folder in folders]
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+            module.__spec__.submodule_search_locations = module.__path__
+            sys.modules[name] = module
 
 
 def eager_loss(batch: Batch) -> tuple[Tensor, Outputs]:
@@ -69,46 +59,32 @@ def eager_loss(batch: Batch) -> tuple[Tensor, Outputs]:
     return loss, {"logprobs": chosen.detach(), "entropy": entropy.detach()}
 
 
-def load_eager() -> Callable[[Batch], Outputs]:
-    return _with_backward(eager_loss)
+def load_eager() -> Loss:
+    return eager_loss
 
 
-def load_compiled() -> Callable[[Batch], Outputs]:
-    return _with_backward(torch.compile(eager_loss, dynamic=False))
+def load_compiled() -> Loss:
+    return torch.compile(eager_loss, dynamic=False)
 
 
-def _with_backward(loss_of: Callable[[Batch], Any]) -> Callable[[Batch], Outputs]:
-    def run(batch: Batch) -> Outputs:
-        loss, outputs = loss_of(batch)
-        loss.backward()
-        return outputs
-
-    return run
-
-
-def load_cross_entropy() -> Callable[[Batch], Outputs]:
+def load_cross_entropy() -> Loss:
     options = torch.nn.LinearCrossEntropyOptions()  # torch 2.13
-    return _with_backward(
-        lambda batch: (F.linear_cross_entropy(*batch.head(), options=options), {})
-    )
+    return lambda batch: (F.linear_cross_entropy(*batch.head(), options=options), {})
 
 
-# ---- liger-kernel 0.8.5 ------------------------------------------------------------------------
-
-
-def load_liger_cross_entropy() -> Callable[[Batch], Outputs]:
+def load_liger_cross_entropy() -> Loss:
     from liger_kernel.transformers.fused_linear_cross_entropy import (
         LigerFusedLinearCrossEntropyLoss,
     )
 
     loss = LigerFusedLinearCrossEntropyLoss()
-    return _with_backward(lambda b: (loss(b.weight, b.hidden, b.targets), {}))
+    return lambda batch: (loss(batch.weight, batch.hidden, batch.targets), {})
 
 
-def load_liger_grpo() -> Callable[[Batch], Outputs]:
-    """Sequences of one token, 1024 to a chunk: its advantages are per sequence, ours per token. The
-    work is that of sequences of 1024 tokens at its default chunk of one sequence. Not compiled: it
-    would compile its loss, a small share of the work, anew in each call."""
+def load_liger_grpo() -> Loss:
+    """Its advantages are per sequence and ours per token, so it gets sequences of one token, 1024
+    to a chunk: the work is that of sequences of 1024 tokens at its default chunk of one sequence.
+    Not compiled, because it would compile its loss, a small share of the work, in each call."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(
@@ -131,7 +107,7 @@ def load_liger_grpo() -> Callable[[Batch], Outputs]:
         )
         return value, {}
 
-    return _with_backward(loss_of)
+    return loss_of
 
 
 def load_liger_scaled() -> LogProbs:
@@ -148,12 +124,9 @@ def load_liger_scaled() -> LogProbs:
     return logprobs
 
 
-# ---- liger-cute-kernels 0.8.5 ------------------------------------------------------------------
-
-
 def load_liger_native() -> LogProbs:
-    """Its C++ kernels, through liger-kernel 0.8.5. They reserve their memory up front, outside of
-    torch: what the card has less of afterwards is counted as theirs (RESERVED)."""
+    """Its C++ kernels, through liger-kernel 0.8.5. They reserve their memory up front and outside
+    of torch, so what the card has less of afterwards is counted as theirs (RESERVED)."""
     import torch.distributed as dist
 
     importlib.import_module("liger_cute_kernels")
@@ -186,21 +159,16 @@ def load_liger_native() -> LogProbs:
     return logprobs
 
 
-# ---- quack-kernels 0.6.5 -----------------------------------------------------------------------
-
-
-def load_quack() -> Callable[[Batch], Outputs]:
+def load_quack() -> Loss:
     """Cross-entropy by exponentials in bfloat16 and three products, as policy_loss does it."""
     from quack.linear_cross_entropy import scaled_exp_linear_cross_entropy
 
-    return _with_backward(lambda batch: (scaled_exp_linear_cross_entropy(*batch.head()), {}))
-
-
-# ---- cut-cross-entropy 25.1.1 ------------------------------------------------------------------
+    return lambda batch: (scaled_exp_linear_cross_entropy(*batch.head()), {})
 
 
 def load_cce(filter_eps: str | None) -> Callable[[], LogProbs]:
-    """`cce` leaves out small entries of the gradient, `cce_exact` none: random data look free."""
+    """`cce` leaves out small entries of the gradient, which makes random data look free;
+    `cce_exact` leaves out none."""
 
     def load() -> LogProbs:
         from cut_cross_entropy import linear_cross_entropy
@@ -214,12 +182,9 @@ def load_cce(filter_eps: str | None) -> Callable[[], LogProbs]:
     return load
 
 
-# ---- trl 1.16.0 --------------------------------------------------------------------------------
-
-
 def load_trl() -> LogProbs:
-    hollow("trl.trainer")
-    # Its backward asks the trainer whether DeepSpeed has sharded the head: here never.
+    import_without_init("trl.trainer")
+    # Its backward asks the trainer whether DeepSpeed has sharded the head, which it never has here.
     utils = types.ModuleType("trl.trainer.utils")
     utils.maybe_gather_lm_head_ctx = lambda *_: contextlib.nullcontext()  # type: ignore[attr-defined]
     sys.modules.setdefault(utils.__name__, utils)
@@ -233,11 +198,8 @@ def load_trl() -> LogProbs:
     return logprobs
 
 
-# ---- verl 0.9.1 --------------------------------------------------------------------------------
-
-
 def load_verl_triton() -> LogProbs:
-    hollow("verl.utils")
+    import_without_init("verl.utils")
     module = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
     importlib.import_module("verl.utils.kernel.kernels")
 
@@ -248,85 +210,81 @@ def load_verl_triton() -> LogProbs:
 
 
 def load_verl_torch() -> LogProbs:
-    hollow("verl.utils")
+    import_without_init("verl.utils")
     return importlib.import_module("verl.utils.experimental.torch_functional").FusedLinearForPPO()
-
-
-# ---- all of them -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
     name: str
-    gives: str
-    """"logprobs" (per token, differentiable), "policy" or "cross entropy" (a loss and no more)"""
+    gives: str  # "logprobs" (per token, differentiable), "policy" or "cross entropy" (only a loss)
     load: Callable[[], Any]
-    entropy: bool = False
-    """whether its entropy has a gradient"""
-    package: str = ""
-    """what to install; "" for torch itself"""
+    package: str = ""  # what to install; "" for torch itself
     gpu_only: bool = False
 
     def implementations(self) -> list[Implementation]:
-        """Raises what importing it raises."""
+        """Raises whatever importing it raises."""
         call = self.load()
         name = f"{self.name} fwd+bwd"
-        if self.gives != "logprobs":
-            return [Implementation(name, call, 3, peer=True, loss=self.gives)]
+
+        def loss(batch: Batch) -> Outputs:
+            value, outputs = call(batch)
+            value.backward()
+            return outputs
 
         def forward(batch: Batch) -> Outputs:
             with torch.no_grad():
-                return _outputs(call(*batch.head()))
+                return _outputs(*call(*batch.head()))
 
         def both(batch: Batch) -> Outputs:
             logprobs, entropy = call(*batch.head())
             ratio_loss(batch, logprobs).backward()
-            return _outputs((logprobs, entropy))
+            return _outputs(logprobs, entropy)
 
+        if self.gives != "logprobs":
+            return [Implementation(name, loss, 3, peer=True, loss=self.gives)]
         return [
             Implementation(f"{self.name} fwd", forward, 1, peer=True),
             Implementation(name, both, 3, peer=True),
         ]
 
 
-def _outputs(found: tuple[Tensor, Tensor | None]) -> Outputs:
-    named = zip(("logprobs", "entropy"), found, strict=True)
-    return {name: x.detach() for name, x in named if x is not None}
+def _outputs(logprobs: Tensor, entropy: Tensor | None) -> Outputs:
+    found = {"logprobs": logprobs.detach()}
+    return found if entropy is None else found | {"entropy": entropy.detach()}
 
 
 LIGER, CCE = "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"
 TRL, VERL = "trl==1.16.0", "verl==0.9.1"
 NATIVE, QUACK = "liger-cute-kernels==0.8.5", "quack-kernels==0.6.5"
 PEERS = (
-    Peer(EAGER, "policy", load_eager, entropy=True),
-    Peer(COMPILED, "policy", load_compiled, entropy=True),
+    Peer(EAGER, "policy", load_eager),
+    Peer(COMPILED, "policy", load_compiled),
     Peer(CROSS_ENTROPY, "cross entropy", load_cross_entropy),
-    Peer("liger fused linear CE", "cross entropy", load_liger_cross_entropy, False, LIGER, True),
-    Peer("liger fused linear GRPO", "policy", load_liger_grpo, False, LIGER),
-    Peer("liger scaled CE", "logprobs", load_liger_scaled, True, LIGER),
-    Peer("liger-cute-kernels", "logprobs", load_liger_native, True, NATIVE, True),
-    Peer("quack scaled-exp CE", "cross entropy", load_quack, False, QUACK, True),
-    Peer("cce", "logprobs", load_cce("auto"), False, CCE, True),
-    Peer("cce_exact", "logprobs", load_cce(None), False, CCE, True),
-    Peer("trl ChunkedLogProb", "logprobs", load_trl, True, TRL),
-    Peer("verl linear_cross_entropy", "logprobs", load_verl_triton, True, VERL, True),
-    Peer("verl FusedLinearForPPO", "logprobs", load_verl_torch, True, VERL),
+    Peer("liger fused linear CE", "cross entropy", load_liger_cross_entropy, LIGER, True),
+    Peer("liger fused linear GRPO", "policy", load_liger_grpo, LIGER),
+    Peer("liger scaled CE", "logprobs", load_liger_scaled, LIGER),
+    Peer("liger-cute-kernels", "logprobs", load_liger_native, NATIVE, True),
+    Peer("quack scaled-exp CE", "cross entropy", load_quack, QUACK, True),
+    Peer("cce", "logprobs", load_cce("auto"), CCE, True),
+    Peer("cce_exact", "logprobs", load_cce(None), CCE, True),
+    Peer("trl ChunkedLogProb", "logprobs", load_trl, TRL),
+    Peer("verl linear_cross_entropy", "logprobs", load_verl_triton, VERL, True),
+    Peer("verl FusedLinearForPPO", "logprobs", load_verl_torch, VERL),
 )
 
 
 def load(names: list[str], device: str) -> tuple[list[Implementation], dict[str, str]]:
-    """The implementations of these peers, and of those that are missing why."""
+    """The implementations of these peers, and by name the reason why a peer is missing."""
     found: list[Implementation] = []
     missing = {}
     for peer in PEERS:
-        if peer.name not in names:
-            continue
-        if peer.gpu_only and device == "cpu":
+        if peer.name in names and peer.gpu_only and device == "cpu":
             missing[peer.name] = "runs on a GPU only"
-            continue
-        try:
-            found += peer.implementations()
-        except Exception as error:  # a broken installation raises anything
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            missing[peer.name] = reason + (f" (package {peer.package})" if peer.package else "")
+        elif peer.name in names:
+            try:
+                found += peer.implementations()
+            except Exception as error:  # a broken installation raises anything
+                package = f" (package {peer.package})" if peer.package else ""
+                missing[peer.name] = reason(error) + package
     return found, missing

@@ -1,56 +1,39 @@
-"""Draws the rooflines in docs/ from bench/results: `python bench/roofline.py` (--check only says
-whether a picture is of other results). One of every benchmark whose machine's ceilings are known.
+"""The rooflines in docs/, one for each benchmark that has measured the ceilings of its machine.
+tables.py draws them.
 
     rate <= min(peak rate, intensity x bandwidth),   intensity = flop / bytes
 
-flop: the products that the mathematics needs. bytes: every input read once, every output written
-once. Both ceilings are measured in the same run: a square product and a copy in memory.
+flop counts the products that the mathematics needs; bytes counts every input read once and every
+output written once. A square product and a copy in memory measure the two ceilings in the same run.
 """
 
-from __future__ import annotations
-
-import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from rows import Row, gradient_is_right
-from tables import newest, shape_of
+from rows import RESULTS, ROOT, Row, is_wrong_peer, newest, shape_of
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 BENCHMARKS = {"cuda": "a GPU", "cpu": "a CPU", "cpu_avx2": "a CPU without AVX-512"}
-KINDS = {"peer": "#9ca3af", "floor": "#1d4ed8", "bupo": "#c2410c"}
 SMALL: dict[str, Any] = {"fontsize": 8}
-KEY = "results"
-"""in the picture's metadata: a digest of what it shows"""
+KEY = "results"  # the key in a picture's metadata of a digest of its rows
 
 
-def points(name: str) -> list[Row]:
-    """The rows of one benchmark's first shape and dtype that have a rate, with all tokens live: the
-    others leave out products. A peer with a wrong gradient has none. [] where the ceilings are not
-    known."""
-    rows = newest(name)
+def rows_to_draw(name: str) -> list[Row]:
+    """The rows with a rate of one benchmark's first shape and dtype. Rows in which not all tokens
+    are live leave out products and are not shown, nor are peers with a wrong gradient. [] where the
+    ceilings are not known."""
+    rows = newest(RESULTS / f"{name}.jsonl")
     if not rows or "copy_gb_s" not in rows[0]:
         return []
-    same = [r for r in rows if shape_of(r) == shape_of(rows[0]) and "gb_s" in r]
-    same = [r for r in same if r["dtype"] == same[0]["dtype"] and r["live"] == 1]
-    return [r for r in same if not (r.get("peer") and r["products"] == 3) or gradient_is_right(r)]
-
-
-def kind_of(row: Row) -> str:
-    if row.get("peer"):
-        return "peer"
-    return "floor" if "GEMM" in row["name"] else "bupo"
-
-
-def digest(rows: list[Row]) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+    rows = [row for row in rows if shape_of(row) == shape_of(rows[0]) and "gb_s" in row]
+    dtype = rows[0]["dtype"]
+    return [r for r in rows if r["dtype"] == dtype and r["live"] == 1 and not is_wrong_peer(r)]
 
 
 def draw(rows: list[Row], title: str) -> Any:
-    """Left the roofline, right the rates by implementation."""
+    """On the left the roofline, on the right the rate of each implementation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +44,10 @@ def draw(rows: list[Row], title: str) -> Any:
     rows = sorted(rows, key=lambda row: row["gflops"])
     rates = [row["gflops"] / 1e3 for row in rows]
     intensities = [row["gflops"] / row["gb_s"] for row in rows]
-    colors = [KINDS[kind_of(row)] for row in rows]
+    grey, blue, orange = "#9ca3af", "#1d4ed8", "#c2410c"  # peers, bare products, bupo
+    colors = [
+        grey if row.get("peer") else blue if "GEMM" in row["name"] else orange for row in rows
+    ]
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(10, 0.25 * len(rows) + 2.2), layout="constrained"
     )
@@ -87,36 +73,29 @@ def draw(rows: list[Row], title: str) -> Any:
     return figure
 
 
-def shown(picture: Path) -> str:
-    """The digest of the results that a picture was made from; "" if there is none."""
+def is_made_from(picture: Path, digest: str) -> bool:
+    """Whether a picture is there and was made from results with this digest."""
     from PIL import Image
 
     if not picture.exists():
-        return ""
+        return False
     with Image.open(picture) as image:
-        return str(image.info.get(KEY, ""))
+        return image.info.get(KEY) == digest
 
 
-def main() -> int:
-    """Exit status 1 if --check finds a picture that is missing or of other results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="draw nothing")
-    check, stale = parser.parse_args().check, []
+def update_pictures(check: bool) -> list[str]:
+    """Draws the pictures that are missing or show other results; with `check` draws none. Returns
+    their names."""
+    stale = []
     for name, machine in BENCHMARKS.items():
-        rows, picture = points(name), DOCS / f"roofline_{name}.png"
-        if not rows or shown(picture) == digest(rows):
+        rows, picture = rows_to_draw(name), DOCS / f"roofline_{name}.png"
+        text = json.dumps(rows, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if not rows or is_made_from(picture, digest):
             continue
         stale.append(picture.name)
         if not check:
             tokens, width, vocab = shape_of(rows[0])
             title = f"LM-head ops on {machine}, {rows[0]['dtype']}, N={tokens} D={width} V={vocab}"
-            figure = draw(rows, title)
-            figure.savefig(picture, dpi=110, metadata={KEY: digest(rows)})
-    print("\n".join(f"docs/{name}: {'differs' if check else 'drawn'}" for name in stale))
-    return int(check and bool(stale))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            draw(rows, title).savefig(picture, dpi=110, metadata={KEY: digest})
+    return stale

@@ -1,7 +1,8 @@
 """Predicts the LM-head ops on an H200 from clocks and bytes: `python bench/scan_model.py`.
 
-Nothing here is measured on our kernels. Two rates are: a large bf16 product reaches about 790
-TFLOP/s on an H200, a copy about 4.3 TB/s (read and written bytes counted). All else is arithmetic:
+None of our kernels has been measured for it. Two rates have: a large bf16 product reaches about 790
+TFLOP/s on an H200, and a copy about 4.3 TB/s (read and written bytes counted). The rest is
+arithmetic:
 
     time = products + what their epilogues show + bytes of the other kernels / copy rate + launches
 
@@ -9,14 +10,13 @@ A 128-row tile of C columns keeps a tensor core busy for 128 C D 2 / 4096 clocks
 clocks adds to each tile where both warpgroups run it at the same time (cooperative), and only once,
 at the end, where one multiplies meanwhile (ping-pong). A cuBLAS product, the unit of every ratio,
 has one of 900 clocks. A grid takes as long as its busiest cluster. The library's products dX and dW
-count as bare ones. Left out: power, which lets a product that rests run faster later, and L2.
+count as bare ones. The model leaves out L2, and power: after a rest, a product runs faster.
 """
 
-from __future__ import annotations
-
-import argparse
 import dataclasses
 import math
+
+from rows import aligned, table
 
 SHAPES = (
     (8192, 4096, 151936),
@@ -27,8 +27,7 @@ SHAPES = (
     (1024, 4096, 151936),
     (256, 4096, 151936),
 )
-FLOPS, BYTES = 790e12, 4.3e12
-"""a second"""
+FLOPS, BYTES = 790e12, 4.3e12  # a second, of a large bf16 product and of a copy
 CLUSTERS, TENSOR_FLOPS_A_CLOCK, LIBRARY_EPILOGUE, FILL = 66, 4096, 900, 1500
 LAUNCH, WAIT = 3e-6, 25e-6
 """seconds of a small kernel, and of a bubble in which the host waits and then launches"""
@@ -36,35 +35,28 @@ LAUNCH, WAIT = 3e-6, 25e-6
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-    """What differs between two states of the sources."""
+    """What differs between states of the sources. The defaults are of the cooperative kernel."""
 
     name: str
-    columns: int
-    """of a tile"""
-    tiles_a_unit: int
-    epilogue: tuple[int, int]
-    """clocks without and with E stored"""
-    hidden: bool
-    """behind the other warpgroup's product"""
-    budget: float
-    row_bytes_beside_e: int
-    """at D = 0"""
-    row_bytes_a_width: int
-    sums_again: int
-    """bytes an entry of dW that a further chunk reads and writes"""
-    scales: bool
-    """backward multiplies dW and dX by 1"""
-    waits_late: bool
-    small_kernels: int
-    """of a chunk"""
+    columns: int = 256  # of a tile
+    tiles_a_unit: int = 1
+    epilogue: tuple[int, int] = (2700, 3900)  # clocks without and with E stored
+    hidden: bool = False  # behind the other warpgroup's product
+    budget: float = 2**32
+    row_bytes_beside_e: int = 10000  # at D = 0
+    row_bytes_a_width: int = 6
+    sums_again: int = 8  # bytes an entry of dW that a further chunk reads and writes
+    scales: bool = False  # backward multiplies dW and dX by 1
+    waits_late: bool = False
+    small_kernels: int = 11  # of a chunk
 
 
+COOPERATIVE = Design("cooperative 128 x 256")
+PINGPONG = Design("ping-pong 128 x 192", columns=192, epilogue=(2500, 3300), hidden=True)
 BEFORE = Design(
-    name="before: cooperative 128 x 256, units of 4 tiles, slices",
-    columns=256,
+    "before: cooperative 128 x 256, units of 4 tiles, slices",
     tiles_a_unit=4,
     epilogue=(3000, 4150),
-    hidden=False,
     budget=2**30 * 15 / 16,
     row_bytes_beside_e=6500,
     row_bytes_a_width=8,
@@ -73,26 +65,11 @@ BEFORE = Design(
     waits_late=True,
     small_kernels=15,
 )
-COOPERATIVE = dataclasses.replace(
-    BEFORE,
-    name="cooperative 128 x 256",
-    tiles_a_unit=1,
-    epilogue=(2700, 3900),
-    budget=2**32,
-    row_bytes_beside_e=10000,
-    row_bytes_a_width=6,
-    sums_again=8,
-    scales=False,
-    waits_late=False,
-    small_kernels=11,
-)
-PINGPONG = dataclasses.replace(
-    COOPERATIVE, name="ping-pong 128 x 192", columns=192, epilogue=(2500, 3300), hidden=True
-)
 DESIGNS = (BEFORE, COOPERATIVE, PINGPONG)
 
 
 def tile_clocks(columns: int, width: int) -> float:
+    """Of the product of one tile of 128 rows."""
     return 128 * columns * width * 2 / TENSOR_FLOPS_A_CLOCK
 
 
@@ -148,27 +125,20 @@ def forward(d: Design, tokens: int, width: int, vocab: int) -> float:
     return ratio + (moved / BYTES + 5 * LAUNCH) / bare
 
 
-def table() -> str:
-    titles = ("forward", "forward and backward", "live 0.25", "chunks")
-    lines = [
-        "| N, D, V | design | " + " | ".join(titles) + " |",
-        "|---|---|" + "---:|" * len(titles),
+def predictions() -> str:
+    titles = ("N, D, V", "design", "forward", "forward and backward", "live 0.25", "chunks")
+    cells = [
+        [
+            *(", ".join(map(str, shape)), design.name, f"{forward(design, *shape):.3f}"),
+            *(f"{policy_loss(design, *shape, live=live):.3f}" for live in (1.0, 0.25)),
+            str(chunks(design, *shape)),
+        ]
+        for shape in SHAPES
+        for design in DESIGNS
     ]
-    for shape in SHAPES:
-        for d in DESIGNS:
-            cells = [
-                f"{forward(d, *shape):.3f}",
-                f"{policy_loss(d, *shape):.3f}",
-                f"{policy_loss(d, *shape, live=0.25):.3f}",
-                str(chunks(d, *shape)),
-            ]
-            lines.append(f"| {', '.join(map(str, shape))} | {d.name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return table(titles, cells, 2)
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
     print("PREDICTED, not measured: ratios to one bare product (forward) and to three.\n")
-    print(table())
+    print(aligned(predictions()))

@@ -1,20 +1,15 @@
 """Some training steps of bupo, for bench_train_step.py: `python bench/step_bupo.py FOLDER SIZE
-STEPS THREADS LAYER`. Prints a JSON object a step. The run is that of `python -m bupo.run`."""
+STEPS THREADS LAYER`. Prints a JSON object per step. It runs what `python -m bupo.run` runs."""
 
-from __future__ import annotations
-
-import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from resident import PeakMemory
-from workload import Size
+from workload import Size, StepMeter
 
-from bupo import run as program
+from bupo.commands import training as program
 from bupo.rl import loop
 from bupo.runlog.run_directory import read_rows
 
@@ -22,7 +17,7 @@ STAGES = ("rollout", "old_logprobs", "update", "sync")
 
 
 def overrides(folder: Path, size: Size, steps: int, layer: int | None) -> list[str]:
-    """The run's configuration, over the defaults."""
+    """The settings of the run that differ from the defaults."""
     return [
         f"model.path={folder}",
         f"data.train=[{folder / 'prompts.jsonl'}]",
@@ -44,31 +39,22 @@ def overrides(folder: Path, size: Size, steps: int, layer: int | None) -> list[s
 
 def main(folder: Path, size: Size, steps: int, threads: int, layer: int | None) -> None:
     torch.set_num_threads(threads)
-    memory = PeakMemory()
     load, step_of = program._model_to_train, loop.Run._step
+    meters = []
 
     def loaded(*args: Any) -> Any:
         model = load(*args)
-        memory.start()
+        meters.append(StepMeter())
         return model
 
     def step(self: loop.Run, number: int) -> None:
-        memory.reset()
-        began, cpu = time.perf_counter(), time.process_time()
+        meters[0].begin()
         step_of(self, number)
-        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        meters[0].end()
         row = read_rows(self.out / "metrics.jsonl")[-1]
         stages = {name: row[f"time/{name}"] for name in STAGES}
-        found = {
-            "step": seconds,
-            "cpu_seconds": cpu,
-            **stages,
-            "rest": seconds - sum(stages.values()),
-            "peak_mib": memory.peak(),
-            "tokens": row["response/length"] * size.rollouts,
-            "grad_norm": row["policy/grad_norm"],
-        }
-        print(json.dumps(found), flush=True)
+        tokens = row["response/length"] * size.rollouts
+        meters[0].report(stages, tokens, row["policy/grad_norm"])
 
     program._model_to_train, loop.Run._step = loaded, step  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as out:

@@ -1,65 +1,51 @@
 """Some training steps of TRL's GRPOTrainer, for bench_train_step.py: `python bench/step_trl.py
-FOLDER SIZE STEPS THREADS SETTINGS`. Prints a JSON object a step: a generation and the updates on
+FOLDER SIZE STEPS THREADS SETTINGS`. Prints a JSON object per step: a generation and the updates on
 it. SETTINGS: a JSON object of further fields of GRPOConfig."""
-
-from __future__ import annotations
 
 import json
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from resident import PeakMemory
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from workload import Size, prompts, reward
-
-
-class Clock:
-    """Seconds by stage since the step began."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - began
+from workload import Size, StepMeter, prompts, reward
 
 
 class Timed(GRPOTrainer):
-    """GRPOTrainer as it is, with a clock around its parts."""
+    """GRPOTrainer unchanged, with a clock around its parts."""
 
-    clock: Clock
-    tokens = 0
+    def begin(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.tokens = 0
+
+    def _clocked(self, part: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        found = call(*args, **kwargs)
+        self.seconds[part] += time.perf_counter() - began
+        return found
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        with self.clock.stage("rollout"):
-            return super()._generate(*args, **kwargs)
+        return self._clocked("rollout", super()._generate, *args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        with self.clock.stage("old_logprobs"):
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        part = "logprobs" if torch.is_grad_enabled() else "old_logprobs"
+        call = super()._get_per_token_logps_and_entropies
+        return self._clocked(part, call, *args, **kwargs)
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        with self.clock.stage("prepare"):
-            inputs = super()._prepare_inputs(*args, **kwargs)
+        inputs = self._clocked("prepare", super()._prepare_inputs, *args, **kwargs)
         self.tokens += int(inputs["completion_mask"].sum())
         return inputs
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.clock.stage("training_step"):
-            loss = super().training_step(*args, **kwargs)
+        loss = self._clocked("training_step", super().training_step, *args, **kwargs)
         self.ended = time.perf_counter()
         return loss
 
@@ -67,19 +53,16 @@ class Timed(GRPOTrainer):
 class Steps(TrainerCallback):
     """Ends a step and begins the next one, every `updates` optimiser updates."""
 
-    def __init__(self, trainer: Timed, memory: PeakMemory, updates: int) -> None:
-        self._trainer, self._memory, self._updates = trainer, memory, updates
-        self._began: float | None = None
+    def __init__(self, trainer: Timed, meter: StepMeter, updates: int) -> None:
+        self._trainer, self._meter, self._updates = trainer, meter, updates
         self._norms: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self._updates == 0:
-            self._report()
-            self._memory.reset()
-            self._trainer.clock = Clock()
-            self._trainer.tokens = 0
-            self._cpu = time.process_time()
-            self._began = time.perf_counter()
+            if state.global_step:
+                self._report()
+            self._trainer.begin()
+            self._meter.begin()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "grad_norm" in logs:
@@ -87,37 +70,26 @@ class Steps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         seconds = time.perf_counter() - self._trainer.ended  # clipping, optimizer, zero_grad
-        self._trainer.clock.seconds["optimizer"] += seconds
+        self._trainer.seconds["optimizer"] += seconds
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._report()
 
     def _report(self) -> None:
-        if self._began is None:
-            return
-        clock = self._trainer.clock.seconds
-        step = time.perf_counter() - self._began
-        stages = {name: clock[name] for name in ("rollout", "old_logprobs")}
-        passes = clock["training_step"] - clock["prepare"]
-        stages |= {"update": passes + clock["optimizer"], "sync": 0.0}
-        found = {
-            "step": step,
-            "cpu_seconds": time.process_time() - self._cpu,
-            **stages,
-            "rest": step - sum(stages.values()),
-            "peak_mib": self._memory.peak(),
-            "tokens": self._trainer.tokens,
-            "grad_norm": sum(self._norms) / len(self._norms),
-        }
+        self._meter.end()
+        seconds = self._trainer.seconds
+        stages = {name: seconds[name] for name in ("rollout", "old_logprobs")}
+        passes = seconds["training_step"] - seconds["prepare"]
+        stages |= {"update": passes + seconds["optimizer"], "sync": 0.0}
+        norm = sum(self._norms) / len(self._norms)
         self._norms.clear()
-        print(json.dumps(found), flush=True)
+        self._meter.report(stages, self._trainer.tokens, norm)
 
 
 def main(folder: Path, size: Size, steps: int, threads: int, more: dict[str, Any]) -> None:
     torch.set_num_threads(threads)
-    memory = PeakMemory()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    memory.start()
+    meter = StepMeter()
 
     def rewards(completions: list[str], **_: Any) -> list[float]:
         return reward(completions, [])
@@ -153,8 +125,8 @@ def main(folder: Path, size: Size, steps: int, threads: int, more: dict[str, Any
             train_dataset=Dataset.from_dict({"prompt": prompts(size) * steps}),
             processing_class=AutoTokenizer.from_pretrained(folder),
         )
-        trainer.clock = Clock()
-        trainer.add_callback(Steps(trainer, memory, size.updates))
+        trainer.begin()
+        trainer.add_callback(Steps(trainer, meter, size.updates))
         trainer.train()
 
 

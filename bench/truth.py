@@ -1,11 +1,9 @@
-"""What a batch's results are, in float64, at sizes whose [tokens, vocab] fits nowhere.
+"""The results of a batch in float64, at sizes whose [tokens, vocab] does not fit into memory.
 
-Log-probs and entropy of every token, but the gradients of a few only: dX of `rows` tokens spread
+Log-probs and entropy are of every token, but gradients only of some: dX of `rows` tokens spread
 over the batch, and dW, to which every token adds, of `entries` spread over the vocabulary. So a sum
 that drifts over many chunks of tokens shows, and the cost is one product in float64.
 """
-
-from __future__ import annotations
 
 import dataclasses
 
@@ -13,31 +11,24 @@ import torch
 from batch import Batch
 from torch import Tensor
 
-CHUNK = 512
-"""rows of logits, and of the weight, that are held in float64 at once"""
+CHUNK = 512  # rows of logits, and of the weight, that are held in float64 at once
 
 
 @dataclasses.dataclass
 class Truth:
-    logprobs: Tensor
-    """[N]"""
-    entropy: Tensor
-    """[N]"""
-    rows: Tensor
-    """the tokens whose row of dX is known, [R]"""
-    entries: Tensor
-    """the entries of the vocabulary whose row of dW is known, [E]"""
-    row_probabilities: Tensor
-    """[R, V]"""
-    entry_probabilities: Tensor
-    """[N, E]"""
+    logprobs: Tensor  # [N]
+    entropy: Tensor  # [N]
+    rows: Tensor  # the tokens whose row of dX is known, [R]
+    entries: Tensor  # the entries of the vocabulary whose row of dW is known, [E]
+    row_probabilities: Tensor  # [R, V]
+    entry_probabilities: Tensor  # [N, E]
 
     @staticmethod
-    def of(batch: Batch, rows: int, entries: int) -> Truth:
+    def of(batch: Batch, rows: int, entries: int) -> "Truth":
         x, w, targets = (t.detach() for t in batch.head())
         tokens, _, vocab = batch.shape
-        some = spread(min(rows, tokens), tokens, x)
-        chosen = spread(min(entries, vocab), vocab, x)
+        some = evenly_spaced(min(rows, tokens), tokens, x)
+        chosen = evenly_spaced(min(entries, vocab), vocab, x)
         chosen = torch.cat([chosen, targets[: entries // 4]]).unique()  # rows with a large gradient
         found: list[tuple[Tensor, ...]] = []
         kept = []
@@ -60,20 +51,16 @@ class Truth:
         dz = -of_rows * self.row_probabilities
         dz.scatter_add_(1, batch.targets[self.rows, None], of_rows)
         w, x = batch.weight.detach(), batch.hidden.detach()
-        d_hidden = torch.zeros(len(dz), w.shape[1], dtype=torch.float64, device=x.device)
-        for first in range(0, len(w), 16 * CHUNK):
-            last = min(first + 16 * CHUNK, len(w))
-            d_hidden += dz[:, first:last] @ w[first:last].double()
+        rows = 16 * CHUNK
+        parts = zip(dz.split(rows, dim=1), w.split(rows), strict=True)
+        d_hidden = torch.stack([part @ of_w.double() for part, of_w in parts]).sum(0)
         is_target = batch.targets[:, None] == self.entries
         dz = slope[:, None] * (is_target.double() - self.entry_probabilities)
-        d_weight = torch.zeros(len(self.entries), x.shape[1], dtype=torch.float64, device=x.device)
-        for first in range(0, len(x), 16 * CHUNK):
-            part = slice(first, first + 16 * CHUNK)
-            d_weight += dz[part].T @ x[part].double()
-        return d_hidden, d_weight
+        parts = zip(dz.split(rows), x.split(rows), strict=True)
+        return d_hidden, torch.stack([part.T @ of_x.double() for part, of_x in parts]).sum(0)
 
 
-def spread(count: int, size: int, like: Tensor) -> Tensor:
+def evenly_spaced(count: int, size: int, like: Tensor) -> Tensor:
     """`count` indices below `size`, the first and the last among them."""
     if count == 1:
         return torch.zeros(1, dtype=torch.int64, device=like.device)
@@ -81,7 +68,7 @@ def spread(count: int, size: int, like: Tensor) -> Tensor:
 
 
 def policy_slope(batch: Batch, logprobs: Tensor) -> Tensor:
-    """dLoss / dlogp of the ratio loss that no token is clipped in."""
+    """dLoss / dlogp of the ratio loss without clipping."""
     ratio = (logprobs - batch.old_logprobs).exp()
     return -batch.token_weights * batch.advantages * ratio
 

@@ -1,19 +1,25 @@
-"""What bench_train_step.py trains: a random Qwen3 and its tokenizer, prompts, a reward.
+"""What bench_train_step.py trains: a random Qwen3 and its tokenizer, prompts and a reward; and how
+it measures a step.
 
 No response ends before its last token: one entry of the hidden states is the same positive number
-for every token, and the head's row of the end of sequence alone reads it, so that its logit is far
+for every token, and only the head's row of the end of sequence reads it, so that its logit is far
 below all others.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import json
 import random
+import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import torch
+from measure import ResidentMemory
+from real_models import random_qwen3
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 PAD, EOS = 0, 1
 
@@ -25,13 +31,10 @@ class Size:
     vocab: int = 32768
     prompts: int = 4
     samples: int = 8
-    prompt_tokens: tuple[int, int] = (24, 48)
-    """shortest and longest"""
+    prompt_tokens: tuple[int, int] = (24, 48)  # shortest and longest
     new_tokens: int = 32
-    updates: int = 2
-    """optimiser updates a step"""
-    micro_rollouts: int = 8
-    """of the longest prompts, a micro-batch"""
+    updates: int = 2  # optimiser updates a step
+    micro_rollouts: int = 8  # of the longest prompts, a micro-batch
     lr: float = 1e-6
 
     @property
@@ -43,7 +46,7 @@ class Size:
         return self.micro_rollouts * (self.prompt_tokens[1] + self.new_tokens)
 
     @staticmethod
-    def read(text: str) -> Size:
+    def read(text: str) -> "Size":
         fields = json.loads(text)
         return Size(**fields | {"prompt_tokens": tuple(fields["prompt_tokens"])})
 
@@ -59,13 +62,17 @@ def prompts(size: Size) -> list[str]:
 
 
 def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """0 or 1, as good as random: every group has both, so every token has a gradient."""
+    """0 or 1, as good as random, so that groups have both and tokens have a gradient."""
     return [float(zlib.crc32(text.encode()) % 2) for text in responses]
 
 
 def write(size: Size, folder: Path) -> None:
-    """Model and tokenizer, and the prompts in bupo's format."""
-    _tokenizer(size).save_pretrained(folder)
+    """Writes model and tokenizer, and the prompts in bupo's format."""
+    words = ["<pad>", "<eos>", *(f"w{n}" for n in range(2, size.vocab))]
+    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
     _model(size).save_pretrained(folder)
     rows = [
         {"prompt": text, "data_source": "bench", "reward_model": {"ground_truth": ""}}
@@ -74,42 +81,36 @@ def write(size: Size, folder: Path) -> None:
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _tokenizer(size: Size) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<eos>", *(f"w{n}" for n in range(2, size.vocab))]
-    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "<pad>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
-
-
-def _model(size: Size) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
-    torch.manual_seed(0)
-    heads = size.width // 64
-    config = Qwen3Config(
-        vocab_size=size.vocab,
-        hidden_size=size.width,
-        intermediate_size=3 * size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
-        head_dim=64,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=None,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+def _model(size: Size) -> nn.Module:
+    heads = {"num_key_value_heads": max(1, size.width // 128)}
+    tokens = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
+    options = {"max_position_embeddings": 4096, **heads, **tokens}
+    model = random_qwen3(size.layers, size.width, size.vocab, **options)
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = 0.1
-        for layer in model.base_model.layers:  # which leave that entry alone
+        for layer in model.base_model.layers:  # none of which changes that entry
             layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
         head = model.get_output_embeddings().weight
         head[:, 0] = 0
         head[EOS, 0] = -1000
     return model
+
+
+class StepMeter:
+    """Time and memory of a step, which it prints as a JSON object. To be made after the model."""
+
+    def __init__(self) -> None:
+        self._memory = ResidentMemory()
+
+    def begin(self) -> None:
+        self._memory.reset()
+        self._began, self._cpu = time.perf_counter(), time.process_time()
+
+    def end(self) -> None:
+        self._ended, self._cpu = time.perf_counter(), time.process_time() - self._cpu
+
+    def report(self, stages: dict[str, float], tokens: float, grad_norm: float) -> None:
+        step = self._ended - self._began
+        found = {"step": step, "cpu_seconds": self._cpu, **stages}
+        found |= {"rest": step - sum(stages.values()), "peak_mib": self._memory.peak_mib()}
+        print(json.dumps(found | {"tokens": tokens, "grad_norm": grad_norm}), flush=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_models as bench
+import measure
 import pytest
 import real_models
 import torch
@@ -58,7 +59,7 @@ def test_the_longest_sequence_is_found(longest: int) -> None:
         tried.append(length)
         return length <= 100 * longest + 50
 
-    assert bench.longest(fits, 100, 6400) == 100 * longest
+    assert bench.longest_that_fits(fits, 100, 6400) == 100 * longest
     assert len(tried) == len(set(tried)) <= 14 and max(tried) <= 6400
 
 
@@ -92,12 +93,12 @@ def test_the_longest_sequences_of_a_model(monkeypatch: pytest.MonkeyPatch) -> No
     assert [row.get("sequence") for row in rows] == [128, 32, None]
     assert rows[2]["failed"] == "RuntimeError: no kernel image"
     rows = bench.longest_rows(model, others, args, time.monotonic() - 1)
-    assert {row["failed"] for row in rows} == {"no time was left"}
+    assert {row["failed"] for row in rows} == {"TimeoutError: no time was left"}
 
 
-def training() -> bench.Training:
+def training() -> real_models.Training:
     model = real_models.build("Qwen3-8B", SMALL, torch.float32, "cpu")
-    return bench.Training(model, 2, 8)
+    return real_models.Training(model, 2, 8)
 
 
 def test_the_models_have_their_public_sizes() -> None:
@@ -145,9 +146,9 @@ def test_a_loss_is_handed_the_policy_of_a_trained_model() -> None:
 def test_a_loss_with_another_gradient_is_refused() -> None:
     given = training()
     others = [Implementation(f"{f.__name__} fwd+bwd", f, 3) for f in (policy_loss, without_softmax)]
-    group = bench.Group(given, bench.training_cases(given, others, [None, 2]))
-    group.measure(1, time.monotonic() + 60)
-    rows = {(case.name, case.layer): case.row() for case in group.cases}
+    cases = bench.loss_cases(given, others, [None, 2])
+    measure.time_rounds(cases, 1)
+    rows = {(case.name, case.layer): case.row() for case in cases}
     for layer in (None, 2):
         assert rows["policy_loss", layer]["off_head"] == 0
         assert "off ours" in rows["without_softmax", layer]["failed"]
@@ -161,9 +162,9 @@ def test_no_peer_is_compared_with_another_in_place_of_ours(monkeypatch: pytest.M
     peer = Implementation("peer fwd+bwd", policy_loss, 3)
     with monkeypatch.context() as patch:
         patch.setattr(bench, "policy_loss", broken)
-        group = bench.Group(given, bench.training_cases(given, [peer], [None]))
-    group.measure(1, time.monotonic() + 60)
-    ours, other = (case.row() for case in group.cases)
+        cases = bench.loss_cases(given, [peer], [None])
+    measure.time_rounds(cases, 1)
+    ours, other = (case.row() for case in cases)
     assert ours["failed"] == "RuntimeError: out of memory" and "ms" not in other
     assert other["failed"] == "ours has no gradient to compare it with"
 
@@ -176,9 +177,9 @@ def test_a_case_that_runs_out_of_memory_stops_no_other() -> None:
         raise RuntimeError("out of memory\nwith details")
 
     others = [Implementation("broken fwd+bwd", broken, 3), Implementation("x", policy_loss, 3)]
-    group = bench.Group(given, bench.training_cases(given, others, [None]))
-    group.measure(1, time.monotonic() + 60)
-    rows = [case.row() for case in group.cases]
+    cases = bench.loss_cases(given, others, [None])
+    measure.time_rounds(cases, 1)
+    rows = [case.row() for case in cases]
     assert [row["name"] for row in rows] == [bench.OURS, "broken", "x"]
     assert rows[1]["failed"] == "RuntimeError: out of memory" and "ms" not in rows[1]
     assert rows[0]["ms"] > 0 and rows[2]["ms"] > 0 and rows[2]["off_head"] == 0
@@ -187,13 +188,9 @@ def test_a_case_that_runs_out_of_memory_stops_no_other() -> None:
 
 def test_nothing_begins_after_the_deadline() -> None:
     given = training()
-    group = bench.Group(given, bench.training_cases(given, [], [None]))
-    group.measure(3, time.monotonic() - 1)
-    assert group.cases[0].row() == {
-        "name": bench.OURS,
-        "layer": None,
-        "failed": "no time was left",
-    }
+    (case,) = bench.loss_cases(given, [], [None])
+    measure.time_rounds([case], 3, deadline=time.monotonic() - 1)
+    assert case.row() == {"name": bench.OURS, "layer": None, "failed": "no time was left"}
 
 
 # ---- arithmetic --------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def test_a_small_run_without_trl(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     full, peer, phase = (json.loads(line) for line in file.read_text().splitlines())
     assert peer["failed"] == "ImportError: no data sets here"
-    assert "no time: TRL GRPOTrainer: ImportError" in done.stdout
+    assert "ImportError: no data sets here" in done.stdout
     for row in (full, phase):
         assert row["tokens"] == 8 * 5 and row["peak_mib"] > 0 and row["cpu_seconds"] > 0
         assert sum(row[stage] for stage in bench.STAGES) == pytest.approx(row["step"])
@@ -89,7 +89,7 @@ def test_ratios_and_bars() -> None:
         rows = [row_of(bench.OURS, 4.0), row_of(bench.PEER, 6.0)]
         rows[broken] = {"name": rows[broken]["name"], "layer": None, "failed": "out of memory"}
         bench.add_ratios(rows)
-        assert bench.bars(rows) == []
+        assert all(line.startswith("NO FIGURE") for line in bench.bars(rows))
 
 
 def test_other_work_gets_no_time() -> None:
@@ -104,23 +104,19 @@ def test_the_median_leaves_out_the_warm_up() -> None:
     side = bench.Side("x", ["-c", f"print({chr(10).join(lines)!r})"])
     side.run(threads=1, warm_up=1)
     row = side.row()
-    assert (row["step"], row["without_rollout"], row["step_range"]) == (4.0, 3.0, [3.0, 5.0])
+    assert (row["step"], row["without_rollout"]) == (4.0, 3.0)
     broken = bench.Side("x", ["-c", f"print({lines[0]!r}); raise ValueError('no')"])
     broken.run(threads=1, warm_up=0)
     assert broken.row() == {"name": "x", "layer": None, "failed": "ValueError: no"}
 
 
-def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+def test_the_table() -> None:
     rows = [row_of(bench.OURS, 4.0), row_of(bench.PEER, 6.0)]
     rows.append(row_of("bupo, phase 1", 3.0, layer=3))
     bench.add_ratios(rows)
     where = {"date": "2026-01-01T00:00:00", "torch": "2", "transformers": "5", "trl": "1.16.0"}
     where |= {"cpu": "C", "threads": 2} | json.loads(Size().text())
-    (tmp_path / "train_step_cpu.jsonl").write_text(
-        "".join(json.dumps(where | row) + "\n" for row in rows)
-    )
-    lines = tables.train_step_table().splitlines()
+    lines = tables.train_step_table([where | row for row in rows]).splitlines()
     assert lines[3] == "| TRL GRPOTrainer | 2.00 | 0.00 | 4.00 | 0.00 | 6.00 | 4.00 | 12.00 | 100 |"
     assert lines[4].startswith("| bupo, phase 1, layer 3 | 2.00 |")
     assert lines[5] == "| TRL GRPOTrainer / bupo | | | | | 1.50 | 2.00 | 1.50 | 1.00 |"
