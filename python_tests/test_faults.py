@@ -209,20 +209,20 @@ def test_hostile_answers_are_neither_run_nor_waited_for(tmp_path: Path) -> None:
     reward = MathReward(RewardConfig(timeout=3, workers=2))
     begin = time.monotonic()
     try:
-        rewards, found = reward.grade(pairs)
+        grades = reward.grade(pairs)
         peak = max(
             int(line.split()[1])
             for worker in reward._workers
-            for line in Path(f"/proc/{worker._process.pid}/status").read_text().splitlines()
+            for line in Path(f"/proc/{worker.process.pid}/status").read_text().splitlines()
             if line.startswith("VmPeak")
         )
     finally:
         reward.close()
     assert not file.exists()
-    assert rewards[-3:] == [1.0] * 3
-    right = [text[:60] for text, r in zip(hostile, rewards) if r == 1]
+    assert grades.rewards[-3:] == [1.0] * 3
+    right = [text[:60] for text, r in zip(hostile, grades.rewards) if r == 1]
     assert not right, "nothing of this equals 1"
-    assert time.monotonic() - begin < 3 * len(pairs) and found.timeouts < len(pairs)
+    assert time.monotonic() - begin < 3 * len(pairs) and grades.timeouts < len(pairs)
     assert peak <= 4 << 20, "kB: the workers' address space"
 
 

@@ -191,7 +191,7 @@ def test_metrics_are_valid_json_with_the_keys_of_the_contract(whole: Path) -> No
         assert keys <= row.keys()
     assert {p.name for p in whole.iterdir()} >= {
         "config.yaml", "metrics.jsonl", "eval.jsonl", "rollouts", "checkpoints", "tensorboard",
-        "report.html", "reward.png", "entropy.png", "ratio.png", "length.png",
+        "report.html", "reward.png", "entropy.png", "length.png",
     }  # fmt: skip
 
 
