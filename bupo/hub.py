@@ -1,5 +1,4 @@
-"""Names on the Hugging Face hub, and its libraries kept quiet, so that errors are one line from
-bupo.
+"""Checks names on the Hugging Face hub and keeps its libraries quiet, so that an error is one line.
 
 This module imports fast.
 """
@@ -33,8 +32,7 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside the context, the libraries log errors only and draw no bars: the only one is
-    bupo's."""
+    """Inside the context, the libraries log errors only and draw no bars: bupo draws its own."""
     from transformers.utils import logging as transformers_logging
 
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers", "datasets")]

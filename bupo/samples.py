@@ -26,7 +26,7 @@ class Sample:
     loss_mask: list[bool]
     """Whether each token counts. The first one cannot, because nothing predicts it."""
     streams: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
-    """Values of the counted tokens by name. Each tensor has one entry per counted token."""
+    """Values of the counted tokens by name: tensors with one entry per counted token, in order."""
 
     def __post_init__(self) -> None:
         if len(self.loss_mask) != len(self.token_ids):
@@ -83,7 +83,7 @@ AnySample = TypeVar("AnySample", bound=Sample)
 def with_streams(
     samples: Sequence[AnySample], name: str, values: Iterable[Tensor]
 ) -> list[AnySample]:
-    """Returns each sample with one more stream. Raises ValueError unless each has one tensor."""
+    """Returns each sample with one more stream. Raises ValueError if the numbers differ."""
     return [sample.with_stream(name, x) for sample, x in zip(samples, values, strict=True)]
 
 
@@ -125,7 +125,7 @@ def micro_batches(
     pad: int = 0,
     equal_lengths: bool = False,
 ) -> Iterator[Batch]:
-    """Yields the samples in batches by length, the longest last. A batch has at most `tokens`
+    """Yields batches of samples of similar length, the longest last. A batch has at most `tokens`
     tokens with padding, or one sample. equal_lengths: only samples of the same length share a
     batch, so that nothing is padded."""
     lengths = [len(sample.token_ids) for sample in samples]

@@ -47,7 +47,7 @@ class Rollout(Sample):
     returns copies, with another value or with one more stream. The streams, in the order in which
     they are added::
 
-        engine      log-probs from the rollout engine: of the final policy at the sampling temperature
+        engine      log-probs of the final policy at the sampling temperature, by the rollout engine
                     (hf: over all rows of its head; vllm: over the rows that it may sample)
         old         log-probs of the policy that the step trains, before its first update
         final       log-probs of the final policy, if a setting needs them for every response
@@ -145,7 +145,7 @@ class RolloutEngine(Protocol):
 
         temperature: replaces rollout.temperature; at 0 the likeliest token is taken, and log-probs
         are those at temperature 1. The result depends only on weights, prompts and seed. Once
-        stop() is true, returns early with the responses finished so far. Calls progress.report.
+        stop() is true, returns early with the responses that it has. Calls progress.report.
         """
         ...
 
@@ -155,7 +155,7 @@ class RolloutEngine(Protocol):
 
     def score(self, samples: Sequence[Sample]) -> list[Tensor] | None:
         """Returns the log-probs of each sample's counted tokens at temperature 1, by the weights
-        that the engine holds; the last one may be missing. None: it shares the trainer's
+        that the engine holds, perhaps without the last one. Returns None if it shares the trainer's
         weights."""
         ...
 
@@ -194,8 +194,7 @@ class Rates:
     """Factor of the layers and the final norm that no range includes"""
 
     def factor(self, place: int | None) -> float:
-        """Returns the factor of the parameters at a place, as bupo.policy.parameter_layers defines
-        it."""
+        """Returns the factor of the parameters at a place of bupo.policy.parameter_layers."""
         if place is None:
             return self.head
         if place == 0:

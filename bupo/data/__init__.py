@@ -1,2 +1,1 @@
-"""Turns files and data sets into tokenised prompts, and defines the order in which they are
-used."""
+"""Turns files and data sets into tokenised prompts, and orders these for the steps."""

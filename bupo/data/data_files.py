@@ -86,7 +86,7 @@ def _parquet(file: Path) -> Rows:
 
     try:
         table = pq.ParquetFile(file).read()
-    except ValueError as error:  # the base class of pyarrow's errors
+    except ValueError as error:  # pyarrow's errors derive from it
         raise ConfigError(f"{file} is not a parquet file: {first_line(error)}") from None
     names = table.column_names
     twice = {name for name in names if names.count(name) > 1}

@@ -120,8 +120,7 @@ def load_prompts(
 
     Raises ConfigError for a missing or malformed file, an empty set, or a prompt over
     data.max_prompt_tokens unless data.overlong=drop. With `apart`, as in evaluations, also raises
-    it if rows without data_source would join a data set of another file that happens to have the
-    same name.
+    it if rows without data_source would join another file's data set whose name is equal by chance.
     """
     prompts: list[Prompt] = []
     named: dict[str, int] = {}

@@ -1,5 +1,4 @@
-"""Computes Avg@n, Pass@K and majority votes on data sets, with the engine and reward of
-training."""
+"""Computes Avg@n, Pass@K and majority votes with the engine and the reward of training."""
 
 from __future__ import annotations
 
@@ -45,8 +44,8 @@ def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
 
 Row = dict[str, Any]
 """One problem, as JSON lines hold it: prompt, answer and, for each response, reward (null: not
-finite), tokens, finish_reason, text, final answer (null: none; the whole list is null if the reward
-knows no answers) and whether it could not be graded."""
+finite), tokens, finish_reason, text, final answer (null: none; the list is null if the reward does
+not extract answers) and whether it could not be graded."""
 
 
 def problem_rows(

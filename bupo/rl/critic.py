@@ -24,8 +24,7 @@ class Critic:
     """V(s_t) = v . h_t + b, where h_t [D] is the final hidden state from which token t is
     predicted, so s_t is the state before the action. v and b begin at zero, and so do the values.
 
-    The critic does not depend on which policy a step trains: V is of the final policy, which
-    samples.
+    V is the value of the final policy, which samples, whichever policy a step trains.
     """
 
     def __init__(self, model: nn.Module, config: Config, pad: int) -> None:

@@ -31,7 +31,7 @@ class Evaluator:
     monitor: Monitor
 
     def due(self, step: int) -> str | None:
-        """Returns why the policy is evaluated after a step, in the terms of eval.jsonl, or None."""
+        """Returns why the policy is evaluated after a step, as in eval.jsonl; None if it is not."""
         if not self.problems:
             return None
         if step == 0:
@@ -44,8 +44,7 @@ class Evaluator:
 
     def best_step(self) -> int | None:
         """Returns the step with the highest Avg@n, averaged over data sets; the first one of
-        equals. Only steps after step 0 with a result on every data set count; None if there are
-        none."""
+        equals. Only steps from 1 on with a result on every data set count; None without any."""
         found: dict[int, list[float]] = {}
         for row in read_rows(self.out / "eval.jsonl"):
             found.setdefault(row["step"], []).append(row["avg"])

@@ -1,4 +1,5 @@
-"""Runs samples through a model: hidden states that predict counted tokens, and log-probs."""
+"""Runs samples through a model: gives log-probs and the hidden states that predict counted
+tokens."""
 
 from __future__ import annotations
 
@@ -107,8 +108,7 @@ class Forward:
         }
 
     def _in_half(self, weight: Tensor) -> Tensor:
-        """Returns the head in bfloat16. It is cast once after each change, not in each
-        micro-batch."""
+        """Returns the head in bfloat16, cast once after each change and not in each micro-batch."""
         cached = self._cast
         if cached is None or cached[0] is not weight or cached[1] != weight._version:
             cached = weight, weight._version, weight.detach().to(torch.bfloat16)

@@ -113,7 +113,7 @@ def with_importance_weights(rollouts: Sequence[Rollout], cap: float) -> list[Rol
 
 
 def drop(rollouts: Sequence[Rollout], max_gap: float | None, truncated: bool) -> list[Rollout]:
-    """Returns the rollouts and marks those as dropped that have no reward, that were truncated (if
+    """Returns the rollouts and marks as dropped those that have no reward, that were truncated (if
     `truncated`), or whose mean |log pi - log pi_engine| over tokens is above max_gap or nan. pi is
     the final policy, as in with_importance_weights; its stream is read only with max_gap."""
 
@@ -123,7 +123,7 @@ def drop(rollouts: Sequence[Rollout], max_gap: float | None, truncated: bool) ->
         if max_gap is None or not rollout.count:
             return False
         gap = (rollout.stream("final") - rollout.stream("engine")).abs().mean()
-        return not float(gap) <= max_gap  # true for nan
+        return not float(gap) <= max_gap  # also true for nan
 
     return [replace(rollout, dropped=is_dropped(rollout)) for rollout in rollouts]
 

@@ -67,8 +67,7 @@ def optimise(
     loss: LossOfBatch,
     grad_clip: float,
 ) -> Updates:
-    """Makes one update for each part: sums the gradients of its micro-batches, clips and applies
-    them.
+    """Makes one update per part: sums the gradients of its micro-batches, clips and applies them.
 
     An update whose loss or gradient norm is not finite is skipped, and the first tensor that is not
     finite is named. No micro-batch waits for a GPU: losses and metrics are read only after a part.

@@ -65,7 +65,7 @@ class AdamW(torch.optim.AdamW):
     def load_flat_state(
         self, parameters: Mapping[str, nn.Parameter], flat: Mapping[str, Tensor]
     ) -> None:
-        """Restores what flat_state() returned. Raises ValueError if it does not fit them."""
+        """Restores a flat_state(). Raises ValueError if it does not match the parameters."""
         expected = self.flat_state(parameters)
         if wrong := sorted(expected.keys() ^ flat.keys()):
             raise ValueError(f"optimizer state is missing or of no parameter: {wrong}")
@@ -89,7 +89,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
 
 
 def learning_rate(config: Config, step: int, peak: float) -> float:
-    """Returns the learning rate of step 1, 2, ...; it is the same in a resumed run."""
+    """Returns the rate of step 1, 2, ...; it depends on the step alone, also in a resumed run."""
     settings, steps = config.optimizer, config.steps
     if step <= settings.warmup_steps:
         return peak * step / settings.warmup_steps

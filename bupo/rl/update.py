@@ -34,9 +34,8 @@ class Trainer:
         """Makes optimiser updates over mini-batches of whole prompt groups.
 
         The stream `old` comes from the policy that is updated: the ratio of J_IPA (arXiv
-        2512.19673) is pi^l / pi^l_old and shows only what updates have changed. The stream
-        `importance`, if present, comes from the final policy and is a factor of each token's ratio
-        loss.
+        2512.19673) is pi^l / pi^l_old and shows only what updates have changed. `importance`, if
+        present, comes from the final policy and is a factor of each token's ratio loss.
         """
         settings, loss_settings = self._config.optimizer, self._config.loss
         lr = learning_rate(self._config, step, settings.lr)

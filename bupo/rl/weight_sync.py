@@ -114,8 +114,7 @@ class WeightSync:
         exact: Callable[[Sequence[Sample]], list[Tensor]] | None = None,
     ) -> None:
         """engine: holds the model's weights. trainer(samples): returns the trainer's log-probs at
-        temperature 1. exact(samples): returns them in float32; None if the trainer's already
-        are."""
+        temperature 1. exact(samples): returns these in float32; None if the trainer does so too."""
         self._engine, self._model, self._probes, self._trainer = engine, model, probes, trainer
         self._limit, self._exact = limit, exact
         self._before: tuple[Tensor, Tensor] | None = None
@@ -188,5 +187,5 @@ def direction(
     if not m > 5 * s:
         return 1.0, math.inf
     slope = float((moved_engine * moved).sum() / moved.square().sum())
-    noise = s / m
+    noise = s / m  # below: slack of 2 %, five standard errors, and twice the lowering
     return slope, 0.02 + 5 * math.sqrt(2) * noise / math.sqrt(len(moved)) + 2 * noise**2

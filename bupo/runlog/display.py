@@ -142,13 +142,12 @@ class Wait:
         self._fraction, self._last = fraction, time.monotonic()
 
     def line(self) -> str:
-        """Returns the fraction done and the time remaining or, before any report, the time
-        elapsed."""
+        """Returns the fraction done and the time left or, before any report, the time elapsed."""
         now = time.monotonic()
         if self._fraction <= 0:
             return f"{self._what} | {_minutes(now - self._begin)}"
         left = (self._last - self._begin) * (1 - self._fraction) / self._fraction
-        left = max(0.0, left - (now - self._last))  # minus the time since the last report
+        left = max(0.0, left - (now - self._last))  # time has passed since the last report
         return f"{self._what}: {self._fraction:.0%} | ETA {_minutes(left)}"
 
 

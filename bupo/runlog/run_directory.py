@@ -1,5 +1,4 @@
-"""Files of a run directory: JSON lines that a kill may cut, texts replaced whole, and
-checkpoints."""
+"""Files of a run directory: JSON lines that a kill may cut, texts replaced whole, checkpoints."""
 
 from __future__ import annotations
 

@@ -9,8 +9,7 @@ from bupo.terminal import TERMINAL
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM request a stop between stages. A second Ctrl-C raises
-    KeyboardInterrupt."""
+    """Ctrl-C and SIGTERM request a stop between stages. A second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

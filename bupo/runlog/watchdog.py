@@ -17,8 +17,7 @@ FILE = "stalls.txt"
 
 
 class Watchdog:
-    """Watches the stages of a run. Each may take `seconds` without progress; 0 turns the watchdog
-    off.
+    """Watches the stages of a run. Each may take `seconds` without progress; 0 switches this off.
 
     A stage that takes longer is named on the terminal and in stalls.txt of the run directory, which
     also gets the stacks of all threads. Nothing is ended unless `kill` is set, so a stage that was
