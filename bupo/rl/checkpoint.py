@@ -82,8 +82,8 @@ def prune(run: Path, keep_last: int, keep_steps: Collection[int]) -> None:
 
 @contextmanager
 def reading(folder: Path | None) -> Iterator[None]:
-    """Wraps code that reads the checkpoint `folder`, or None if there is none. An error caused by a
-    damaged checkpoint becomes a ConfigError that says how to continue without it."""
+    """Wraps code that reads the checkpoint `folder` (None: it reads no checkpoint). An error caused
+    by a damaged checkpoint becomes a ConfigError that says how to continue without it."""
     try:
         yield
     except (OSError, KeyError, ValueError, SafetensorError) as error:
@@ -176,7 +176,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Flushes a path to disk, so that the rename never gets there before the data."""
+    """Flushes a path to disk, so that the rename never takes effect before the data is there."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

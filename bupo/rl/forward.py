@@ -1,5 +1,4 @@
-"""Runs samples through a model: gives log-probs and the hidden states that predict counted
-tokens."""
+"""Runs samples through a model: gives hidden states that predict counted tokens, and log-probs."""
 
 from __future__ import annotations
 

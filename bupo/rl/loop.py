@@ -278,8 +278,7 @@ class Run:
         return rollouts, found
 
     def _with_advantages(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """Adds the advantages that the update learns from, and marks the responses it leaves
-        out."""
+        """Adds the advantages that the update uses, and marks the responses that it leaves out."""
         config, loss = self.config, self.config.loss
         rollouts = drop(rollouts, loss.max_sequence_gap, loss.drop_truncated)
         buffer = config.reward.overlong_buffer

@@ -43,8 +43,8 @@ class Recorder:
         self._append("diagnostics.jsonl", row)
 
     def problems(self, step: int, file_name: str) -> Callable[[list[dict[str, Any]]], None]:
-        """Starts the file of a data set's problems and responses; returns a function that adds
-        rows."""
+        """Starts the file of a data set's problems and responses; returns a function that extends
+        it."""
         folder = self._run / "evaluations" / f"step_{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / file_name).write_text("", encoding="utf-8")
