@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def first_bad(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
-    """`NAME: 3 of 4096 values are not finite` of the first such tensor; None if there is none."""
+    """Returns `NAME: 3 of 4096 values are not finite` for the first such tensor, or None."""
     for name, tensor in tensors:
         if tensor is None:
             continue

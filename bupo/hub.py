@@ -1,6 +1,6 @@
-"""Names on the Hugging Face hub, and its libraries kept quiet: what goes wrong is one line of ours.
+"""Checks names on the Hugging Face hub and keeps its libraries quiet, so that an error is one line.
 
-Fast to import.
+This module imports fast.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _OFFLINE = (
 
 
 def is_name(text: str, owner: bool = False) -> bool:
-    """Whether a repository can be called that: [OWNER/]NAME; owner: only OWNER/NAME."""
+    """Whether this is a valid repository name, [OWNER/]NAME; with `owner`, only OWNER/NAME is."""
     return _NAME.fullmatch(text) is not None and ("/" in text or not owner)
 
 
 def reason(error: Exception) -> str:
-    """What the libraries say, and what to do where they cannot reach the hub."""
+    """Returns what the libraries report and, if they cannot reach the hub, what to do about it."""
     text = first_line(error).rstrip(".")
     return f"{text}; {_OFFLINE}" if "connect" in text.lower() else text
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, the libraries log errors only, and draw no bars: ours is the only live line."""
+    """Inside the context, the libraries log errors only and draw no bars: bupo draws its own."""
     from transformers.utils import logging as transformers_logging
 
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers", "datasets")]

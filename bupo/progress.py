@@ -1,7 +1,7 @@
-"""How far a piece of work is: told by whoever does it, shown by whoever watches.
+"""The progress of a piece of work: the work reports it, and whoever watches shows it.
 
-Works like logging, so that no function needs a parameter for it: long work calls report(), and a
-command that wants to show it puts watched_by() around. Without a watcher nothing happens.
+This works like logging, so that no function needs a parameter for it: long work calls report(), and
+a command that wants to show it wraps it in watched_by(). Without a watcher, nothing happens.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 Watcher = Callable[[float], object]
-"""Called with the fraction of the work that is done, 0 to 1"""
+"""Called with the fraction of the work that is done, from 0 to 1"""
 
 
 def _nobody(done: float) -> None:
-    """Nobody watches."""
+    """Ignores the report, because nobody watches."""
 
 
 _watcher: ContextVar[Watcher] = ContextVar("watcher", default=_nobody)
 
 
 def report(done: float) -> None:
-    """This fraction of the work, 0 to 1, is done."""
+    """Reports that this fraction of the work, from 0 to 1, is done."""
     _watcher.get()(done)
 
 
 @contextmanager
 def watched_by(watcher: Watcher) -> Iterator[None]:
-    """Inside, report(done) calls watcher(done)."""
+    """Inside the context, report(done) calls watcher(done)."""
     token = _watcher.set(watcher)
     try:
         yield
@@ -38,7 +38,7 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
 
 @contextmanager
 def part(first: float, last: float) -> Iterator[None]:
-    """Inside, work from report(0) to report(1) is this part of the work around it."""
+    """Inside the context, reports from 0 to 1 stand for this part of the surrounding work."""
     outer = _watcher.get()
     with watched_by(lambda done: outer(first + (last - first) * done)):
         yield

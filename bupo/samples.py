@@ -15,18 +15,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A sequence, and which of its tokens count.
+    """A sequence, with a mask that says which of its tokens count.
 
-    A counted token is one that the policy has chosen: it is trained, or measured. All other tokens
-    (a prompt, the answer of a tool, the next message of a user) are only read by the model.
+    A counted token is one that the policy has chosen, so it is trained or measured. All other
+    tokens (a prompt, a tool's answer, a user's next message) are only read by the model.
     """
 
     token_ids: list[int]
     """The whole sequence"""
     loss_mask: list[bool]
-    """For each token, whether it counts. The first one cannot: nothing predicts it."""
+    """Whether each token counts. The first one cannot, because nothing predicts it."""
     streams: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
-    """Values of the counted tokens by name. Each tensor has one entry a counted token, in order."""
+    """Values of the counted tokens by name: tensors with one entry per counted token, in order."""
 
     def __post_init__(self) -> None:
         if len(self.loss_mask) != len(self.token_ids):
@@ -48,7 +48,8 @@ class Sample:
 
     @classmethod
     def of(cls, prompt: Sequence[int], response: Sequence[int], keep: int | None = None) -> Sample:
-        """A prompt, which is read, and a response, whose first `keep` tokens count (None: all)."""
+        """Returns a sample from a prompt, which is only read, and a response, of which the first
+        `keep` tokens count (None: all)."""
         counted = len(response) if keep is None else min(keep, len(response))
         rest = len(response) - counted
         mask = [False] * len(prompt) + [True] * counted + [False] * rest
@@ -61,18 +62,18 @@ class Sample:
 
     @property
     def positions(self) -> list[int]:
-        """Where the counted tokens are in the sequence."""
+        """The positions of the counted tokens in the sequence."""
         return [place for place, counts in enumerate(self.loss_mask) if counts]
 
     def stream(self, name: str) -> Tensor:
-        """The values of this name. Raises KeyError, which says what is there."""
+        """Returns the values of this name. Raises KeyError, which lists the names that exist."""
         if name not in self.streams:
             there = ", ".join(self.streams) or "none"
             raise KeyError(f"Sample: streams: expected {name}, came {there}")
         return self.streams[name]
 
     def with_stream(self, name: str, values: Tensor) -> Self:
-        """The same sample with one more stream, or with a new one of this name."""
+        """Returns the same sample with one more stream, or with a new one of this name."""
         return replace(self, streams={**self.streams, name: values})
 
 
@@ -82,33 +83,33 @@ AnySample = TypeVar("AnySample", bound=Sample)
 def with_streams(
     samples: Sequence[AnySample], name: str, values: Iterable[Tensor]
 ) -> list[AnySample]:
-    """Each sample with one more stream. Raises ValueError unless there is one tensor a sample."""
+    """Returns each sample with one more stream. Raises ValueError if the numbers differ."""
     return [sample.with_stream(name, x) for sample, x in zip(samples, values, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some samples, padded on the right, and the place of each counted token. T: all of these."""
+    """Some samples, padded on the right, and the places of their counted tokens, T in all."""
 
     members: list[int]
-    """Number of each sample among all"""
+    """Index of each sample among all samples"""
     counts: list[int]
-    """Counted tokens of each"""
+    """Number of counted tokens of each"""
     input_ids: Tensor
     """[B, L]"""
     attention_mask: Tensor
-    """[B, L]: 0 where padding stands"""
+    """[B, L]: 0 for padding"""
     rows: Tensor
-    """[T]: the sequence of each counted token, ..."""
+    """[T]: the row of each counted token in input_ids"""
     columns: Tensor
-    """[T]: ... and the position that predicts it"""
+    """[T]: the column from which it is predicted"""
     targets: Tensor
     """[T]: the tokens themselves"""
     streams: dict[str, Tensor]
     """[T] each: the streams that all members have"""
 
     def pick(self, hidden: Tensor) -> Tensor:
-        """[B, L, D] -> [T, D], where counted tokens are predicted."""
+        """[B, L, D] -> [T, D], at the positions from which counted tokens are predicted."""
         return hidden[self.rows, self.columns]
 
     def split(self, values: Tensor) -> list[Tensor]:
@@ -124,9 +125,9 @@ def micro_batches(
     pad: int = 0,
     equal_lengths: bool = False,
 ) -> Iterator[Batch]:
-    """The samples, those of similar length together, the longest last; at most `tokens` padded
-    tokens, or one sample, a batch. equal_lengths: only samples of one length share a batch, so
-    that nothing is padded."""
+    """Yields batches of samples of similar length, the longest last. A batch has at most `tokens`
+    tokens with padding, or one sample. equal_lengths: only samples of the same length share a
+    batch, so that nothing is padded."""
     lengths = [len(sample.token_ids) for sample in samples]
     groups: list[list[int]] = []
     for i in sorted(range(len(samples)), key=lambda i: (lengths[i], i)):
@@ -169,7 +170,7 @@ def _batch(
 
 
 def _on(device: torch.device | str, values: Tensor) -> Tensor:
-    """The values on a device, without waiting for what a GPU is at."""
+    """Returns the values on a device, without waiting for the work that a GPU is doing."""
     if torch.device(device).type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

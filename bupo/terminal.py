@@ -1,7 +1,7 @@
-"""Our lines on the terminal, and other libraries' output in a file: the two never mix.
+"""Keeps bupo's lines on the terminal apart from other libraries' output, which goes to a file.
 
-What vLLM, triton and their C++ parts print goes to standard output and error by many ways, so
-inside `library_output` both descriptors lead to a log file, and `TERMINAL` keeps the way out.
+vLLM, triton and their C++ parts print to standard output and error in many ways. Therefore, both
+descriptors lead to a log file inside `library_output`, and `TERMINAL` still reaches the terminal.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import TextIO
 
 
 class _Terminal(io.TextIOBase):
-    """Standard error, as it was before anything was redirected."""
+    """Standard error, as it was before any redirection."""
 
     aside: TextIO | None = None
-    """The way to it while libraries' output is redirected"""
+    """The stream that reaches it while libraries' output is redirected"""
 
     def write(self, text: str) -> int:
         stream = self.aside or sys.stderr
@@ -35,7 +35,7 @@ class _Terminal(io.TextIOBase):
 
     @contextmanager
     def _if_someone_listens(self, stream: TextIO) -> Iterator[None]:
-        """A terminal that is gone does not end a run: what would go there is dropped then."""
+        """Keeps a closed terminal from ending a run: from then on, its output is dropped."""
         try:
             yield
         except BrokenPipeError:
@@ -48,8 +48,8 @@ class _Terminal(io.TextIOBase):
 
 
 class _Log(io.TextIOBase):
-    """Appends to the file of the `library_output` that is active, and drops text outside of one:
-    loggers that a library sets up inside keep this object for ever."""
+    """Appends to the file of the active `library_output`, and drops text when none is active,
+    because loggers that a library sets up inside keep this object forever."""
 
     descriptor: int | None = None
 
@@ -69,9 +69,9 @@ TERMINAL, _LOG = _Terminal(), _Log()
 
 @contextmanager
 def library_output(file: Path | None) -> Iterator[None]:
-    """Inside, standard output and error of this process and of those that it starts are appended to
-    a file, or dropped without one; TERMINAL leads where standard error did. May be nested: the
-    outermost counts. One thread at a time."""
+    """Inside the context, standard output and error of this process and of its children are
+    appended to a file, or dropped without one; TERMINAL still leads to the previous standard error.
+    Contexts may be nested: only the outermost has an effect. Only one thread may use it."""
     if TERMINAL.aside is not None:
         yield
         return
@@ -79,7 +79,7 @@ def library_output(file: Path | None) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     before = [os.dup(1), os.dup(2)]
-    ours = _leads_to(sys.stderr, 2)  # else a test or a notebook has put something in its place
+    ours = _leads_to(sys.stderr, 2)  # false if a test or a notebook has replaced it
     TERMINAL.aside = os.fdopen(os.dup(2), "w", buffering=1) if ours else sys.stderr
     _LOG.descriptor = target
     try:

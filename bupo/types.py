@@ -1,4 +1,4 @@
-"""What the stages of training and evaluation exchange."""
+"""The types that the stages of training and evaluation exchange."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from bupo.samples import Sample
 
 
 def finite_or_none(value: float) -> float | None:
-    """JSON has no nan and no infinity."""
+    """Returns the value, or None if it is not finite: JSON has neither nan nor infinity."""
     return value if math.isfinite(value) else None
 
 
 REWARD_TOLERANCE = 1e-6
-"""Rewards of a group that differ by no more have no spread: the rest is rounding noise"""
+"""Rewards of a group that differ by at most this much count as equal: the rest is rounding noise"""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem, tokenised once; the ids are what the model sees, everywhere."""
+    """One problem, tokenised once; the model is always given exactly these ids."""
 
     index: int
-    """Place among all prompts loaded with it"""
+    """Position among all prompts loaded with it"""
     source: str
-    """data_source of the row, or the file's name"""
+    """data_source of the row, or the name of its file"""
     text: str
-    """After the chat template"""
+    """The prompt after the chat template"""
     token_ids: list[int]
     answer: str
-    """Ground truth handed to the reward"""
+    """Ground truth that is passed to the reward"""
     file: int = 0
-    """Place of its file in data.train"""
+    """Position of its file in data.train"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,34 +45,34 @@ class Rollout(Sample):
 
     Its counted tokens are those that the policy has sampled. A stage never changes a rollout: it
     returns copies, with another value or with one more stream. The streams, in the order in which
-    they appear::
+    they are added::
 
-        engine      log-probs by the rollout engine: of the final policy at the sampling temperature
+        engine      log-probs of the final policy at the sampling temperature, by the rollout engine
                     (hf: over all rows of its head; vllm: over the rows that it may sample)
-        old         log-probs by the policy that the step trains, before its first update
-        final       log-probs by the final policy, where a setting needs them of every response
-        reference   log-probs by the policy that the run began with, for a KL term
-        cost        beta (log pi - log pi_ref), where that is a part of the reward
-        value       by the critic, of the state before each token
-        return      what the critic learns
-        advantage   what the update learns from
+        old         log-probs of the policy that the step trains, before its first update
+        final       log-probs of the final policy, if a setting needs them for every response
+        reference   log-probs of the policy that the run began with, for a KL term
+        cost        beta (log pi - log pi_ref), if this is a part of the reward
+        value       the critic's value of the state before each token
+        return      the target of the critic
+        advantage   the advantage that the update uses
         importance  min(pi / pi_engine, cap), the factor of truncated importance sampling
-        weight      of the token in the loss of its optimiser update
+        weight      the weight of the token in the loss of its optimiser update
     """
 
     prompt: Prompt
     group: int
-    """Responses with the same number answer the same prompt of this step"""
+    """Responses to the same prompt of a step have the same number"""
     finish_reason: str
     """stop or length"""
     text: str
-    """The response, decoded, for the reward and for people"""
+    """The decoded response, for the reward and for people"""
     reward: float = 0.0
-    """nan: it could not be graded (a timeout, an error, or a reward that is not finite)"""
+    """nan if it could not be graded (a timeout, an error, or a reward that is not finite)"""
     penalty: float = 0.0
     """Subtracted from the reward before advantages are computed"""
     dropped: bool = False
-    """Excluded from the loss and its denominators"""
+    """Whether it is excluded from the loss and its denominators"""
 
     @classmethod
     def from_response(
@@ -84,8 +84,8 @@ class Rollout(Sample):
         finish_reason: str,
         text: str,
     ) -> Self:
-        """A single response, as an engine makes it. token_ids: with the end-of-sequence token where
-        one was sampled; logprobs: of each of them."""
+        """Makes a rollout of one response of an engine. token_ids: the response, including the
+        end-of-sequence token if one was sampled. logprobs: one for each of these tokens."""
         engine = {"engine": torch.tensor(logprobs, dtype=torch.float32)}
         mask = [False] * len(prompt.token_ids) + [True] * len(token_ids)
         ids = [*prompt.token_ids, *token_ids]
@@ -93,7 +93,7 @@ class Rollout(Sample):
 
     @property
     def response_ids(self) -> list[int]:
-        """The counted tokens"""
+        """The counted tokens."""
         return [self.token_ids[place] for place in self.positions]
 
     @property
@@ -104,19 +104,19 @@ class Rollout(Sample):
 
 @dataclass(frozen=True)
 class Grades:
-    """What a reward says of some rollouts."""
+    """The result of grading some rollouts."""
 
     rewards: list[float]
-    """One for each rollout, in order; nan: it could not be graded"""
+    """One for each rollout, in order; nan if it could not be graded"""
     timeouts: int = 0
     """Number of responses whose grading took too long"""
     errors: int = 0
     """Number of responses whose grading failed, or gave None, nan or infinity"""
     first_failure: str = ""
-    """What went wrong with the first of these"""
+    """Description of the first of these failures"""
 
     def with_failures(self, other: Grades | None) -> Grades:
-        """These rewards; the failures of an earlier batch are counted too."""
+        """Returns these rewards, with the failures of an earlier batch included in the counts."""
         if other is None:
             return self
         return replace(
@@ -128,10 +128,10 @@ class Grades:
 
 
 class RolloutEngine(Protocol):
-    """Prompts to responses. Token ids in, token ids out."""
+    """Generates responses to prompts. Both are passed as token ids."""
 
     samples_from_nucleus: bool
-    """Whether its log-probs are those of the nucleus (rollout.top_p) instead of the whole policy"""
+    """Whether its log-probs are those of the nucleus (rollout.top_p) and not of the whole policy"""
 
     def generate(
         self,
@@ -141,59 +141,60 @@ class RolloutEngine(Protocol):
         stop: Callable[[], bool],
         temperature: float | None = None,
     ) -> list[Rollout]:
-        """`samples` responses for every prompt from the final policy, grouped by prompt.
+        """Returns `samples` responses of the final policy to every prompt, grouped by prompt.
 
-        temperature: another one than rollout.temperature; at 0 the likeliest token is taken, and
-        log-probs are those at 1. The result is a function of weights, prompts and seed. Returns
-        early, with what is there, once stop() is true. Says by progress.report how far it is.
+        temperature: replaces rollout.temperature; at 0 the likeliest token is taken, and log-probs
+        are those at temperature 1. The result depends only on weights, prompts and seed. Once
+        stop() is true, returns early with the responses that it has. Calls progress.report.
         """
         ...
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes over weights by their names in the Hugging Face model."""
+        """Replaces weights, which are given by their names in the Hugging Face model."""
         ...
 
     def score(self, samples: Sequence[Sample]) -> list[Tensor] | None:
-        """Log-probs of each sample's counted tokens at temperature 1, by the weights that the
-        engine holds; it may leave out the last one. None: it has no weights of its own."""
+        """Returns the log-probs of each sample's counted tokens at temperature 1, by the weights
+        that the engine holds, perhaps without the last one. Returns None if it shares the trainer's
+        weights."""
         ...
 
     def close(self) -> None:
-        """Gives memory and processes back."""
+        """Releases memory and processes."""
         ...
 
 
 class Reward(Protocol):
-    """Responses to rewards."""
+    """Assigns rewards to responses."""
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Grades:
-        """The reward of each rollout. Says by progress.report how far it is."""
+        """Returns the reward of each rollout. Calls progress.report."""
         ...
 
     def answers(self, rollouts: Sequence[Rollout]) -> list[str | None] | None:
-        """The final answers that a majority vote counts, None for a response without one; None
-        instead of the list if this reward knows no final answers."""
+        """Returns the final answers that a majority vote counts, with None for a response without
+        one. Returns None instead of the list if this reward does not extract final answers."""
         ...
 
     def close(self) -> None:
-        """Ends what it has started."""
+        """Ends everything that it has started."""
         ...
 
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast the parameters of each place are trained, as factors of the learning rate; 0
-    freezes. A tied head is the embedding."""
+    """The learning rates of the places in the model, as factors of the base rate; 0 freezes a
+    place. A tied head uses the factor of the embedding."""
 
     embedding: float = 1.0
     head: float = 1.0
     layers: tuple[tuple[int, float, float], ...] = ()
     """First layer, last layer, factor; the final norm lies above the last layer"""
     others: float = 1.0
-    """Of layers and the final norm that no range has"""
+    """Factor of the layers and the final norm that no range includes"""
 
     def factor(self, place: int | None) -> float:
-        """Of the parameters at a place, as bupo.policy.parameter_layers has them."""
+        """Returns the factor of the parameters at a place of bupo.policy.parameter_layers."""
         if place is None:
             return self.head
         if place == 0:
@@ -204,7 +205,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Policy:
-    """Which policy a step trains, and at which rates."""
+    """The policy that a step trains, and its learning rates."""
 
     layer: int | None
     """1..L, or None for the final policy"""
@@ -226,18 +227,18 @@ class EvalResult:
     avg: float
     avg_se: float
     pass_k: dict[int, tuple[float, float] | None]
-    """K to (estimate, standard error), None where K > samples"""
+    """K to (estimate, standard error), or to None if K > samples"""
     maj: tuple[float, float] | None
-    """Majority vote of all samples, None where the reward knows no final answers"""
+    """Majority vote of all samples; None if the reward does not extract final answers"""
     length: float
-    """Mean response tokens"""
+    """Mean number of response tokens"""
     truncated: float
     """Share of responses cut at max_new_tokens"""
     ungraded: float
     """Share of responses that could not be graded; they count as wrong"""
 
     def __str__(self) -> str:
-        """One line; at most a few figures."""
+        """Returns one line with the main figures."""
         passes = "".join(f", Pass@{k} {p[0]:.3f}" for k, p in self.pass_k.items() if p is not None)
         votes = f", maj@{self.samples} {self.maj[0]:.3f}" if self.maj else ""
         lost = f", {self.ungraded:.1%} not graded" if self.ungraded else ""
@@ -245,7 +246,7 @@ class EvalResult:
         return f"{self.dataset} {average}{passes}{votes}{lost}"
 
     def scalars(self) -> dict[str, float]:
-        """The figures that curves are drawn of, by name."""
+        """Returns the figures that are plotted as curves, by name."""
         n = self.samples
         found = {f"avg@{n}": self.avg, "length": self.length, "truncated": self.truncated}
         found |= {f"pass@{k}": p[0] for k, p in self.pass_k.items() if p is not None}
@@ -253,7 +254,7 @@ class EvalResult:
         return {f"eval/{self.dataset}/{name}": value for name, value in found.items()}
 
     def row(self) -> dict[str, Any]:
-        """As eval.jsonl holds it."""
+        """Returns the result as a row of eval.jsonl."""
         row: dict[str, Any] = {
             "dataset": self.dataset,
             "n": self.problems,

@@ -1,1 +1,1 @@
-"""Files and data sets to tokenised prompts, and the order in which steps take them."""
+"""Turns files and data sets into tokenised prompts, and orders these for the steps."""

@@ -1,9 +1,10 @@
-"""Rows of data: parquet and JSON lines files, folders, and sets of the Hugging Face hub.
+"""Reads rows of data from parquet and JSON lines files, folders, and sets of the Hugging Face hub.
 
-A name may end in `:SPLIT`, on the hub also in `:CONFIGURATION/SPLIT`. A folder is one that
-`datasets` saved (save_to_disk), or one of parquet or JSON lines files, of which a split is those
-whose name or folder begins with it. Single files are read without `datasets`: its loader copies
-them to a cache, wants one type a column, and names no line that is wrong.
+A name may end in `:SPLIT` or, on the hub, in `:CONFIGURATION/SPLIT`. A folder either was saved by
+`datasets` (save_to_disk) or contains parquet or JSON lines files; a split then consists of the
+files whose name or folder begins with the name of the split. Single files are read without
+`datasets`, because its loader copies them to a cache, requires one type per column, and does not
+name the line that is wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 
 
 def check(name: str) -> None:
-    """Raises ConfigError unless rows can be read from there; looks at no content."""
+    """Raises ConfigError unless rows can be read from this name; does not look at their content."""
     with readable(name):
         place, _ = _split(name)
         saved = _is_saved(Path(place))
@@ -49,13 +50,13 @@ def check(name: str) -> None:
 
 
 def stem(name: str) -> str:
-    """What rows without data_source are called."""
+    """Returns the data source of rows without data_source."""
     place, _ = _split(name)
     return Path(place).stem if Path(place).suffix in _READERS else Path(place).name
 
 
 def read(name: str) -> Rows:
-    """All rows of a file, folder or hub name; raises ConfigError, one line."""
+    """Returns all rows of a file, folder or hub name. Raises ConfigError with one line of text."""
     check(name)
     with readable(name):
         return _read(name)
@@ -85,12 +86,13 @@ def _parquet(file: Path) -> Rows:
 
     try:
         table = pq.ParquetFile(file).read()
-    except ValueError as error:  # pyarrow's errors are of these
+    except ValueError as error:  # pyarrow's errors derive from it
         raise ConfigError(f"{file} is not a parquet file: {first_line(error)}") from None
     names = table.column_names
     twice = {name for name in names if names.count(name) > 1}
     if ours := sorted(twice & _OURS):
         raise ConfigError(f"{file} has more than one column {ours[0]}; keep one of them")
+    # bupo does not read the other columns that appear twice, so they are left out.
     rows: Rows = table.select([n for n, x in enumerate(names) if x not in twice]).to_pylist()
     return rows
 
@@ -120,7 +122,7 @@ def _reader(file: Path) -> Callable[[Path], Rows]:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether Hugging Face datasets has saved one split or several there."""
+    """Whether Hugging Face datasets has saved one or several splits in this folder."""
     return (folder / _SAVED).is_file() or (folder / _SAVED_SPLITS).is_file()
 
 
@@ -139,13 +141,13 @@ def _from_folder(folder: Path, split: str | None) -> Rows:
 
 
 def _saved(folder: Path, split: str | None) -> Rows:
-    """The rows of one split that Hugging Face datasets has saved."""
+    """Returns the rows of one split that Hugging Face datasets has saved."""
     import datasets
 
     try:
         with hub.quiet():
             saved = datasets.load_from_disk(str(folder))
-    except Exception as error:  # of many kinds: a torn list, a torn file, another format
+    except Exception as error:  # many types: a damaged list, a damaged file, another format
         raise ConfigError(f"{folder} is not a saved dataset: {first_line(error)}") from None
     if not isinstance(saved, dict):
         if split is not None:
@@ -165,6 +167,6 @@ def _from_hub(name: str, split: str) -> Rows:
         with hub.quiet():
             rows = datasets.load_dataset(name, configuration or None, split=part)
             return [dict(row) for row in rows]
-    except Exception as error:  # of many kinds: no network, no such set, no such split
+    except Exception as error:  # many types: no network, no such data set, no such split
         reason = hub.reason(error)
         raise ConfigError(f"{name}:{split} cannot be read from the hub: {reason}") from None

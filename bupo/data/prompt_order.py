@@ -11,7 +11,7 @@ from bupo.types import Prompt
 
 
 class _Epochs:
-    """Some prompts in shuffled epochs, one after another without end."""
+    """Prompts in shuffled epochs, which follow one another without end."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: str) -> None:
         self._prompts, self._seed = prompts, seed
@@ -26,11 +26,11 @@ class _Epochs:
 
 
 class PromptOrder:
-    """Shuffled epochs: a pure function of the seed and of how many prompts were taken before, which
-    is all that an exact resume needs.
+    """Shuffled epochs. The order depends only on the seed and on the number of prompts taken
+    before, so these two are enough to resume exactly.
 
-    With weights each file has epochs of its own, and of the first n prompts its share is
-    n * weight, to within one prompt; within a step the files are mixed.
+    With weights, each file has separate epochs, and its share of the first n prompts is n * weight,
+    to within one prompt; within a step the files are mixed.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class PromptOrder:
         self._step, self._taken = 1, [0] * len(self._files)
 
     def take(self, first: int, count: int) -> list[Prompt]:
-        """`count` prompts, beginning with number `first` of the order, which has no end. Those of
-        step n without refills begin with number (n - 1) * per_step."""
+        """Returns `count` prompts, beginning with number `first` of the order, which has no end.
+        Without refills, those of step n begin with number (n - 1) * per_step."""
         found: list[Prompt] = []
         while len(found) < count:
             chunk, place = divmod(first + len(found), self.per_step)
@@ -66,19 +66,19 @@ class PromptOrder:
         return found
 
     def _of_step(self, step: int) -> list[Prompt]:
-        """The prompts of step 1, 2, ...; an epoch's remainder starts the next step."""
+        """Returns the prompts of step 1, 2, ...; a step may begin with the rest of an epoch."""
         if step < self._step:
             self._step, self._taken = 1, [0] * len(self._files)
         while self._step < step:
             self._places()
         places = self._places()
-        if len(self._files) > 1:  # or mini-batches, which take every k-th, could be of one file
+        if len(self._files) > 1:  # else a mini-batch, every k-th prompt, could be of one file
             random.Random(f"{self._seed}/mix/{step}").shuffle(places)
         return [self._files[file][position] for file, position in places]
 
     def _places(self) -> list[tuple[int, int]]:
-        """File and position in it of each prompt of the next step: always of the file that is
-        furthest behind its share."""
+        """Returns, for each prompt of the next step, the file and the position in it. Each prompt
+        comes from the file that is furthest behind its share."""
         places = []
         for _ in range(self.per_step):
             total = sum(self._taken) + 1

@@ -1,4 +1,4 @@
-"""Rows of data to tokenised prompts."""
+"""Turns rows of data into tokenised prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bupo.types import Prompt
 
 
 def _column(row: dict[str, Any], name: str, config: DataConfig) -> Any:
-    """The value of a column, under the name that data.columns gives it where the row has that."""
+    """Returns the value of a column; the name that data.columns gives it takes precedence."""
     other = config.columns.get(name, name)
     return row[other] if other in row else row.get(name)
 
@@ -80,15 +80,15 @@ def _text(prompt: Any, tokenizer: Any, config: DataConfig, where: str) -> str:
             chat_template=template,
             **config.chat_template_options,
         )
-    except Exception as error:  # a program of a stranger's, in a sandbox
+    except Exception as error:  # a template is a foreign program that runs in a sandbox
         source = config.chat_template or "the tokenizer's chat template"
         raise ConfigError(f"{where}: {source} failed: {first_line(error)}") from None
     return text
 
 
 def tokenised(row: Any, tokenizer: Any, config: DataConfig, where: str) -> tuple[str, list[int]]:
-    """The prompt of a row after the chat template, and its token ids. Raises ConfigError, which
-    begins with `where`, for a row that has none."""
+    """Returns the prompt of a row after the chat template, and its token ids. Raises ConfigError,
+    whose message begins with `where`, for a row without a valid prompt."""
     if not isinstance(row, dict):
         raise ConfigError(f"{where} is not a JSON object")
     prompt = _column(row, "prompt", config)
@@ -116,11 +116,11 @@ def load_prompts(
     limit: int | None = None,
     apart: bool = False,
 ) -> tuple[list[Prompt], int]:
-    """All prompts of the files, and how many were dropped for their length.
+    """Returns all prompts of the files, and the number of prompts dropped for their length.
 
     Raises ConfigError for a missing or malformed file, an empty set, or a prompt over
-    data.max_prompt_tokens unless data.overlong=drop; with `apart`, as in evaluations, also where
-    rows without data_source would join a data set of another file that has its name by chance.
+    data.max_prompt_tokens unless data.overlong=drop. With `apart`, as in evaluations, also raises
+    it if rows without data_source would join another file's data set whose name is equal by chance.
     """
     prompts: list[Prompt] = []
     named: dict[str, int] = {}

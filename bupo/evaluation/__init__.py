@@ -1,1 +1,1 @@
-"""Avg@n, Pass@K and majority votes, and when a run takes them."""
+"""Avg@n, Pass@K and majority votes on data sets."""

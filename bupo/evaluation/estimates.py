@@ -1,4 +1,4 @@
-"""Avg@n, Pass@K and majority votes on data sets, by the engine and the reward of training."""
+"""Computes Avg@n, Pass@K and majority votes with the engine and the reward of training."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from bupo.types import EvalResult, Prompt, Reward, Rollout, finite_or_none
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k), unbiased for the chance that one of k samples is right
-    (2107.03374); the paper's Pass@K. nan for k > n, where it is undefined."""
+    """Returns 1 - C(n - c, k) / C(n, k), the paper's Pass@K: an unbiased estimate of the chance
+    that one of k samples is right (2107.03374). Returns nan for k > n, where it is undefined."""
     if k > n:
         return math.nan
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over problems and its standard error: samples of a problem are not independent, so the
-    problem is the unit."""
+    """Returns the mean over problems and its standard error. The unit is the problem, because
+    samples of the same problem are not independent."""
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return fmean(values), error
 
 
 def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
-    """Whether the most frequent answer is right: maj@n (2203.11171), its mean over ties. Responses
-    without an answer have no vote; no votes, not right."""
+    """Returns 1 if the most frequent answer is right, else 0: maj@n (2203.11171), averaged over
+    ties. Responses without an answer do not vote; without any votes the result is 0."""
     votes = Counter(a for a in answers if a is not None)
     top = max(votes.values(), default=0)
     shares = [
@@ -43,15 +43,15 @@ def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
 
 
 Row = dict[str, Any]
-"""One problem, as JSON lines hold it: prompt, answer, and of each response reward (null: not
-finite), tokens, finish_reason, text, final answer (null: none; the list is null if the reward knows
-no answers) and whether it could not be graded."""
+"""One problem, as JSON lines hold it: prompt, answer and, for each response, reward (null: not
+finite), tokens, finish_reason, text, final answer (null: none; the list is null if the reward does
+not extract answers) and whether it could not be graded."""
 
 
 def problem_rows(
     rollouts: Sequence[Rollout], rewards: Sequence[float], answers: Sequence[str | None] | None
 ) -> list[Row]:
-    """Graded responses by problem, in order of the problems' first responses."""
+    """Groups graded responses by problem, in the order of the problems' first responses."""
     groups: dict[int, list[int]] = {}
     for n, rollout in enumerate(rollouts):
         groups.setdefault(rollout.group, []).append(n)
@@ -71,8 +71,8 @@ def problem_rows(
 
 
 def summarise(dataset: str, rows: Sequence[Row], ks: Sequence[int]) -> EvalResult:
-    """Avg@n, Pass@K and maj@n over problems with the same number of samples each. A response is
-    right if its reward is > 0.5."""
+    """Returns Avg@n, Pass@K and maj@n over problems that have the same number of samples each. A
+    response is right if its reward is > 0.5."""
     rights = [[x is not None and x > 0.5 for x in row["rewards"]] for row in rows]
     samples = len(rights[0])
     assert all(len(right) == samples for right in rights)
@@ -105,7 +105,7 @@ def summarise(dataset: str, rows: Sequence[Row], ks: Sequence[int]) -> EvalResul
 
 
 def by_dataset(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
-    """Problems of each data source, in order."""
+    """Groups problems by data source, in order."""
     sets: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         sets.setdefault(prompt.source, []).append(prompt)
@@ -113,8 +113,8 @@ def by_dataset(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
 
 
 def file_name(dataset: str) -> str:
-    """Of a data set's rows: its name, where that cannot be a file's with a mark of the whole of
-    it, so that no two share one."""
+    """Returns the file name for a data set's rows: the name of the data set. If this is not a valid
+    file name, a hash is added, so that no two data sets share a file."""
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in dataset)[:100]
     if name != dataset:
         name += "-" + hashlib.sha256(dataset.encode()).hexdigest()[:8]
@@ -130,13 +130,13 @@ def evaluate(
     keep: Callable[[list[Row]], object],
     done: Sequence[Row] = (),
 ) -> EvalResult:
-    """Samples, grades and counts. Training and bupo.evaluate both call this, so a checkpoint has
-    the same figures in either.
+    """Samples and grades responses, and computes the estimates. Training and bupo.evaluate both
+    call this, so a checkpoint has the same figures in both.
 
-    generate(problems, samples, seed) is the engine; keep(rows) stores what is
-    made, batch by batch; done are rows stored before. Batches are the same in every call, and with
-    them the seeds and the responses, so an evaluation that was cut is continued exactly: rows
-    beyond the last whole batch are made again.
+    generate(problems, samples, seed) calls the engine; keep(rows) stores new rows, batch by batch;
+    `done` holds rows stored before. Batches are the same in every call, and so are the seeds and
+    the responses. An interrupted evaluation is therefore continued exactly: rows beyond the last
+    whole batch are made again.
     """
     samples, size = config.eval.samples_of(dataset), _batch(dataset, config)
     rows = list(done[: whole_batches(dataset, len(done), len(problems), config)])
@@ -155,11 +155,11 @@ def evaluate(
 
 
 def _batch(dataset: str, config: Config) -> int:
-    """Problems of a data set that are sampled together."""
+    """Returns the number of problems of a data set that are sampled together."""
     return max(1, config.rollout.batch_size // config.eval.samples_of(dataset))
 
 
 def whole_batches(dataset: str, done: int, problems: int, config: Config) -> int:
-    """How many of the rows that are done can be kept."""
+    """Returns how many of the rows that are done can be kept."""
     size = _batch(dataset, config)
     return done if done >= problems else done // size * size

@@ -1,4 +1,4 @@
-"""Rewards to per-token advantages."""
+"""Computes per-token advantages from rewards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bupo.types import REWARD_TOLERANCE, Rollout
 
 
 def by_group(rollouts: Sequence[Rollout]) -> list[list[int]]:
-    """Places of the graded responses of each prompt that has one."""
+    """For each prompt with a graded response, returns the indices of its graded responses."""
     groups: dict[int, list[int]] = {}
     for place, rollout in enumerate(rollouts):
         if not rollout.ungraded:
@@ -22,7 +22,7 @@ def by_group(rollouts: Sequence[Rollout]) -> list[list[int]]:
 
 
 def _flat(rewards: Tensor) -> bool:
-    """No spread beyond rounding noise."""
+    """Whether the values differ by no more than rounding noise."""
     return bool(rewards.max() - rewards.min() <= REWARD_TOLERANCE)
 
 
@@ -36,7 +36,7 @@ def _centred(rewards: Tensor) -> Tensor:
 
 def _rloo(rewards: Tensor) -> Tensor:
     n = len(rewards)
-    return (rewards - rewards.mean()) * n / (n - 1)  # r_i - mean of the others
+    return (rewards - rewards.mean()) * n / (n - 1)  # equals r_i - mean of the others
 
 
 ESTIMATORS: dict[str, tuple[Callable[[Tensor], Tensor] | None, bool]] = {
@@ -47,27 +47,27 @@ ESTIMATORS: dict[str, tuple[Callable[[Tensor], Tensor] | None, bool]] = {
     "reinforce_pp_baseline": (_centred, True),
     "ppo": (None, True),
 }
-"""Name to what it makes of a group's rewards (None: token by token, without comparing), and whether
-that is whitened over all tokens."""
+"""For each name: the function that turns a group's rewards into advantages (None if they are
+computed per token, without comparing responses), and whether these are whitened over all tokens."""
 
 
 def penalise_length(rollouts: Sequence[Rollout], longest: int, buffer: int) -> list[Rollout]:
-    """The rollouts with the penalty of DAPO (arXiv 2503.14476, eq. 13): 0 up to longest - buffer
-    tokens, then linearly to 1 at longest."""
+    """Returns the rollouts with the length penalty of DAPO (arXiv 2503.14476, eq. 13): 0 up to
+    longest - buffer tokens, then rising linearly to 1 at longest. A buffer of 0 turns it off."""
     over = [rollout.count - (longest - buffer) for rollout in rollouts]
     penalties = [max(0.0, tokens / buffer) if buffer else 0.0 for tokens in over]
     return [replace(r, penalty=penalty) for r, penalty in zip(rollouts, penalties)]
 
 
 def with_kl_costs(rollouts: Sequence[Rollout], kl_coef: float) -> list[Rollout]:
-    """The stream `cost`, beta (log pi - log pi_ref), from `old` and `reference`."""
+    """Adds the stream `cost`, beta (log pi - log pi_ref), computed from `old` and `reference`."""
     costs = (kl_coef * (r.stream("old") - r.stream("reference")) for r in rollouts)
     return with_streams(rollouts, "cost", costs)
 
 
 def flat_groups(rollouts: Sequence[Rollout]) -> float:
-    """Fraction of the prompts whose graded responses all have one reward, its penalty subtracted:
-    the difference is at most REWARD_TOLERANCE."""
+    """Returns the fraction of prompts whose graded responses all have the same reward, with the
+    penalty subtracted: the rewards differ by at most REWARD_TOLERANCE."""
     groups = by_group(rollouts)
     return sum(_flat(_rewards(rollouts, group)) for group in groups) / max(len(groups), 1)
 
@@ -75,7 +75,7 @@ def flat_groups(rollouts: Sequence[Rollout]) -> float:
 def estimate(
     rollouts: Sequence[Rollout], name: str, gamma: float = 1.0, gae_lambda: float = 1.0
 ) -> list[Rollout]:
-    """The stream `advantage`, a value for every counted token::
+    """Adds the stream `advantage`, which has one value for each counted token::
 
         grpo                   (r_i - mean_G) / (std_G + 1e-6), std unbiased        2402.03300
         dr_grpo                r_i - mean_G                                         2503.20783
@@ -85,12 +85,12 @@ def estimate(
         reinforce_pp_baseline  r_i - mean_G, whitened over all tokens of the step   2501.03262
         ppo                    gae(), whitened over all tokens of the step          1707.06347
 
-    r_i is reward - penalty. cost_s is the stream `cost`, where there is one. ppo takes the stream
-    `value` and also gives `return`, which is not whitened. Whitening subtracts the mean over
-    tokens and divides by their standard deviation. A group whose rewards differ by no more than
-    REWARD_TOLERANCE gets exactly 0 from those that compare within it: the std of equal floats is
-    rounding noise. Responses without a reward are in none of these statistics, and have
-    advantage 0.
+    r_i is reward - penalty. cost_s is the stream `cost`, or 0 without it. ppo reads the stream
+    `value` and also adds `return`, which is not whitened. Whitening subtracts the mean over tokens
+    and divides by their standard deviation. The estimators that compare within a group return
+    exactly 0 if its rewards differ by no more than REWARD_TOLERANCE, because the std of equal
+    floats is rounding noise. Responses without a reward enter none of these statistics;
+    bupo.rl.losses.drop keeps them out of the loss.
     """
     of_group, whiten = ESTIMATORS[name]
     rollouts = list(rollouts)
@@ -124,18 +124,19 @@ def _rewards(rollouts: Sequence[Rollout], places: Sequence[int]) -> Tensor:
 def gae(
     rewards: Sequence[Tensor], values: Sequence[Tensor], gamma: float, gae_lambda: float
 ) -> list[Tensor]:
-    """Generalised advantage estimation (1506.02438), of each response [T_i]::
+    """Returns the generalised advantage estimates (1506.02438) of each response [T_i]::
 
         d_t = r_t + gamma V_{t+1} - V_t        A_t = d_t + gamma lambda A_{t+1}
 
-    V_t is of the state before token t. After the last token V and A are 0, in a truncated response
-    too: its reward is all that there will be.
+    V_t is the value of the state before token t. After the last token, V and A are 0, even in a
+    truncated response, because it receives no further reward.
     """
     lengths = [len(r) for r in rewards]
+    # The empty sequence lets pad_sequence accept a step without responses.
     padded, known = (
         torch.nn.utils.rnn.pad_sequence([*x, torch.zeros(0, dtype=torch.float64)]).flip(0)
         for x in (rewards, values)
-    )  # [longest, responses + 1], the last token first; padding has no reward and no value
+    )  # [longest, responses + 1], last token first; the padding has reward 0 and value 0
     ahead, next_value = torch.zeros_like(padded[:1].sum(0)), torch.zeros_like(padded[:1].sum(0))
     found = []
     for reward, value in zip(padded, known):
@@ -147,14 +148,14 @@ def gae(
 
 
 def _token_rewards(rollout: Rollout) -> Tensor:
-    """1[t last] r - cost_t of each token."""
+    """Returns 1[t last] r - cost_t for each token."""
     rewards = torch.zeros(rollout.count, dtype=torch.float64)
     rewards[-1:] = 0.0 if rollout.ungraded else rollout.reward - rollout.penalty
     return rewards - rollout.stream("cost").double() if "cost" in rollout.streams else rewards
 
 
 def _whitened(advantages: Sequence[Tensor], kept: Sequence[bool]) -> list[Tensor]:
-    """By mean and standard deviation over the tokens of the responses that are kept."""
+    """Whitens with the mean and the standard deviation over the tokens of the kept responses."""
     values = [x.double() for x in advantages]
     in_loss = [x for x, is_kept in zip(values, kept) if is_kept]
     tokens = torch.cat(in_loss) if in_loss else torch.empty(0)

@@ -1,8 +1,8 @@
-"""The layer that phase 1 of BuPO trains, measured on the model that a run begins with.
+"""Measures, on the model that a run begins with, which layer phase 1 of BuPO trains.
 
-The paper (arXiv 2512.19673) looks once at the base model's own rollouts and takes the boundary
-layer: the last one before the FFNs leave exploration, dH_FFN > 0. bupo.internal has the
-definitions, the tolerance and the uncertainty; this is where a run asks for them.
+The paper (arXiv 2512.19673) measures the base model's own rollouts once and takes the boundary
+layer: the last layer before the FFNs leave exploration, dH_FFN > 0. bupo.internal defines the
+measure, its tolerance and its uncertainty; this module applies it in a run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bupo.runlog.run_directory import replace_text
 from bupo.types import Prompt, RolloutEngine
 
 PROMPTS = 64
-"""Rollouts that are measured, one a prompt: the answer's uncertainty is over prompts"""
+"""Number of rollouts measured, one per prompt, because the uncertainty is taken over prompts"""
 FILE = "auto_layer.json"
 
 
@@ -33,11 +33,10 @@ def with_measured_layer(
     start: int,
     alive: Callable[[], object] = lambda: None,
 ) -> Config:
-    """The configuration with bupo.layer as measured or, where `start` steps are done, as FILE of
-    the run directory has it from the run's beginning. alive() is called as the work gets on. Raises
-    RunError where the model has no clear boundary: training a layer that was not meant costs more
-    than choosing one.
-    """
+    """Returns the configuration with bupo.layer set to the measured layer. If `start` > 0 steps are
+    done, reads the layer from FILE, which was written to the run directory when the run began.
+    Calls alive() as the work advances. Raises RunError if that file is missing, or if the model has
+    no clear boundary: training the wrong layer costs more than choosing one by hand."""
     file = out / FILE
     if start and not file.is_file():
         raise RunError(

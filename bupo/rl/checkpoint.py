@@ -1,10 +1,10 @@
-"""Everything a run needs to go on as if it had not stopped.
+"""Saves and loads everything that a run needs to continue as if it had not stopped.
 
-checkpoints/step_000010/ holds the model as save_pretrained writes it (with the tokenizer, ready
-for other programs), optimizer/state.safetensors and trainer.json. Prompt order and sampling are
-functions of the seed and of the numbers in trainer.json, so there is no random state to keep. A
-checkpoint is written beside its place and renamed, so one that exists is complete; checksums of its
-files tell whether it is still what was written. No pickle is read or written.
+checkpoints/step_000010/ holds the model as save_pretrained writes it (with the tokenizer, so that
+other programs can load it), optimizer/state.safetensors and trainer.json. Prompt order and sampling
+are functions of the seed and of the numbers in trainer.json, so no random state is saved. A
+checkpoint is written to a hidden folder and then renamed, so any that exists is complete; checksums
+show whether its files have changed since. No pickle is read or written.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ CHECKSUMS = "checksums.json"
 CRITIC = "critic"
 """Folder of PPO's critic"""
 OPTIMIZER = "optimizer/state.safetensors"
-"""In a folder of its own: loaders, vLLM's among them, take every *.safetensors beside the model
-for a part of it."""
+"""In a separate folder, because loaders such as vLLM's read every *.safetensors file next to the
+model as a part of the model."""
 
 
 def save(
@@ -45,8 +45,8 @@ def save(
     optimizer: AdamW,
     critic: Any,
 ) -> Path:
-    """Writes the state after state["step"] steps. state: the numbers that trainer.json holds.
-    critic: one of bupo.rl.critic, or None."""
+    """Writes the state after state["step"] steps and returns its folder. state: the numbers for
+    trainer.json. critic: a bupo.rl.critic.Critic, or None."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{CHECKPOINT}{state['step']:06d}"
@@ -66,7 +66,7 @@ def save(
     (partial / "trainer.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
     sums = json.dumps(_checksums(partial), indent=0) + "\n"
     (partial / CHECKSUMS).write_text(sums, encoding="utf-8")
-    for file in (*partial.rglob("*"), *run.glob("*.jsonl")):  # rows are never behind a checkpoint
+    for file in (*partial.rglob("*"), *run.glob("*.jsonl")):  # rows reach the disk first
         _sync(file)
     os.replace(partial, final)
     _sync(folder)
@@ -74,7 +74,7 @@ def save(
 
 
 def prune(run: Path, keep_last: int, keep_steps: Collection[int]) -> None:
-    """Removes all checkpoints but the newest `keep_last` and those of some steps."""
+    """Removes all checkpoints except the newest `keep_last` and those of the steps `keep_steps`."""
     for old in checkpoints(run)[:-keep_last]:
         if int(old.name.removeprefix(CHECKPOINT)) not in keep_steps:
             shutil.rmtree(old, ignore_errors=True)
@@ -82,8 +82,8 @@ def prune(run: Path, keep_last: int, keep_steps: Collection[int]) -> None:
 
 @contextmanager
 def reading(folder: Path | None) -> Iterator[None]:
-    """Around what reads a checkpoint, or nothing else if there is none to read: a damaged one is a
-    ConfigError that says how to do without it."""
+    """Wraps code that reads the checkpoint `folder` (None: it reads no checkpoint). An error caused
+    by a damaged checkpoint becomes a ConfigError that says how to continue without it."""
     try:
         yield
     except (OSError, KeyError, ValueError, SafetensorError) as error:
@@ -97,7 +97,8 @@ def reading(folder: Path | None) -> Iterator[None]:
 
 
 def load_state(checkpoint: Path) -> dict[str, int]:
-    """step: how many are done; drawn: see PromptStream. Raises ConfigError, as all that reads."""
+    """Returns the numbers in trainer.json. step: how many steps are done. drawn: how many prompts
+    were drawn beyond rollout.prompts per step. Raises ConfigError if the checkpoint is damaged."""
     file = checkpoint / "trainer.json"
     with reading(checkpoint):
         state: dict[str, int] = json.loads(file.read_text(encoding="utf-8"))
@@ -110,8 +111,8 @@ def load_state(checkpoint: Path) -> dict[str, int]:
 
 @contextmanager
 def writing(run: Path, step: int) -> Iterator[None]:
-    """Around save(): what a full disk does to it is told in one line, and what it has left half
-    written is removed. Raises RunError."""
+    """Wraps save(). If writing fails, for example on a full disk, removes the partial checkpoint
+    and raises RunError with a message of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -127,8 +128,8 @@ def writing(run: Path, step: int) -> Iterator[None]:
 
 
 def verify(checkpoint: Path) -> None:
-    """Raises ConfigError unless each file is as it was written; a checkpoint of before there were
-    checksums is taken as it is."""
+    """Raises ConfigError unless each file still matches its checksum. A checkpoint from a version
+    without checksums is accepted."""
     with reading(checkpoint):
         if not (checkpoint / CHECKSUMS).is_file():
             return
@@ -141,7 +142,7 @@ def verify(checkpoint: Path) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 by name, of every file but the list itself; as many at once as there are cores."""
+    """Returns the SHA-256 of every file by name, without the list itself, computed in parallel."""
 
     def digest(file: Path) -> str:
         with file.open("rb") as opened:
@@ -157,15 +158,15 @@ def load_step(checkpoint: Path) -> int:
 
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: AdamW) -> None:
-    """Restores the moments of every parameter. Some that are missing or left over are damage too: a
-    checkpoint holds all of them in every phase."""
+    """Restores the moments of every parameter. Missing or surplus moments also count as damage,
+    because a checkpoint holds the moments of all parameters in every phase."""
     with reading(checkpoint):
         moments = load_file(checkpoint / OPTIMIZER)
         optimizer.load_flat_state(dict(model.named_parameters()), moments)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of names and values of the parameters."""
+    """Returns the SHA-256 of the names and values of the parameters."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
@@ -175,7 +176,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _sync(path: Path) -> None:
-    """To disk, so that the rename never gets ahead of the data."""
+    """Flushes a path to disk, so that the rename never takes effect before the data is there."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

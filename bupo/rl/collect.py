@@ -1,5 +1,5 @@
-"""The responses of a step: prompts in their order and, with dynamic sampling, other prompts for
-those whose responses all have one reward (DAPO, arXiv 2503.14476, eq. 11)."""
+"""Collects the responses of a step. Prompts are taken in order; with dynamic sampling, those whose
+responses all have the same reward are replaced (DAPO, arXiv 2503.14476, eq. 11)."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from bupo.types import REWARD_TOLERANCE, Grades, Prompt, Rollout
 
 @dataclass
 class Collected:
-    """What a step trains on, and what it took to find it."""
+    """The rollouts that a step trains on, and figures on how they were found."""
 
     rollouts: list[Rollout]
     grades: Grades
-    """With the failures of all rounds"""
+    """Includes the failures of all rounds"""
     tokens: int
-    """Number of generated tokens, of all rounds"""
+    """Number of tokens generated in all rounds"""
     groups: int
-    """Number of prompts that were answered, in all rounds"""
+    """Number of prompts answered in all rounds"""
     discarded: int
-    """Number of groups that were replaced, for they had no spread of rewards"""
+    """Number of groups replaced because their rewards had no spread"""
     graded_rewards: list[float]
-    """Of all graded responses of all rounds"""
+    """Rewards of all graded responses of all rounds"""
 
     def metrics(self) -> dict[str, float]:
-        """reward/mean_drawn is over all graded responses; reward/mean is that of a selection."""
+        """reward/mean_drawn averages all graded responses, reward/mean only the selected ones."""
         return {
             "groups/discarded": self.discarded / max(self.groups, 1),
             "groups/drawn": self.groups,
@@ -41,12 +41,12 @@ def collect(
     reward: Callable[[list[Rollout]], Grades],
     refills: int,
 ) -> Collected:
-    """Graded rollouts of `prompts` groups. Groups without spread are replaced by groups of the next
-    prompts in up to `refills` rounds; those that are still flat then stay, so that every step has
-    the same number of responses.
+    """Returns the graded rollouts of `prompts` groups. Groups without spread are replaced by groups
+    of the next prompts, in up to `refills` rounds. Groups that are still flat after that are kept,
+    so that every step has the same number of responses.
 
-    take(first, count): prompts, beginning `first` prompts after the first one of this step.
-    generate(prompts, round): responses; the number of the round, 0 for the first, is for its seed.
+    take(first, count): returns prompts, beginning `first` prompts after the first one of this step.
+    generate(prompts, round): returns responses. The round, 0 for the first, determines its seed.
     """
     wanted = list(range(prompts))
     groups: dict[int, list[Rollout]] = {}
@@ -75,6 +75,6 @@ def collect(
 
 
 def _flat(group: Sequence[Rollout]) -> bool:
-    """Whether the rewards, without penalties, give nothing to learn from."""
+    """Whether the rewards, without penalties, show no difference to learn from."""
     rewards = [r.reward for r in group if not r.ungraded]
     return not rewards or max(rewards) - min(rewards) <= REWARD_TOLERANCE

@@ -1,4 +1,4 @@
-"""The value function of PPO: a backbone and a head of its own, and its updates."""
+"""The value function of PPO, which has a separate backbone and head, and its updates."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _FINAL = Policy(None)
 
 
 class Critic:
-    """V(s_t) = v . h_t + b, where h_t [D] is the final hidden state that also predicts token t: the
-    state before the action. v and b begin at zero, so the first values are 0.
+    """V(s_t) = v . h_t + b, where h_t [D] is the final hidden state from which token t is
+    predicted, so s_t is the state before the action. v and b begin at zero, and so do the values.
 
-    Which policy a step trains does not matter to it: V is of the final policy, which samples.
+    V is the value of the final policy, which samples, whichever policy a step trains.
     """
 
     def __init__(self, model: nn.Module, config: Config, pad: int) -> None:
-        """model: a causal LM of its own; its unembedding is not used."""
+        """model: a causal LM that is not shared with the policy; its unembedding is not used."""
         self.forward = Forward(model, config, pad)
         self._config = config
         weight = unembedding(model).weight
@@ -38,7 +38,7 @@ class Critic:
         self.optimizer = AdamW(self.parameters(), {}, config.optimizer, config.critic.lr)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained: all but the unembedding, unless that is the embedding."""
+        """Returns what is trained: all but the unembedding, unless it is tied to the embedding."""
         backbone = self.forward.model
         head_only = {n for n, place in parameter_layers(backbone).items() if place is None}
         named = [(f"backbone.{n}", p) for n, p in backbone.named_parameters() if n not in head_only]
@@ -46,7 +46,7 @@ class Critic:
 
     @torch.no_grad()
     def evaluate(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts with their stream `value`: of the state before each token."""
+        """Returns the rollouts with the stream `value`: V of the state before each token."""
         values = [torch.empty(0)] * len(rollouts)
         for batch in self.forward.batches(rollouts):
             for i, part in zip(batch.members, batch.split(self._values(batch).cpu())):
@@ -54,12 +54,12 @@ class Critic:
         return with_streams(rollouts, "value", values)
 
     def update(self, rollouts: Sequence[Rollout], step: int) -> Updates:
-        """Optimiser updates over the mini-batches that the policy has. V_old and R are the streams
-        `value` and `return`::
+        """Makes optimiser updates over the same mini-batches as the policy. V_old and R are the
+        streams `value` and `return`::
 
             mean over tokens of 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)
 
-        Source: 1707.06347 as its implementations have it (2005.12729).
+        Source: 1707.06347, in the form that implementations use (2005.12729).
         """
         settings = self._config.optimizer
         rate = learning_rate(self._config, step, self._config.critic.lr)
@@ -81,7 +81,7 @@ class Critic:
         )
 
     def _values(self, batch: Batch) -> Tensor:
-        """[T], float32 at least."""
+        """Returns the values [T], in float32 at least."""
         hidden = self.forward.hidden(batch, _FINAL)
         values: Tensor = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
         return values
@@ -97,14 +97,14 @@ class Critic:
         return BatchLoss(loss, metrics, {"returns": returns, "values": old})
 
     def save(self, folder: Path) -> None:
-        """Parameters and moments, in two files of one folder."""
+        """Writes the parameters and the optimizer's moments to two files in one folder."""
         folder.mkdir()
         named = {n: p.detach().contiguous() for n, p in self.parameters().items()}
         save_file(named, folder / "critic.safetensors")
         save_file(self.optimizer.flat_state(self.parameters()), folder / "moments.safetensors")
 
     def load(self, folder: Path) -> None:
-        """What save() wrote. Raises ValueError if something is missing or left over."""
+        """Reads what save() wrote. Raises ValueError if something is missing or left over."""
         saved, parameters = load_file(folder / "critic.safetensors"), self.parameters()
         if wrong := sorted(saved.keys() ^ parameters.keys()):
             raise ValueError(f"{folder}: parameters are missing or of no module: {wrong}")
@@ -115,7 +115,7 @@ class Critic:
 
 
 def explained_variance(rollouts: Sequence[Rollout]) -> float:
-    """1 - Var(R - V) / Var(R) over the tokens in the loss; 0 where R does not vary."""
+    """Returns 1 - Var(R - V) / Var(R) over the tokens in the loss, or 0 if R does not vary."""
     kept = [r for r in rollouts if not r.dropped]
     if not sum(r.count for r in kept):
         return 0.0

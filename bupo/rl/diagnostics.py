@@ -1,14 +1,15 @@
-"""What the policies of all layers do during a run, on probes: fixed responses of the model that it
-began with. And auto_stop, which reads from them when phase 1 has stopped helping.
+"""Measures the policies of all layers during a run on probes: fixed responses of the model that the
+run began with. auto_stop uses the measurements to end phase 1 when it stops helping.
 
-The paper (arXiv 2512.19673) sees phase 1 help while H^l and the upper layers get more alike, and
-harm when perplexity and KL(pi^l, upper layers) rise; it gives no rule. This one is of two parts:
+In the paper (arXiv 2512.19673), phase 1 helps while H^l and the upper layers become more alike, and
+harms when perplexity and KL(pi^l, upper layers) rise; the paper gives no rule. Here, phase 1 ends
+as soon as one of two conditions holds:
 
     log ppl(step) - log ppl(0) > bupo.auto_stop,     log ppl = -mean log pi(o_t) over the probes
     KL(pi^l || pi) has made no new low for PATIENCE steps
 
-The probes are samples of the first policy pi_0, so the first left side is an estimate of
-KL(pi_0 || pi): how far the final policy, which phase 1 does not train, has been carried along.
+The probes are samples of the first policy pi_0, so the left side of the first condition estimates
+KL(pi_0 || pi): how far phase 1 has moved the final policy, which it does not train itself.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from bupo.runlog.run_directory import read_rows, replace_text
 from bupo.types import Prompt, Rollout
 
 PROBES, PROBE_TOKENS = 32, 128
-"""So many responses, each from its beginning to here: under 5 % of a step, every 10 steps"""
+"""Number of responses, and of tokens kept from the beginning of each. A measurement of these, every
+10 steps, takes under 5 % of a step's time"""
 PATIENCE = 5
 FILE, PROBES_FILE = "diagnostics.jsonl", "probes.jsonl"
 
 
 class Diagnostics:
-    """Measures the layers' policies on probes, records them, and says when phase 1 is to end."""
+    """Measures the layers' policies on probes, records them, and decides when phase 1 ends."""
 
     def __init__(
         self, config: Config, out: Path, model: nn.Module, schedule: Schedule, recorder: Recorder
@@ -52,9 +54,9 @@ class Diagnostics:
         generate: Callable[[Sequence[Prompt]], list[Rollout]],
         prompts: Sequence[Prompt],
     ) -> None:
-        """Makes the probes before the first step, one response each to prompts from all over the
-        list; later reads those that the run began with, and looks no more where there are none.
-        Raises RunError if they are lost and auto_stop compares with them."""
+        """Before the first step, generates the probes: one response each to prompts from across the
+        list. Later, reads the probes that the run began with; without any, nothing is measured.
+        Raises RunError if they are lost and auto_stop needs them, or if all new ones are empty."""
         watched = self._config.bupo.auto_stop is not None
         if not self._config.diagnostics.every and not watched:
             return
@@ -81,7 +83,7 @@ class Diagnostics:
         ]
 
     def due(self, step: int) -> bool:
-        """Whether to measure after a step; 0 is before the first."""
+        """Whether to measure after a step; 0 stands for the state before the first step."""
         if not self._texts:
             return False
         every, watched = self._config.diagnostics.every, self._config.bupo.auto_stop is not None
@@ -93,8 +95,8 @@ class Diagnostics:
         )
 
     def after(self, step: int) -> dict[str, float]:
-        """Measures if it is due; returns figures for metrics.jsonl. Once is enough: a step that a
-        resumed run finds measured is left as it is."""
+        """Measures if this is due, and returns figures for metrics.jsonl. A resumed run does not
+        repeat the measurement of a step."""
         if not self.due(step) or (self._rows and self._rows[-1]["step"] >= step):
             return {}
         config = self._config
@@ -116,12 +118,12 @@ class Diagnostics:
         return figures
 
     def ended_phases(self) -> list[int]:
-        """The steps that have ended a phase, in the run that this one continues too."""
+        """Returns the steps that have ended a phase, including those before a resume."""
         return [row["step"] for row in self._rows if row["ends_phase"]]
 
     @property
     def ends_phase(self) -> str:
-        """Why phase 1 ends with the step that was measured last; empty if it does not."""
+        """Why phase 1 ends with the step that was measured last; empty if it does not end."""
         return str(self._rows[-1]["ends_phase"]) if self._rows else ""
 
     def _ends_phase(self, step: int) -> str:
@@ -140,10 +142,10 @@ class Diagnostics:
 
 
 def stopped_helping(rows: Sequence[dict[str, Any]], layer: int, limit: float) -> str:
-    """Why phase 1 on a layer is over by the rule above, from the rows of diagnostics.jsonl since
-    step 0; empty if it is not."""
+    """Returns why phase 1 on a layer is over by the rule above, based on the rows of
+    diagnostics.jsonl since step 0; empty if it is not over."""
     drift = rows[-1]["log_perplexity"] - rows[0]["log_perplexity"]
-    if not drift <= limit:
+    if not drift <= limit:  # also true if the drift is nan
         return f"log perplexity of the probes has risen by {drift:.3f} nats"
     distance = [row["kl_to_final"][layer - 1] for row in rows]
     since = len(distance) - 1 - distance.index(min(distance))

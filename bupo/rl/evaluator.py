@@ -1,4 +1,4 @@
-"""Evaluation during a run: when, and where its results go."""
+"""Decides when a run is evaluated, and records the results."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from bupo.types import Prompt, Reward, Rollout
 
 @dataclass
 class Evaluator:
-    """Before the first step, where the phase switches, every eval.every steps, and at the end."""
+    """Evaluates before step 1, where the phase switches, every eval.every steps, and at the end."""
 
     config: Config
     out: Path
     schedule: Schedule
     problems: Sequence[Prompt]
     generate: Callable[[Sequence[Prompt], int, str], list[Rollout]]
-    """Responses to problems, so many to each, by a seed"""
+    """Called with problems, the number of responses to each, and a seed"""
     reward: Reward
     recorder: Recorder
     monitor: Monitor
 
     def due(self, step: int) -> str | None:
-        """Why the policy is evaluated after a step, as eval.jsonl has it; None if it is not."""
+        """Returns why the policy is evaluated after a step, as in eval.jsonl; None if it is not."""
         if not self.problems:
             return None
         if step == 0:
@@ -43,8 +43,8 @@ class Evaluator:
         return "during" if self.config.eval.every and step % self.config.eval.every == 0 else None
 
     def best_step(self) -> int | None:
-        """The step after training began with the highest Avg@n, its mean over data sets; the first
-        of equals. None where nothing has been evaluated yet."""
+        """Returns the step with the highest Avg@n, averaged over data sets; the first one of
+        equals. Only steps from 1 on with a result on every data set count; None without any."""
         found: dict[int, list[float]] = {}
         for row in read_rows(self.out / "eval.jsonl"):
             found.setdefault(row["step"], []).append(row["avg"])
@@ -53,7 +53,7 @@ class Evaluator:
         return max(whole, key=lambda step: whole[step], default=None)
 
     def after(self, step: int) -> None:
-        """Evaluates if it is due, on the data sets that the run has no result of yet."""
+        """Evaluates if it is due, on the data sets for which the run does not have a result yet."""
         when = self.due(step)
         if when is None:
             return

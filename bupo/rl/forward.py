@@ -1,4 +1,4 @@
-"""Samples through a model: hidden states where counted tokens are predicted, and log-probs."""
+"""Runs samples through a model: gives hidden states that predict counted tokens, and log-probs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from bupo.types import Policy
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Log-probs and entropies of the counted tokens, one tensor a sample."""
+    """Log-probs and entropies of the counted tokens, one tensor per sample."""
 
     logprobs: list[Tensor]
     entropy: list[Tensor]
 
     def mean_entropy(self) -> float:
-        """Over all tokens, in nats."""
+        """Returns the mean entropy over all tokens, in nats."""
         return float(torch.cat(self.entropy).mean())
 
 
 class _CachedCast(torch.autograd.Function):
-    """A parameter in another type, cast before: forward and gradient are those of `.to()`."""
+    """Uses an earlier cast of a parameter: forward and gradient are those of `.to()`."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, cast: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class _CachedCast(torch.autograd.Function):
 
 
 class Forward:
-    """A model and how samples run through it."""
+    """Runs samples through a model in micro-batches."""
 
     def __init__(self, model: nn.Module, config: Config, pad: int) -> None:
         self.model, self._config, self._pad = model, config, pad
@@ -53,7 +53,7 @@ class Forward:
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Inside, the model computes in float32, whatever model.compute_dtype says."""
+        """Inside the context, the model computes in float32, regardless of model.compute_dtype."""
         half, self._half = self._half, False
         try:
             yield
@@ -63,8 +63,8 @@ class Forward:
     def token_stats(
         self, samples: Sequence[Sample], policy: Policy, temperature: float | None = None
     ) -> TokenStats:
-        """Log-probs and entropies of the counted tokens under a policy, without gradient, at the
-        sampling temperature unless another is given."""
+        """Returns log-probs and entropies of the counted tokens under a policy, without gradient,
+        at the sampling temperature unless another is given."""
         empty = torch.empty(0)
         stats = TokenStats([empty] * len(samples), [empty] * len(samples))
         with torch.no_grad():
@@ -77,7 +77,7 @@ class Forward:
         return stats
 
     def batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:
-        """Micro-batches of one pass over the samples; progress.report says how far it is."""
+        """Yields the micro-batches of one pass over the samples, and reports the progress."""
         budget, done = self._config.optimizer.micro_batch_tokens, 0
         for batch in micro_batches(samples, budget, self.device, pad=self._pad):
             yield batch
@@ -85,8 +85,8 @@ class Forward:
             progress.report(done / len(samples))
 
     def hidden(self, batch: Batch, policy: Policy) -> Tensor:
-        """Hidden states of the policy where counted tokens are predicted [T, D]. Those of other
-        tokens go no further than this."""
+        """Returns the hidden states [T, D] from which the policy predicts the counted tokens. The
+        hidden states of other tokens are discarded here."""
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self._half else nullcontext()
         with autocast, internal_policy(self.model, policy.layer, policy.final_norm):
             hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask)
@@ -94,8 +94,8 @@ class Forward:
         return hidden.to(torch.bfloat16) if self._half else hidden
 
     def head(self, temperature: float | None = None) -> dict[str, Any]:
-        """The arguments of the LM-head ops that describe the head, at the sampling temperature
-        unless another is given."""
+        """Returns the arguments of the LM-head ops that describe the head, at the sampling
+        temperature unless another is given."""
         head = unembedding(self.model)
         if temperature is None:
             temperature = self._config.rollout.temperature
@@ -107,7 +107,7 @@ class Forward:
         }
 
     def _in_half(self, weight: Tensor) -> Tensor:
-        """The head in bfloat16, cast once after each change of it, not once a micro-batch."""
+        """Returns the head in bfloat16, cast once after each change and not in each micro-batch."""
         cached = self._cast
         if cached is None or cached[0] is not weight or cached[1] != weight._version:
             cached = weight, weight._version, weight.detach().to(torch.bfloat16)

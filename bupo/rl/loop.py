@@ -1,5 +1,5 @@
-"""One training run, step by step. Reads top-down: prompts, rollouts, rewards, old log-probs,
-advantages, update, sync, metrics, evaluation, checkpoint."""
+"""One training run, step by step. The code follows the order of a step: prompts, rollouts, rewards,
+old log-probs, advantages, update, sync, metrics, evaluation, checkpoint."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ from bupo.samples import Sample, with_streams
 from bupo.types import Grades, Policy, Prompt, Reward, Rollout, RolloutEngine
 
 FINAL_ROLLOUTS, FINAL_FRACTION = 8, 16
-"""In phase 1 the final policy is evaluated on 1 / FINAL_FRACTION of the rollouts, at least
-FINAL_ROLLOUTS: for metrics, and to see that the engine has its weights"""
+"""In phase 1, the final policy is evaluated on 1 / FINAL_FRACTION of the rollouts, and on at least
+FINAL_ROLLOUTS, for metrics and to check that the engine has its weights"""
 
 WILD_CLIP_FRACTION, WILD_RATIO = 0.1, 10.0
-"""A first step of a phase beyond either of these is said to be out of control"""
+"""The first step of a phase causes a warning if it exceeds either of these"""
 
 
 @dataclass
 class Parts:
-    """What a run is made of."""
+    """The components of a run."""
 
     config: Config
     out: Path
@@ -64,18 +64,18 @@ class Parts:
     reward: Reward
     trainer: Trainer
     reference: Forward | None = None
-    """The frozen model that the run began with, if a KL term needs it. It stands for its policy of
-    the layer that is trained, so that a KL term of phase 1 has no gradient above that layer."""
+    """The frozen model that the run began with, if a KL term needs it. Its policy of the layer that
+    is trained is the reference, so a KL term of phase 1 has no gradient above that layer."""
     critic: Critic | None = None
-    """For advantage=ppo"""
+    """Needed for advantage=ppo only"""
     start: int = 0
-    """Number of steps already done, by a run that this one continues"""
+    """Number of steps that were done before, if this run continues an earlier one"""
     drawn: int = 0
-    """Number of prompts drawn until then beyond rollout.prompts a step"""
+    """Number of prompts that were drawn before in addition to rollout.prompts per step"""
 
 
 class Run:
-    """What happens with these parts, from the first step to the last."""
+    """Executes a run with these components, from the first step to the last."""
 
     def __init__(self, parts: Parts) -> None:
         config, self.config, self.out = parts.config, parts.config, parts.out
@@ -103,8 +103,8 @@ class Run:
         self.failure, self.updating = "", False
 
     def train(self) -> int | None:
-        """Trains to the end; returns None, or the number of the signal that stopped it. Either
-        way the state is saved."""
+        """Trains to the end and returns None, or the number of the signal that stopped the run. The
+        state is saved in both cases."""
         try:
             done = self._steps()
             if done > self.saved or not checkpoints(self.out):
@@ -121,7 +121,7 @@ class Run:
         return self.monitor.stop.signal
 
     def _steps(self) -> int:
-        """All steps, or as many as there are until a stop; returns how many are done."""
+        """Runs all steps, or those before a stop, and returns how many are done."""
         done = self.start
         try:
             self._look_first()
@@ -133,7 +133,7 @@ class Run:
                 if self.failure:
                     break
                 if self._checkpoint_is_due(step):
-                    self._save(step)  # before the evaluation, which may take long
+                    self._save(step)  # before the evaluation, which may take a long time
                 self.evaluator.after(step)
                 if "best" in self.config.checkpoint.keep and self.evaluator.best_step() == step:
                     self._save(step)
@@ -142,14 +142,13 @@ class Run:
         except Stopped:
             pass
         except Exception:
-            if not self.updating and done > self.saved:  # the state is still that of a whole step
+            if not self.updating and done > self.saved:  # the state is that of a complete step
                 self._save(done)
             raise
         return done
 
     def _look_first(self) -> None:
-        """The probes of the weight sync and of the diagnostics and, before the first step, what
-        they say."""
+        """Prepares the probes of weight sync and diagnostics, and measures them before step 1."""
         with self.monitor.stage("weights of the engine", self.start):
             self.sync = WeightSync(
                 self.engine,
@@ -211,7 +210,7 @@ class Run:
         self.monitor.display.step(row)
 
     def _collect(self, step: int, watch: Stopwatch) -> Collected:
-        """Rollouts with their rewards."""
+        """Returns a step's rollouts with rewards. Raises RunError if most cannot be graded."""
         size, seed = self.config.rollout, f"{self.config.seed}/step/{step}"
         begin = (step - 1) * size.prompts + self.drawn
 
@@ -247,13 +246,13 @@ class Run:
     def _with_logprobs(
         self, rollouts: list[Rollout], policy: Policy
     ) -> tuple[list[Rollout], dict[str, float]]:
-        """The log-probs that the loss, the advantages and the critic need, as streams; and what is
-        to be seen of them. Raises SyncError where the engine has sampled from other weights."""
+        """Adds the log-probs that the loss, the advantages and the critic need, as streams, and
+        returns metrics of them. Raises SyncError if the engine has sampled from other weights."""
         loss, forward = self.config.loss, self.trainer.forward
         old = forward.token_stats(rollouts, policy)
         rollouts = with_streams(rollouts, "old", old.logprobs)
-        # The engine samples from the final policy. In phase 1 that is another one than the policy
-        # that is trained; unless a setting needs it of every token, some rollouts are enough.
+        # The engine samples from the final policy, which phase 1 does not train. Its log-probs of
+        # some rollouts are then enough, unless a setting needs them for every token.
         final, compared = old, rollouts
         everywhere = bool(loss.tis_cap or loss.max_sequence_gap)
         if policy.layer is not None:
@@ -279,7 +278,7 @@ class Run:
         return rollouts, found
 
     def _with_advantages(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """What the update learns from, and which responses it leaves out."""
+        """Adds the advantages that the update uses, and marks the responses that it leaves out."""
         config, loss = self.config, self.config.loss
         rollouts = drop(rollouts, loss.max_sequence_gap, loss.drop_truncated)
         buffer = config.reward.overlong_buffer
@@ -293,7 +292,7 @@ class Run:
     def _update(
         self, rollouts: Sequence[Rollout], policy: Policy, step: int, watch: Stopwatch
     ) -> Updates:
-        """New weights of the policy and of the critic."""
+        """Updates the weights of the policy and of the critic."""
         with self.monitor.stage("update", step, watch):
             updates = self.trainer.update(rollouts, policy, step)
         if self.critic:
@@ -329,8 +328,8 @@ class Run:
     def _warn_of_a_wild_start(
         self, step: int, layer: int, update: Mapping[str, float], entropy: float
     ) -> None:
-        """A raw pi^l can be so sharp that one step at a usual rate throws it far off its old self:
-        nothing normalises H^l."""
+        """Warns if a phase starts out of control. H^l is not normalised, so a raw pi^l can be so
+        sharp that one step at a usual learning rate moves it far from where it was."""
         clipped, ratio = update["policy/clip_fraction"], update["policy/ratio_max"]
         if clipped > WILD_CLIP_FRACTION or ratio > WILD_RATIO:
             self.monitor.display.say(

@@ -1,4 +1,4 @@
-"""What an update minimises: a loss by its name, the weight of each token, and what is left out."""
+"""The losses that an update minimises, the weights of tokens, and which responses are left out."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from bupo.samples import Batch, with_streams
 from bupo.types import Rollout
 
 Loss = Callable[[Tensor, Mapping[str, Any], Batch, LossConfig], PolicyLoss]
-"""(hidden [T, D], head, batch, settings) -> loss and metrics of a micro-batch. `head` holds the
-arguments of the LM-head ops that describe the head (bupo.rl.forward); the batch has the streams
-old, advantage and weight, and reference and importance where the settings ask for them."""
+"""Maps (hidden [T, D], head, batch, settings) to the loss and metrics of a micro-batch. `head`
+holds the arguments of the LM-head ops that describe the head (bupo.rl.forward). The batch has the
+streams old, advantage and weight, and also reference and importance if the settings need them."""
 
 
 def token_loss(
     hidden: Tensor, head: Mapping[str, Any], batch: Batch, settings: LossConfig
 ) -> PolicyLoss:
-    """ppo and cispo: the fused op, with a ratio for each token; bupo.ops.policy_loss has the
-    formulas."""
+    """Computes the losses ppo and cispo with the fused op, which has a ratio for each token; see
+    bupo.ops.policy_loss for the formulas."""
     options = _options(batch, settings)
     return ops.policy_loss(
         hidden, targets=batch.targets, loss_type=settings.type, **head, **options
@@ -36,14 +36,14 @@ def token_loss(
 def sequence_loss(
     hidden: Tensor, head: Mapping[str, Any], batch: Batch, settings: LossConfig
 ) -> PolicyLoss:
-    """gspo: Group Sequence Policy Optimization (arXiv 2507.18071, eq. 5 to 7)::
+    """Computes the loss gspo: Group Sequence Policy Optimization (arXiv 2507.18071, eq. 5 to 7)::
 
         s_i = exp(1/|o_i| sum_t (logp_t - old_t))
         loss_t = -min(s_i A_t, clip(s_i, 1 - clip_low, 1 + clip_high) A_t)
 
-    It is the loss of ppo with s_i in place of each token's ratio. The tokens of a response are
-    coupled, so this is torch on the log-probs of the op, not a mode of it. With weights
-    1 / (N |o_i|), loss.aggregation=seq_mean, it is the paper's.
+    This is the ppo loss with s_i in place of each token's ratio. It couples the tokens of a
+    response, so it is computed by torch from the log-probs of the op and is not a mode of the op.
+    With the weights 1 / (N |o_i|) of loss.aggregation=seq_mean, it is the loss of the paper.
     """
 
     def mean_of_response(log_ratio: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def sequence_loss(
 
 
 LOSSES: dict[str, Loss] = {"ppo": token_loss, "cispo": token_loss, "gspo": sequence_loss}
-"""loss.type to the loss"""
+"""Maps loss.type to its loss"""
 
 
 def _options(batch: Batch, settings: LossConfig) -> dict[str, Any]:
@@ -83,15 +83,15 @@ def _options(batch: Batch, settings: LossConfig) -> dict[str, Any]:
 def with_weights(
     rollouts: Sequence[Rollout], aggregation: str, longest: int | None = None
 ) -> list[Rollout]:
-    """The responses of one optimiser update with their stream `weight`, from the counts of all of
-    them, so that no split into micro-batches changes the loss.
+    """Adds the stream `weight` to the responses of one optimiser update. The weights depend on the
+    counts of all these responses, so no split into micro-batches changes the loss.
 
     With |o_i| counted tokens in response i of N::
 
         token_mean        1 / sum_i |o_i|
-        seq_mean          1 / (N |o_i|)       the paper's
+        seq_mean          1 / (N |o_i|)       as in the paper
         seq_sum           1 / N
-        seq_sum_longest   1 / (N longest)     Dr.GRPO's
+        seq_sum_longest   1 / (N longest)     as in Dr.GRPO
     """
     n, total = len(rollouts), max(sum(r.count for r in rollouts), 1)
     weight_of: dict[str, Callable[[Rollout], float]] = {
@@ -105,18 +105,17 @@ def with_weights(
 
 
 def with_importance_weights(rollouts: Sequence[Rollout], cap: float) -> list[Rollout]:
-    """The stream `importance`: min(pi / pi_engine, cap) of each token. pi is the final policy in
-    both phases: the engine never samples from another, and with pi^l the weight would be the whole
-    distance of pi^l."""
+    """Adds the stream `importance`: min(pi / pi_engine, cap) of each token. pi is the final policy
+    in both phases, because the engine always samples from it; with pi^l, the weight would contain
+    the whole distance between pi^l and pi."""
     factors = ((r.stream("final") - r.stream("engine")).exp().clamp(max=cap) for r in rollouts)
     return with_streams(rollouts, "importance", factors)
 
 
 def drop(rollouts: Sequence[Rollout], max_gap: float | None, truncated: bool) -> list[Rollout]:
-    """The same rollouts, with those marked as dropped that have no reward, were truncated (if asked
-    for), or whose mean |log pi - log pi_engine| over tokens is above max_gap, or nan. pi is the
-    final policy in both phases, as in with_importance_weights; its stream is read with max_gap
-    only."""
+    """Returns the rollouts and marks as dropped those that have no reward, that were truncated (if
+    `truncated`), or whose mean |log pi - log pi_engine| over tokens is above max_gap or nan. pi is
+    the final policy, as in with_importance_weights; its stream is read only with max_gap."""
 
     def is_dropped(rollout: Rollout) -> bool:
         if rollout.ungraded or (truncated and rollout.finish_reason == "length"):
@@ -124,13 +123,13 @@ def drop(rollouts: Sequence[Rollout], max_gap: float | None, truncated: bool) ->
         if max_gap is None or not rollout.count:
             return False
         gap = (rollout.stream("final") - rollout.stream("engine")).abs().mean()
-        return not float(gap) <= max_gap
+        return not float(gap) <= max_gap  # also true for nan
 
     return [replace(rollout, dropped=is_dropped(rollout)) for rollout in rollouts]
 
 
 def mean_kl(rollouts: Sequence[Rollout]) -> float:
-    """k3, the estimate of KL(policy || reference) that is never negative, over all tokens, from the
-    streams old and reference."""
+    """Returns the mean of k3 over all tokens, computed from the streams old and reference. k3 is
+    the estimate of KL(policy || reference) that is never negative."""
     gaps = torch.cat([r.stream("reference").double() - r.stream("old").double() for r in rollouts])
     return float((torch.expm1(gaps) - gaps).mean())

@@ -21,38 +21,38 @@ from bupo.types import Rollout
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """The loss of a micro-batch, and what is to be known of it."""
+    """The loss of a micro-batch, with its metrics and its inputs."""
 
     loss: Tensor
-    """Scalar. The sum over the micro-batches of an update is the loss of that update"""
+    """Scalar. The losses of an update's micro-batches add up to the loss of the update"""
     metrics: Mapping[str, Tensor]
-    """Scalars: means over the counted tokens; one whose name ends in _max is a maximum"""
+    """Scalars: means over the counted tokens; a maximum if the name ends in _max"""
     made_of: Mapping[str, Tensor]
-    """What goes into the loss, in this order: where a loss that is not finite can come from"""
+    """The inputs of the loss, in the order in which they are searched if the loss is not finite"""
 
 
 class LossOfBatch(Protocol):
-    """The loss of a micro-batch of an update that has this number of counted tokens in all."""
+    """Computes the loss of a micro-batch. tokens: number of counted tokens in the whole update."""
 
     def __call__(self, batch: Batch, tokens: int) -> BatchLoss: ...
 
 
 @dataclass(frozen=True)
 class Updates:
-    """What the updates of a step have done."""
+    """The results of a step's updates."""
 
     metrics: dict[str, float]
-    """Those of the micro-batches over all tokens of the step; loss and grad_norm, means over the
-    updates that were made; skipped_updates"""
+    """The metrics of the micro-batches over all tokens of the step; loss and grad_norm, averaged
+    over the updates that were made; skipped_updates"""
     changed: frozenset[str]
-    """Names of the parameters that have moved"""
+    """Names of the parameters that were updated"""
     skipped: list[str]
-    """Why, for each update that was skipped because its loss or its gradient is not finite"""
+    """The reason for each update that was skipped because its loss or gradient was not finite"""
 
 
 def mini_batches(rollouts: Sequence[Rollout], number: int) -> list[list[Rollout]]:
-    """Whole prompt groups, dealt out to `number` optimiser updates (at most one a group), without
-    the dropped responses."""
+    """Divides the rollouts, in whole prompt groups, among `number` optimiser updates (at most one
+    update per group). Dropped responses are left out."""
     groups = sorted({r.group for r in rollouts})
     number = min(number, len(groups))
     dealt = [set(groups[part::number]) for part in range(number)]
@@ -67,11 +67,10 @@ def optimise(
     loss: LossOfBatch,
     grad_clip: float,
 ) -> Updates:
-    """One update for each part: gradients are summed over its micro-batches, clipped, applied.
+    """Makes one update per part: sums the gradients of its micro-batches, clips and applies them.
 
     An update whose loss or gradient norm is not finite is skipped, and the first tensor that is not
-    finite is named.
-    Nothing in a micro-batch waits for a GPU: losses and metrics are read once, after the part.
+    finite is named. No micro-batch waits for a GPU: losses and metrics are read only after a part.
     """
     sums: dict[str, Tensor] = {}
     largest: dict[str, Tensor] = {}
@@ -92,10 +91,10 @@ def optimise(
                     value = value.detach().double()
                     if name.endswith("_max"):
                         before = largest.get(name, torch.zeros_like(value))
-                        largest[name] = torch.fmax(before, value)  # nan aside
+                        largest[name] = torch.fmax(before, value)  # ignores nan
                     else:
                         sums[name] = sums.get(name, 0.0) + value * len(batch.targets)
-                del out  # its hidden states make room for those of the next micro-batch
+                del out  # frees its hidden states before the next micro-batch
         all_tokens += tokens
         total = sum(torch.stack(part_losses).tolist()) if part_losses else 0.0
         norm = clip_gradients(parameters.values(), grad_clip)
@@ -108,7 +107,7 @@ def optimise(
             bad = _first_bad(parameters, batches(part), partial(loss, tokens=tokens), total)
             bad = bad or f"loss {total:g}, gradient norm {norm:g}"
             skipped.append(f"update {number} of {len(parts)}: {bad}")
-        optimizer.zero_grad(set_to_none=True)  # None, so that weight decay leaves it alone
+        optimizer.zero_grad(set_to_none=True)  # AdamW skips a parameter whose gradient is None
     metrics = {name: float(x) / max(all_tokens, 1) for name, x in sums.items()}
     metrics |= {name: float(x) for name, x in largest.items()}
     metrics |= {
@@ -125,8 +124,8 @@ def _first_bad(
     loss: Callable[[Batch], BatchLoss],
     total: float,
 ) -> str | None:
-    """Where a loss or a gradient that is not finite comes from. The update has changed nothing, so
-    its micro-batches give the same losses once more."""
+    """Returns where a loss or a gradient that is not finite comes from. The skipped update has
+    changed nothing, so its micro-batches give the same losses again."""
     if bad := first_bad((f"parameter {name}", p) for name, p in parameters.items()):
         return bad
     if not math.isfinite(total):

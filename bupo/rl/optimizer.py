@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from bupo.config import Config, OptimizerConfig
 
 Place = int | None
-"""As bupo.policy.parameter_layers has them"""
+"""A value of bupo.policy.parameter_layers"""
 
 
 class AdamW(torch.optim.AdamW):
-    """Parameters in a group for each place.
+    """AdamW with one parameter group for each place.
 
-    Every parameter has state from the start, zeros, as AdamW would make it at the first gradient:
-    so a checkpoint holds all parameters in every phase, and a missing one is an error, not a
-    parameter that never moved.
+    Every parameter has zero state from the start, as AdamW would create it at the first gradient. A
+    checkpoint therefore holds the state of all parameters in every phase, and missing state is an
+    error rather than a sign that a parameter was never updated.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class AdamW(torch.optim.AdamW):
             }
 
     def set_rates(self, lr: float, factor: Callable[[Place], float]) -> None:
-        """The learning rate of each place is lr times its factor. Factor 0 freezes: such parameters
-        ask for no gradient, so neither momentum nor weight decay moves them."""
+        """Sets the learning rate of each place to lr times its factor. Factor 0 freezes a place:
+        its parameters require no gradient, so neither momentum nor weight decay moves them."""
         for group in self.param_groups:
             rate = factor(group["place"])
             group["lr"] = lr * rate
@@ -55,7 +55,7 @@ class AdamW(torch.optim.AdamW):
                 parameter.requires_grad_(rate != 0)
 
     def flat_state(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """name/field to value, of named parameters."""
+        """Returns the state of named parameters, with keys of the form name/field."""
         return {
             f"{name}/{field}": value.contiguous()
             for name, parameter in parameters.items()
@@ -65,7 +65,7 @@ class AdamW(torch.optim.AdamW):
     def load_flat_state(
         self, parameters: Mapping[str, nn.Parameter], flat: Mapping[str, Tensor]
     ) -> None:
-        """Raises ValueError if something is missing or left over."""
+        """Restores a flat_state(). Raises ValueError if it does not match the parameters."""
         expected = self.flat_state(parameters)
         if wrong := sorted(expected.keys() ^ flat.keys()):
             raise ValueError(f"optimizer state is missing or of no parameter: {wrong}")
@@ -79,8 +79,8 @@ class AdamW(torch.optim.AdamW):
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
-    """The norm of the gradients, which are then scaled to at most this one. A norm that is not
-    finite leaves them alone: it would spread to all, and hide where it came from."""
+    """Scales the gradients to a norm of at most `limit`, and returns the norm before that. If this
+    is not finite, the gradients stay as they are: scaling would spread nan and hide its source."""
     parameters = list(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if math.isfinite(float(norm)):
@@ -89,7 +89,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
 
 
 def learning_rate(config: Config, step: int, peak: float) -> float:
-    """Of step 1, 2, ...; a function of the step alone, so a resumed run has the same."""
+    """Returns the rate of step 1, 2, ...; it depends on the step alone, also in a resumed run."""
     settings, steps = config.optimizer, config.steps
     if step <= settings.warmup_steps:
         return peak * step / settings.warmup_steps

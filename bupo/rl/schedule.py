@@ -1,6 +1,6 @@
-"""Which policy each step trains, and at which rates: the phases of a run.
+"""The phases of a run: which policy each step trains, and at which learning rates.
 
-J_BuPO (arXiv 2512.19673) is two of them: pi^l for s_inter steps, then pi.
+J_BuPO (arXiv 2512.19673) has two phases: pi^l for s_inter steps, then pi.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from bupo.types import Policy, Rates
 
 
 def _phases(config: Config) -> list[tuple[str, PhaseConfig]]:
-    """The phases of a configuration, each with the key that its layer comes from."""
+    """Returns the phases of a configuration, each with the key under which its layer is set."""
     layer, steps = config.bupo.layer, config.bupo.steps
     if config.policy == "custom":
         return [(f"phases[{n}]", phase) for n, phase in enumerate(config.phases)]
@@ -46,7 +46,7 @@ def _named(part: str) -> str:
 
 
 class Schedule:
-    """Phases, one after the other, over the steps of a run."""
+    """The phases of a run, which follow one another over its steps."""
 
     def __init__(self, config: Config) -> None:
         self._phases = _phases(config)
@@ -60,7 +60,7 @@ class Schedule:
             self._policies.append(Policy(phase.layer, norm, _rates(phase)))
 
     def policy(self, step: int) -> Policy:
-        """Of step 1, 2, ..."""
+        """Returns the policy of step 1, 2, ..."""
         return next(p for p, last in zip(self._policies, self._last) if step <= last)
 
     def begins_with(self, step: int) -> bool:
@@ -68,7 +68,7 @@ class Schedule:
         return step == 1 or step - 1 in self.switches()
 
     def switches(self) -> list[int]:
-        """The last step of each phase but the last one."""
+        """Returns the last step of each phase except the last phase."""
         return self._last[:-1]
 
     def switches_after(self, step: int) -> bool:
@@ -76,19 +76,19 @@ class Schedule:
         return step in self.switches()
 
     def end_phase(self, step: int) -> None:
-        """The phase of a step ends with it; the next one begins that much earlier and, the last
-        one aside, is as long as it was."""
+        """Ends the phase of a step with this step. The next phases begin earlier by the steps
+        saved; all but the last one keep their lengths."""
         phase = next(n for n, last in enumerate(self._last) if step <= last)
         gained = self._last[phase] - step
         self._last[phase:-1] = [last - gained for last in self._last[phase:-1]]
 
     def layers(self) -> list[int]:
-        """The internal policies of the run, lowest first."""
+        """Returns the layers of the internal policies of the run, lowest first."""
         return sorted({p.layer for p in self._policies if p.layer is not None})
 
     def check(self, depth: int, model: str, tied: bool = False) -> None:
-        """Raises ConfigError for what a model of this many layers, whose head may be tied to the
-        embedding, has not, and for a phase that would train nothing."""
+        """Raises ConfigError for settings that do not fit a model of `depth` layers, whose head may
+        be tied to the embedding, and for a phase that would train nothing."""
         for (key, phase), policy in zip(self._phases, self._policies):
             if phase.layer is not None and phase.layer > depth:
                 raise ConfigError(
@@ -109,7 +109,7 @@ class Schedule:
                 raise ConfigError(f"{key}.lr freezes all of {of}")
 
     def describe(self, depth: int) -> str:
-        """In words, for people."""
+        """Returns the phases in words, for the terminal."""
         parts: list[str] = []
         for (_, phase), policy, last in zip(self._phases, self._policies, self._last):
             changed = [f"{_named(key)} x{factor:g}" for key, factor in phase.lr.items()]

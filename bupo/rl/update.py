@@ -1,4 +1,4 @@
-"""Rollouts with advantages to new weights of the policy."""
+"""Updates the weights of the policy from rollouts with advantages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _METRICS = ("clip_fraction", "ratio_mean", "approx_kl", "live_fraction", "ratio_
 
 
 class Trainer:
-    """The model, how rollouts run through it, and its optimizer."""
+    """Holds the model, its forward pass for rollouts, and its optimizer."""
 
     def __init__(self, model: nn.Module, config: Config, pad: int) -> None:
         self.model, self._config = model, config
@@ -31,11 +31,11 @@ class Trainer:
         self.optimizer = AdamW(parameters, places, config.optimizer, config.optimizer.lr)
 
     def update(self, rollouts: Sequence[Rollout], policy: Policy, step: int) -> Updates:
-        """Optimiser updates over mini-batches of whole prompt groups.
+        """Makes optimiser updates over mini-batches of whole prompt groups.
 
-        The stream `old` is of the same policy: the ratio of J_IPA (arXiv 2512.19673) is
-        pi^l / pi^l_old, and an update ratio only. `importance`, where there is one, is a factor of
-        each token's ratio loss, and of the final policy.
+        The stream `old` comes from the policy that is updated: the ratio of J_IPA (arXiv
+        2512.19673) is pi^l / pi^l_old and shows only what updates have changed. `importance`, if
+        present, comes from the final policy and is a factor of each token's ratio loss.
         """
         settings, loss_settings = self._config.optimizer, self._config.loss
         lr = learning_rate(self._config, step, settings.lr)

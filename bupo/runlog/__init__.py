@@ -1,1 +1,1 @@
-"""What a run writes and shows: metrics, progress, the watchdog, and the request to stop."""
+"""What a run writes and displays: metrics, progress, stalled stages; and how it is stopped."""

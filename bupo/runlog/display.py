@@ -1,4 +1,4 @@
-"""What runs, how far it is and when it will be done: a live display on a terminal, else lines."""
+"""Shows what is running, how far it is and when it will end: live on a terminal, else in lines."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from bupo.terminal import TERMINAL
 
 
 class Display:
-    """The steps of a run, and pieces of work that take more than a moment.
+    """Shows the steps of a run, and pieces of work that take more than a moment.
 
-    On a terminal, rich.progress draws a line for the steps and one for what is under way. Elsewhere
-    (a log file, a pipe) there is a line every few seconds.
+    On a terminal, rich.progress draws one line for the steps and one for the work in progress.
+    Elsewhere (a log file, a pipe), a line is written every few seconds.
     """
 
     def __init__(self, steps: int = 1, first: int = 0, stream: TextIO | None = None) -> None:
-        """steps: of the run; first: those that were done before."""
+        """steps: the number of steps of the run. first: the number of steps done before."""
         self._steps, self._first = steps, first
         self._stream = cast(TextIO, TERMINAL) if stream is None else stream
         self._start = self._shown = time.monotonic()
@@ -33,7 +33,7 @@ class Display:
         self._line = ""
 
     def step(self, row: dict[str, Any]) -> None:
-        """A step is done; row: as metrics.jsonl has it."""
+        """Shows that a step is done. row: its row of metrics.jsonl."""
         now, step = time.monotonic(), row["step"]
         policy = f"pi^{row['layer']}" if row["layer"] is not None else "final"
         self._line = (
@@ -42,7 +42,7 @@ class Display:
         )
         if self._bar is not None:
             if self._task is None:
-                # Of this process only, so that the time that remains is not of steps before it.
+                # Earlier steps are not counted: they would distort the remaining time.
                 self._task = self._bar.add_task("", total=self._steps - self._first)
                 self._bar.start()
             self._bar.update(self._task, description=self._line, completed=step - self._first)
@@ -52,14 +52,14 @@ class Display:
             self._shown = now
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays on the terminal."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             self._write(text)
 
     def end(self) -> None:
-        """Nothing is live any more; the line of the last step stays."""
+        """Ends the live display; the line of the last step stays."""
         if self._bar is not None and self._task is not None:
             self._bar.stop()
             self._task = None
@@ -67,9 +67,9 @@ class Display:
 
     @contextmanager
     def waiting(self, what: str, alive: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """Around something that takes more than a moment and that may say by progress.report how
-        far it is; alive() is called whenever it does. In a log, the first line about it comes after
-        5 seconds, each further one after twice the pause."""
+        """Wraps work that takes more than a moment and may call progress.report; alive() is called
+        at each report. In a log, the first line about it comes after 5 seconds; each pause is twice
+        as long as the one before."""
         show = self._on_terminal if self._bar is not None else self._in_lines
         with show(what) as done:
 
@@ -124,13 +124,13 @@ def _bar(stream: TextIO) -> Progress:
         console=Console(file=stream, force_terminal=True),
         expand=True,
         transient=True,
-        redirect_stdout=False,  # TERMINAL leads to standard error, which would lead back here
+        redirect_stdout=False,  # TERMINAL writes to standard error, which would come back here
         redirect_stderr=False,
     )
 
 
 class Wait:
-    """How far some work is, for a log."""
+    """The progress of some work, as a line for a log."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -138,17 +138,16 @@ class Wait:
         self._fraction = 0.0
 
     def done(self, fraction: float) -> None:
-        """This fraction of it is done."""
+        """Records that this fraction of the work is done."""
         self._fraction, self._last = fraction, time.monotonic()
 
     def line(self) -> str:
-        """The fraction and the time that remains or, while that is not known, the time since the
-        beginning."""
+        """Returns the fraction done and the time left or, before any report, the time elapsed."""
         now = time.monotonic()
         if self._fraction <= 0:
             return f"{self._what} | {_minutes(now - self._begin)}"
         left = (self._last - self._begin) * (1 - self._fraction) / self._fraction
-        left = max(0.0, left - (now - self._last))  # time passes between two reports
+        left = max(0.0, left - (now - self._last))  # time has passed since the last report
         return f"{self._what}: {self._fraction:.0%} | ETA {_minutes(left)}"
 
 

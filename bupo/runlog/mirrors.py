@@ -1,5 +1,5 @@
-"""Other places that the numbers of a run are shown: TensorBoard, Weights & Biases. Whatever goes
-wrong there is said once, and training goes on without."""
+"""Sends the numbers of a run to TensorBoard and Weights & Biases as well. If one of them fails, a
+message is printed once and training continues without it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """The same run of W&B when a run is continued: its id is in the run directory."""
+    """Continues the W&B run when a run is continued: its id is kept in the run directory."""
 
     def __init__(self, run: Path, project: str, name: str, settings: dict[str, Any]) -> None:
         wandb: Any = importlib.import_module("wandb")
@@ -58,7 +58,7 @@ class _WandB:
 
 
 class Mirrors:
-    """All that are asked for and work."""
+    """The mirrors that were requested and that work."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Mirrors:
             self._off(name, error)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
-        """What of the values is a finite number."""
+        """Sends those of the values that are finite numbers."""
         finite = {
             name: value
             for name, value in values.items()

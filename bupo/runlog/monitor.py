@@ -1,4 +1,4 @@
-"""What a person and a supervisor see of a running step, and how they stop it."""
+"""Shows a running step to people and supervisors, and lets them stop it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bupo.runlog.watchdog import Watchdog
 
 
 class Stopwatch:
-    """Seconds of each stage of a step."""
+    """Measures the seconds that each stage of a step takes."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -37,7 +37,7 @@ class Stopped(Exception):
 
 
 class Monitor:
-    """Progress on the terminal, the watchdog and the request to stop, together."""
+    """Combines the progress on the terminal, the watchdog and the request to stop."""
 
     def __init__(self, config: Config, out: Path, start: int) -> None:
         self._steps = config.steps
@@ -47,7 +47,7 @@ class Monitor:
 
     @contextmanager
     def stage(self, name: str, step: int, watch: Stopwatch | None = None) -> Iterator[None]:
-        """Timed, watched, and with its progress shown where it takes long."""
+        """Wraps a stage: times it, watches it, and shows its progress if it takes long."""
         shown = f"step {step}/{self._steps}, {name}"
         timed = watch.stage(name) if watch else nullcontext()
         with timed, self.watched(f"step {step}, stage {name}", shown):
@@ -55,12 +55,12 @@ class Monitor:
 
     @contextmanager
     def watched(self, name: str, shown: str) -> Iterator[None]:
-        """name: for the watchdog; shown: on the terminal."""
+        """name: the name for the watchdog. shown: the text for the terminal."""
         with self._watchdog.stage(name), self.display.waiting(shown, self._watchdog.alive):
             yield
 
     def check_stop(self) -> None:
-        """Raises Stopped where a stop was asked for."""
+        """Raises Stopped if a stop was requested."""
         if self.stop():
             raise Stopped
 

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, eval.jsonl and the other files of a run, and their mirrors."""
+"""Writes the numbers of a run to metrics.jsonl, eval.jsonl and other files, and to mirrors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bupo.types import EvalResult
 
 
 class Recorder:
-    """Appends rows to the run directory's files, each line flushed, and mirrors them."""
+    """Appends rows to the files of the run directory, flushes each line, and mirrors them."""
 
     def __init__(
         self,
@@ -22,8 +22,8 @@ class Recorder:
         name: str = "",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """keep_until_step: rows of later steps are removed (they will be made again). settings of
-        the run, by dotted key, for W&B."""
+        """keep_until_step: rows of later steps are removed, because these steps will run again.
+        settings: the settings of the run by dotted key, for W&B."""
         self._run = run
         for file in ("metrics.jsonl", "eval.jsonl", "diagnostics.jsonl"):
             rows = [r for r in read_rows(run / file) if r["step"] <= keep_until_step]
@@ -43,7 +43,8 @@ class Recorder:
         self._append("diagnostics.jsonl", row)
 
     def problems(self, step: int, file_name: str) -> Callable[[list[dict[str, Any]]], None]:
-        """Starts the file of one data set's problems and responses; returns what appends to it."""
+        """Starts the file of a data set's problems and responses; returns a function that extends
+        it."""
         folder = self._run / "evaluations" / f"step_{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / file_name).write_text("", encoding="utf-8")

@@ -10,17 +10,17 @@ from typing import Any
 from bupo.types import finite_or_none
 
 CHECKPOINT = "step_"
-"""A checkpoint of step 10 is the folder checkpoints/step_000010"""
+"""Prefix of a checkpoint's folder: the one of step 10 is checkpoints/step_000010"""
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Returns the complete checkpoints of a run, oldest first."""
     folder = run / "checkpoints"
     return sorted(p for p in folder.glob(CHECKPOINT + "*") if (p / "trainer.json").is_file())
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON lines file; a last line that was cut by a kill is left out."""
+    """Returns the rows of a JSON lines file, up to a last line that a kill may have cut short."""
     if not file.exists():
         return []
     rows = []
@@ -35,7 +35,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def json_lines(rows: Sequence[dict[str, Any]], ascii_only: bool = True) -> str:
-    """A line a row, strict JSON: null for what is not finite, wherever it stands."""
+    """Returns strict JSON, one line per row, with null for every number that is not finite."""
     dumped = (json.dumps(_plain(r), ensure_ascii=ascii_only, allow_nan=False) for r in rows)
     return "".join(line + "\n" for line in dumped)
 
@@ -49,13 +49,13 @@ def _plain(value: Any) -> Any:
 
 
 def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Lines at the end of a JSON lines file, handed to the system at once."""
+    """Appends rows to a JSON lines file and hands them to the operating system at once."""
     with file.open("a", encoding="utf-8") as out:
         out.write(json_lines(rows))
 
 
 def replace_text(file: Path, text: str) -> None:
-    """A new content in one piece: a kill or a full disk leaves the old one."""
+    """Replaces a file's content as a whole: after a kill or a full disk, the old one remains."""
     partial = file.with_name(f".{file.name}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)

@@ -1,4 +1,4 @@
-"""Figures of a step that are made of its rollouts."""
+"""Computes figures of a step for metrics.jsonl, for rollouts/ and for the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bupo.types import Grades, Rollout
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], grades: Grades) -> dict[str, float]:
-    """Of rewards and responses."""
+    """Returns the metrics of rewards and responses."""
     rewards = [r.reward for r in rollouts if not r.ungraded] or [math.nan]
     return {
         "reward/mean": fmean(rewards),
@@ -28,7 +28,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], grades: Grades) -> dict[str, fl
 
 
 def rollout_row(rollout: Rollout) -> dict[str, Any]:
-    """As rollouts/step_*.jsonl holds it."""
+    """Returns a rollout as a row of rollouts/step_*.jsonl."""
     advantages = rollout.stream("advantage")
     return {
         "prompt": rollout.prompt.text,
@@ -42,8 +42,8 @@ def rollout_row(rollout: Rollout) -> dict[str, Any]:
 
 
 def gpu_memory(device: torch.device) -> dict[str, float]:
-    """Peaks since the last call, of what the trainer's torch has allocated, and of what the whole
-    process has reserved or other libraries (a vLLM that sleeps beside it) hold at the moment."""
+    """Returns, in MiB, the peak of what the trainer's torch has allocated since the last call, and
+    the GPU memory in use now, including that of other libraries (such as a vLLM that sleeps)."""
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)
@@ -53,7 +53,7 @@ def gpu_memory(device: torch.device) -> dict[str, float]:
 
 
 def time_line(rows: Sequence[dict[str, Any]]) -> str:
-    """Where the time of some steps went, stage by stage, in one line."""
+    """Returns one line that shows what share of the time of some steps each stage took."""
     total = sum(row["time/step"] for row in rows)
     stages = {key[5:]: 0.0 for row in rows for key in row if key.startswith("time/")}
     stages.pop("step")
@@ -67,6 +67,6 @@ def time_line(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def bad_steps_at_end(rows: Sequence[dict[str, Any]]) -> int:
-    """How many steps in a row, the last one among them, have skipped an update."""
+    """Returns the number of consecutive steps up to the last one that have skipped an update."""
     good = (n for n, row in enumerate(reversed(rows)) if not row.get("policy/skipped_why"))
     return next(good, len(rows))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM."""
+"""Handles Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bupo.terminal import TERMINAL
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM ask; the loop answers between stages. A second Ctrl-C interrupts."""
+    """Ctrl-C and SIGTERM request a stop between stages. A second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

@@ -1,4 +1,4 @@
-"""Names a stage that hangs and shows where every thread stands."""
+"""Names a stage that hangs, and shows where every thread is."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ FILE = "stalls.txt"
 
 
 class Watchdog:
-    """Watches the stages of a run, each for `seconds` without progress; 0 watches nothing.
+    """Watches the stages of a run. Each may take `seconds` without progress; 0 switches this off.
 
-    A stage that takes longer is named on the terminal and in stalls.txt of the run directory, there
-    with the stacks of all threads. Nothing is ended unless `kill` is set, so one that was only slow
-    goes on. The stacks are written by faulthandler's own thread, which waits for no lock of
-    Python's: a reward that computes 9**9**9 is caught too. It needs an open file before anything
-    is wrong, a hidden one; with `kill` stalls.txt itself, for then no Python may run afterwards.
+    A stage that takes longer is named on the terminal and in stalls.txt of the run directory, which
+    also gets the stacks of all threads. Nothing is ended unless `kill` is set, so a stage that was
+    only slow goes on. The stacks are written by faulthandler's own thread, which does not need
+    Python's locks and thus also catches a reward that computes 9**9**9. It needs a file that is
+    open before anything goes wrong: a hidden one or, with `kill`, stalls.txt itself, because then
+    no Python code can run afterwards.
     """
 
     def __init__(self, run: Path, seconds: float, kill: bool = False) -> None:
@@ -40,12 +41,12 @@ class Watchdog:
             if not kill:
                 self._start = self._header = 0
                 if b"most recent call" in self._armed.read_bytes():
-                    self._collect()  # of a process that was killed while it hung
+                    self._collect()  # stacks of a process that was killed while it hung
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """One stage, named in full (`step 3, rollout`)."""
+        """Watches one stage. name: its full name (`step 3, stage rollout`)."""
         outer, self._stage = self._stage, name
         self.alive()
         try:
@@ -55,22 +56,22 @@ class Watchdog:
             self.alive()
 
     def alive(self) -> None:
-        """The stage has got ahead; its time begins again."""
+        """Records that the stage has made progress, which restarts its time limit."""
         if not self._seconds:
             return
         faulthandler.cancel_dump_traceback_later()
-        with contextlib.suppress(OSError):  # a full disk is not for the watchdog to report
+        with contextlib.suppress(OSError):  # others report a full disk
             self._collect(begin=True)
         self._told = True
         if self._stage:
             self._alive, self._told = time.monotonic(), False
-            # A second for the line on the terminal, where there is an end to come
+            # With `kill`, leave a second to print the line on the terminal before the end.
             delay = self._seconds + (1.0 if self._kill else 0.0)
             faulthandler.dump_traceback_later(delay, exit=self._kill, file=self._file)
 
     def _collect(self, begin: bool = False) -> None:
-        """Stacks that were written since go to stalls.txt; begin: then names the stage anew, for
-        the next ones."""
+        """Moves the stacks written since the last call to stalls.txt. begin: then names the stage
+        anew, as the header of the next stacks."""
         with self._lock:
             file = self._file.fileno()
             size = os.fstat(file).st_size
@@ -107,7 +108,7 @@ class Watchdog:
             )
 
     def close(self) -> None:
-        """Watches no longer; leaves no empty file."""
+        """Stops watching, and removes the file if it is empty."""
         if self._seconds and not self._closed.is_set():
             self._stage = ""
             self.alive()
