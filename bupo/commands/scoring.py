@@ -39,8 +39,8 @@ def _settings(arguments: argparse.Namespace) -> tuple[Config, Path]:
 def _rows_done(
     file: Path, dataset: str, problems: Sequence[Prompt], config: Config
 ) -> list[dict[str, Any]]:
-    """The rows of a file that can be kept; the file, which a kill may have cut, then holds these
-    alone. They must be of these problems."""
+    """Returns the rows of a file that can be kept and rewrites the file with these rows only, as a
+    killed process may have left an incomplete line. Raises ConfigError for other problems."""
     from bupo.evaluation.estimates import whole_batches
     from bupo.runlog.run_directory import json_lines, read_rows, replace_text
 
@@ -54,7 +54,7 @@ def _rows_done(
 
 
 def execute(plan: EvaluationPlan) -> list[EvalResult]:
-    """Evaluates every data set, alone in the directory, and writes what comes of it."""
+    """Locks the directory, evaluates every data set, and writes and returns the results."""
     from bupo.evaluation.estimates import evaluate, file_name
     from bupo.report import write_pass_at_k
     from bupo.rewards.choice import make_reward
@@ -91,7 +91,7 @@ def execute(plan: EvaluationPlan) -> list[EvalResult]:
 
 
 def print_table(results: Sequence[EvalResult]) -> None:
-    """Avg@n, Pass@K and maj@n of each data set with their standard errors; "-" where undefined."""
+    """Prints Avg@n, Pass@K and maj@n of each data set with standard errors; "-" if undefined."""
     ks = list(results[0].pass_k)
     table = [["data set", "problems", "n", "Avg@n", *(f"Pass@{k}" for k in ks), "maj@n"]]
     table[0] += ["tokens", "truncated", "not graded"]
