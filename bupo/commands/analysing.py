@@ -1,4 +1,4 @@
-"""What every layer, attention and FFN of a model would say, and how sure of it they are.
+"""Shows what every layer, attention and FFN of a model predicts, and how sure of it each one is.
 
     python -m bupo.analyze --model MODEL --data train.parquet          responses are generated
     python -m bupo.analyze --model RUN --data RUN/rollouts/step_000010.jsonl
@@ -6,8 +6,8 @@
     python -m bupo.analyze task=bupo.tasks.arithmetic rollout.max_new_tokens=24      no download
 
 MODEL is a folder or hub name of a causal LM, or a run directory (its newest checkpoint); data are
-those of bupo.run, rollouts of a run, or .txt files. Writes a directory: report.html (figures and
-heat maps, one file), figures/, tokens.parquet (a row a token, layer and policy),
+as for bupo.run, or rollouts of a run, or .txt files. Writes a directory: report.html (figures and
+heat maps, one file), figures/, tokens.parquet (a row per token, layer and policy),
 top_tokens.parquet, summary.json (means with standard errors, boundary layer, checks), texts.jsonl
 and config.yaml. docs/internal_policies.md has the definitions.
 """

@@ -1,13 +1,13 @@
-"""Avg@n, Pass@K and maj@n of a model, by the engine and the reward that training uses.
+"""Computes Avg@n, Pass@K and maj@n of a model with the engine and the reward that training uses.
 
     python -m bupo.evaluate model.path=MODEL eval.files=[test.parquet] eval.samples=32
     python -m bupo.evaluate --config RUN/config.yaml model.path=RUN/checkpoints/step_000300
     python -m bupo.evaluate ... eval.temperature=0 eval.samples=1           greedy
 
-Writes a directory: config.yaml, responses/DATASET.jsonl (a line a problem: its responses, their
+Writes a directory: config.yaml, responses/DATASET.jsonl (a line per problem: its responses, their
 rewards and final answers), eval.jsonl (the figures with standard errors, the problem as the unit)
 and pass_at_k.png. The same command with --out DIR continues where it was stopped. Settings are
-those of bupo.run; what only training needs is ignored.
+those of bupo.run; those that only training needs are ignored.
 """
 
 from __future__ import annotations

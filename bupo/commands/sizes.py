@@ -190,11 +190,13 @@ def _memory(
 ) -> dict[str, int]:
     """Returns the peak memory of an update of the final policy, in bytes by content. Phase 1 takes
     less, since fewer parameters have gradients and moments."""
+    # A micro-batch holds at most the tokens of an update, and at least one longest response.
     longest = prompt + config.rollout.max_new_tokens
     responses = config.rollout.prompts * config.rollout.samples
     update = responses // config.optimizer.updates_per_step * longest
     tokens = max(min(config.optimizer.micro_batch_tokens, update), longest)
     vocabulary, width = head
+    # On the CPU the LM head holds a block of logits of about 64 MiB, 128 to 2048 tokens.
     block = min(max((64 << 20) // (4 * vocabulary), 128), 2048) * 4 * vocabulary
     workspace = GPU_WORKSPACE if gpu else block
     memory = {
