@@ -40,7 +40,7 @@ def _rows_done(
     file: Path, dataset: str, problems: Sequence[Prompt], config: Config
 ) -> list[dict[str, Any]]:
     """Returns the rows of a file that can be kept and rewrites the file with these rows only, as a
-    killed process may have left an incomplete line. Raises ConfigError for other problems."""
+    killed process may have left an incomplete line. Raises ConfigError if the problems differ."""
     from bupo.evaluation.estimates import whole_batches
     from bupo.runlog.run_directory import json_lines, read_rows, replace_text
 

@@ -25,7 +25,7 @@ class Sizes:
     tied: bool
     parameters: int
     internal: int
-    """Parameters of the internal policy: embedding, layers 1..l, head; 0 where none is trained"""
+    """Parameters of the internal policy: embedding, layers 1..l, head; 0 if none is trained"""
     memory: dict[str, int]
     """Bytes of the trainer, by content; an estimate, and a rough one for the activations"""
     engine: int

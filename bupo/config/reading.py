@@ -49,9 +49,8 @@ def read(file: Path | None, overrides: list[str], schema: type[Settings]) -> Set
     """Reads the settings of a YAML file and of `key=value` overrides, which take precedence.
 
     Short forms are allowed: model=NAME, one string for a list of strings, and algorithm=NAME, which
-    stands for the settings ALGORITHMS[NAME]. The last algorithm=NAME counts. Its settings on the
-    command line replace those of a file, but settings from the same source take precedence over
-    them.
+    stands for the settings ALGORITHMS[NAME]. The last algorithm=NAME counts. As an override, it
+    replaces settings of a file. Settings from the same file or overrides take precedence over it.
 
     Raises ConfigError with one line for an unknown key (suggesting a known one), a value of the
     wrong type, a missing file or an impossible combination.

@@ -18,7 +18,7 @@ TOLERANCE = 0.1
 """A layer with |dH_FFN| up to this share of the largest mean neither explores nor converges"""
 RESAMPLES = 1000
 SUDDEN = 0.5
-"""Convergence is sudden if the last two layers make more than this share of the entropy's fall"""
+"""Convergence is sudden if the last two layers cause more than this share of the entropy's fall"""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class LogProbs(NamedTuple):
 
 
 class PolicyLoss(NamedTuple):
-    """The loss, ready for ``backward()``, and detached values from which it was computed."""
+    """The loss, ready for ``backward()``, and detached results of the same pass."""
 
     loss: Tensor
     """sum of token_weights times per-token loss, a scalar"""

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import Cache, TopPLogitsWarper
 
 BLOCK = 256
-"""Number of probabilities in a block of `draw`, which then searches blocks and one block only"""
+"""Number of probabilities per block: `draw` does two short searches instead of one long sum"""
 FULL = 0.75
 """Ended rows are removed when at most this share of the rows is alive"""
 PAUSE = {"cpu": 1}

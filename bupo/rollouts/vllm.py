@@ -171,7 +171,7 @@ class VllmEngine:
                     seed=seed_of(seed, group, k),
                     stop_token_ids=self._decoder.eos,
                     allowed_token_ids=self._allowed,
-                    logprobs=0,  # of the sampled token
+                    logprobs=0,  # only that of the sampled token
                     detokenize=False,
                 )
                 for group, _, k in batch
