@@ -3,12 +3,12 @@
     pi^l_Layer = softmax(H^l E_u^T),  l = 1..L     (arXiv 2512.19673, eq. of pi^l_Layer)
 
 H^l [..., D] is the residual stream after layer l, E_u [V, D] the unembedding. H^l is raw, as in the
-paper; final_norm=True puts the model's final norm between them, and layer L is then the model.
+paper; final_norm=True applies the model's final norm to it, and layer L is then the model itself.
 
-For all families, the layer list shows its first l layers only and the final norm hands its input
-through: both get another class for a while, as FSDP2 does it. Other modules in their place would
-hide the upper layers from state_dict() and FSDP's lazy initialisation; modules shadowed in __dict__
-go unnoticed by torch.compile, which would silently keep the graph of the full policy.
+For all families, the layer list temporarily shows only its first l layers and the final norm
+returns its input. To do so, both modules are given another class, as FSDP2 does. Replacing the
+modules instead would hide the upper layers from state_dict() and FSDP's lazy initialisation, and
+torch.compile would not notice modules shadowed in __dict__ and would keep the full policy's graph.
 """
 
 import math
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 class Unembedding(NamedTuple):
     """The head as the model applies it: logits = scale * cap(h W^T + b), cap(x) = c tanh(x / c).
 
-    weight [V, D], bias [V] or None, softcap c (None: cap(x) = x). Softcap first, then scale, as in
-    the LM-head op with this temperature (times that of sampling). A family that scales first is
-    brought to this order exactly: c tanh(s x / c) = s (c/s) tanh(x / (c/s)); softcap holds c/s.
+    weight is [V, D], bias [V] or None, softcap c (None: cap(x) = x). The softcap comes before the
+    scale, as in the LM-head op with this temperature (times that of sampling). A family that scales
+    first is converted exactly: c tanh(s x / c) = s (c/s) tanh(x / (c/s)), and softcap holds c/s.
     """
 
     weight: Tensor
@@ -39,7 +39,8 @@ class Unembedding(NamedTuple):
         return 1.0 / self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] -> logits [..., V], all in memory: for checks and small inputs."""
+        """Computes logits [..., V] from hidden [..., D], all in memory, for checks and small
+        inputs."""
         logits = nn.functional.linear(hidden, self.weight, self.bias)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -47,28 +48,29 @@ class Unembedding(NamedTuple):
 
 
 def num_layers(model: nn.Module) -> int:
-    """L, the number of decoder layers. Errors: as internal_policy."""
+    """Returns L, the number of decoder layers. Errors: as internal_policy."""
     return _find_stack("num_layers", model)[2]
 
 
 class Stack(NamedTuple):
-    """The decoder layers, 1..L, and the norm that stands between H^L and the unembedding."""
+    """The decoder layers, 1..L, and the final norm between H^L and the unembedding."""
 
     layers: list[nn.Module]
     norm: nn.Module
 
 
 def decoder_stack(model: nn.Module) -> Stack:
-    """The model's layers and final norm. Errors: as internal_policy."""
+    """Returns the model's layers and final norm. Errors: as internal_policy."""
     layers, norm, _ = _find_stack("decoder_stack", model)
     return Stack(list(layers), norm)
 
 
 def parameter_layers(model: nn.Module) -> dict[str, int | None]:
-    """Where each parameter acts: 1..L in that decoder layer, L + 1 in the final norm, None in the
-    head, 0 in anything else (embeddings). A tied head is the embedding: 0.
+    """Returns the place of each parameter: 1..L for a decoder layer, L + 1 for the final norm, None
+    for the head and 0 for anything else (embeddings). A tied head counts as the embedding, 0.
 
-    Names as named_parameters() has them, a tied one once. Errors: as internal_policy.
+    The names are those of named_parameters(), which lists a tied parameter once. Errors: as
+    internal_policy.
     """
     layers, norm, depth = _find_stack("parameter_layers", model)
     head: Any = _find_head("parameter_layers", model)
@@ -85,12 +87,13 @@ _logit_maps: WeakKeyDictionary[nn.Module, tuple[float | None, float]] = WeakKeyD
 
 
 def unembedding(model: nn.Module) -> Unembedding:
-    """The model's head, tied or not: its own parameters, and the measured softcap and scale.
+    """Returns the model's head, tied or not: its parameters, and the measured softcap and scale.
 
-    Measured once, in a forward of one token, because names mislead: `logits_scaling` divides in
-    Granite and multiplies in HyperCLOVA X. With FSDP2 all ranks make that first call; weight is the
-    whole matrix between a forward of the root and its backward, this rank's DTensor otherwise.
-    Errors: TypeError if model is no causal LM, ValueError if its head is no nn.Linear.
+    Softcap and scale are measured once, in a forward of one token, because names mislead:
+    `logits_scaling` divides in Granite and multiplies in HyperCLOVA X. With FSDP2, all ranks must
+    make that first call; weight is the whole matrix between a forward of the root and its backward,
+    else this rank's DTensor. Errors: TypeError if model is not a causal LM, ValueError if its head
+    is not an nn.Linear.
     """
     head = _find_head("unembedding", model)
     if model not in _logit_maps:
@@ -98,6 +101,7 @@ def unembedding(model: nn.Module) -> Unembedding:
         points = torch.tensor([[[2.0**-40, 2.0**20]]], dtype=torch.float64)  # linear, capped
         with _undisturbed(model), _recast(head, _Head, seen=[], logits=points):
             scale, bent = (model(input_ids=token, use_cache=False).logits / points)[0, 0].tolist()
+        # A softcap c gives c * scale for a large input; without one the map is linear.
         linear = math.isclose(scale, bent, rel_tol=1e-6)
         _logit_maps[model] = None if linear else bent * 2.0**20 / scale, scale
     return Unembedding(head.weight, head.bias, *_logit_maps[model])
@@ -105,8 +109,8 @@ def unembedding(model: nn.Module) -> Unembedding:
 
 @contextmanager
 def half_precision(model: nn.Module) -> Iterator[None]:
-    """Inside, model(...) and model.generate(...) compute in bfloat16 as a training step does: under
-    autocast, the head's products summed and kept in float32, as by the fused ops."""
+    """Inside, model(...) and model.generate(...) compute in bfloat16 like a training step: under
+    autocast, with the head's products summed and kept in float32, as in the fused ops."""
     head = _find_head("half_precision", model)
     weight = head.weight.detach().to(torch.bfloat16).float()
     autocast = torch.autocast(head.weight.device.type, torch.bfloat16)
@@ -120,14 +124,15 @@ def internal_policy(
 ) -> Iterator[None]:
     """Inside, the model is pi^l = softmax(H^l E_u^T) with l = layer in 1..L; None changes nothing.
 
-    That is so for model(...), hidden_states(model, ...) and model.generate(...). Layers above l are
-    not called: time and memory follow l / L. They get no gradient, nor does the final norm, unless
-    final_norm=True applies it to H^l. Backward may run later, with gradient checkpointing too.
-    Hazards: one thread per model. Weight decay moves what has a gradient of zero and not of None:
-    use zero_grad(set_to_none=True). Checkpointing the whole model as one piece recomputes another
-    policy after the context. Inside, do not copy or pickle the model; a hybrid without attention in
-    layers 1..l needs use_cache=False. Errors: TypeError for no causal LM, ValueError for a layer
-    outside 1..L or a family that cannot be served, RuntimeError inside another internal policy.
+    This holds for model(...), hidden_states(model, ...) and model.generate(...). Layers above l are
+    not called, so time and memory are proportional to l / L. These layers get no gradient, and
+    neither does the final norm unless final_norm=True applies it to H^l. The backward may run after
+    the context, also with gradient checkpointing. Hazards: use a model in one thread only. Weight
+    decay moves parameters whose gradient is zero rather than None, so use
+    zero_grad(set_to_none=True). Checkpointing the whole model as one piece recomputes a different
+    policy after the context. Inside, do not copy or pickle the model. A hybrid without attention in
+    layers 1..l needs use_cache=False. Errors: TypeError if model is not a causal LM, ValueError for
+    a layer outside 1..L or an unsupported family, RuntimeError inside another internal policy.
     """
     op = "internal_policy"
     _find_head(op, model)
@@ -137,7 +142,7 @@ def internal_policy(
         yield
         return
     layers, norm, depth = _find_stack(op, model)
-    if type(layer) is not int or not 1 <= layer <= depth:  # not isinstance: True is no layer
+    if type(layer) is not int or not 1 <= layer <= depth:  # not isinstance, which accepts True
         raise ValueError(f"{op}: layer: expected an int in 1..{depth}, came {layer!r}")
     skipped = nullcontext() if final_norm else _recast(norm, _SkippedNorm)
     with _recast(layers, _FirstLayers, shown=layer), skipped:
@@ -151,13 +156,13 @@ def hidden_states(
     position_ids: Tensor | None = None,
     **kw: Any,
 ) -> Tensor:
-    """input_ids [B, T] -> [B, T, D], what the unembedding sees under the current policy.
+    """Returns the input [B, T, D] of the unembedding under the current policy for input_ids [B, T].
 
-    No logits, no cache, but a call of the model, so that FSDP's hooks run. kw goes to the model.
-    Errors: as unembedding; ValueError if the model does not call its head once.
+    It computes no logits and no cache, but calls the model, so that FSDP's hooks run. kw is passed
+    to the model. Errors: as unembedding; ValueError unless the model calls its head exactly once.
     """
     op, seen = "hidden_states", list[Tensor]()
-    if position_ids is not None:  # not every family has them
+    if position_ids is not None:  # not every family takes them
         kw["position_ids"] = position_ids
     with _recast(_find_head(op, model), _Head, seen=seen, logits=torch.zeros(1, 1, 1)):
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kw)
@@ -167,11 +172,12 @@ def hidden_states(
 
 
 def check_internal_policy(model: nn.Module, layer: int | list[int] | None = None) -> None:
-    """Start-up check on a small batch of the layers given (None: all), against the model itself.
+    """Checks the given layers (None: all) on a small batch against the model itself, at start-up.
 
-    Layer l: the model's own hidden_states[l], the logits of unembedding(model); L with norm: its
-    logits. Leaves training flags, gradients and random state alone. Errors: ValueError naming
-    family, layer and measured difference; else as internal_policy.
+    Layer l must give the model's own hidden_states[l] and the logits of unembedding(model); layer L
+    with the norm must give the model's logits. Training flags, gradients and random state are not
+    changed. Errors: ValueError naming family, layer and measured difference; else as
+    internal_policy.
     """
     op = "check_internal_policy"
     _, norm, depth = _find_stack(op, model)
@@ -201,7 +207,7 @@ def check_internal_policy(model: nn.Module, layer: int | list[int] | None = None
                     raise ValueError(f"{op}: {where}: cannot be served: expected {wanted}")
 
 
-class _FirstLayers(nn.ModuleList):  # the first `shown` to a forward, all of them to parameters()
+class _FirstLayers(nn.ModuleList):  # a forward sees the first `shown`, parameters() sees all
     shown: int
 
     def __len__(self) -> int:
@@ -214,10 +220,10 @@ class _FirstLayers(nn.ModuleList):  # the first `shown` to a forward, all of the
         return list(self._modules.values())[: self.shown][index]
 
 
-class _SkippedNorm(nn.Identity): ...  # "norm" in the name is for _find_stack
+class _SkippedNorm(nn.Identity): ...  # _find_stack looks for "norm" in the name
 
 
-class _Head(nn.Linear):  # notes its input, answers with given logits
+class _Head(nn.Linear):  # records its input and returns the given logits
     seen: list[Tensor]
     logits: Tensor
 
@@ -226,7 +232,7 @@ class _Head(nn.Linear):  # notes its input, answers with given logits
         return self.logits.clone()  # a model may scale them in place
 
 
-class _WidenedHead(nn.Linear):  # factors in bfloat16, sums in float32
+class _WidenedHead(nn.Linear):  # multiplies bfloat16 values and sums in float32
     widened: Tensor
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -252,7 +258,7 @@ def _recast(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> Itera
 def _undisturbed(model: Any) -> ExitStack:
     restore = ExitStack()
     if hasattr(model, "reshard") and hasattr(next(model.parameters()), "full_tensor"):
-        restore.callback(model.reshard)  # FSDP2's root stays whole after a forward
+        restore.callback(model.reshard)  # FSDP2's root stays unsharded after a forward
     for module in model.modules():
         restore.callback(setattr, module, "training", module.training)
     model.eval()  # dropout would draw random numbers
@@ -277,7 +283,7 @@ def _find_head(op: str, model: Any) -> nn.Linear:
 
 
 def _find_stack(op: str, model: Any) -> tuple[nn.ModuleList, nn.Module, int]:
-    """The list of num_hidden_layers decoder layers, the norm beside that list, the number."""
+    """Returns the list of decoder layers, the norm in the same module, and the number of layers."""
     _find_head(op, model)
     refused = f"{op}: {_name(model)}: cannot be served: expected"
     if getattr(model.config, "is_encoder_decoder", False):
@@ -293,6 +299,6 @@ def _find_stack(op: str, model: Any) -> tuple[nn.ModuleList, nn.Module, int]:
     if len(found) != 1 or not norms:
         came = f"{len(found)} and {len(norms)}"
         raise ValueError(f"{refused} one list of {depth} layers and a norm beside it, came {came}")
-    # The first after the layers (OPT: before them), not the norm of embeddings that BLOOM has.
+    # Take the first norm after the layers (in OPT, before them), but not BLOOM's embedding norm.
     norm = min(norms, key=lambda i: ("emb" in parts[i][0], i < found[0]))
     return parts[found[0]][1], parts[norm][1], depth

@@ -1,7 +1,7 @@
-"""What `python -m bupo.run`, `bupo.evaluate` and `bupo.analyze` do: arguments, plan, execution."""
+"""The commands `python -m bupo.run`, `bupo.evaluate` and `bupo.analyze`."""
 
 import os
 
-# Before torch loads OpenMP: threads that wait by spinning cost a busy machine a factor of ten and
-# more on models of this size, and gain an idle one nothing that can be seen.
+# This must be set before torch loads OpenMP. On a busy machine, threads that spin while they wait
+# slow models of this size down by a factor of ten or more; on an idle one they gain nothing.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,4 +1,4 @@
-"""What every layer, attention and FFN of a model would say, and how sure of it they are.
+"""Shows what every layer, attention and FFN of a model predicts, and how sure of it each one is.
 
     python -m bupo.analyze --model MODEL --data train.parquet          responses are generated
     python -m bupo.analyze --model RUN --data RUN/rollouts/step_000010.jsonl
@@ -6,8 +6,8 @@
     python -m bupo.analyze task=bupo.tasks.arithmetic rollout.max_new_tokens=24      no download
 
 MODEL is a folder or hub name of a causal LM, or a run directory (its newest checkpoint); data are
-those of bupo.run, rollouts of a run, or .txt files. Writes a directory: report.html (figures and
-heat maps, one file), figures/, tokens.parquet (a row a token, layer and policy),
+as for bupo.run, or rollouts of a run, or .txt files. Writes a directory: report.html (figures and
+heat maps, one file), figures/, tokens.parquet (a row per token, layer and policy),
 top_tokens.parquet, summary.json (means with standard errors, boundary layer, checks), texts.jsonl
 and config.yaml. docs/internal_policies.md has the definitions.
 """
@@ -48,7 +48,7 @@ def _settings(arguments: argparse.Namespace) -> tuple[AnalysisConfig, Path]:
 
 
 def execute(plan: AnalysisPlan) -> list[Any]:
-    """Loads the models one after the other, measures and writes; returns the Analyses."""
+    """Loads and measures the models in turn, writes the results and returns the Analyses."""
     with user_paths():
         plan.out.mkdir(parents=True, exist_ok=True)
     with locked(plan.out):
@@ -82,7 +82,7 @@ def _analyse(plan: AnalysisPlan) -> list[Any]:
     found: list[Any] = []
     for n, subject in enumerate(plan.subjects):
         if n:
-            model = None  # its memory first
+            model = None  # free its memory before the next model is loaded
             before = {m.where for m in texts}
             if subject.own_tokens:
                 texts = again(texts, plan.rows, config, subject.tokenizer)
@@ -125,7 +125,7 @@ def _measured(config: AnalysisConfig, subject: Subject, model: Any, texts: list[
 
 
 def _facts(plan: AnalysisPlan) -> list[str]:
-    """For the page: whose texts these are."""
+    """Returns the sentence of the report that names the models and the texts."""
     config = plan.config
     files = ", ".join(plan.sources.train)
     how = {
@@ -147,9 +147,9 @@ def _loaded(plan: AnalysisPlan, subject: Subject) -> Any:
 
     with Display().waiting(f"loading {subject.source}"):
         model = load_model(plan.run, subject.source).eval()
-        # Nothing is trained, so there is no float32 to keep.
+        # Nothing is trained, so no float32 copy of the weights is needed.
         model = model.to(getattr(torch, plan.config.model.compute_dtype))
-    try:  # before responses are generated
+    try:  # fail before responses are generated
         num_layers(model)
         rows = unembedding(model).weight.shape[0]
     except (TypeError, ValueError) as error:
@@ -160,7 +160,7 @@ def _loaded(plan: AnalysisPlan, subject: Subject) -> Any:
 
 
 def print_results(found: Sequence[Any]) -> None:
-    """The boundary layer and how the model converges."""
+    """Prints the boundary layer and the kind of convergence of each model."""
     for each in found:
         summary, boundary = each.summary(), each.boundary
         where = (

@@ -1,4 +1,4 @@
-"""What an analysis writes: texts.jsonl, tables, summary.json, figures and report."""
+"""The files that an analysis writes: texts.jsonl, tables, summary.json, figures and report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OWN_TOKENS = (
 
 
 def write_texts(out: Path, texts: Sequence[Measured]) -> None:
-    """texts.jsonl, a line a text; its columns prompt and response make it data for an analysis."""
+    """Writes texts.jsonl, one line per text. Its columns prompt and response can be reanalysed."""
     rows = [
         {
             "text": n,
@@ -47,8 +47,8 @@ def write_results(
     own_tokens: bool,
     facts: Sequence[str] = (),
 ) -> None:
-    """Tables, summary, figures and report of the models measured so far; each file but the figures
-    is replaced in one piece. facts: what was analysed, for the page."""
+    """Writes tables, summary, figures and report of the models measured so far. Every file except
+    the figures is replaced atomically. facts: sentences for the report on what was analysed."""
     notes = [OWN_TOKENS] if own_tokens else []
     notes += [note for each in found for note in each.notes()]
     _write_table(
@@ -74,7 +74,7 @@ def write_results(
 
 
 def _write_table(file: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
-    """A row group a text, so that memory does not hold the table."""
+    """Writes one row group per text, so that the whole table is never in memory."""
     partial = file.with_name(f".{file.name}")
     with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         for batch in batches:
@@ -83,7 +83,7 @@ def _write_table(file: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: seven digits, null for what is not finite."""
+    """Rounds floats to seven digits for JSON, and replaces those that are not finite by null."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""All that can be known, and go wrong, before the weights of an analysis are loaded."""
+"""The plan of an analysis: every check that does not need the weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from bupo.commands.sources import Sources, check_engine, check_out, find_sources
 from bupo.config import AnalysisConfig, Config, ConfigError
 
 ENTROPY_ROWS, LENS_ROWS = 8, 7
-"""Rows of logits for each token and layer: what a layer, its attention and its FFN read and write,
-raw and normed; and for ranks and KL those six beside the model's"""
+"""Rows of logits for each token and layer. Entropies need those of what a layer, its attention and
+its FFN read and write, raw and normed; ranks and KL need six of them and those of the model."""
 
 
 @dataclass
@@ -25,10 +25,10 @@ class Subject:
     """A model to analyse, before its weights are loaded."""
 
     name: str
-    """Short, for figures and tables"""
+    """Short name for figures and tables"""
     facts: ModelFacts
     own_tokens: bool = False
-    """It is compared with a model of another tokenizer"""
+    """Whether it is compared with a model that has a different tokenizer"""
 
     @property
     def source(self) -> str:
@@ -39,8 +39,8 @@ class Subject:
         return self.facts.tokenizer
 
     def measurable(self, texts: Sequence[Any]) -> list[Any]:
-        """Those that it can be measured on. Raises ConfigError where there is none, and for one
-        that its positions or its vocabulary do not cover."""
+        """Returns the texts that this model can be measured on. Raises ConfigError if there are
+        none, or if one exceeds the model's positions or its vocabulary."""
         from bupo.commands.analysis_texts import measurable
 
         kept = measurable(texts, self.facts.positions)
@@ -50,23 +50,24 @@ class Subject:
 
 @dataclass
 class AnalysisPlan:
-    """All that can be known, and go wrong, before weights are loaded."""
+    """The checked settings, models and texts of an analysis, before weights are loaded."""
 
     config: AnalysisConfig
     run: Config
-    """The same as settings of a run"""
+    """The same settings as those of a run"""
     out: Path
     sources: Sources
     subjects: list[Subject]
     rows: list[Any]
     texts: list[Any]
-    """Measured texts, or Prompts to generate a response to"""
+    """Measured texts, or the Prompts to which responses are generated"""
     how: str
     """generate, column or none"""
     available: int
+    """Number of texts in the data"""
 
     def describe(self) -> str:
-        """What --dry_run shows, and every analysis begins with."""
+        """Returns the summary that --dry_run shows and that every analysis prints first."""
         config, first = self.config, self.subjects[0]
         lengths = [
             len(t.token_ids) if self.how == "generate" else len(t.response_ids) for t in self.texts
@@ -96,7 +97,8 @@ class AnalysisPlan:
 
 
 def make_plan(config: AnalysisConfig, out: Path) -> AnalysisPlan:
-    """Raises ConfigError with one line; has written nothing but a task's cached files."""
+    """Checks the settings, models and texts, and writes nothing except a task's cached files.
+    Raises ConfigError with one line."""
     check_out(out)
     if (out / "config.yaml").is_file():
         changed = configuration.changes_since(out / "config.yaml", config, ())
@@ -143,7 +145,7 @@ def make_plan(config: AnalysisConfig, out: Path) -> AnalysisPlan:
 
 
 def newest(model: str) -> str:
-    """The newest checkpoint of a run directory; anything else is what it is."""
+    """Returns the newest checkpoint if `model` is a run directory, else `model` unchanged."""
     if not (Path(model) / "checkpoints").is_dir():
         return model
     from bupo.runlog.run_directory import checkpoints
@@ -178,7 +180,8 @@ def label(path: str) -> str:
 
 
 def _measuring_time(config: AnalysisConfig, sizes: Sizes, tokens: int) -> float:
-    """Seconds of all products with the head, which take most of it: timed on a small block."""
+    """Estimates the seconds that all products with the head take, which dominate the measurement,
+    by timing a small block."""
     import torch
 
     from bupo.internal.log_probs import log_probs

@@ -1,6 +1,6 @@
-"""Data to the texts that an analysis measures: token ids, and where the measured part begins.
+"""Turns data into the texts that an analysis measures, as token ids with the measured part's start.
 
-The place is counted in token ids, prompt before response; no text is searched for it.
+Prompt and response are tokenised separately, so the start is the number of prompt tokens.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ class Row:
     """A row of data or a text of a .txt file, not yet tokenised."""
 
     where: str
-    """For messages"""
+    """Position in the data, for messages"""
     content: Any
-    """A row with a prompt; of a .txt file, the text"""
+    """A row with a prompt, or the text of a .txt file"""
     response: str | None
-    """Its own, if it has one and that is measured"""
+    """The row's own response, if that is measured"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A text with what it is made of."""
+    """A text to measure, with its prompt and its response."""
 
     where: str
     prompt: str
-    """After the chat template; empty where the whole text is measured"""
+    """The prompt after the chat template; empty if the whole text is measured"""
     response: str
     prompt_ids: list[int]
     response_ids: list[int]
 
     @property
     def text(self) -> Text:
-        """Errors: as Text's, for fewer than two tokens."""
+        """The token ids with the measured part marked. Raises ValueError as Text does, for fewer
+        than two tokens."""
         return Text([*self.prompt_ids, *self.response_ids], max(len(self.prompt_ids), 1))
 
     @property
@@ -57,8 +58,9 @@ class Measured:
 
 
 def choose_rows(config: AnalysisConfig, files: Sequence[str]) -> tuple[list[Row], str, int]:
-    """`prompts` rows of different prompts, in the order of the data; what is measured of them
-    (generate, column or none); and how many there are in all. Raises ConfigError, one line."""
+    """Returns `prompts` rows of different prompts, in the order of the data; the source of their
+    responses (generate, column or none); and the number of all rows. Raises ConfigError, one line.
+    """
     kinds = {Path(name).suffix == ".txt" for name in files}
     if kinds == {True, False}:
         raise ConfigError("data.train: .txt files and rows with prompts cannot be mixed")
@@ -115,7 +117,7 @@ def _response(row: Any, column: str, where: str) -> str:
 
 
 def _drawn(rows: list[Row], config: AnalysisConfig) -> list[Row]:
-    """One row of each prompt, so that errors over texts are errors over prompts."""
+    """Draws one row for each prompt, so that standard errors over texts are over prompts."""
     order = list(range(len(rows)))
     random.Random(f"{config.seed}/texts").shuffle(order)
     key = config.data.columns.get("prompt", "prompt")
@@ -130,8 +132,8 @@ def _drawn(rows: list[Row], config: AnalysisConfig) -> list[Row]:
 
 
 def tokenise(rows: Sequence[Row], config: AnalysisConfig, tokenizer: Any, how: str) -> list[Any]:
-    """Measured texts, or Prompts where responses are generated. Raises ConfigError for a malformed
-    row, and for a prompt over data.max_prompt_tokens unless data.overlong=drop."""
+    """Returns Measured texts, or Prompts if responses are generated. Raises ConfigError for a
+    malformed row, and for a prompt over data.max_prompt_tokens unless data.overlong=drop."""
     found: list[Any] = []
     lengths = []
     limit = config.data.max_prompt_tokens
@@ -165,14 +167,14 @@ def tokenise(rows: Sequence[Row], config: AnalysisConfig, tokenizer: Any, how: s
 
 
 def _one_beginning(ids: list[int], tokenizer: Any) -> list[int]:
-    """A prompt that was recorded after the chat template begins with the beginning-of-sequence
-    token already; the tokenizer then puts a second one before it."""
+    """Removes a duplicate beginning-of-sequence token. A prompt recorded after the chat template
+    already begins with one, and the tokenizer adds a second."""
     begin = tokenizer.bos_token_id
     return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
 
 
 def generate(prompts: Sequence[Prompt], config: AnalysisConfig, engine: Any) -> list[Measured]:
-    """One response to each prompt."""
+    """Generates one response to each prompt."""
     seed = str(seed_of(config.seed, "analyze"))
     rollouts = engine.generate(prompts, 1, seed, lambda: False)
     return [
@@ -186,8 +188,8 @@ def generate(prompts: Sequence[Prompt], config: AnalysisConfig, engine: Any) -> 
 def again(
     texts: Sequence[Measured], rows: Sequence[Row], config: AnalysisConfig, other: Any
 ) -> list[Measured]:
-    """The same texts by another tokenizer: its own chat template, its own ids; the responses are
-    those that were measured, as text."""
+    """Tokenises the same texts with another tokenizer and its chat template. The responses are the
+    text of those that were measured."""
     responses = {m.where: m.response for m in texts}
     how = "column" if any(m.prompt for m in texts) else "none"
     chosen = [replace(r, response=responses[r.where]) for r in rows if r.where in responses]
@@ -196,8 +198,8 @@ def again(
 
 
 def measurable(texts: Sequence[Measured], positions: int | None) -> list[Measured]:
-    """Those with a token to measure that has a predecessor. Raises ConfigError where none is left,
-    or one is longer than the model has positions."""
+    """Keeps the texts that have a token to measure with a token before it. Raises ConfigError if
+    none is left, or if a text is longer than the model's number of positions."""
     for m in texts:
         if positions is not None and m.length > positions:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What the commands have in common: arguments, a plan, --dry_run, execution, the exit status."""
+"""The parts that all commands share: arguments, plan, --dry_run, execution and exit status."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from bupo.terminal import TERMINAL
 
 
 class Plan(Protocol):
-    """All that can be known, and go wrong, before weights are loaded."""
+    """The result of every check that does not need the weights."""
 
     out: Path
     """The directory that the command writes"""
 
     def describe(self) -> str:
-        """What --dry_run shows, and every execution begins with."""
+        """Returns the summary that --dry_run shows and that every execution prints first."""
         ...
 
 
@@ -34,26 +34,26 @@ class Command(Generic[AnyPlan]):
     """One command: how its settings are read, planned and executed."""
 
     program: str
-    """As `python -m` has it"""
+    """The module name after `python -m`"""
     description: str
     epilog: str
     settings: Callable[[argparse.Namespace], Any]
-    """Arguments to settings"""
+    """Turns arguments into settings"""
     make_plan: Callable[[Any], AnyPlan]
-    """Settings to a plan. Raises ConfigError; has written nothing but a task's cached files"""
+    """Turns settings into a plan. Writes only a task's cached files; raises ConfigError"""
     execute: Callable[[AnyPlan], int]
-    """Does it; returns the exit status"""
+    """Executes the plan and returns the exit status"""
     kept: Callable[[Path | None], str]
-    """Of the directory, if there is a plan: what is left after a full disk, and how to go on"""
+    """Says what is left in the directory (None: no plan yet) after a full disk, and how to go on"""
     stopped: Callable[[Path | None], str]
-    """The same after Ctrl-C"""
+    """Says the same after Ctrl-C"""
     config_help: str
     out_help: str
     add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
     """Adds options that only this command has"""
 
     def arguments(self, argv: list[str] | None) -> argparse.Namespace:
-        """The command line; options may stand between key=value."""
+        """Parses the command line. Options may stand between key=value arguments."""
         parser = argparse.ArgumentParser(
             prog=f"python -m {self.program}",
             description=self.description,
@@ -70,8 +70,9 @@ class Command(Generic[AnyPlan]):
         return parser.parse_intermixed_args(argv)
 
     def main(self, argv: list[str] | None = None) -> int:
-        """Plans and executes. Exit status: that of execute(); 1 where the work cannot go on (nan, a
-        full disk, a violated identity); 2 for settings that cannot be used; 130 after Ctrl-C."""
+        """Makes the plan and executes it. Returns the exit status: that of execute(); 1 if the work
+        cannot go on (nan, a full disk, a violated identity); 2 for unusable settings; 130 after
+        Ctrl-C."""
         arguments = self.arguments(argv)
         out: Path | None = None
         try:
@@ -91,7 +92,7 @@ class Command(Generic[AnyPlan]):
         except KeyboardInterrupt:
             print(f"\n{self.stopped(out)}", file=TERMINAL)
             return 130
-        # Data and names are a stranger's: no line breaks, no codes that a terminal obeys.
+        # Data and names may hold line breaks or terminal control codes: print these as escapes.
         shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
         print(f"{self.program}: {shown}", file=TERMINAL)
         return status
@@ -101,15 +102,15 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def keys_and_defaults(schema: type) -> str:
-    """For --help: every key of some settings, with its default and what it does."""
+    """Returns the list of all keys for --help, each with its default and its description."""
     rows = configuration.describe(schema)
     return "keys and defaults:\n" + "\n".join(f"  {k} = {d}\n      {text}" for k, d, text in rows)
 
 
 @contextmanager
 def user_paths() -> Iterator[None]:
-    """Around what uses the user's places before work begins: what the system refuses there is a
-    ConfigError; a full disk stays what it is."""
+    """Inside, an OSError from one of the user's paths becomes a ConfigError, except for a disk
+    error such as a full disk."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""All that can be known of an evaluation, and go wrong, before weights are loaded."""
+"""The plan of an evaluation: every check that does not need the weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TRAINING = (
     *("bupo.", "loss.", "critic.", "optimizer.", "checkpoint.", "watchdog.", "diagnostics."),
     *("data.train", "data.weights", "data.limit", "rollout.prompts", "rollout.samples", "wandb"),
 )
-"""Settings that no evaluation reads"""
+"""Keys, or beginnings of keys, that no evaluation reads"""
 
 
 @dataclass
 class EvaluationPlan:
-    """All that can be known, and go wrong, before weights are loaded."""
+    """The checked settings, model and problems of an evaluation, before weights are loaded."""
 
     config: Config
     out: Path
@@ -36,7 +36,7 @@ class EvaluationPlan:
     """Number of problems that are too long"""
 
     def describe(self) -> str:
-        """What --dry_run shows, and every evaluation begins with."""
+        """Returns the summary that --dry_run shows and that every evaluation prints first."""
         config = self.config
         problems = ", ".join(f"{name} {len(prompts)}" for name, prompts in self.sets.items())
         numbers = sorted({config.eval.samples_of(name) for name in self.sets})
@@ -56,7 +56,8 @@ class EvaluationPlan:
 
 
 def make_plan(config: Config, out: Path) -> EvaluationPlan:
-    """Raises ConfigError with one line; has written nothing but a task's cached files."""
+    """Checks the settings, model and problems, and writes nothing except a task's cached files.
+    Raises ConfigError with one line."""
     earlier = out / "config.yaml"
     check_out(out)
     changed = configuration.changes_since(earlier, config, TRAINING) if earlier.is_file() else []
@@ -70,7 +71,7 @@ def make_plan(config: Config, out: Path) -> EvaluationPlan:
     if not sources.held_out:
         raise ConfigError("eval.files is empty: nothing to evaluate on")
 
-    from bupo.data.prompts import load_prompts  # slow, so after the cheap checks
+    from bupo.data.prompts import load_prompts  # slow to import, so after the cheap checks
     from bupo.evaluation.estimates import by_dataset
     from bupo.rewards.choice import check_functions, check_sources
     from bupo.runlog.display import Display

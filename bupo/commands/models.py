@@ -1,8 +1,7 @@
-"""From the name of a model to its facts, its tokenizer and its weights, or to one line on what is
-wrong with it.
+"""Reads a model's configuration, tokenizer and weights, and reports in one line what is wrong.
 
-Imports of torch and transformers are inside the functions, so that mistakes of a configuration are
-told within a second.
+torch and transformers are imported inside the functions, so that mistakes in a configuration are
+reported within a second.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from bupo.config import BrokenError, Config, ConfigError, first_line, readable
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model before its weights are loaded."""
+    """The facts about a model that are known before its weights are loaded."""
 
     source: str
     """Folder or hub name"""
     tokenizer: Any
     layers: int
     positions: int | None
-    """Longest text, where the model has a limit"""
+    """Length of the longest text, if the model has a limit"""
     vocabulary: int | None
-    """Rows of the embedding, where the configuration tells them"""
+    """Number of rows of the embedding, if the configuration states it"""
     tied: bool
-    """The head is the embedding"""
+    """Whether the head is the embedding"""
 
     def check(self, prompts: Sequence[Any], new_tokens: int) -> None:
-        """Raises ConfigError unless the model takes every prompt and so many tokens more."""
+        """Raises ConfigError unless the model can take every prompt and `new_tokens` more."""
         longest = max(len(p.token_ids) for p in prompts)
         if self.positions is not None and longest + new_tokens > self.positions:
             raise ConfigError(
@@ -43,7 +42,7 @@ class ModelFacts:
         self.check_tokens(max(max(p.token_ids) for p in prompts))
 
     def check_tokens(self, highest: int) -> None:
-        """Raises ConfigError where a token id has no embedding."""
+        """Raises ConfigError if the highest token id has no embedding."""
         if self.vocabulary is not None and highest >= self.vocabulary:
             raise ConfigError(
                 f"{self.source}: its tokenizer has {len(self.tokenizer)} tokens, but its model "
@@ -53,7 +52,7 @@ class ModelFacts:
 
 
 def check_place(key: str, model: str) -> None:
-    """Raises ConfigError for what is neither a folder nor a name that the hub could know."""
+    """Raises ConfigError if `model` is neither a folder nor a valid name on the hub."""
     with readable(f"{key}={model}"):
         there = Path(model).is_dir()
     if not there and not hub.is_name(model):
@@ -61,7 +60,8 @@ def check_place(key: str, model: str) -> None:
 
 
 def read_model(config: Config, model: str) -> ModelFacts:
-    """Tokenizer and sizes; also checks what needs a model's configuration."""
+    """Reads the tokenizer and the sizes, and checks the settings that depend on the model. Raises
+    ConfigError."""
     from transformers import AutoConfig, AutoTokenizer
 
     from bupo.runlog.display import Display
@@ -70,7 +70,7 @@ def read_model(config: Config, model: str) -> ModelFacts:
         with hub.quiet(), Display().waiting(f"reading what {model} is"):
             model_config = AutoConfig.from_pretrained(model)
             tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # of as many kinds as there are families
+    except Exception as error:  # each family raises its own kinds
         raise ConfigError(f"model.path={model} cannot be read: {_reason(model, error)}") from None
     _check_causal(model, model_config)
     text_config = model_config.get_text_config(decoder=True)
@@ -87,7 +87,8 @@ def read_model(config: Config, model: str) -> ModelFacts:
 
 
 def _check_causal(model: str, model_config: Any) -> None:
-    """transformers would make a head for a BERT too: it looks at the tokens that are to come."""
+    """Raises ConfigError for a model that attends to later tokens. This needs a check because
+    transformers also builds a causal LM from a BERT."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     kind = type(model_config)
@@ -101,8 +102,8 @@ def _check_causal(model: str, model_config: Any) -> None:
 
 
 def load_model(config: Config, source: str) -> Any:
-    """The causal LM of a folder or hub name, in float32 on the GPU if there is one. Raises
-    ConfigError; BrokenError where files are damaged, or do not hold all of the model."""
+    """Loads the causal LM of a folder or hub name in float32, onto the GPU if there is one. Raises
+    ConfigError, or BrokenError if files are damaged or do not hold the whole model."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -114,15 +115,15 @@ def load_model(config: Config, source: str) -> Any:
                 source,
                 dtype=torch.float32,
                 attn_implementation=config.model.attn_implementation,
-                ignore_mismatched_sizes=True,  # they are in `found`
+                ignore_mismatched_sizes=True,  # reported in `found`
                 output_loading_info=True,
             )
     except (ValueError, ImportError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ConfigError(f"{source} cannot be loaded: {first_line(error)}") from None
-    except Exception as error:  # of as many kinds as there are formats
+    except Exception as error:  # each file format raises its own kinds
         raise BrokenError(f"{source} cannot be loaded: {_reason(source, error)}") from None
     model, found = loaded
-    # transformers leaves what it does not find as it was initialised: random.
+    # transformers leaves weights that it does not find at their random initial values.
     wrong = [f"{name} is missing" for name in sorted(found["missing_keys"])]
     for name, theirs, ours in sorted(found["mismatched_keys"]):
         shapes = f"{list(theirs)} in the files, {list(ours)} by config.json"
@@ -151,8 +152,9 @@ def silence_noise(model: Any) -> None:
 
 
 def check_deterministic(model: Any) -> None:
-    """Raises ValueError where two passes of the model, as it is, over the same tokens differ: then
-    the ratio of new to old probabilities is noise, and the policy that samples is not trained."""
+    """Raises ValueError if two passes of the model in its current mode over the same tokens differ.
+    The ratio of new to old probabilities would then be noise, and the policy that is trained would
+    not be the one that samples."""
     import torch
 
     seeded = torch.Generator().manual_seed(0)
@@ -161,7 +163,7 @@ def check_deterministic(model: Any) -> None:
     with torch.no_grad():
         first, second = (model(ids, use_cache=False).logits for _ in range(2))
     off, limit = (first - second).abs().max(), 8 * torch.finfo(first.dtype).eps * first.abs().max()
-    if off > limit:  # nan is for the next check to name
+    if off > limit:  # nan is left to the next check, which names it
         raise ValueError(
             f"two passes over the same tokens in training mode differ by {off:.1e} in their "
             "logits: something in the model is random (dropout, router noise); set it to 0 in its "

@@ -1,4 +1,4 @@
-"""One process a directory: who writes there holds a lock, for as long as it lives."""
+"""The lock of a run directory, which lets only one process write there at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE = "run.lock"
 
 
 def check_one_process() -> None:
-    """Raises ConfigError under torchrun: every process would do the whole work."""
+    """Raises ConfigError under torchrun, where every process would do the whole work."""
     world = os.environ.get("WORLD_SIZE", "1")
     if world not in ("", "1"):
         raise ConfigError(
@@ -27,11 +27,11 @@ def check_one_process() -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a directory for this process. Raises ConfigError, naming the owner, if another process
-    holds it.
+    """Inside, this process holds the lock of a directory. Raises ConfigError, naming the owner, if
+    another process holds it.
 
-    The system drops the lock when its owner ends, by SIGKILL too, so one that is left over never
-    has to be cleared away. A file system without locks is trusted with what the file says.
+    The system releases the lock when its owner ends, even by SIGKILL, so a stale file never has to
+    be removed. On a file system without locks, the process that the file names is looked up.
     """
     file = folder / FILE
     while True:
@@ -40,12 +40,12 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(_taken(folder, descriptor)) from None
-        except OSError:  # no locks here
+        except OSError:  # a file system without locks
             if _alive(descriptor):
                 raise ConfigError(_taken(folder, descriptor)) from None
         if _is(file, descriptor):
             break
-        os.close(descriptor)  # its owner has removed it meanwhile
+        os.close(descriptor)  # its owner removed the file in the meantime, so try again
     os.ftruncate(descriptor, 0)
     owner = {"pid": os.getpid(), "host": socket.gethostname()}
     os.pwrite(descriptor, json.dumps(owner).encode() + b"\n", 0)
@@ -58,7 +58,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def waited_for(file: Path) -> Iterator[None]:
-    """Holds a lock file, once whoever has it lets go: for what only one process should make."""
+    """Waits for a lock file and holds it inside, for work that one process at a time may do."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as opened:
         with suppress(OSError):  # a file system without locks
@@ -84,7 +84,7 @@ def _taken(folder: Path, descriptor: int) -> str:
 
 
 def _alive(descriptor: int) -> bool:
-    """Whether the process that the file names may still run."""
+    """Whether the process that the lock file names may still be running."""
     owner = _owner(descriptor)
     if owner is None:
         return False

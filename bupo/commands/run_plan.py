@@ -1,4 +1,4 @@
-"""All that can be known of a training run, and go wrong, before its weights are loaded."""
+"""The plan of a training run: every check that does not need the weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from bupo.commands.sources import Sources, check_engine, check_out, find_sources
 from bupo.config import Config, ConfigError
 
 PROMPTS_FILE = "prompts.sha256"
-"""In the run directory: says whether data that have moved are still the same"""
+"""File in the run directory that tells whether moved data are still the same"""
 
 
 @dataclass
 class RunPlan:
-    """All that can be known, and go wrong, before weights are loaded."""
+    """The checked settings, model and prompts of a training run, before weights are loaded."""
 
     config: Config
     out: Path
@@ -35,13 +35,14 @@ class RunPlan:
     train_prompts: list[Any]
     eval_prompts: list[Any]
     prompts_hash: str
-    """Of the training prompts and their order"""
+    """Hash of the training prompts and their order"""
     dropped: int
+    """Number of prompts that are too long"""
     warnings: list[str]
-    """What can be run, but is probably not meant"""
+    """Settings that are allowed, but probably not intended"""
 
     def describe(self) -> str:
-        """What --dry_run shows, and every run begins with."""
+        """Returns the summary that --dry_run shows and that every run prints first."""
         from bupo.rl.schedule import Schedule
 
         config, size = self.config, self.config.rollout
@@ -79,10 +80,8 @@ class RunPlan:
 
 
 def make_plan(config: Config) -> RunPlan:
-    """Checks paths, model configuration, layer, tokenizer and prompts.
-
-    Raises ConfigError with one line; has written nothing but a task's cached files.
-    """
+    """Checks paths, model configuration, layer, tokenizer and prompts, and writes nothing except a
+    task's cached files. Raises ConfigError with one line."""
     now = time.strftime("%Y%m%d-%H%M%S")
     out = Path(config.out or f"runs/{config.name}-{config.algorithm}-{now}")
     check_out(out)
@@ -93,7 +92,7 @@ def make_plan(config: Config) -> RunPlan:
         raise ConfigError(f"wandb={config.wandb} needs the package wandb, which is not installed")
 
     from bupo.data.prompt_order import PromptOrder
-    from bupo.data.prompts import load_prompts  # slow, so after the cheap checks
+    from bupo.data.prompts import load_prompts  # slow to import, so after the cheap checks
     from bupo.rewards.choice import check_functions, check_sources
     from bupo.rl.schedule import Schedule
     from bupo.runlog.display import Display
@@ -145,16 +144,16 @@ def make_plan(config: Config) -> RunPlan:
 
 
 def _hash_of(prompts: Sequence[Any], by_source: bool) -> str:
-    """SHA-256 of what training sees of its prompts, wherever their files lie."""
+    """Returns the SHA-256 of the prompts as training reads them, whatever their files' location."""
     digest = hashlib.sha256()
     for p in prompts:
-        source = p.source if by_source else ""  # else it may be the name of a file
+        source = p.source if by_source else ""  # else it may be a file name, which can change
         digest.update(json.dumps([p.token_ids, p.answer, source, p.file]).encode())
     return digest.hexdigest()
 
 
 def _warnings(config: Config, tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
-    """Settings that are allowed, but probably not what the user means."""
+    """Describes settings that are allowed, but probably not what the user intends."""
     found, loss = [], config.loss
     if loss.type == "cispo" and loss.clip_high < 1:
         found.append(
@@ -184,8 +183,8 @@ def _warnings(config: Config, tokenizer: Any, prompts: Sequence[Any]) -> list[st
 
 
 def resume_point(config: Config, out: Path) -> Path | None:
-    """The checkpoint to go on from. A folder that holds another run is refused, so no result is
-    lost or continued under other settings."""
+    """Returns the checkpoint to continue from, or None. Raises ConfigError if the folder holds
+    another run, so that no result is lost or continued under other settings."""
     from bupo.rl.checkpoint import load_step
     from bupo.runlog.run_directory import checkpoints
 

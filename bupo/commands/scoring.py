@@ -1,13 +1,13 @@
-"""Avg@n, Pass@K and maj@n of a model, by the engine and the reward that training uses.
+"""Computes Avg@n, Pass@K and maj@n of a model with the engine and the reward that training uses.
 
     python -m bupo.evaluate model.path=MODEL eval.files=[test.parquet] eval.samples=32
     python -m bupo.evaluate --config RUN/config.yaml model.path=RUN/checkpoints/step_000300
     python -m bupo.evaluate ... eval.temperature=0 eval.samples=1           greedy
 
-Writes a directory: config.yaml, responses/DATASET.jsonl (a line a problem: its responses, their
+Writes a directory: config.yaml, responses/DATASET.jsonl (a line per problem: its responses, their
 rewards and final answers), eval.jsonl (the figures with standard errors, the problem as the unit)
 and pass_at_k.png. The same command with --out DIR continues where it was stopped. Settings are
-those of bupo.run; what only training needs is ignored.
+those of bupo.run; those that only training needs are ignored.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def _settings(arguments: argparse.Namespace) -> tuple[Config, Path]:
 def _rows_done(
     file: Path, dataset: str, problems: Sequence[Prompt], config: Config
 ) -> list[dict[str, Any]]:
-    """The rows of a file that can be kept; the file, which a kill may have cut, then holds these
-    alone. They must be of these problems."""
+    """Returns the rows of a file that can be kept and rewrites the file with these rows only, as a
+    killed process may have left an incomplete line. Raises ConfigError if the problems differ."""
     from bupo.evaluation.estimates import whole_batches
     from bupo.runlog.run_directory import json_lines, read_rows, replace_text
 
@@ -54,7 +54,7 @@ def _rows_done(
 
 
 def execute(plan: EvaluationPlan) -> list[EvalResult]:
-    """Evaluates every data set, alone in the directory, and writes what comes of it."""
+    """Locks the directory, evaluates every data set, and writes and returns the results."""
     from bupo.evaluation.estimates import evaluate, file_name
     from bupo.report import write_pass_at_k
     from bupo.rewards.choice import make_reward
@@ -91,7 +91,7 @@ def execute(plan: EvaluationPlan) -> list[EvalResult]:
 
 
 def print_table(results: Sequence[EvalResult]) -> None:
-    """Avg@n, Pass@K and maj@n of each data set with their standard errors; "-" where undefined."""
+    """Prints Avg@n, Pass@K and maj@n of each data set with standard errors; "-" if undefined."""
     ks = list(results[0].pass_k)
     table = [["data set", "problems", "n", "Avg@n", *(f"Pass@{k}" for k in ks), "maj@n"]]
     table[0] += ["tokens", "truncated", "not graded"]

@@ -1,5 +1,5 @@
-"""How large a model is and about how much memory its training takes, from its configuration alone:
-the model is built, and run over some tokens, of tensors without data."""
+"""Estimates a model's size and the memory that its training takes, from its configuration alone:
+the model is built from tensors without data and run over some tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters and bytes."""
+    """Numbers of parameters and bytes."""
 
     family: str
     layers: int
@@ -25,11 +25,11 @@ class Sizes:
     tied: bool
     parameters: int
     internal: int
-    """Parameters of the internal policy: embedding, layers 1..l, head; 0 where none is trained"""
+    """Parameters of the internal policy: embedding, layers 1..l, head; 0 if none is trained"""
     memory: dict[str, int]
-    """Bytes of the trainer, by what they hold; an estimate, most of all of the activations"""
+    """Bytes of the trainer, by content; an estimate, and a rough one for the activations"""
     engine: int
-    """Bytes of the rollout engine; 0 where the memory is the caller's to grant"""
+    """Bytes of the rollout engine; 0 if a setting reserves its memory"""
     checkpoint: int
     """Bytes on disk"""
 
@@ -51,7 +51,7 @@ class Sizes:
         if self.engine:
             return f"about {_size(self.engine)} for {config.rollout.engine}"
         options = config.rollout.vllm_options(gpu=True)
-        if "kv_cache_memory_bytes" in options:  # vLLM then looks at nothing else
+        if "kv_cache_memory_bytes" in options:  # vLLM then ignores the other memory settings
             cache = _size(options["kv_cache_memory_bytes"])
             return f"weights and {cache} of cache for vllm (rollout.vllm.kv_cache_memory_bytes)"
         share = options["gpu_memory_utilization"]
@@ -79,8 +79,11 @@ def _size(n: int) -> str:
 def measure(
     config: Config, source: str, longest_prompt: int, internal_layer: int | None = None
 ) -> Sizes:
-    """source: folder or hub name of the model; longest_prompt in tokens; internal_layer: the
-    highest internal policy that is trained, counted from 1, if there is one."""
+    """Measures a model without loading weights. Raises ConfigError if the model cannot be built.
+
+    source: folder or hub name of the model. longest_prompt: in tokens. internal_layer: the highest
+    layer whose internal policy is trained, counted from 1, or None.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -91,16 +94,16 @@ def measure(
     try:
         with without_data, hub.quiet():
             model: Any = AutoModelForCausalLM.from_config(shape).train()
-    except Exception as error:  # of as many kinds as there are families
+    except Exception as error:  # each family raises its own kinds
         raise ConfigError(
             f"{source} cannot be made from its config.json: {first_line(error)}"
         ) from None
     saved = _saved(model, without_data, config)
-    if not any(saved):  # grouped products of experts run without data in bfloat16 alone
+    if not any(saved):  # without data, grouped products of experts only run in bfloat16
         with without_data, hub.quiet():
             half: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).train()
         of_token, of_pair = _saved(half, without_data, config)
-        saved = 2 * of_token, 2 * of_pair  # a bound
+        saved = 2 * of_token, 2 * of_pair  # an upper bound
     text = shape.get_text_config(decoder=True)
     counts = {name: p.numel() for name, p in model.named_parameters()}
     total = sum(counts.values())
@@ -123,25 +126,25 @@ def measure(
 
 
 def _layer(parameter: str) -> int:
-    """0-based layer of a parameter, -1 for one outside the stack: the first number in its name."""
+    """Returns a parameter's layer from 0, the first number in its name, or -1 outside the stack."""
     found = re.search(r"\.(\d+)\.", parameter)
     return int(found[1]) if found else -1
 
 
 def _saved(model: Any, without_data: Any, config: Config) -> tuple[float, float]:
-    """Bytes that a forward keeps for its backward: for each token, and for each pair of tokens of
-    one sequence (the mask of a padded batch, the probabilities of eager attention).
+    """Returns the bytes that a forward keeps for its backward for each token, and for each pair of
+    tokens of one sequence (the mask of a padded batch, the probabilities of eager attention).
 
-    Counted at three lengths in a run without data. With gradient checkpointing, what is kept and
-    one layer computed again. Zeros for a family that cannot be run so.
+    They are fitted to runs without data at three lengths. With gradient checkpointing they include
+    one recomputed layer. Both are zero for a family that cannot run without data.
     """
     import torch
 
     from bupo.policy import hidden_states, num_layers
 
     def saved(tokens: int) -> int:
-        seen: dict[int, int] = {}  # storages, for views share them
-        alive = []  # or another one could get the same place
+        seen: dict[int, int] = {}  # by storage, because views share one
+        alive = []  # keeps the tensors alive, so that no address is reused
 
         def note(x: torch.Tensor) -> torch.Tensor:
             alive.append(x)
@@ -171,7 +174,7 @@ def _saved(model: Any, without_data: Any, config: Config) -> tuple[float, float]
             token, pair = coefficients()
             of_token, of_pair = token + of_token / layers, max(pair, of_pair / layers)
         return of_token, of_pair
-    except Exception:  # of as many kinds as there are families
+    except Exception:  # each family raises its own kinds
         return 0.0, 0.0
     finally:
         errors.setLevel(level)
@@ -185,13 +188,15 @@ def _memory(
     prompt: int,
     gpu: bool,
 ) -> dict[str, int]:
-    """At its peak, an update of the final policy. Phase 1 has gradients and moments of fewer
-    parameters."""
+    """Returns the peak memory of an update of the final policy, in bytes by content. Phase 1 takes
+    less, since fewer parameters have gradients and moments."""
+    # A micro-batch holds at most the tokens of an update, and at least one longest response.
     longest = prompt + config.rollout.max_new_tokens
     responses = config.rollout.prompts * config.rollout.samples
     update = responses // config.optimizer.updates_per_step * longest
     tokens = max(min(config.optimizer.micro_batch_tokens, update), longest)
     vocabulary, width = head
+    # On the CPU the LM head holds a block of logits of about 64 MiB, 128 to 2048 tokens.
     block = min(max((64 << 20) // (4 * vocabulary), 128), 2048) * 4 * vocabulary
     workspace = GPU_WORKSPACE if gpu else block
     memory = {

@@ -1,5 +1,5 @@
-"""From a configuration to what commands work on: where model and data come from, the engine, the
-task, the directory to write. bupo.commands.models has the model itself."""
+"""Turns a configuration into what the commands work on: the sources of model and data, the engine,
+the task and the output directory. The model itself is loaded by bupo.commands.models."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from bupo.data import data_files
 from bupo.tasks import TaskFiles
 
 LOCK = "tasks.lock"
-"""In the cache"""
+"""Lock file in the cache folder"""
 
 
 @dataclass
 class Sources:
-    """Where a run takes things from."""
+    """The places from which a run takes its model and its data."""
 
     model: str
     """Folder or hub name"""
     train: list[str]
     held_out: list[str]
     files: TaskFiles | None
-    """What the task made, if there is one"""
+    """The files of the task, if there is one"""
 
 
 def cache_dir() -> Path:
-    """Where tasks keep what they make: $BUPO_CACHE, or bupo in the user's cache folder."""
+    """Returns the folder for files of tasks: $BUPO_CACHE, or bupo in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("BUPO_CACHE") or Path(base) / "bupo")
 
 
 def find_sources(config: Config, training: bool = True) -> Sources:
-    """Checks that all of them are there, training data only if asked for; has written nothing but
-    a task's cached files."""
+    """Returns the sources after checking that they exist; training data are left out unless
+    `training`. Writes nothing except a task's cached files. Raises ConfigError."""
     files = None
     if config.task:
         task, cache = _task(config), cache_dir()
-        with waited_for(cache / LOCK):  # another first run may be making the same files
+        with waited_for(cache / LOCK):  # another first run may be writing the same files
             files = task.prepare(config.task_options, cache)
     for key, given, made in (
         ("data.train", config.data.train, files and files.train),
@@ -73,8 +73,8 @@ def find_sources(config: Config, training: bool = True) -> Sources:
 
 
 def check_engine(config: Config) -> None:
-    """Raises ConfigError for an argument in rollout.vllm that vLLM has not, where it is installed;
-    else the engine does."""
+    """Raises ConfigError for an argument in rollout.vllm that vLLM does not have. If vLLM is not
+    installed, the check is left to the engine."""
     rollout = config.rollout
     if rollout.engine == "vllm" and rollout.vllm and importlib.util.find_spec("vllm"):
         from bupo.rollouts.vllm import check_options
@@ -85,8 +85,8 @@ def check_engine(config: Config) -> None:
 def make_engine(
     config: Config, source: str, model: Any, tokenizer: Any, prompts: Sequence[Any], out: Path
 ) -> Any:
-    """The rollout engine of the configuration, for these prompts. `model` is the trainer's, or None
-    where there is no trainer; out: the directory for the engine's own output, engine.log."""
+    """Starts the configured rollout engine for these prompts. model: the trainer's model, or None
+    without a trainer. out: the directory for the engine's output, engine.log."""
     from bupo.rollouts import HFEngine, VllmEngine
 
     if config.rollout.engine == "hf":
@@ -99,7 +99,7 @@ def make_engine(
 
 
 def build_task(config: Config, sources: Sources) -> None:
-    """Makes the task's weights, once, if the configuration names a task and no other model."""
+    """Makes the task's weights once, if the configuration names a task and no other model."""
     if sources.files is not None and sources.model == str(sources.files.model):
         with waited_for(cache_dir() / LOCK):
             _task(config).build(config.task_options, sources.files)
@@ -116,7 +116,7 @@ def _task(config: Config) -> Any:
 
 
 def check_out(out: Path) -> None:
-    """Whether this process, and it alone, can make a run directory there."""
+    """Raises ConfigError unless this process, as the only one, can make a run directory there."""
     check_one_process()
     there = out.absolute()
     while not there.exists() and there != there.parent:

@@ -27,7 +27,8 @@ from bupo.terminal import TERMINAL
 
 
 def _model_to_train(config: Config, source: str) -> Any:
-    """In training mode, without randomness: rollout and training must be the same policy."""
+    """Loads the model in training mode without randomness: sampling and training must use the same
+    policy."""
     model = load_model(config, source).train()
     silence_noise(model)
     if config.model.gradient_checkpointing:
@@ -36,7 +37,7 @@ def _model_to_train(config: Config, source: str) -> Any:
 
 
 def _policy(plan: RunPlan, source: str) -> Any:
-    """The model that is trained, checked to be one that can be."""
+    """Loads the model to train. Raises ConfigError if it cannot be trained."""
     from bupo.policy import check_internal_policy
     from bupo.rl import checkpoint
     from bupo.rl.schedule import Schedule
@@ -58,8 +59,8 @@ def _policy(plan: RunPlan, source: str) -> Any:
 
 
 def _reference(plan: RunPlan, pad: int) -> Any:
-    """A frozen copy of the policy that the run began with, read again where that came from: no
-    checkpoint holds it. Raises ConfigError if other weights lie there now."""
+    """Loads a frozen copy of the policy that the run began with from its original place, since no
+    checkpoint holds it. Raises ConfigError if the weights there have changed."""
     from bupo.rl import checkpoint
     from bupo.rl.forward import Forward
 
@@ -76,7 +77,7 @@ def _reference(plan: RunPlan, pad: int) -> Any:
 
 
 def _critic(plan: RunPlan, pad: int) -> Any:
-    """From the policy's first weights, or as it was in the checkpoint."""
+    """Makes the critic from the policy's first weights, or restores it from the checkpoint."""
     from bupo.rl import checkpoint
     from bupo.rl.critic import Critic
 
@@ -88,8 +89,8 @@ def _critic(plan: RunPlan, pad: int) -> Any:
 
 
 def execute(plan: RunPlan) -> int | None:
-    """Loads the model and trains, alone in the run directory; returns the number of the signal that
-    has stopped it, if one has."""
+    """Locks the run directory, loads the model and trains. Returns the number of the signal that
+    stopped the run, or None."""
     with user_paths():
         plan.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -101,7 +102,7 @@ def execute(plan: RunPlan) -> int | None:
                 )
             return _train(plan)
     finally:
-        with suppress(OSError):  # it holds something
+        with suppress(OSError):  # it is not empty
             plan.out.rmdir()
 
 
@@ -133,7 +134,7 @@ def _train(plan: RunPlan) -> int | None:
         watchdog = Watchdog(plan.out, config.watchdog.seconds, config.watchdog.kill)
         parts.callback(watchdog.close)
         prompts = [*plan.train_prompts, *plan.eval_prompts]
-        # Before the engine, which takes what memory is left.
+        # These are loaded before the engine, which takes the memory that is left.
         reference = _reference(plan, pad) if config.loss.kl_coef else None
         critic = _critic(plan, pad) if config.advantage == "ppo" else None
         start = f"starting {config.rollout.engine} for rollouts"
@@ -146,7 +147,7 @@ def _train(plan: RunPlan) -> int | None:
                     config, plan.out, model, engine, plan.train_prompts, state["step"],
                     watchdog.alive,
                 )  # fmt: skip
-        watchdog.close()  # the run has one of its own
+        watchdog.close()  # the run starts its own watchdog
         run = Run(
             Parts(
                 config=config,
@@ -185,7 +186,7 @@ def _stopped(out: Path | None) -> str:
 
 
 def _train_and_report(plan: RunPlan) -> int:
-    """Exit status: 0 done, 128 + n stopped by signal n."""
+    """Trains and returns the exit status: 0 when done, 128 + n when stopped by signal n."""
     if (signal := execute(plan)) is not None:
         print(_stopped(plan.out), file=TERMINAL)
         return 128 + signal

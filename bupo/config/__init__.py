@@ -1,6 +1,6 @@
-"""Settings: one class per group, read from YAML and `key=value`, strict about names."""
+"""Settings, with one class per group, read from YAML and `key=value` and strict about names."""
 
-# What is imported here is what the package offers.
+# The imports below are the public names of the package.
 # ruff: noqa: F401
 # mypy: implicit-reexport
 
@@ -34,5 +34,5 @@ from bupo.config.settings import GPU_WORKSPACE, MAY_CHANGE, Config
 
 
 def load(file: Path | None, overrides: list[str]) -> Config:
-    """The settings of a training run; see read."""
+    """Reads the settings of a training run; see read."""
     return read(file, overrides, Config)

@@ -1,4 +1,4 @@
-"""What is wrong with a setting, in one line."""
+"""Errors about settings and files, each with a message of one line."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from contextlib import contextmanager
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is one line for the user."""
+    """Raised for a configuration that cannot be run. The message is one line for the user."""
 
 
 class BrokenError(ConfigError):
-    """Files that are there, but damaged or of something else."""
+    """Raised for files that exist, but are damaged or do not belong to what is read."""
 
 
 class RunError(RuntimeError):
-    """Ends a run with one line; what could be saved is saved."""
+    """Ends a run with a message of one line, after everything that can be saved has been saved."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -28,15 +28,15 @@ def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, or its kind where it says nothing; a line that ends in a colon goes
-    on."""
+    """Returns the first line of an exception's message, with the next one if it ends in a colon, or
+    the exception's type if there is no message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
 
 
 @contextmanager
 def readable(what: str) -> Iterator[None]:
-    """Around what reads a place of the user's: ConfigError where the system does not let us."""
+    """Inside, an OSError or UnicodeDecodeError from reading a user's file becomes a ConfigError."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Settings from YAML and `key=value`, strict about names, and back again.
+"""Reads settings from YAML and `key=value`, strictly by name, and writes them as YAML.
 
-The text under a field is its help; `--help` prints it.
+The text under a field is its help, which `--help` prints.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from bupo.config.objective import ALGORITHMS
 from bupo.config.other_names import our_name
 
 Settings = TypeVar("Settings")
-"""A dataclass of settings: values, and dataclasses as groups of them"""
+"""A dataclass of settings, whose fields are values or dataclasses (groups of settings)"""
 
 QUOTES = "in a shell, quote what has spaces or braces: 'data.columns={prompt: question}'"
-"""For errors, and for the help of key=value"""
+"""Hint for errors and for the help of key=value"""
 
 
 def shipped(name: str) -> Path:
-    """The file of that name, or the one that comes with bupo among its recipes."""
+    """Returns the file of that name if it exists, else the one among bupo's recipes."""
     package = Path(__file__).parent.parent
     beside = (package / "recipes" / name, package.parent / "recipes" / name)
     return next((path for path in (Path(name), *beside) if path.is_file()), Path(name))
@@ -40,20 +40,20 @@ def _default(f: Field[Any]) -> Any:
 
 
 def _elements(schema: type, f: Field[Any]) -> type | None:
-    """The dataclass that a list of settings is made of."""
+    """Returns the dataclass of the elements of a list of settings, or None for other fields."""
     found = next(iter(get_args(get_type_hints(schema)[f.name])), None)
     return found if isinstance(found, type) and is_dataclass(found) else None
 
 
 def read(file: Path | None, overrides: list[str], schema: type[Settings]) -> Settings:
-    """The settings of a YAML file and the `key=value` overrides, which win.
+    """Reads the settings of a YAML file and of `key=value` overrides, which take precedence.
 
-    Short forms are taken as meant: model=NAME, one string for a list of strings, and
-    algorithm=NAME, the last one, which stands for ALGORITHMS[NAME]: these settings replace those of
-    a file, and give way to those in the same file or among the same overrides.
+    Short forms are allowed: model=NAME, one string for a list of strings, and algorithm=NAME, which
+    stands for the settings ALGORITHMS[NAME]. The last algorithm=NAME counts. As an override, it
+    replaces settings of a file. Settings from the same file or overrides take precedence over it.
 
-    Raises ConfigError, one line: an unknown key (naming the one that is meant), a value of the
-    wrong type, a missing file, an impossible combination.
+    Raises ConfigError with one line for an unknown key (suggesting a known one), a value of the
+    wrong type, a missing file or an impossible combination.
     """
     reading, merged = str(file), OmegaConf.structured(schema)
     of_file: Any = {}
@@ -84,7 +84,7 @@ def read(file: Path | None, overrides: list[str], schema: type[Settings]) -> Set
     except (YAMLError, UnicodeDecodeError, OSError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"{reading} cannot be read: {text}{_split_by_shell(reading)}") from None
-    except (ValueError, TypeError) as error:  # from OmegaConf: a value of the wrong structure
+    except (ValueError, TypeError) as error:  # OmegaConf's, for a value of the wrong structure
         raise ConfigError(f"{reading}: {first_line(error)}") from None
     assert isinstance(config, schema)
     return config
@@ -93,10 +93,10 @@ def read(file: Path | None, overrides: list[str], schema: type[Settings]) -> Set
 def _as_meant(
     given: dict[str, Any], schema: type, root: type, typed: str = "", prefix: str = ""
 ) -> dict[str, Any]:
-    """Settings with their short forms written out; OmegaConf says what is wrong with a value.
+    """Returns settings with their short forms written out. Values are checked later, by OmegaConf.
 
-    Raises ConfigError for a key that is none: the dotted key as it was typed, else the group or key
-    of a file.
+    Raises ConfigError for an unknown key. It names the dotted key as typed, or else the group or
+    key of a file.
     """
     known, types = {f.name: f for f in fields(schema)}, get_type_hints(schema)
     found: dict[str, Any] = {}
@@ -124,8 +124,8 @@ def _as_meant(
 
 
 def _of_algorithm(given: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Removes `algorithm` from the settings of one command line or file, and returns those that it
-    stands for. Raises ConfigError for an unknown name and for a policy that contradicts it."""
+    """Removes `algorithm` from the settings of one command line or file, and returns the settings
+    that it stands for. Raises ConfigError for an unknown name and for a contradicting policy."""
     names = [settings.pop("algorithm") for settings in given if "algorithm" in settings]
     if not names:
         return {}
@@ -141,8 +141,8 @@ def _of_algorithm(given: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _unknown(name: str, value: Any, schema: type) -> str:
-    """The error for a key that is none, or for the first one in its group that another trainer has:
-    the keys of that name in any group, else the one that is spelled most alike."""
+    """Returns the error for an unknown key. If the key, or one in its group, belongs to another
+    trainer, it names our key; else the keys of that name in any group, or the most similar key."""
     keys = all_keys(schema)
     left = [(name, value)]
     for key, inner in left:
@@ -158,13 +158,13 @@ def _unknown(name: str, value: Any, schema: type) -> str:
 
 
 def _split_by_shell(text: str) -> str:
-    """A hint for a list or object that was cut at its spaces, and for what was cut off."""
+    """Returns a hint if brackets do not match, since the shell has then split a list or object."""
     opened, closed = (sum(map(text.count, brackets)) for brackets in ("[{", "]}"))
     return "" if opened == closed else f"; {QUOTES}"
 
 
 def values(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key and its value."""
+    """Returns every dotted key and its value."""
     found: dict[str, Any] = {}
     for f in fields(config):
         value = getattr(config, f.name)
@@ -176,8 +176,8 @@ def values(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def changes_since(file: Path, config: Any, may_change: tuple[str, ...]) -> list[str]:
-    """`key: old -> new` of the settings, others than those that may change, that differ from a file
-    of such settings."""
+    """Returns `key: old -> new` for every setting that differs from those of a file, except for
+    keys that begin with one of `may_change`. Raises ConfigError if the file cannot be read."""
     try:
         old = values(read(file, [], type(config)))
     except ConfigError as error:
@@ -190,17 +190,17 @@ def changes_since(file: Path, config: Any, may_change: tuple[str, ...]) -> list[
 
 
 def dump(config: Any) -> str:
-    """The settings as YAML."""
+    """Returns the settings as YAML."""
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def all_keys(schema: type) -> list[str]:
-    """Every dotted key, leaves only; those of a list's elements as `phases[].layer`."""
+    """Returns the dotted keys of all values, those of a list's elements as `phases[].layer`."""
     return [key for key, _, _ in describe(schema)]
 
 
 def describe(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(key, default, help) of every key, the help taken from the text under each field."""
+    """Returns (key, default, help) of every key, with the help from the text under each field."""
     body = ast.parse(inspect.getsource(schema)).body[0]
     assert isinstance(body, ast.ClassDef)
     texts: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Every internal policy of a Hugging Face model, read: no training here."""
+"""Analysis of every internal policy of a Hugging Face model, without training."""
 
 from bupo.internal.analysis import Analysis, analyse
 from bupo.internal.boundary import Boundary, boundary_layer, convergence

@@ -1,9 +1,9 @@
-"""All of it at once: what `python -m bupo.analyze` computes, for a notebook too.
+"""The whole analysis of a model, as `python -m bupo.analyze` computes it, for use in notebooks too.
 
 found = analyse(model, texts, tokenizer)
-found.frame()                   one row a token, layer and policy
-found.curves()["entropy.ffn"]   by layer, with the spread over texts
-found.boundary.layer            where the FFNs stop exploring
+found.frame()                   one row per token, layer and policy
+found.curves()["entropy.ffn"]   values by layer, with the spread over texts
+found.boundary.layer            the layer after which the FFNs stop exploring
 """
 
 from __future__ import annotations
@@ -28,52 +28,54 @@ from bupo.policy import num_layers, unembedding
 from bupo.samples import Sample
 
 CLOSER = ("layer", "layer_normed")
-"""Policies whose top tokens are kept"""
+"""The policies whose top tokens are kept"""
 ECHO = 0.5
-"""A policy that names the token it has just read for this share of the tokens is degenerate"""
+"""A policy is degenerate if it predicts the token just read for at least this share of tokens"""
 
 
 @dataclass
 class Analysis:
-    """One model over some texts. Arrays are those of EntropyFlow and Lens; layers count from 1."""
+    """The analysis of one model over some texts. Arrays are those of EntropyFlow and Lens; layers
+    count from 1."""
 
     name: str
     texts: list[Sample]
     flow: EntropyFlow
     lens: Lens
-    """Ranks, KL and agreement, of every text; layers by `stride`"""
+    """Ranks, KL and agreement of all texts, at every `stride`-th layer and the last"""
     closer: Lens
-    """Top tokens of the first tokens of the first texts"""
+    """Top tokens for the first tokens of the first texts"""
     boundary: Boundary
     checks: list[Check]
     pieces: dict[int, str] = field(default_factory=dict)
-    """Token ids to readable text"""
+    """Readable text by token id"""
 
     def curves(self) -> dict[str, Curve]:
-        """Every quantity by layer; see bupo.internal.curves."""
+        """Returns every quantity by layer; see bupo.internal.curves."""
         return curves(self.flow, self.lens)
 
     def table(self) -> pa.Table:
-        """One row a text, token, layer and policy; docs/internal_policies.md has the columns."""
+        """Returns one row per text, token, layer and policy. The columns are described in
+        docs/internal_policies.md."""
         return pa.Table.from_batches(list(tables.token_rows(self)), tables.TOKENS)
 
     def top_table(self) -> pa.Table:
-        """One row a text, token, layer, policy and place among its likeliest tokens."""
+        """Returns one row per text, token, layer, policy and place among its likeliest tokens."""
         return pa.Table.from_batches(list(tables.top_rows(self)), tables.TOP_TOKENS)
 
     def frame(self) -> Any:
-        """table() for pandas. Raises ImportError if that is not installed."""
+        """Returns table() as a pandas frame. Raises ImportError if pandas is not installed."""
         return self.table().to_pandas()
 
     def echo(self, policy: str) -> NDArray[np.floating]:
-        """Share of tokens whose likeliest next token, by a policy, is the one that it has just
-        read, for each of the lens's layers."""
+        """Returns, for each of the lens's layers, the share of tokens for which the policy's
+        likeliest next token is the token that it has just read."""
         read = [self.texts[n].token_ids[p - 1] for n, p in zip(self.lens.text, self.lens.position)]
         same = self.lens.top_tokens[policy][..., 0] == np.array(read)
         return np.asarray(same.mean(axis=1))
 
     def notes(self) -> list[str]:
-        """What a reader has to know before the curves: where one of them means nothing."""
+        """Returns notes to read before the curves, on layers where a curve is meaningless."""
         echo, layers = self.echo("layer"), self.lens.layers
         flat = [n for n, share in enumerate(echo) if share >= ECHO and layers[n] < layers[-1]]
         if not flat:
@@ -89,7 +91,8 @@ class Analysis:
         return self.pieces.get(token, f"<{token}>")
 
     def summary(self) -> dict[str, Any]:
-        """Means by layer with standard errors over texts, boundary, convergence and checks."""
+        """Returns means by layer with standard errors over texts, boundary, convergence and
+        checks."""
         found = self.curves()
         ways = {name: convergence(found[f"entropy.{name}"].mean) for name in self.flow.logprob}
         return {
@@ -129,15 +132,16 @@ def analyse(
     batch_tokens: int = 1024,
     seed: int = 0,
 ) -> Analysis:
-    """Entropies, log-probs, norms and cosines of every layer, attention and FFN over the measured
-    tokens of texts; ranks, KL to the model and agreement at every `stride`-th layer and the last;
-    top_k likeliest tokens for the first `closer_tokens` of the first `closer` texts.
+    """Measures entropies, log-probs, norms and cosines of every layer, attention and FFN over the
+    measured tokens of texts; ranks, KL to the model and agreement at every `stride`-th layer and
+    the last; and the top_k likeliest tokens for the first `closer_tokens` of the first `closer`
+    texts.
 
-    The texts run through the model once. tokenizer: for readable tokens only. temperature: of every
-    policy. tolerance: of the boundary. Memory: that of entropy_flow and lens, and O(L tokens).
-    Errors: ValueError for no text, one without a measured token, stride or closer_tokens below 1;
-    IdentityError where an identity of bupo.internal.checks does not hold; DecompositionError; else
-    as bupo.policy's.
+    The texts run through the model once. tokenizer: only needed for readable tokens. temperature:
+    that of every policy. tolerance: that of the boundary. Memory: that of entropy_flow and lens,
+    and O(L tokens). Errors: ValueError if there is no text, a text without a measured token, or a
+    stride or closer_tokens below 1; IdentityError if an identity of bupo.internal.checks does not
+    hold; DecompositionError; else those of bupo.policy.
     """
     for option, value in (("stride", stride), ("closer_tokens", closer_tokens)):
         if value < 1:
@@ -170,20 +174,20 @@ def analyse(
 
 
 def _runs(chosen: Sequence[int], layers: Sequence[int]) -> str:
-    """1-5, 8: the layers at these places, neighbours in one run."""
+    """Describes the layers at these places with runs of neighbours joined, such as "1-5, 8"."""
     runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > 1) + 1)
     ends = [(layers[run[0]], layers[run[-1]]) for run in runs]
     return ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in ends)
 
 
 def kept_layers(depth: int, stride: int) -> list[int]:
-    """Every stride-th layer, and always the last."""
+    """Returns every stride-th layer, and always the last."""
     return sorted({*range(1, depth + 1, stride), depth})
 
 
 def readable(tokenizer: Any, ids: NDArray[np.integer]) -> dict[int, str]:
-    """What each token id stands for; the tokenizer's own name where that is part of a character or
-    nothing, <id> where it knows none (padding rows of a head)."""
+    """Returns the text of each token id; the tokenizer's name for it if the text is empty or part
+    of a character; and <id> if the tokenizer does not have it (a padding row of the head)."""
     found = {}
     for token in map(int, ids):
         text = tokenizer.decode([token]) if token < len(tokenizer) else ""

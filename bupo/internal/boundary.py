@@ -1,9 +1,9 @@
-"""Where the FFNs stop exploring: the boundary layer of Bottom-up Policy Optimization.
+"""The boundary layer of Bottom-up Policy Optimization, at which the FFNs stop exploring.
 
 The paper (arXiv 2512.19673) takes the last layer with dH_FFN > 0 before the FFN leaves exploration,
-measured once on rollouts of the base model, and gives no tolerance. Taken literally, noise of a
-plateau near 0 moves the answer far up. Here dH counts as positive above a tolerance relative to the
-curve's largest value, and the answer comes with its uncertainty over prompts.
+measured once on rollouts of the base model, and gives no tolerance. Taken literally, noise on a
+plateau near 0 can put the boundary far too high. Here dH counts as positive above a tolerance
+relative to the curve's largest value, and the result has an uncertainty over prompts.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOLERANCE = 0.1
-"""Share of the largest mean dH_FFN up to which a layer neither explores nor converges"""
+"""A layer with |dH_FFN| up to this share of the largest mean neither explores nor converges"""
 RESAMPLES = 1000
 SUDDEN = 0.5
-"""Convergence is sudden if the last two layers make more than this share of the entropy's fall"""
+"""Convergence is sudden if the last two layers cause more than this share of the entropy's fall"""
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """The boundary layer and how sure it is; layers count from 1."""
+    """The boundary layer and its uncertainty; layers count from 1."""
 
     layer: int | None
-    """None: no clear boundary, see reason"""
+    """None if there is no clear boundary; see reason"""
     low: int | None
     high: int | None
     """95 % interval over prompts, by bootstrap"""
     candidate: int | None
-    """What the rule gives for the mean curve, clear or not"""
+    """The boundary of the mean curve, even if it is not clear"""
     tolerance: float
     """In nats: TOLERANCE times the largest mean dH_FFN"""
     curve: list[float]
@@ -44,11 +44,11 @@ class Boundary:
 def boundary_layer(
     change: NDArray[np.floating], tolerance: float = TOLERANCE, seed: int = 0
 ) -> Boundary:
-    """The last layer of the first run of exploring layers of dH_FFN, [layer, prompt] in nats.
+    """Finds the last layer of the first run of exploring layers in dH_FFN, [layer, prompt] in nats.
 
-    Clear if at least 95 % of 1000 resamples of the prompts give a boundary, and their 95 % interval
-    spans at most an eighth of the layers (two at least) beyond one layer. Errors: ValueError for
-    another shape, no prompt or values that are not finite.
+    It is clear if at least 95 % of 1000 resamples of the prompts give a boundary, and if the ends
+    of their 95 % interval are at most an eighth of the layers (or two, if that is more) apart.
+    Errors: ValueError for another shape, no prompt, or values that are not finite.
     """
     change = np.asarray(change, dtype=np.float64)
     if change.ndim != 2 or 0 in change.shape or not np.isfinite(change).all():
@@ -91,6 +91,7 @@ def boundary_layer(
 
 
 def _rule(curve: NDArray[np.floating], tolerance: float) -> tuple[int | None, float]:
+    """Returns the last layer of the first exploring run, or None, and the limit in nats."""
     largest = float(curve.max())
     if largest <= 0:
         return None, tolerance * float(np.abs(curve).max())
@@ -102,7 +103,8 @@ def _rule(curve: NDArray[np.floating], tolerance: float) -> tuple[int | None, fl
 
 
 def segments(curve: NDArray[np.floating], limit: float) -> list[tuple[str, int, int]]:
-    """Runs of layers by what their FFN does to the entropy, within a limit in nats."""
+    """Groups consecutive layers by whether their FFN raises the entropy by more than a limit in
+    nats (exploration), lowers it by more (convergence) or does neither (integration)."""
     names = np.select(
         [curve > limit, curve < -limit], ["exploration", "convergence"], "integration"
     )
@@ -115,9 +117,9 @@ def segments(curve: NDArray[np.floating], limit: float) -> list[tuple[str, int, 
 
 
 def convergence(entropy: NDArray[np.floating]) -> tuple[str, float]:
-    """progressive or sudden, and the share of the fall of a mean entropy curve [layer], from its
-    largest value to the last layer, that the last two layers make: what it falls from the largest
-    of the last three. "none" if it does not fall."""
+    """Returns "progressive" or "sudden", and the share of the last two layers in the fall of a mean
+    entropy curve [layer] from its largest value to the last layer. Their part is the fall from the
+    largest of the last three values. Returns "none" and 0 if the curve does not fall."""
     entropy = np.asarray(entropy, dtype=np.float64)
     fall = float(entropy.max() - entropy[-1])
     if fall <= 0 or len(entropy) < 3:

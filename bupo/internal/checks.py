@@ -1,4 +1,4 @@
-"""What must hold of any analysis, whatever the model: else its figures mean something else."""
+"""Identities that must hold for any model; otherwise the figures of an analysis are wrong."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from bupo.internal.decomposition import rounding
 from bupo.internal.entropy_flow import EntropyFlow
 
 LAST_LAYER = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Largest difference of two ways to the model's own log-probs, in nats; 0.1 in 16 bits"""
+"""Largest difference between two computations of the model's log-probs, in nats; 0.1 in 16 bits"""
 
 
 class IdentityError(ValueError):
-    """An identity of the definitions does not hold; the message names it."""
+    """Raised if an identity of the definitions does not hold; the message names it."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """An identity, and by how much it is missed."""
+    """An identity and the size of its violation."""
 
     name: str
     value: float
@@ -29,15 +29,13 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        return self.value <= self.limit  # nan does not
+        return self.value <= self.limit  # false for nan
 
 
 def identities(flow: EntropyFlow, dtype: torch.dtype) -> list[Check]:
-    """Of a model that ran in that dtype: finite, decomposition, last layer, bounds of entropies.
-
-    Raises IdentityError naming the first that is violated.
-    """
-    # Not max(): that may drop a nan.
+    """Checks finiteness, decomposition, last layer and the bounds of entropies for a model that ran
+    in this dtype. Raises IdentityError naming the first that is violated."""
+    # Python's max() may drop a nan, np.max does not.
     everything = [*flow.entropy.values(), flow.embedding_entropy[None], flow.final_entropy[None]]
     highest = float(np.max([x.max() for x in everything]))
     lowest = float(np.min([x.min() for x in everything]))

@@ -1,4 +1,4 @@
-"""Figures by layer, with their spread over texts: what is plotted and summarised."""
+"""Figures by layer with their spread over texts, for plots and summaries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bupo.internal.sweep import POLICIES
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity by layer; the unit is the text, whose value is the mean over its tokens."""
+    """A quantity by layer. The statistical unit is the text, with the mean over its tokens."""
 
     layers: list[int]
     by_text: NDArray[np.floating]
@@ -29,7 +29,7 @@ class Curve:
 
     @property
     def error(self) -> NDArray[np.floating] | None:
-        """Standard error of the mean over texts, None of one text."""
+        """Standard error of the mean over texts; None for a single text"""
         count = self.by_text.shape[1]
         if count < 2:
             return None
@@ -37,13 +37,13 @@ class Curve:
 
     @property
     def band(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-        """The middle 80 % of texts."""
+        """Bounds of the middle 80 % of texts"""
         low, high = np.quantile(self.by_text, (0.1, 0.9), axis=1)
         return low, high
 
 
 def by_layer(flow: EntropyFlow, lens: Lens) -> Iterator[tuple[str, str, list[int], NDArray[Any]]]:
-    """Kind, name, layers and values [layer, token] of everything that has layers."""
+    """Yields kind, name, layers and values [layer, token] of every figure that has layers."""
     every = list(range(1, flow.layers + 1))
     for kind in ("entropy", "logprob", "norm", "cosine"):
         for name, values in getattr(flow, kind).items():
@@ -56,8 +56,9 @@ def by_layer(flow: EntropyFlow, lens: Lens) -> Iterator[tuple[str, str, list[int
 
 
 def curves(flow: EntropyFlow, lens: Lens) -> dict[str, Curve]:
-    """By name: entropy.layer, entropy.ffn_normed, entropy_change.ffn, logprob.layer, norm.layer,
-    cosine.attention, kl.layer_normed, agreement.layer, rank.layer, ..."""
+    """Returns the curves by name: entropy.layer, entropy.ffn_normed, entropy_change.ffn,
+    logprob.layer, norm.layer, cosine.attention, kl.layer_normed, agreement.layer, rank.layer, ...
+    """
     return {
         f"{'agreement' if kind == 'agrees' else kind}.{name}": Curve(layers, _by_text(flow, values))
         for kind, name, layers, values in by_layer(flow, lens)
@@ -65,7 +66,8 @@ def curves(flow: EntropyFlow, lens: Lens) -> dict[str, Curve]:
 
 
 def single(flow: EntropyFlow) -> dict[str, Curve]:
-    """What has no layer: the embedding's and the model's entropy, the model's log-prob."""
+    """Returns the figures without layers: the embedding's and the model's entropy, and the model's
+    log-prob."""
     names = ("embedding_entropy", "final_entropy", "final_logprob")
     return {name: Curve([], _by_text(flow, getattr(flow, name)[None])) for name in names}
 

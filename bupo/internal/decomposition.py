@@ -1,10 +1,10 @@
-"""A forward, taken apart: what each layer's attention and FFN read and write.
+"""Decomposes a forward into what each layer's attention and FFN read and write.
 
     H^l = H^0 + sum_{i<=l} A^i + sum_{i<=l} F^i          (arXiv 2512.19673, section 2)
 
-A^l and F^l are what the modules add to the residual stream, whatever stands around them: norms
-after a module (Gemma, OLMo 2), a residual multiplier (Granite), a residual that the module adds
-itself (BLOOM). They are found by what the tensors do, not by the family's name.
+A^l and F^l are what the modules add to the residual stream, including the effect of a norm after
+the module (Gemma, OLMo 2), of a residual multiplier (Granite) and of a residual that the module
+adds itself (BLOOM). They are found by comparing tensors, not by the family's name.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ NORM = re.compile(r"norm|^ln", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Layer:
-    """What layer l read and wrote, each [B, T, D]."""
+    """The tensors that layer l read and wrote, each [B, T, D]."""
 
     index: int
     """l, counted from 1"""
     before: Tensor
     """H^{l-1}"""
     attention_input: Tensor
-    """What attention read: after its own norm where it has one before it"""
+    """The input of attention, after a norm if there is one before it"""
     attention: Tensor
     """A^l"""
     ffn_input: Tensor
@@ -44,9 +44,9 @@ class Layer:
     after: Tensor
     """H^l"""
     parallel: bool
-    """Attention and FFN read the same H^{l-1}; else the FFN reads H^{l-1} + A^l"""
+    """Whether attention and FFN read the same H^{l-1}; otherwise the FFN reads H^{l-1} + A^l"""
     error: float
-    """|H^{l-1} + A^l + F^l - H^l| / |H^l|, Frobenius: rounding of the model's dtype, no more"""
+    """|H^{l-1} + A^l + F^l - H^l| / |H^l|, Frobenius norms; at most the rounding of its dtype"""
 
     @property
     def ffn_stream(self) -> Tensor:
@@ -55,7 +55,7 @@ class Layer:
 
 
 class DecompositionError(ValueError):
-    """A family whose layers cannot be taken apart; says which and why."""
+    """Raised for a family whose layers cannot be decomposed; the message says which and why."""
 
 
 @dataclass
@@ -64,12 +64,12 @@ class _Call:
     source: Tensor
     result: Tensor
     value: Tensor
-    """The result as it was: Falcon adds to its FFN's output in place"""
+    """A copy of the result, because Falcon adds to its FFN's output in place"""
 
 
 @dataclass
 class _Trace:
-    """The calls of one layer's direct children, in their order."""
+    """The calls of one layer's direct children, in order."""
 
     before: Tensor | None = None
     calls: list[_Call] = field(default_factory=list)
@@ -77,10 +77,11 @@ class _Trace:
 
 @contextmanager
 def decomposed(model: nn.Module, visit: Callable[[Layer], None]) -> Iterator[None]:
-    """Inside, every forward of the model calls visit(Layer) once for each layer, as it ends.
+    """Inside, every forward of the model calls visit(Layer) at the end of each layer.
 
-    Nothing is kept: memory is that of one layer. Use torch.no_grad() and model.eval(); a cache of
-    keys is fine. Errors: DecompositionError naming family and layer; else as bupo.policy's.
+    Nothing is kept, so memory is that of one layer. Use torch.no_grad() and model.eval(); a cache
+    of keys is allowed. Errors: DecompositionError naming family and layer; else those of
+    bupo.policy.
     """
     layers = decoder_stack(model).layers
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -119,7 +120,8 @@ def _watch(
 
 
 def _label(name: str, child: nn.Module) -> str:
-    """What a child is: its own name first, for `post_attention_layernorm` is no attention."""
+    """Returns the kind of a child module. Norms are recognised first, because the name
+    `post_attention_layernorm` contains "attention"."""
     if NORM.search(name) or NORM.search(type(child).__name__):
         return "norm"
     for label, pattern in (("attention", ATTENTION), ("ffn", FFN)):
@@ -129,7 +131,7 @@ def _label(name: str, child: nn.Module) -> str:
 
 
 def first_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """The hidden states among a call's arguments or in its output."""
+    """Returns the hidden states among a call's arguments or in its output."""
     for x in (*args, *kwargs.values()):
         while isinstance(x, (tuple, list)) and x:
             x = x[0]
@@ -139,13 +141,13 @@ def first_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """One tensor, perhaps in another shape."""
+    """Whether two tensors are the same one, perhaps in another shape."""
     return a is b or (a.data_ptr() == b.data_ptr() and a.numel() == b.numel())
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """How far a sum of writes may be off, relative, in a model of that dtype: 64 eps, 8 in 16 bits,
-    where 64 would be half of everything."""
+    """Returns the largest relative error allowed for a sum of writes in a model of this dtype:
+    64 eps, or 8 eps in 16 bits, where 64 eps would be half of the sum."""
     info = torch.finfo(dtype)
     return (8 if info.bits == 16 else 64) * info.eps
 
@@ -159,11 +161,12 @@ def _take_apart(trace: _Trace, after: Tensor, index: int, where: str) -> Layer:
         missing = "attention" if attention is None else "FFN"
         seen = ", ".join(c.name for c in trace.calls) or "none"
         raise DecompositionError(f"{where}: found no {missing} among its modules (calls: {seen})")
+    # The FFN reads the stream through a norm where one feeds it, else directly.
     norms = [c for c in trace.calls if c.name == "norm"]
     read_by_ffn = next((n.source for n in norms if _same(n.result, ffn.source)), ffn.source)
     read_by_ffn = read_by_ffn.reshape(before.shape)
     parallel = _same(read_by_ffn, before)
-    if parallel:  # two writes at once: only the modules' own outputs can tell them apart
+    if parallel:  # the stream changes by both writes at once, so use the modules' own outputs
         wrote, fed = (_outputs(c, norms)[0].reshape(before.shape) for c in (attention, ffn))
     else:
         wrote = _written(attention, norms, read_by_ffn - before)
@@ -188,16 +191,16 @@ def _take_apart(trace: _Trace, after: Tensor, index: int, where: str) -> Layer:
 
 
 def _outputs(call: _Call, norms: list[_Call]) -> list[Tensor]:
-    """Of a module: of a norm behind it, and its own."""
+    """Returns the output of each norm that reads a module's output, then the module's own."""
     return [n.result for n in norms if _same(n.source, call.result)] + [call.value]
 
 
 def _written(call: _Call, norms: list[_Call], change: Tensor) -> Tensor:
-    """What a module adds to the stream, given by how much the stream changes.
+    """Returns what a module adds to the stream, given the change of the stream.
 
-    Its output, times a factor where the family has one: exact where the change of a large stream,
-    in 16 bits, would be mostly rounding. The change itself where no output explains it: BLOOM's
-    modules add the residual themselves, OPT's FFN is three modules.
+    It is the module's output, times a factor if the family has one, because in 16 bits the change
+    of a large stream would be mostly rounding. If no output matches, it is the change itself:
+    BLOOM's modules add the residual themselves, and OPT's FFN consists of three modules.
     """
     change = change.double()
     for output in _outputs(call, norms):

@@ -1,10 +1,11 @@
-"""How far the policies of a model's layers are from one another.
+"""Distances between the policies of a model's layers.
 
     H(pi^m)    KL(pi^m || pi)    KL(pi^l || pi^m)    cos(H^l, H^m)    exp(-mean log pi(o_t))
 
-pi^m = softmax(H^m E_u^T) of layer m, raw as in the paper (arXiv 2512.19673), or with the model's
-final norm, softmax(LN(H^m) E_u^T); pi the model; l the anchor, the layer that phase 1 trains. A run
-asks for the means over its probes again and again: one forward and L + 1 products with the head.
+pi^m = softmax(H^m E_u^T) is the policy of layer m, raw as in the paper (arXiv 2512.19673), or with
+the model's final norm, softmax(LN(H^m) E_u^T); pi is the model; l is the anchor, the layer that
+phase 1 trains. A run computes the means over its probes repeatedly, so the cost is low: one forward
+and L + 1 products with the head.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bupo.samples import Sample
 
 @dataclass(frozen=True)
 class Distances:
-    """Lists over the layers that were asked for; nats."""
+    """Lists over the requested layers, in nats."""
 
     layers: list[int]
     entropy: list[float]
@@ -49,12 +50,13 @@ def distances(
     final_norm: bool = False,
     batch_tokens: int = 1024,
 ) -> Distances:
-    """Entropies, divergences and similarities of layers' policies, means over measured tokens.
+    """Measures entropies, divergences and similarities of layers' policies as means over measured
+    tokens.
 
-    anchor: l, 1..L; layers: all of them unless given; temperature: of all policies; final_norm:
-    puts the model's final norm before the unembedding of every layer (not into the cosine). The
-    same model and texts give the same figures to the bit. Errors: ValueError for no text, one
-    without a measured token, or a layer outside 1..L.
+    anchor: l, 1..L, or None. layers: all layers unless given. temperature: that of all policies.
+    final_norm: applies the model's final norm before the unembedding of every layer (not for the
+    cosine). The same model and texts give bit-identical figures. Errors: ValueError if there is no
+    text, a text without a measured token, or a layer outside 1..L.
     """
     depth = num_layers(model)
     wanted = list(range(1, depth + 1)) if layers is None else list(layers)
@@ -89,11 +91,11 @@ def kl_between(
     temperature: float = 1.0,
     batch_tokens: int = 1024,
 ) -> NDArray[np.float32]:
-    """KL(pi^l || pi^m) = sum_j pi^l_j (log pi^l_j - log pi^m_j) of every measured token, [token],
-    in nats and in the order of texts and places.
+    """Returns KL(pi^l || pi^m) = sum_j pi^l_j (log pi^l_j - log pi^m_j) for every measured token,
+    [token], in nats, ordered by text and position.
 
-    l, m: layers 1..L; None is the final policy, which has its norm in any case. Errors: ValueError
-    for no text, one without a measured token, or a layer outside 1..L.
+    l, m: layers 1..L, or None for the final policy, which always has its norm. Errors: ValueError
+    if there is no text, a text without a measured token, or a layer outside 1..L.
     """
     depth = num_layers(model)
     for layer in (l, m):
@@ -111,18 +113,19 @@ def _policy(layer: int | None, final_norm: bool) -> Policy:
 
 
 class _DistancesMeasure(Measure):
-    """The figures of Distances: policies are FINAL, the anchor (FINAL for none) and the others."""
+    """Measures the figures of Distances. The policies are FINAL, the anchor (FINAL if there is
+    none) and the requested layers."""
 
     def compare(self, policy: Policy, targets: Tensor, x: Tensor, logp: Tensor) -> Figures:
         view, anchor = policy[1], self.policies[1]
-        # entr: an entry of probability 0 adds nothing.
+        # entr gives 0 for an entry of probability 0.
         yield "entropy", view, torch.special.entr(logp.exp()).double().sum(-1)
         if policy == FINAL:
             self._final = logp
             yield "logprob", view, logp.gather(1, targets[:, None])[:, 0]
             return
         yield "to_final", view, kl_rows(logp, self._final)
-        if policy == anchor:  # the first of the layers
+        if policy == anchor:  # it comes before the requested layers
             self._anchor, self._vector = logp, x.float()
         if anchor != FINAL:
             yield "from_anchor", view, kl_rows(self._anchor, logp)
@@ -130,7 +133,7 @@ class _DistancesMeasure(Measure):
 
 
 class _DivergenceMeasure(Measure):
-    """KL(p || q) of policies p, q."""
+    """Measures KL(p || q) for two policies p and q."""
 
     def compare(self, policy: Policy, targets: Tensor, x: Tensor, logp: Tensor) -> Figures:
         p, q = self.policies

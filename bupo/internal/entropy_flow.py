@@ -1,11 +1,11 @@
-"""Entropy of every internal policy, token by token, from one forward and one sweep of the head.
+"""Entropy of every internal policy at each token, from one forward and one sweep of the head.
 
     pi^l_Layer = softmax(H^l E_u^T)   pi^l_ATTN = softmax(A^l E_u^T)   pi^l_FFN = softmax(F^l E_u^T)
     dH_Layer = H(H^l) - H(H^{l-1})    dH_ATTN = H(A^l) - H(input)      dH_FFN = H(F^l) - H(input)
 
-(arXiv 2512.19673). A module's input is what it reads, after its own norm; layers are raw on both
-sides. "normed" policies put the model's final norm before the unembedding (the logit lens); there
-the last layer is the model itself.
+(arXiv 2512.19673). A module's input is what it reads, after its own norm; for layers, both
+entropies are raw. "normed" policies apply the model's final norm before the unembedding (the logit
+lens); the last layer's normed policy is the model itself.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from bupo.samples import Batch, Sample
 Array = NDArray[np.float32]
 MODULE_INPUTS = ("attention_input", "ffn_input")
 ROWS = {"cpu": 1024, "cuda": 8192}
-"""Hidden states that one call of the op takes: many of short texts, and memory does not grow with
-long ones. On a CPU more take no less time; 1024 do not fill a GPU."""
+"""Hidden states in one call of the op. Vectors of short texts are joined up to this number, and
+those of long texts are split to bound memory. More save no time on a CPU; 1024 do not fill a GPU.
+"""
 
 
 @dataclass
 class EntropyFlow(Tokens):
-    """Arrays over [layer, token]; tokens of all texts behind one another, layers 1..L.
+    """Arrays over [layer, token], with the tokens of all texts concatenated and layers 1..L.
 
-    Entropies and log-probs are in nats. `entropy["layer"]` etc. are raw, `entropy["layer_normed"]`
-    with the final norm; `entropy["attention_input"]` and `["ffn_input"]` what the modules read.
+    Entropies and log-probs are in nats. `entropy["layer"]` etc. are raw; `entropy["layer_normed"]`
+    has the final norm; `entropy["attention_input"]` and `["ffn_input"]` are of the modules' inputs.
     """
 
     vocab: int
@@ -47,25 +48,26 @@ class EntropyFlow(Tokens):
     embedding_entropy: Array
     """[token]: H(H^0)"""
     final_entropy: Array
-    """[token]: the model's own"""
+    """[token]: that of the model itself"""
     final_logprob: Array
     norm: dict[str, Array]
     """|H^l|, |A^l|, |F^l| under layer, attention, ffn"""
     cosine: dict[str, Array]
     """attention: cos(A^l, stream it adds to); ffn: cos(F^l, stream it adds to)"""
     parallel: bool
-    """Attention and FFN read the same stream"""
+    """Whether attention and FFN read the same stream"""
     decomposition_error: float
     """|H^0 + sum A + sum F - H^L| / |H^L|"""
     last_layer_error: float
-    """Largest difference, in nats, of the last layer's normed log-probs to the model's own"""
+    """Largest difference between the last layer's normed log-probs and the model's own, in nats"""
 
     @property
     def layers(self) -> int:
         return int(self.entropy["layer"].shape[0])
 
     def change(self, policy: str) -> Array:
-        """dH of a policy, [layer, token]: > 0 exploration, about 0 integration, < 0 convergence."""
+        """Returns dH of a policy, [layer, token]: > 0 is exploration, about 0 integration and < 0
+        convergence. Raises ValueError for an unknown policy."""
         if policy not in POLICIES:
             raise ValueError(f"change: policy: expected one of {POLICIES}, came {policy!r}")
         after = self.entropy[policy]
@@ -77,7 +79,7 @@ class EntropyFlow(Tokens):
         return change
 
     def by_text(self, values: Array) -> Array:
-        """[layer, token] -> [layer, text]: means over each text's tokens."""
+        """Returns the means over each text's tokens: [layer, token] -> [layer, text]."""
         sums = np.stack([np.bincount(self.text, row) for row in values])
         return np.asarray(sums / np.bincount(self.text), np.float32)
 
@@ -88,11 +90,11 @@ def entropy_flow(
     temperature: float = 1.0,
     batch_tokens: int = 1024,
 ) -> EntropyFlow:
-    """Every internal policy of a model over the measured tokens of texts.
+    """Measures every internal policy of a model over the measured tokens of texts.
 
-    Memory is that of one layer's activations, [batch_tokens, D], whatever L and V. Errors:
-    ValueError for no text, or one without a measured token; DecompositionError for a family whose
-    layers cannot be taken apart. bupo.internal.checks has the bounds that the figures must keep.
+    Memory is that of one layer's activations, [batch_tokens, D], for any L and V. Errors:
+    ValueError if there is no text or a text without a measured token; DecompositionError for a
+    family whose layers cannot be decomposed. bupo.internal.checks checks the figures' bounds.
     """
     measure = FlowMeasure(model, texts, temperature)
     sweep(model, texts, [measure], temperature, batch_tokens)
@@ -109,14 +111,14 @@ class FlowMeasure(Measure):
         self._head, self._norm = unembedding(model), decoder_stack(model).norm
         self._depth, self._temperature = num_layers(model), temperature
         self._parallel, self._decomposition_error = False, 0.0
-        self._total = torch.empty(0)  # H^0 + sum A + sum F, of the layers so far
+        self._total = torch.empty(0)  # H^0 + sum A + sum F over the layers so far
 
     def layer(self, batch: Batch, layer: Layer) -> Figures:
         before, after = batch.pick(layer.before), batch.pick(layer.after)
         attention, ffn = batch.pick(layer.attention), batch.pick(layer.ffn)
         written = {"layer": after, "attention": attention, "ffn": ffn}
 
-        def vectors() -> Iterator[tuple[str, Tensor]]:  # one by one: a copy of each would be much
+        def vectors() -> Iterator[tuple[str, Tensor]]:  # lazily: copies of all would be large
             for name, x in written.items():
                 yield name, x
                 yield f"{name}_normed", self._norm(x)
@@ -138,7 +140,7 @@ class FlowMeasure(Measure):
         self._total.add_(attention).add_(ffn)
         if layer.index == self._depth:
             off = self._total.sub_(after).norm() / after.double().norm().clamp(min=1e-30)
-            # np.maximum keeps a nan, max() may drop it.
+            # np.maximum keeps a nan; max() may drop it.
             self._decomposition_error = float(np.maximum(self._decomposition_error, float(off)))
         self._parallel = layer.parallel
 
@@ -150,8 +152,8 @@ class FlowMeasure(Measure):
     def _policies(
         self, targets: Tensor, vectors: Iterable[tuple[str, Tensor]]
     ) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, log-probs of the targets and entropies of softmax(x E_u^T), of every vector x; as
-        many of them in one call of the op as ROWS says."""
+        """Yields name, log-probs of the targets and entropies of softmax(x E_u^T) for all vectors
+        x, with about ROWS hidden states in one call of the op."""
         head, count, left = self._head, len(targets), iter(vectors)
         most = ROWS.get(targets.device.type, 1024)
         while group := list(islice(left, max(1, most // count))):
@@ -176,7 +178,7 @@ class FlowMeasure(Measure):
             yield from zip((name for name, _ in group), logprobs, entropies)
 
     def result(self) -> EntropyFlow:
-        """After the sweep."""
+        """Returns the result after the sweep."""
         logprob, final = self.table("logprob"), self.found["final_logprob", "final", 0]
         return EntropyFlow(
             **vars(self.tokens),

@@ -1,11 +1,11 @@
-"""What each internal policy would say: its most likely tokens, and how far it is from the model.
+"""The predictions of each internal policy: its most likely tokens and its distance from the model.
 
-For a policy q of layer l (layer, attention or FFN; raw or with the final norm) and the final policy
-pi, of each measured token t:
+For a policy q of layer l (layer, attention or FFN; raw or with the final norm), the final policy pi
+and each measured token t, they are:
 
     rank = #{j : q_j > q_t}    KL(q || pi) = sum_j q_j (log q_j - log pi_j)    argmax q = argmax pi?
 
-These need whole rows of log-probs beside each other; entropy_flow() does without.
+Unlike the figures of entropy_flow(), these need whole rows of log-probs of both policies at once.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from bupo.policy import num_layers, unembedding
 from bupo.samples import Batch, Sample
 
 COMPARED = 256
-"""Tokens of a batch, evenly spaced, whose H^1..H^L are kept for the cosines between layers"""
+"""Number of evenly spaced tokens of a batch whose H^1..H^L are kept for cosines between layers"""
 
 
 @dataclass
 class Lens(Tokens):
-    """Arrays over [layer, token], by view ("layer", ..., "ffn_normed"); rows as in `layers`."""
+    """Arrays over [layer, token] by view ("layer", ..., "ffn_normed"), with rows as in `layers`."""
 
     rank: dict[str, NDArray[np.int64]]
-    """Of the measured token, 0 for the most likely"""
+    """Rank of the measured token, 0 for the most likely"""
     kl: dict[str, NDArray[np.float32]]
     """KL(internal || final), nats"""
     agrees: dict[str, NDArray[np.bool_]]
-    """Same most likely token as the model"""
+    """Whether the most likely token is that of the model"""
     top_tokens: dict[str, NDArray[np.int64]]
     """[layer, token, k]"""
     top_logprobs: dict[str, NDArray[np.float32]]
     final_top: NDArray[np.int64]
     """[token]: the model's most likely token"""
     similarity: NDArray[np.float32]
-    """[L, L]: cos(H^l, H^m), mean over all tokens of the texts, of a batch over at most COMPARED"""
+    """[L, L]: cos(H^l, H^m), mean over the texts' tokens, with at most COMPARED of each batch"""
     layers: list[int]
-    """Which layers the rows are, counted from 1"""
+    """The layers of the rows, counted from 1"""
 
 
 def lens(
@@ -59,12 +59,12 @@ def lens(
     layers: Sequence[int] | None = None,
     batch_tokens: int = 1024,
 ) -> Lens:
-    """Ranks, distances and top tokens of layers' policies over the measured tokens.
+    """Measures ranks, distances and top tokens of layers' policies over the measured tokens.
 
-    layers: which, counted from 1; None: all. Memory on the host is that of what these layers write
-    for the tokens of one batch. Errors: ValueError for no text, or one without a measured token, an
-    unknown view or layer, top_k outside 1..V; DecompositionError for a family whose layers cannot
-    be taken apart.
+    layers: those to measure, counted from 1, or None for all. The host's memory holds what these
+    layers write for the tokens of one batch. Errors: ValueError if there is no text, a text without
+    a measured token, an unknown view or layer, or a top_k outside 1..V; DecompositionError for a
+    family whose layers cannot be decomposed.
     """
     measure, similarity = LensMeasure(model, texts, top_k, views, layers), SimilarityMeasure(texts)
     sweep(model, texts, [measure, similarity], temperature, batch_tokens)
@@ -72,7 +72,7 @@ def lens(
 
 
 class LensMeasure(Measure):
-    """Lens as a measure of a sweep over texts, or (chosen [token]) over some of their tokens."""
+    """Lens as a measure of a sweep over texts, or over those of their tokens that are chosen."""
 
     takes_apart = True
 
@@ -105,7 +105,7 @@ class LensMeasure(Measure):
             return
         if self._top_k > 1:
             best, first = logp.topk(self._top_k, dim=-1)
-        else:  # much cheaper
+        else:  # much cheaper than topk(1)
             best, first = logp.max(-1, keepdim=True)
         yield "rank", view, (logp > logp.gather(1, targets[:, None])).sum(-1)
         yield "kl", view, kl_rows(logp, self._final)
@@ -114,7 +114,7 @@ class LensMeasure(Measure):
         yield "top_logprobs", view, best
 
     def result(self, similarity: SimilarityMeasure) -> Lens:
-        """After the sweep."""
+        """Returns the result after the sweep."""
         return Lens(
             **vars(self.tokens),
             rank=self.table("rank"),

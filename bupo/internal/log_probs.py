@@ -1,7 +1,7 @@
-"""Whole rows of a policy's log-probs, a few tokens at a time, and what is made of them.
+"""Whole rows of a policy's log-probs, for a few tokens at a time, and divergences between them.
 
-The fused ops give log-probs of targets and entropies without such rows; ranks, top tokens and
-divergences need them.
+Ranks, top tokens and divergences need these rows. For entropies and log-probs of targets, the fused
+ops do without them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 from bupo.policy import Unembedding
 
 BLOCK = 8192
-"""Entries of the vocabulary whose weights are widened at once"""
+"""Number of vocabulary entries whose weights are converted to float32 at once"""
 
 
 def log_probs(head: Unembedding, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax of hidden [n, D] through a head, [n, V], float32: products of a head in 16 bits
-    are summed and kept in float32, as by the fused ops."""
+    """Returns the log-softmax [n, V] of hidden [n, D] through a head, in float32. Products of a
+    head in 16 bits are summed and kept in float32, as in the fused ops."""
     exact = torch.promote_types(head.weight.dtype, torch.float32)
     block = len(head.weight) if head.weight.dtype == exact else BLOCK
     weights = torch.split(head.weight, block)
@@ -33,8 +33,8 @@ def log_probs(head: Unembedding, hidden: Tensor, temperature: float = 1.0) -> Te
 
 
 def kl_rows(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p || q) of each row, [n, V], [n, V] -> [n]. An entry of probability 0 adds nothing, where
-    the head's bias has masked it in both."""
+    """Returns KL(p || q) of each row, [n, V], [n, V] -> [n]. An entry of p = 0 adds nothing, even
+    if the head's bias has masked it in both policies."""
     p = logp.exp()
     gap = torch.where(p > 0, logp - logq, torch.zeros((), device=p.device))
     return (p * gap).sum(-1).clamp(min=0)

@@ -1,8 +1,8 @@
-"""One pass of a model over texts, from which every figure of this package is taken.
+"""One pass of a model over texts, from which all figures of this package are computed.
 
-Each batch of texts runs through the model once. A measure sees the layers as the model reaches
-them, and afterwards, when the model's own policy is known, whole rows of log-probs of the policies
-that it compares, CHUNK tokens at a time.
+Each batch of texts runs through the model once. A measure sees each layer as the model reaches it.
+After the forward, when the model's own policy is known, it sees whole rows of log-probs of the
+policies that it compares, CHUNK tokens at a time.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from bupo.policy import decoder_stack, hidden_states, unembedding
 from bupo.samples import Batch, Sample, micro_batches
 
 CHUNK = 64
-"""Tokens whose rows of log-probs are in memory at once"""
+"""Number of tokens whose rows of log-probs are in memory at once"""
 POLICIES = ("layer", "attention", "ffn")
-"""softmax(x E_u^T) for the vectors x = H^l, A^l and F^l"""
+"""The policies softmax(x E_u^T) for the vectors x = H^l, A^l and F^l"""
 VIEWS = (*POLICIES, *(f"{policy}_normed" for policy in POLICIES))
-"""Each raw, and with the model's final norm before the unembedding"""
+"""Each policy raw, and with the model's final norm before the unembedding"""
 Policy = tuple[int, str]
 """A layer, 1..L, and one of VIEWS; or FINAL"""
 FINAL: Policy = (0, "final")
 """The model's own policy"""
 Figures = Iterable[tuple[str, str, Tensor]]
-"""A kind of figure ("entropy"), a name ("ffn_normed") and the values of n tokens, [n, ...]"""
+"""Kinds of figures ("entropy"), names ("ffn_normed") and the values of n tokens, [n, ...]"""
 
 
 class Measure:
-    """What is measured in a sweep. A subclass overrides the methods that it needs, and yields the
-    figures of the tokens of a batch; they are kept in the order of texts and places."""
+    """A set of figures to measure in a sweep. A subclass overrides the methods that it needs and
+    yields the figures of a batch's tokens, which are kept in the order of texts and positions."""
 
     takes_apart = False
-    """Whether layer() is called, which needs a family whose layers can be taken apart"""
+    """Whether layer() is called, which needs a family whose layers can be decomposed"""
 
     def __init__(
         self,
@@ -54,8 +54,8 @@ class Measure:
         chosen: NDArray[np.bool_] | None = None,
     ) -> None:
         """texts: those of the sweep. policies: those that compare() is called with, FINAL first and
-        the others in this order. chosen [token]: which tokens are measured, all of them unless
-        given. Errors: as measured, in the name of a function."""
+        the others in this order. chosen [token]: the tokens to measure, all unless given.
+        function: the name in error messages. Errors: as measured()."""
         self.policies = tuple(policies)
         tokens = measured(function, texts)
         mine = np.ones(len(tokens.text), bool) if chosen is None else chosen
@@ -65,21 +65,21 @@ class Measure:
         """[token, ...] by kind, name and layer"""
 
     def layer(self, batch: Batch, layer: Layer) -> Figures:
-        """The model has got to the end of a layer."""
+        """Called when the model has reached the end of a layer."""
         return ()
 
     def end(self, batch: Batch, final: Tensor) -> Figures:
-        """The model has ended; final [T, D] is what its unembedding sees."""
+        """Called after the forward; final [T, D] is the input of the unembedding."""
         return ()
 
     def compare(self, policy: Policy, targets: Tensor, x: Tensor, logp: Tensor) -> Figures:
-        """What a policy says, logp [n, V], before n tokens, targets [n], of vectors x [n, D], raw.
-        Called for all policies before the next tokens come."""
+        """Called with the log-probs logp [n, V] of a policy before n tokens, targets [n], and with
+        its raw vectors x [n, D]. It is called for all policies before the next tokens."""
         return ()
 
     def put(self, layer: int, places: Tensor, figures: Figures) -> None:
-        """Keeps figures of a layer (0: of the model), of the tokens at these places among all. A
-        generator is not begun where none of these tokens is chosen."""
+        """Keeps the figures of a layer (0: the model) for the tokens with these indices among all.
+        If none of these tokens is chosen, a generator of figures is not started."""
         columns = self._column[places.cpu().numpy()]
         mine = columns >= 0
         for kind, name, values in figures if mine.any() else ():
@@ -90,7 +90,7 @@ class Measure:
             self.found[kind, name, layer][columns[mine]] = new
 
     def table(self, kind: str) -> dict[str, NDArray[Any]]:
-        """All figures of a kind by name, [layer, token, ...]."""
+        """Removes all figures of a kind from found; returns them by name, [layer, token, ...]."""
         layers: dict[str, list[NDArray[Any]]] = {}
         for key in [key for key in self.found if key[0] == kind]:
             layers.setdefault(key[1], []).append(self.found.pop(key))
@@ -105,11 +105,11 @@ def sweep(
     temperature: float = 1.0,
     batch_tokens: int = 1024,
 ) -> None:
-    """Runs texts through the model in evaluation mode, those of equal length together, so that
-    nothing is padded: at most batch_tokens tokens, or one text, at a time.
+    """Runs texts through the model in evaluation mode, at most batch_tokens tokens or one text at a
+    time. The texts of a batch have equal lengths, so that nothing is padded.
 
-    temperature: of the policies that are compared. Their vectors wait in the host's memory for the
-    end of the batch's forward. Tells bupo.progress. Errors: as decomposed and bupo.policy.
+    temperature: that of the policies that are compared. Their vectors are kept in the host's memory
+    until the batch's forward ends. Reports to bupo.progress. Errors: as decomposed and bupo.policy.
     """
     starts = np.cumsum([0, *(text.count for text in texts)]).tolist()
     placed = [
@@ -118,7 +118,7 @@ def sweep(
     ]
     total, done = sum(len(text.token_ids) for text in texts), 0
     device, training = unembedding(model).weight.device, model.training
-    # A forward takes little time beside the products with the head.
+    # For progress: without decomposition, a forward takes little time compared with the head.
     apart = any(measure.takes_apart for measure in measures)
     middle = (0.5 if any(measure.policies for measure in measures) else 1.0) if apart else 0.0
     model.eval()
@@ -135,7 +135,7 @@ def sweep(
 
 
 def _forward(model: nn.Module, batch: Batch, measures: Sequence[Measure]) -> dict[Policy, Tensor]:
-    """Runs a batch; returns what _compare needs, the vectors [T, D] of its measured tokens."""
+    """Runs a batch and returns the vectors [T, D] of its measured tokens, which _compare needs."""
     layers, kept = decoder_stack(model).layers, dict[Policy, Tensor]()
     visitors = [measure for measure in measures if measure.takes_apart]
     wanted = {(m, view.removesuffix("_normed")) for x in measures for m, view in x.policies}
@@ -157,7 +157,7 @@ def _forward(model: nn.Module, batch: Batch, measures: Sequence[Measure]) -> dic
     with ExitStack() as hooks:
         if visitors:
             hooks.enter_context(decomposed(model, visit))
-        else:  # works for families too whose layers cannot be taken apart
+        else:  # this also works for families whose layers cannot be decomposed
             for m, module in enumerate(layers, start=1):
                 hooks.callback(module.register_forward_hook(partial(output, m)).remove)
         final = kept[FINAL] = batch.pick(hidden_states(model, batch.input_ids))
@@ -173,7 +173,7 @@ def _compare(
     measures: Sequence[Measure],
     temperature: float,
 ) -> None:
-    """Shows the measures what the policies say that they read, CHUNK tokens at a time."""
+    """Passes the policies' log-probs to the measures that compare them, CHUNK tokens at a time."""
     head, norm, targets = unembedding(model), decoder_stack(model).norm, batch.targets
     compared = sorted((p for x in measures for p in x.policies), key=lambda p: p != FINAL)
     readers = {p: [x for x in measures if p in x.policies] for p in compared}

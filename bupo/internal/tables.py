@@ -1,8 +1,8 @@
-"""An analysis as tables: tidy, one observation a row, in Arrow's memory format.
+"""Tidy tables of an analysis, with one observation per row, in Arrow's memory format.
 
-TOKENS: a row a text, token, layer and policy. Policies: `embedding` (layer 0), `layer`,
-`attention`, `ffn` (layers 1..L) and `final`, the model itself (layer L). Null: not measured.
-TOP_TOKENS: a row a text, token, layer, policy and place.
+TOKENS has a row per text, token, layer and policy. The policies are `embedding` (layer 0), `layer`,
+`attention`, `ffn` (layers 1..L) and `final`, the model itself (layer L). Null means not measured.
+TOP_TOKENS has a row per text, token, layer, policy and place.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TOP_TOKENS = pa.schema(
 
 
 class Analysed(Protocol):
-    """What tables are made of: a bupo.internal.Analysis."""
+    """The parts of a bupo.internal.Analysis that the tables need."""
 
     name: str
     flow: EntropyFlow
@@ -55,15 +55,15 @@ class Analysed(Protocol):
     closer: Lens
 
     def piece(self, token: int) -> str:
-        """A token, readable."""
+        """Returns the readable text of a token."""
 
 
 def token_rows(found: Analysed) -> Iterator[pa.RecordBatch]:
-    """Rows of TOKENS, a batch a text, ordered by place, layer and policy."""
+    """Yields the rows of TOKENS, one batch per text, ordered by position, layer and policy."""
     flow, depth = found.flow, found.flow.layers
     policies = ["embedding", *POLICIES * depth, "final"]
     layers = np.array([0, *np.repeat(np.arange(1, depth + 1), len(POLICIES)), depth])
-    # Of each column: which of these policies have a value, and the values [policy, token].
+    # For each column: the indices of the policies that have a value, and values [policy, token].
     columns: dict[str, list[tuple[Any, NDArray[Any]]]] = {
         name: [] for name in TOKENS.names[len(WHERE) :]
     }
@@ -88,7 +88,8 @@ def token_rows(found: Analysed) -> Iterator[pa.RecordBatch]:
 
 
 def top_rows(found: Analysed) -> Iterator[pa.RecordBatch]:
-    """Rows of TOP_TOKENS, a batch a text, ordered by place in the text, layer, policy, place."""
+    """Yields the rows of TOP_TOKENS, one batch per text, ordered by position, layer, policy and
+    place."""
     near, layers = found.closer, np.array(found.closer.layers)
     views = list(near.top_tokens)
     for number in range(int(near.text.max()) + 1):

@@ -1,4 +1,4 @@
-"""What is analysed: samples, whose counted tokens are measured."""
+"""The texts of an analysis: samples whose counted tokens are measured."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from bupo.samples import Sample
 
 
 class Text(Sample):
-    """A sample whose measured tokens are one stretch, as those of a response are."""
+    """A sample whose measured tokens are contiguous, like those of a response."""
 
     def __init__(self, token_ids: list[int], start: int, end: int | None = None) -> None:
-        """Measures the tokens from place `start`, at least 1 (its predecessor predicts it), up to
-        but without place `end` (None: to the end of the text). Raises ValueError where that is no
-        token of the text."""
+        """Marks the tokens from position `start`, at least 1 (a token is predicted from the one
+        before it), up to but not including `end` (None: the end of the text) as measured. Raises
+        ValueError if these are not tokens of the text."""
         length = len(token_ids)
         if not 1 <= start < length:
             raise ValueError(f"Text: start: expected a place in 1..{length - 1}, came {start}")
@@ -28,25 +28,25 @@ class Text(Sample):
 
     @property
     def start(self) -> int:
-        """The place of the first measured token."""
+        """The position of the first measured token"""
         return self.loss_mask.index(True)
 
 
 @dataclass
 class Tokens:
-    """The measured tokens of all texts, one behind another."""
+    """The measured tokens of all texts, concatenated."""
 
     text: NDArray[np.int64]
-    """[token]: which text"""
+    """[token]: index of its text"""
     position: NDArray[np.int64]
-    """[token]: its place in the text"""
+    """[token]: its position in the text"""
     token: NDArray[np.int64]
     """[token]: its id, the target of every policy's log-prob"""
 
 
 def measured(function: str, texts: Sequence[Sample]) -> Tokens:
-    """The tokens that count. Raises ValueError, in the name of a function, where there is no text,
-    or one without such a token."""
+    """Returns the measured tokens of all texts. Raises ValueError, which names a function, if there
+    is no text or a text without a measured token."""
     if not texts:
         raise ValueError(f"{function}: texts: expected at least one, came none")
     for number, text in enumerate(texts):

@@ -1,7 +1,7 @@
-"""The LM-head ops of RL post-training: per-token log-probs, entropy and clipped-ratio loss
-straight from hidden states and the unembedding matrix, never holding [tokens, vocab].
+"""The LM-head ops of RL post-training: per-token log-probs, entropy and clipped-ratio loss. They
+work directly on hidden states and the unembedding matrix and do not store [tokens, vocab].
 
-The mathematics is in docs/ops.md; `reference` holds the same functions in eager torch.
+The mathematics is in docs/ops.md; `reference` has the same functions in eager torch.
 """
 
 from bupo.ops import reference

@@ -1,4 +1,4 @@
-"""Checks and shapes the arguments that both ops share."""
+"""Checks and reshapes the arguments that both ops share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DEVICES = (*build_info()["devices"], "meta")
 
 
 class Operands(NamedTuple):
-    """The LM head's arguments as the operators take them: tokens flattened to N."""
+    """The LM head's arguments in the form that the operators take, with tokens flattened to N."""
 
     hidden: Tensor
     """[N, D]"""
@@ -30,13 +30,13 @@ class Operands(NamedTuple):
     bias: Tensor | None
     """[V]"""
     temperature: Tensor | None
-    """[N], None for 1"""
+    """[N], or None for 1"""
     softcap: float
-    """0 for none"""
+    """0 for no softcap"""
 
 
 def describe(x: object) -> str:
-    """What came, for error messages."""
+    """Describes an argument for an error message."""
     if isinstance(x, Tensor):
         return (
             f"{str(x.dtype).removeprefix('torch.')} tensor of shape {list(x.shape)} on {x.device}"
@@ -45,7 +45,8 @@ def describe(x: object) -> str:
 
 
 def per_token(op: str, name: str, x: object, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float tensor of the shape of targets, flattened."""
+    """Checks a tensor with the shape of targets, and returns it flattened and detached, in `dtype`.
+    Raises TypeError and ValueError."""
     _refuse_forward_mode(op, (name, x))
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a float tensor, got {describe(x)}")
@@ -61,7 +62,8 @@ def per_token(op: str, name: str, x: object, targets: Tensor, dtype: torch.dtype
 
 
 def _refuse_forward_mode(op: str, *tensors: tuple[str, object]) -> None:
-    """torch.library's operators have no forward-mode derivative, and torch would take it for 0."""
+    """Raises NotImplementedError for tensors with a forward-mode tangent. torch.library's operators
+    have no forward-mode derivative, and torch would silently take it to be 0."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     for name, x in tensors:
@@ -121,7 +123,7 @@ def _same_dtype(op: str, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
         if hidden.dtype != torch.float64:
             return hidden.to(dtype), weight.to(dtype)
     if hidden.dtype == torch.bfloat16 and weight.dtype == torch.float32:
-        return hidden.float(), weight  # exact, and small beside the weight
+        return hidden.float(), weight  # exact, and small compared with the weight
     if hidden.dtype != weight.dtype:
         raise TypeError(
             f"{op}: hidden and weight must have one dtype (or bfloat16 hidden with float32 weight)"
@@ -139,7 +141,8 @@ def prepare(
     temperature: float | Tensor,
     softcap: float | None,
 ) -> Operands:
-    """Checks everything that can be known without reading the tensors' values."""
+    """Checks everything that does not need the tensors' values, and returns the operands. Raises
+    TypeError, ValueError and NotImplementedError, naming the argument."""
     given = ("hidden", hidden), ("weight", weight), ("bias", bias), ("temperature", temperature)
     _refuse_forward_mode(op, *given)
     hidden, weight = _matrix(op, "hidden", hidden), _matrix(op, "weight", weight)

@@ -1,4 +1,4 @@
-"""The clipped importance-ratio loss of RL post-training, from hidden states."""
+"""The clipped importance-ratio loss of RL post-training, computed from hidden states."""
 
 from __future__ import annotations
 
@@ -54,9 +54,10 @@ def policy_loss(
     importance_weights: Tensor | None = None,
     max_log_ratio: float | None = None,
 ) -> PolicyLoss:
-    """sum_i token_weights_i * loss_i, with its gradient computed in the same pass.
+    """Computes sum_i token_weights_i * loss_i, and its gradient in the same pass.
 
-    With logp_i, H_i of :func:`lm_head_logprobs`, r_i = exp(logp_i - old_i), A_i = advantages_i::
+    With logp_i and H_i from :func:`lm_head_logprobs`, r_i = exp(logp_i - old_i) and
+    A_i = advantages_i, the loss of a token is::
 
         "ppo":    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); with dual_clip c and A < 0,
                   at most -c A
@@ -65,35 +66,38 @@ def policy_loss(
         + kl_coef * KL, with g = ref - logp      k1: -g    k2: g^2 / 2    k3: e^g - g - 1
         - entropy_coef * H
 
-    The forward costs one product of hidden and weight, the gradient two more on live tokens only:
-    a token with weight 0, with a clipped ratio, or with advantage 0 (and no KL or entropy term)
-    has gradient 0 and takes no part in them; only a GPU keeps the clipped ones, as zeros.
-    `backward()` only scales what the forward stored, so without grad mode, or with frozen hidden
-    and weight, nothing is computed or stored for it.
+    The forward costs one product of hidden and weight, and the gradient two more over live tokens
+    only: a token with weight 0, with a clipped ratio, or with advantage 0 (and no KL or entropy
+    term) has gradient 0 and is left out of them; only a GPU keeps the clipped ones, as zeros.
+    `backward()` only scales the stored gradients. Without grad mode, or with frozen hidden and
+    weight, none are computed or stored.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap: as in :func:`lm_head_logprobs`.
-        old_logprobs, advantages: float [...], the policy that the ratio is against, and A.
+        old_logprobs: float [...], log-probs of the policy in the denominator of the ratio.
+        advantages: float [...], A.
         token_weights: float [...], mask and normaliser in one (for example mask / total tokens of
-            the optimiser step). 0 excludes a token whatever else it holds, nan and targets out of
-            range included; such a token costs nothing.
+            the optimiser step). A token with weight 0 is excluded and costs nothing, even if it
+            holds nan or a target out of range.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; inf: no bound.
         dual_clip: c > 1, or None.
-        ref_logprobs: float [...], the reference policy of the KL term.
-        importance_weights: float [...], e.g. truncated pi_old / pi_rollout; not on KL and entropy.
+        ref_logprobs: float [...], log-probs of the reference policy of the KL term.
+        importance_weights: float [...], e.g. truncated pi_old / pi_rollout. They do not multiply
+            the KL and entropy terms.
         max_log_ratio: bounds log r_i to [-max_log_ratio, max_log_ratio], so that no ratio is
-            infinite; beyond it, "ppo" has no gradient. None: no bound. verl's is 20.
+            infinite; beyond it, "ppo" has no gradient. None: no bound. verl uses 20.
 
     Returns:
         PolicyLoss(loss, logprobs, entropy, metrics): loss is a float32 scalar (float64 for float64
         input) differentiable in hidden, weight and bias; the rest is detached.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: double backward.
+        TypeError, ValueError: for a wrong argument; the message names it, what was expected and
+            what came.
+        RuntimeError: for a double backward.
 
-    Source: PPO/GRPO (2402.03300), dual clip (1912.09729), CISPO (2506.13585), BuPO's J_IPA
-    (2512.19673); derived in docs/ops.md. reference.policy_loss is the oracle.
+    Sources: PPO/GRPO (2402.03300), dual clip (1912.09729), CISPO (2506.13585), BuPO's J_IPA
+    (2512.19673). The derivation is in docs/ops.md. Tests compare with reference.policy_loss.
     """
     args = operands.prepare(_OP, hidden, weight, targets, bias, temperature, softcap)
     acc = accumulator(args.hidden.dtype)
@@ -103,7 +107,7 @@ def policy_loss(
 
     if kl_coef != 0 and ref_logprobs is None:
         raise ValueError(f"{_OP}: ref_logprobs is needed when kl_coef is not 0, got None")
-    settings = [  # PolicySettings of csrc/row_math.h
+    settings = [  # in the order of PolicySettings in csrc/row_math.h
         _number("clip_low", clip_low, 0, "at least 0 (inf: no bound)"),
         _number("clip_high", clip_high, 0, "at least 0 (inf: no bound)"),
         math.inf if dual_clip is None else _number("dual_clip", dual_clip, 1, "at least 1 or None"),

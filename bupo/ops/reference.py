@@ -1,7 +1,7 @@
-"""The LM-head ops in eager torch: the oracle of the tests, and the shortest documentation.
+"""The LM-head ops in eager torch, for tests and as the shortest documentation.
 
-Same signatures and results as bupo.ops; they hold [tokens, vocab] several times over. In float64
-they are the truth that the fused ops are measured against.
+They have the signatures and results of bupo.ops, but store [tokens, vocab] several times. In
+float64 they are the reference for the accuracy of the fused ops.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def lm_head_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> LogProbs:
-    """Like :func:`bupo.ops.lm_head_logprobs`."""
+    """Computes the same as :func:`bupo.ops.lm_head_logprobs`."""
     keep = targets != ignore_index
     z = F.linear(hidden.masked_fill(~keep[..., None], 0), weight, bias)
     z = z if z.dtype == torch.float64 else z.float()
@@ -66,7 +66,7 @@ def policy_loss(
     importance_weights: Tensor | None = None,
     max_log_ratio: float | None = None,
 ) -> PolicyLoss:
-    """Like :func:`bupo.ops.policy_loss`."""
+    """Computes the same as :func:`bupo.ops.policy_loss`."""
     keep = token_weights != 0
     logp, entropy, _ = lm_head_logprobs(
         hidden,
@@ -115,10 +115,10 @@ def loss_of_logprobs(
     max_log_ratio: float | None = None,
     log_ratio_of: Callable[[Tensor], Tensor] = lambda log_ratio: log_ratio,
 ) -> PolicyLoss:
-    """The same from log-probs and entropies, differentiable in both.
+    """Computes the same loss from log-probs and entropies, differentiable in both.
 
-    log_ratio_of: what the loss takes for the log of its ratio, from logp - old of all tokens; GSPO
-    gives every token of a response their mean. approx_kl stays that of single tokens.
+    log_ratio_of: maps logp - old of all tokens to the log-ratios that the loss uses; GSPO gives
+    every token of a response the mean over it. approx_kl always uses those of single tokens.
     """
     keep = token_weights != 0
 
@@ -132,12 +132,13 @@ def loss_of_logprobs(
     advantages = kept(advantages)
 
     def of(logp: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss of each token without its entropy term; clipped; log-ratio of the token; ratio."""
+        """Returns for each token its loss without the entropy term, whether it is clipped, its own
+        log-ratio and its ratio."""
         token_log_ratio = logp - old_logprobs.to(logp.dtype).where(keep, logp.detach())
         log_ratio = log_ratio_of(token_log_ratio)
         limited = log_ratio.abs() > limit
         log_ratio = clamped(log_ratio)
-        moving = (advantages != 0) | log_ratio.isnan()  # an advantage of 0 beats an infinite ratio
+        moving = (advantages != 0) | log_ratio.isnan()  # 0 * inf must give 0
         ratio, r = log_ratio.exp(), log_ratio.where(moving, 0).exp()
         if loss_type == "cispo":
             loss = -r.detach().clamp(max=1 + clip_high) * advantages * logp.where(moving, 0)
@@ -163,7 +164,7 @@ def loss_of_logprobs(
     total = (weights * kept(loss - entropy_coef * entropy)).sum()
 
     live = keep
-    if not entropy_coef:
+    if not entropy_coef:  # live tokens are those whose loss has a gradient
         with torch.enable_grad():
             leaf = logp.detach().requires_grad_()
             (slope,) = torch.autograd.grad((weights * kept(of(leaf)[0])).sum(), leaf)

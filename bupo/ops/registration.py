@@ -1,6 +1,6 @@
-"""Loads the extension and teaches torch its operators: fake (shape) functions and autograd.
+"""Loads the extension and registers its operators' fake (shape) functions and autograd with torch.
 
-The only file, with lm_head.py and policy_loss.py, that names torch.ops.bupo.
+Only this file, lm_head.py and policy_loss.py use torch.ops.bupo.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ METRICS = (
 
 
 def build_info() -> dict[str, Any]:
-    """What the extension was built with and can run.
+    """Returns how the extension was built and what it can run.
 
     Keys: ``version``; ``cuda``, the build mode (OFF, CHECK, ON); ``archs``, the CUDA architectures;
-    ``torch_target``, the oldest torch it runs on; ``devices``, where ops are implemented;
-    ``cpu_products``, for float32 and bfloat16: "block" (oneDNN's block product; AVX-512 and, for
-    bfloat16, AVX512_BF16 or AMX) or "library" (torch's BLAS in fp32, slower); ``cpu_vectors``, the
-    bits of a vector of the rest; ``workspace_bytes``, see :func:`set_workspace_bytes`, 0 for its
-    default; ``cuda_kernels``, see :func:`set_cuda_kernels`.
+    ``torch_target``, the oldest torch it runs on; ``devices``, those with an implementation;
+    ``cpu_products``, for float32 and bfloat16: "block" (oneDNN's block product, which needs AVX-512
+    and, for bfloat16, AVX512_BF16 or AMX) or "library" (torch's BLAS in fp32, slower);
+    ``cpu_vectors``, the vector width in bits of the other CPU code; ``workspace_bytes``, see
+    :func:`set_workspace_bytes`, 0 for its default; ``cuda_kernels``, see :func:`set_cuda_kernels`.
     """
     return dict(_C.build_info())
 
 
 def set_workspace_bytes(size: int | None) -> None:
-    """The workspace in bytes of a CUDA op, beside its results.
+    """Sets the workspace of a CUDA op in bytes, in addition to its results.
 
-    None, the default: a quarter of the memory that is free on the GPU when the first op runs
-    there, rounded down to a power of two, at least 256 MiB and at most 4 GiB. It does not change
-    afterwards, but it may differ from process to process, and with it the number of chunks and the
-    rounding of dW; set a number where two runs must agree to the last bit.
+    None, the default, stands for a quarter of the memory that is free on the GPU when the first op
+    runs there, rounded down to a power of two, at least 256 MiB and at most 4 GiB. It does not
+    change afterwards, but it may differ between processes, and with it the number of chunks and the
+    rounding of dW. Set a number if two runs must agree to the last bit.
 
-    More memory means fewer, larger chunks of tokens. 128 rows of logits are always taken. Two
-    things come on top: a float32 accumulator of the size of dW, for bfloat16 weights when there is
-    more than one chunk (if a single chunk fits into budget plus accumulator, a single one is used)
-    and for float16 weights always; and what lm_head_logprobs keeps from its forward for its
-    backward, at most this budget once more. CPU ops need no such budget.
+    More memory means fewer, larger chunks of tokens. At least 128 rows of logits are always taken.
+    Two things are added to the budget: a float32 accumulator of the size of dW, always for float16
+    weights, and for bfloat16 weights if there is more than one chunk (a single chunk is used if it
+    fits into budget plus accumulator); and the logits that lm_head_logprobs keeps from its forward
+    for its backward, which take at most the budget once more. CPU ops do not use a budget.
 
     Raises:
         TypeError, ValueError: size is neither None nor a positive int.
@@ -73,12 +73,12 @@ CUDA_KERNELS = ("auto", "portable", "sm90_cooperative", "sm90_pingpong")
 
 
 def set_cuda_kernels(name: str) -> None:
-    """Which kernels serve CUDA calls: to compare them, or to get around one that fails.
+    """Sets the kernels for CUDA calls, to compare them or to avoid one that fails.
 
-    ``auto``, the default, takes the best that can serve a call. ``portable`` runs on every GPU from
-    sm_80 on. ``sm90_cooperative`` and ``sm90_pingpong`` are two schedules of the Hopper kernel; a
-    call that it cannot serve still takes the portable path. docs/ops.md says which calls those are.
-    The environment variable ``BUPO_CUDA_KERNELS`` sets it when bupo.ops is imported.
+    ``auto``, the default, takes the best kernel that supports a call. ``portable`` runs on every
+    GPU from sm_80 on. ``sm90_cooperative`` and ``sm90_pingpong`` are two schedules of the Hopper
+    kernel; a call that it does not support still takes the portable kernel. docs/ops.md lists these
+    calls. The environment variable ``BUPO_CUDA_KERNELS`` sets the name when bupo.ops is imported.
 
     Raises:
         ValueError: name is none of these.
@@ -96,8 +96,8 @@ if "BUPO_CUDA_KERNELS" in os.environ:
 
 
 def call(op: Callable[..., Any], *args: Any) -> Any:
-    """op(*args), with torch's own exception when the GPU has no memory left: the extension is built
-    on torch's stable interface, which cannot throw it."""
+    """Returns op(*args). Raises torch.OutOfMemoryError if the GPU has no memory left, which the
+    extension cannot throw itself because it is built on torch's stable interface."""
     if torch.compiler.is_compiling():
         return op(*args)
     try:
@@ -109,7 +109,7 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type of per-token results for inputs of ``dtype``."""
+    """Returns the dtype of per-token results for inputs of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -118,7 +118,7 @@ def _fake_logprobs(
 ) -> tuple[Tensor, ...]:
     acc = accumulator(hidden.dtype)
     per_token = (hidden.new_empty(targets.shape, dtype=acc) for _ in range(3))
-    # What a GPU keeps depends on the budget; under torch.compile lm_head.py asks for nothing.
+    # A GPU keeps logits within the budget, but under torch.compile lm_head.py asks for none.
     return (*per_token, hidden.new_empty((0,), dtype=torch.uint8))
 
 
@@ -149,8 +149,8 @@ def _fake_policy_loss(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total += a @ b, summed in the float32 of total by the product itself. The extension calls it:
-    addmm takes numbers, which cannot pass through torch's stable interface."""
+    """Adds a @ b to total, accumulating in total's float32 within the product. The extension calls
+    this function because addmm takes numbers, which torch's stable interface cannot pass."""
     if a.dtype == total.dtype:
         return torch.addmm(total, a, b, out=total)
     return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
@@ -181,7 +181,7 @@ def _backward_logprobs(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | Non
     _refuse_double_backward("lm_head_logprobs")
     if all(g is None for g in upstream):
         return (None,) * 8
-    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
+    saved = ctx.saved_tensors  # read once, as checkpointing unpacks a tensor only once
     grads = (None if g is None else g.contiguous() for g in upstream[:3])
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     d_hidden, d_weight, d_bias = call(
@@ -208,9 +208,9 @@ def _save_policy(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
-    """scale * grad, in place when the graph dies with this backward: dW is often the largest
-    tensor of a step, and a second one would double the op's memory. A scale of 1 costs nothing; on
-    a GPU the device looks at it, for the host would have to wait."""
+    """Returns scale * grad, computed in place if the graph is freed by this backward: dW is often
+    the largest tensor of a step, and a copy would double the op's memory. A scale of 1 is skipped;
+    on a GPU the device checks for it, since the host would have to wait."""
     if type(grad) is not Tensor or torch.compiler.is_compiling():
         return grad * scale
     if torch._C._autograd._get_current_graph_task_keep_graph():

@@ -1,4 +1,4 @@
-"""What the ops return."""
+"""The result types of the ops."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class LogProbs(NamedTuple):
-    """Per-token results, each of the shape of ``targets``; ignored tokens hold 0.
+    """Per-token results in nats, each of the shape of ``targets``; ignored tokens hold 0.
 
-    float32 (float64 for float64 input), in nats.
+    They are float32 (float64 for float64 input).
     """
 
     logprobs: Tensor
@@ -18,11 +18,11 @@ class LogProbs(NamedTuple):
     entropy: Tensor
     """-sum_j p_j log p_j, in [0, ln V]"""
     logsumexp: Tensor
-    """log sum_j exp z_j of the logits after softcap and temperature"""
+    """log sum_j exp z_j, where z_j are the logits after softcap and temperature"""
 
 
 class PolicyLoss(NamedTuple):
-    """The loss, ready for ``backward()``, and what it was made from (detached)."""
+    """The loss, ready for ``backward()``, and detached results of the same pass."""
 
     loss: Tensor
     """sum of token_weights times per-token loss, a scalar"""
@@ -31,6 +31,6 @@ class PolicyLoss(NamedTuple):
     entropy: Tensor
     """per token, nats, 0 where token_weights is 0"""
     metrics: dict[str, Tensor]
-    """Scalars over the tokens with weight: clip_fraction, ratio_mean, ratio_max, approx_kl (k3
-    estimate of KL(old || new)), entropy_mean; and live_fraction, the share of all tokens that took
-    part in the gradient products."""
+    """Scalars over the tokens with nonzero weight: clip_fraction, ratio_mean, ratio_max, approx_kl
+    (k3 estimate of KL(old || new)), entropy_mean; and live_fraction, the share of all tokens that
+    are part of the gradient products."""

@@ -1,7 +1,7 @@
-"""Pages for a browser, and figures: of a training run, of several, and of an analysis.
+"""Web pages with figures of one training run, of several, and of an analysis.
 
-run_plots.py, layer_maps.py and analysis_plots.py draw, page.py writes the page; drawing.py and
-palette.py are the style of all figures.
+run_plots.py, layer_maps.py and analysis_plots.py draw the figures and page.py writes the page.
+drawing.py and palette.py define the style of all figures.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["write_analysis_report", "write_pass_at_k", "write_report"]
 
 
 def write_report(run_dir: Path, *others: Path, out_dir: Path | None = None) -> Path:
-    """Writes report.html of a training run and its figures as PNG; returns the page's path.
+    """Writes report.html of a training run and its figures as PNG, and returns the page's path.
 
-    They go into run_dir; with others, the runs overlaid, into run_dir/comparison; or into out_dir.
-    The same files give the same bytes. Missing keys, values that are not numbers and unreadable
-    lines are left out, and a run without a step gives a page that says so. Raises OSError only: a
-    directory is missing or not writable.
+    They are written to out_dir if it is given, else to run_dir, or to run_dir/comparison if other
+    runs are overlaid. The same files give the same bytes. Missing keys, values that are not numbers
+    and unreadable lines are left out, and a run without a step gives a page that says so. Raises
+    only OSError, if a directory is missing or not writable.
     """
     paths = list(dict.fromkeys(Path(path).resolve() for path in (run_dir, *others)))
     unique = len({path.name for path in paths}) == len(paths)
@@ -54,7 +54,7 @@ def write_report(run_dir: Path, *others: Path, out_dir: Path | None = None) -> P
 
 
 def write_pass_at_k(rows: Sequence[Row], file: Path) -> None:
-    """Draws rows of eval.jsonl to a PNG file; nothing if no Pass@K is defined. Raises OSError."""
+    """Draws rows of eval.jsonl to a PNG file, unless no Pass@K is defined. Raises OSError."""
     with style():
         if figure := draw_pass_at_k([(row, "", {"color": BLUE}) for row in rows]):
             file.write_bytes(encoded(figure, "png"))
@@ -63,10 +63,10 @@ def write_pass_at_k(rows: Sequence[Row], file: Path) -> None:
 def write_analysis_report(
     out: str | Path, found: Sequence[Analysis], facts: Sequence[str] = (), notes: Sequence[str] = ()
 ) -> Path:
-    """Writes figures/NAME.svg and .png and report.html of one analysis, or of two overlaid; returns
-    the page's path.
+    """Writes figures/NAME.svg and .png and report.html of one analysis, or of two overlaid, and
+    returns the page's path.
 
-    facts: what was analysed, a sentence each; notes: what a reader should know first. Raises
+    facts: sentences on what was analysed. notes: sentences that a reader should read first. Raises
     ValueError for another number of analyses, and OSError.
     """
     if len(found) not in (1, 2):

@@ -1,7 +1,7 @@
-"""The report of finished or running runs.
+"""Writes the report of one or several runs, finished or still running.
 
 python -m bupo.report RUN_DIR                     one run; writes into RUN_DIR
-python -m bupo.report RUN_DIR RUN_DIR2 [--out D]  overlaid; into D (RUN_DIR/comparison)
+python -m bupo.report RUN_DIR RUN_DIR2 [--out D]  overlaid; writes into D (RUN_DIR/comparison)
 """
 
 import argparse
@@ -14,7 +14,8 @@ FILES = ("metrics.jsonl", "eval.jsonl")
 
 
 def main() -> int:
-    """Exit status: 0 done, 2 a folder without a run, or one that cannot be read or written."""
+    """Writes the report. Returns the exit status: 0 when done, 2 for a folder that has no run or
+    cannot be read or written."""
     parser = argparse.ArgumentParser(
         prog="python -m bupo.report", description="Report of a training run, or several overlaid."
     )

@@ -1,4 +1,4 @@
-"""The figures of an analysis, or of two, overlaid: the second is dashed."""
+"""The figures of an analysis, or of two overlaid, of which the second is dashed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bupo.internal.analysis import Analysis
 
 DASHES: list[Any] = ["solid", (0, (4, 1.6))]
-"""Of the first model and of the one that it is compared with"""
+"""Line styles of the first model and of the one that it is compared with"""
 POLICIES = [
     ("layer", "layer", BLUE, "o", 1.8),
     ("attention", "attention", ORANGE, "^", 1.8),
@@ -28,7 +28,7 @@ RAW_AND_NORMED = [
     ("layer", "raw", BLUE, "o", 3.2),
     ("layer_normed", "with final norm", PURPLE, "D", 1.5),
 ]
-"""The same of the layer's policy; raw is wider, to be seen where both are equal"""
+"""The same for the layer's policy; raw is wider, so that it is visible where both are equal"""
 
 
 class Model:
@@ -48,8 +48,8 @@ def _panel(
     lines: Sequence[tuple[str, str, str, str, float]],
     plus: float = 0.0,
 ) -> None:
-    """Means over texts by layer, and the middle 80 % of texts. curves: a name with {} in place of
-    what lines have; plus: added to the values."""
+    """Plots means over texts by layer, and the middle 80 % of texts. curves: the curves' name, with
+    {} for the part that `lines` provides. plus: a number added to the values."""
     for n, model in enumerate(models):
         for part, label, color, marker, width in lines:
             curve = model.curves[curves.format(part)]
@@ -69,7 +69,7 @@ def _panel(
 
 
 def _legend(fig: Figure, axes: Sequence[Axes], models: Sequence[Model]) -> Figure:
-    """What the colours are and, of two models, what the dashes are; returns the figure."""
+    """Adds a legend of the colours and, for two models, of the dashes; returns the figure."""
     dashed = [Line2D([], [], linestyle=d, color=INK, label=m.name) for d, m in zip(DASHES, models)]
     legend(fig, axes, dashed if len(models) > 1 else [])
     return fig
@@ -98,7 +98,7 @@ def entropy_change(models: Sequence[Model]) -> Figure:
         _panel(ax, models, title, "nats", "entropy_change.{}", [line])
         ax.axhline(0, color=GREY, linewidth=1)
     low, high = ax.get_ylim()
-    ax.set_ylim(low, high + 0.2 * (high - low))  # room for the names of boundaries
+    ax.set_ylim(low, high + 0.2 * (high - low))  # leaves room for the names of boundaries
     for kind, first, last in models[0].found.boundary.segments:
         look: Style = {"color": OF_SEGMENT[kind], "alpha": 0.18, "linewidth": 0, "zorder": 0}
         ax.axvspan(first - 0.5, last + 0.5, label=kind, **look)
@@ -162,4 +162,4 @@ def layer_cosines(models: Sequence[Model]) -> Figure:
 
 
 FIGURES = (entropy_flow, entropy_change, scale, to_model, residual_cosines, layer_cosines)
-"""In the order of the page, which has their titles and how to read them"""
+"""The figures in the order of the page, which has their titles and explains them"""

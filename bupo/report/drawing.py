@@ -1,4 +1,4 @@
-"""What all figures share: size, style, legends, scales, and their bytes as PNG and SVG."""
+"""The parts that all figures share: size, style, legends, scales, and encoding as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bupo.report.palette import GREY, GRID, INK
 Style = dict[str, Any]
 WIDTH = 10
 SETTINGS: Style = {
-    "svg.fonttype": "none",  # text stays text: small and searchable
+    "svg.fonttype": "none",  # text stays text, small and searchable
     "svg.hashsalt": "bupo",  # the same figure has the same bytes
     "text.parse_math": False,  # no name is read as mathematics
     "text.color": INK,
@@ -49,13 +49,13 @@ SETTINGS: Style = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Figures that are made and written inside have the house style; outside nothing changes."""
+    """Inside, figures are made and written in the common style. Nothing changes outside."""
     with rc_context(SETTINGS):
         yield
 
 
 def figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of this height in inches and its axes in reading order."""
+    """Returns a figure of this height in inches and its axes in reading order."""
     fig = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
     for ax in axes:
@@ -64,8 +64,8 @@ def figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figu
 
 
 def short(name: object, most: int) -> str:
-    """A name as a label: beginnings and ends of paths tell most, so the middle of a long one is
-    left out; a space stands before an underscore, which would hide the label from a legend."""
+    """Shortens a name to a label. The middle is left out, as the ends of a path tell most. A space
+    is put before a leading underscore, which would hide the label from a legend."""
     text = "".join(c if c.isprintable() else "�" for c in str(name))
     half = (most - 1) // 2
     text = text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
@@ -73,7 +73,7 @@ def short(name: object, most: int) -> str:
 
 
 def legend(fig: Figure, axes: Sequence[Axes], extra: Sequence[Any] = ()) -> None:
-    """Below the figure, what is labelled in any of the axes, each label once; then extra."""
+    """Adds a legend below the figure with each label of the axes once, followed by extra."""
     handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]]
     shown = {short(handle.get_label(), 40): handle for handle in [*handles, *extra]}
     lengths = [8 + len(label) for label in shown]  # in characters, with the handle
@@ -83,12 +83,12 @@ def legend(fig: Figure, axes: Sequence[Axes], extra: Sequence[Any] = ()) -> None
 
 
 def spread(n: int, most: int = 9) -> NDArray[np.int_]:
-    """1, n and whole numbers evenly between them: places of labels."""
+    """Returns at most `most` evenly spaced whole numbers from 1 to n as places for labels."""
     return np.unique(np.linspace(1, n, min(n, most)).round().astype(int))
 
 
 def logarithmic(ax: Axes) -> None:
-    """y axis, its numbers written plainly."""
+    """Makes the y axis logarithmic, with plain numbers as labels."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
@@ -97,7 +97,7 @@ def logarithmic(ax: Axes) -> None:
 
 
 def heat(ax: Axes, values: NDArray[Any], unit: str = "", **options: Any) -> None:
-    """A cell for each of values [layer, column], both counted from 1, with a bar of its colours."""
+    """Draws values [layer, column], both counted from 1, as coloured cells with a colour bar."""
     rows, columns = values.shape
     options |= {"extent": (0.5, columns + 0.5, 0.5, rows + 0.5), "interpolation": "nearest"}
     image = ax.imshow(values, origin="lower", **options)
@@ -108,7 +108,7 @@ def heat(ax: Axes, values: NDArray[Any], unit: str = "", **options: Any) -> None
 
 
 def encoded(fig: Figure, kind: str) -> bytes:
-    """The figure as a file of this kind, png or svg."""
+    """Returns the bytes of the figure as a file of this kind, png or svg."""
     options: Style = {"dpi": 150, "facecolor": "white"}
     if kind == "svg":
         options = {"metadata": {"Date": None, "Creator": None}}

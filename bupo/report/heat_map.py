@@ -1,7 +1,7 @@
-"""Data of the layer x token heat maps, small enough to be part of the page.
+"""Data of the layer x token heat maps, packed small enough to be part of the page.
 
-Numbers are whole multiples of a step from the smallest one, as unsigned integers in base64: three
-decimals at least, two bytes each where the range allows.
+A number is stored as a multiple of a step above the smallest one, in base64-encoded unsigned
+integers, with at least three decimals, and in two bytes if the range allows.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ VIEWS = ("layer", "layer_normed")
 
 
 def packed(values: NDArray[Any], step: float | None = None) -> dict[str, Any]:
-    """{low, step, bits, data}: value = low + step * integer. None: thousandths, or finer where the
-    range is narrow."""
+    """Returns {low, step, bits, data}, where value = low + step * integer. With step=None, the step
+    is a thousandth, or finer if the range is narrow."""
     lowest, highest = float(values.min()), float(values.max())
     if step is None:
         step = min(1e-3, 10.0 ** math.floor(math.log10(max(highest - lowest, 1e-6) / 6000)))
@@ -38,7 +38,7 @@ def packed(values: NDArray[Any], step: float | None = None) -> dict[str, Any]:
 
 
 def heat_maps(found: Analysis) -> list[dict[str, Any]]:
-    """The map of each text that was looked at closer: rows are layers, from the first one kept."""
+    """Returns the map of each text in found.closer. Rows are layers, from the first one kept."""
     return [_heat_map(found, text) for text in range(int(found.closer.text.max()) + 1)]
 
 

@@ -1,4 +1,4 @@
-"""The policies of all layers over a run: layer x step, as the change since its beginning."""
+"""Maps of all layers' policies over a run, layer x step, as the change since the first step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MAPS = {
     "kl_from_anchor": "KL(πˡ ‖ πᵐ), nats",
     "similarity": "cos(Hˡ, Hᵐ)",
 }
-"""Key of diagnostics.jsonl: title"""
+"""Title by key of diagnostics.jsonl"""
 
 
 def draw_layers(run: Run) -> Figure | None:
-    """A map of each quantity below the perplexity of the probes; None if the run has not looked at
-    its layers twice."""
+    """Draws a map of each quantity below the perplexity of the probes. Returns None if the run has
+    not measured its layers at least twice."""
     tables = {name: table for name in MAPS if (table := _table(run, name))}
     if not tables:
         return None
@@ -45,7 +45,8 @@ def draw_layers(run: Run) -> Figure | None:
 
 
 def _table(run: Run, name: str) -> tuple[list[int], NDArray[np.float64]] | None:
-    """Steps, and [layer, step] minus the first step, of all looks with the first one's layers."""
+    """Returns the steps, and values [layer, step] minus those of the first step, for all rows with
+    as many layers as the first."""
     rows = [row for row in run.looks if isinstance(row.get(name), list) and row[name]]
     rows = [row for row in rows if len(row[name]) == len(rows[0][name])]
     values = np.array([[number(x) for x in row[name]] for row in rows]).T
@@ -55,8 +56,8 @@ def _table(run: Run, name: str) -> tuple[list[int], NDArray[np.float64]] | None:
 
 
 def _over_looks(ax: Axes, steps: list[int], run: Run) -> None:
-    """x axis of the looks, which need not be evenly spaced; a line where the run goes on with
-    another policy."""
+    """Labels the x axis with the measured steps, which may be unevenly spaced, and draws a line at
+    each step where the run switches to another policy."""
     few = spread(len(steps))
     ax.set_xticks(few, [str(steps[i - 1]) for i in few])
     ax.set_xlim(0.5, len(steps) + 0.5)

@@ -1,4 +1,4 @@
-"""One self-contained page of figures, tables and texts; base.html.j2 is what all pages share."""
+"""Writes a self-contained page of figures, tables and texts. All pages share base.html.j2."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ Draw = dict[str, Callable[[], Figure | None]]
 def write_page(
     out: Path, template: str, draw: Draw, notes: Sequence[str], folder: str = "", **values: Any
 ) -> Path:
-    """Writes OUT/report.html and a PNG file of each of its figures; returns the page's path.
+    """Writes OUT/report.html and a PNG file of each of its figures, and returns the page's path.
 
-    draw: makes the figures by name, or None where there is nothing to show. A figure that fails is
-    left out, and a note on the page says so. folder: where in out the figures go, then also as SVG.
-    values: for the template, which escapes them. Raises OSError.
+    draw: functions by name that make a figure, or None if there is nothing to show. A figure that
+    fails is left out, and a note on the page says so. folder: subfolder of out for the figures,
+    which are then also written as SVG. values: passed to the template, which escapes them. Raises
+    OSError.
     """
     figures, notes = {}, list(notes)
     (out / folder).mkdir(parents=True, exist_ok=True)
@@ -53,10 +54,10 @@ def write_page(
 
 
 def inline(text: str, name: str, description: str) -> str:
-    """An SVG file as an element of a page: identifiers of its own, colours from CSS."""
+    """Turns an SVG file into an element of a page, with unique identifiers and colours from CSS."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<image [^>]*?)\bid="[^"]*"', r"\1", text)  # equal colour bars have equal ones
+    text = re.sub(r'(<image [^>]*?)\bid="[^"]*"', r"\1", text)  # equal colour bars have equal ids
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", text)
     label = html.escape(description)

@@ -1,4 +1,4 @@
-"""What the files of a run directory say, read forgivingly."""
+"""Reads the files of a run directory and tolerates damaged or missing ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Row = dict[str, Any]
 ROLLOUTS_READ = 64
-"""Of each step's file, which can hold a thousand long responses"""
+"""Number of rollouts read from each step's file, which can hold a thousand long responses"""
 
 
 class Phase(NamedTuple):
@@ -23,30 +23,31 @@ class Phase(NamedTuple):
 
     internal: bool
     policy: str
-    """In words, e.g. "policy of layer 3"."""
+    """Description, for example: policy of layer 3"""
     steps: list[int]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory; rows are in ascending order of their steps."""
+    """The contents of a run directory; rows are in ascending order of their steps."""
 
     name: str
     rows: list[Row]
-    """metrics.jsonl, a row a step"""
+    """Rows of metrics.jsonl, one per step"""
     evals: list[Row]
+    """Rows of eval.jsonl"""
     looks: list[Row]
-    """diagnostics.jsonl"""
+    """Rows of diagnostics.jsonl, one per measurement of the layers"""
     config: str
     notes: list[str]
-    """What a reader should know first"""
+    """Sentences that a reader should read first"""
 
     @property
     def steps(self) -> NDArray[np.int_]:
         return np.array([row["step"] for row in self.rows], dtype=int)
 
     def column(self, key: str) -> NDArray[np.float64]:
-        """A value for each step, nan where it is missing or out of any range."""
+        """Returns the values of a key for each step; nan if missing, not finite or above 1e99."""
         values = np.array([number(row.get(key)) for row in self.rows], dtype=float)
         return np.where(np.abs(values) < 1e99, values, np.nan)
 
@@ -61,7 +62,7 @@ class Run:
 
     @property
     def sentence(self) -> str:
-        """What happened, in plain words."""
+        """A sentence that summarises the run"""
         if not self.rows:
             return "No training step has been recorded yet."
         n, phases = len(self.rows), self.phases
@@ -73,7 +74,7 @@ class Run:
 
 
 def number(value: object) -> float:
-    """nan for what is not a number."""
+    """Converts a value to float, or to nan if it is not a number."""
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -81,18 +82,18 @@ def number(value: object) -> float:
 
 
 def plus_minus(row: Row, key: str) -> str:
-    """A mean and, where it is defined, its standard error."""
+    """Formats a mean with its standard error if that is defined; empty without a mean."""
     value, error = number(row.get(key)), number(row.get(f"{key}_se"))
     spread = "" if math.isnan(error) else f" ± {error:.3f}"
     return "" if math.isnan(value) else f"{value:.3f}{spread}"
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """The run in a folder, under a name. Raises OSError, never for what a file holds."""
+    """Reads the run in a folder and names it. Raises OSError, but not for a file's contents."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no such run directory: {folder}")
     notes: list[str] = []
-    # Of what a resumed run wrote twice the later row counts.
+    # A resumed run may write a row twice; the later one counts.
     rows = {row["step"]: row for row in _rows(folder / "metrics.jsonl", notes)}
     looks = {row["step"]: row for row in _rows(folder / "diagnostics.jsonl", notes)}
     evals = {}
@@ -112,8 +113,8 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def _rows(file: Path, notes: list[str], limit: int | None = None, **given: object) -> list[Row]:
-    """JSON objects with a step, those of given added, up to a limit. Other lines, such as one that
-    was cut by a kill, are counted in notes."""
+    """Reads up to `limit` lines as JSON objects with a step, adding the values of `given`. Other
+    lines, such as one left incomplete by a killed process, are counted in notes."""
     rows, unread = [], 0
     with file.open("rb") if file.is_file() else io.BytesIO() as lines:
         for line in islice(lines, limit):
@@ -128,7 +129,7 @@ def _rows(file: Path, notes: list[str], limit: int | None = None, **given: objec
 
 
 def some_rollouts(folder: Path, run: Run) -> list[Row]:
-    """A best and a worst rollout of the first step and of the last step of each phase."""
+    """Returns a best and a worst rollout of the first step and of the last step of each phase."""
     picked = []
     for step in dict.fromkeys([*run.steps[:1], *(phase.steps[-1] for phase in run.phases)]):
         rows = _rows(folder / f"rollouts/step_{step:06d}.jsonl", [], ROLLOUTS_READ, step=step)

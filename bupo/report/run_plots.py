@@ -1,6 +1,7 @@
-"""The figures of training runs, over their steps.
+"""The figures of training runs over their steps.
 
-Of one run, orange is the internal phase and blue the final policy; of several, colour is the run.
+For one run, orange is the internal phase and blue the final policy. For several, each run has its
+own colour.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ PANELS = {
         "response/truncated": "truncated, share of responses",
     },
 }
-"""Figure: its keys of metrics.jsonl and their labels"""
+"""Keys of metrics.jsonl and their labels, by figure"""
 WHEN = {"before": (GREY, ":"), "phase_switch": (ORANGE, "--"), "latest": (BLUE, "-")}
-"""Evaluation: its colour in the figure of one run, its line style in that of several"""
+"""The colour for one run and the line style for several, by evaluation"""
 
 
 def draw_steps(name: str, runs: Sequence[Run]) -> Figure | None:
-    """The figure of a key of PANELS; None if no run has recorded what it shows."""
+    """Draws the figure of a key of PANELS. Returns None if no run has recorded its values."""
     keys = [k for k in PANELS[name] if any(np.isfinite(run.column(k)).any() for run in runs)]
     if not keys:
         return None
@@ -63,7 +64,7 @@ def draw_steps(name: str, runs: Sequence[Run]) -> Figure | None:
 
 
 def _colors(runs: Sequence[Run]) -> list[str | None]:
-    """Of each of several runs; a single one has the colours of its phases."""
+    """Returns the colour of each of several runs. A single run has None, for colours by phase."""
     return [SERIES[n % len(SERIES)] if len(runs) > 1 else None for n in range(len(runs))]
 
 
@@ -80,7 +81,7 @@ def _mark_phases(ax: Axes, run: Run, color: str | None, alpha: float) -> None:
 def _line(
     ax: Axes, run: Run, key: str, color: str | None, label: str | None = None, dashed: bool = False
 ) -> None:
-    """Every step thin, the running mean bold and never across a switch."""
+    """Draws every step as a thin line and the running mean within each phase as a bold line."""
     steps, values = run.steps, run.column(key)
     width = max(3, len(steps) // 25) if len(steps) >= 12 else 1
     for phase in run.phases:
@@ -99,7 +100,7 @@ def _line(
 
 
 def _evaluations(ax: Axes, runs: Sequence[Run]) -> list[Line2D]:
-    """Avg@K with standard errors, a marker for each data set; returns what a legend shows."""
+    """Draws Avg@K with standard errors, with a marker for each data set. Returns legend handles."""
     rows = [row for run in runs for row in run.evals if plus_minus(row, "avg")]
     handles = []
     for n, dataset in enumerate(dict.fromkeys(row["dataset"] for row in rows)):
@@ -119,7 +120,7 @@ def _evaluations(ax: Axes, runs: Sequence[Run]) -> list[Line2D]:
 
 
 def draw_evaluations(runs: Sequence[Run]) -> Figure | None:
-    """Pass@K before training, at the phase switch, and by the latest evaluation."""
+    """Draws Pass@K before training, at the phase switch and at the latest evaluation."""
     curves = {}
     for run, color in zip(runs, _colors(runs)):
         for row in run.evals:
@@ -133,13 +134,14 @@ def draw_evaluations(runs: Sequence[Run]) -> Figure | None:
 
 
 def pass_ks(rows: Sequence[Row]) -> list[int]:
-    """Every K for which a row of eval.jsonl has a Pass@K."""
+    """Returns every K for which a row of eval.jsonl has a Pass@K."""
     keys = {key for row in rows for key in row if plus_minus(row, key)}
     return sorted(int(key[5:]) for key in keys if re.fullmatch(r"pass@[1-9]\d{0,8}", key))
 
 
 def draw_pass_at_k(curves: Sequence[tuple[Row, str, Style]]) -> Figure | None:
-    """Pass@K over K with standard errors, a panel for each data set; None if no row has a Pass@K.
+    """Draws Pass@K over K with standard errors, with a panel for each data set. Returns None if no
+    row has a Pass@K.
 
     curves: rows of eval.jsonl, each with the label and the style of its line.
     """

@@ -1,1 +1,1 @@
-"""Responses to rewards."""
+"""Rewards of responses."""

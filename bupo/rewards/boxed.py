@@ -1,6 +1,6 @@
-r"""Answers in a \boxed{}: where the last one is, and equality as strings (reward.function=strict).
+r"""Finds answers in a \boxed{} and compares them as strings (reward.function=strict).
 
-Imports nothing of the project, so that worker processes start fast.
+This module imports nothing from the project, so that worker processes start fast.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete \boxed{...} (or \fbox), braces matched."""
+    r"""Returns the content of the last complete \boxed{...} (or \fbox), with braces matched."""
     closing = _closing(text)
     for place in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(?=\{)", text))):
         content = _content(text, place.end(), closing)
@@ -20,8 +20,8 @@ def last_boxed(text: str) -> str | None:
 
 
 def _closing(text: str) -> dict[int, int]:
-    """Where each brace that is closed is closed. One pass: a model that repeats itself opens
-    thousands."""
+    """Returns the place of the closing brace for each opening one that is closed. It takes a single
+    pass, because a model that repeats itself may open thousands of braces."""
     opened: list[int] = []
     found: dict[int, int] = {}
     for brace in re.finditer(r"[{}]", text):
@@ -37,9 +37,10 @@ def _content(text: str, brace: int, closing: dict[int, int]) -> str | None:
 
 
 def extract(text: str) -> str | None:
-    r"""The answer of a response for `strict`, in its normal form: of the last \boxed, or of the
-    last \fbox where there is no \boxed. One that never closes is no answer, whatever stands before
-    it. `\boxed 5` without braces reaches to the next $ or the end."""
+    r"""Returns the answer of a response for `strict` in its normal form: the content of the last
+    \boxed, or of the last \fbox if there is no \boxed. If that one is not closed there is no
+    answer, even if an earlier one is closed. `\boxed 5` without braces ends at the next $ or at the
+    end of the text."""
     start = text.rfind("\\boxed")
     start = text.rfind("\\fbox") if start < 0 else start
     if start < 0:
@@ -63,14 +64,16 @@ _DROPPED = re.compile(
 
 
 def normal_form(answer: str) -> str:
-    r"""An answer as `strict` compares it. The usual steps for MATH answers, in their usual order:
+    r"""Returns an answer in the form that `strict` compares. These are the usual steps for MATH
+    answers, in their usual order:
 
-    1. no line breaks, `\!`, `\left`, `\right`, degrees, `\$`, `\%`; `\\` becomes `\`;
+    1. line breaks, `\!`, `\left`, `\right`, degrees, `\$` and `\%` are removed; `\\` becomes `\`;
        `\tfrac` and `\dfrac` become `\frac`
-    2. a unit in `\text{ ...}` (with the space) and all behind it is dropped
-    3. `.5` becomes `0.5`, at the start, behind a space and behind `{`
-    4. `x = 5` becomes `5` where the left side has at most two characters
-    5. `\sqrt3` becomes `\sqrt{3}`; no spaces; `\frac12` and `\frac1{2}` become `\frac{1}{2}`
+    2. a unit in `\text{ ...}` (with the space) is removed with everything after it
+    3. `.5` becomes `0.5` at the start, after a space and after `{`
+    4. `x = 5` becomes `5` if the left side has at most two characters
+    5. `\sqrt3` becomes `\sqrt{3}`; spaces are removed; `\frac12` and `\frac1{2}` become
+       `\frac{1}{2}`
     6. `0.5` alone becomes `\frac{1}{2}`; `a/b` of whole numbers becomes `\frac{a}{b}`
 
     Nothing is computed: `2/4` is not `1/2`, `(1, 2)` equals `(1,2)` and not `(2,1)`.
@@ -93,6 +96,7 @@ def normal_form(answer: str) -> str:
 
 
 def strict(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """1 where the last boxed answer is the ground truth as a string, the paper's reward
-    (arXiv 2512.19673): fast, and blind to equal values that are written otherwise."""
+    """Returns 1 for each response whose last boxed answer equals the ground truth as a string, else
+    0. This is the paper's reward (arXiv 2512.19673). It is fast, but equal values that are written
+    differently do not match."""
     return [float(extract(r) == normal_form(a)) for r, a in zip(responses, answers)]

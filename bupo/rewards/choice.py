@@ -1,4 +1,4 @@
-"""Which reward grades which data source, as the configuration says."""
+"""Makes the configured reward, which may differ between data sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bupo.types import Grades, Prompt, Reward, Rollout
 
 
 class SourceReward:
-    """A reward for each data source."""
+    """Grades each rollout with the reward of its data source."""
 
     def __init__(self, rewards: dict[str, Reward]) -> None:
         self._rewards = rewards
@@ -34,6 +34,7 @@ class SourceReward:
         return replace(grades, rewards=rewards)
 
     def answers(self, rollouts: Sequence[Rollout]) -> list[str | None] | None:
+        """Returns the extracted answers, or None if the reward of any source extracts none."""
         answers: list[str | None] = []
         for rollout in rollouts:
             one = self._rewards[rollout.prompt.source].answers([rollout])
@@ -58,7 +59,7 @@ def check_functions(config: RewardConfig) -> None:
 
 
 def check_sources(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
-    """Every prompt has a reward: raises ConfigError for a source that reward.by_source lacks."""
+    """Raises ConfigError if a prompt's data source is missing in reward.by_source."""
     counts = Counter(p.source for p in prompts if p.source not in config.by_source)
     if config.by_source and counts:
         unknown = ", ".join(f"{source} ({n} prompts)" for source, n in counts.items())
@@ -69,7 +70,7 @@ def check_sources(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
 
 
 def make_reward(config: RewardConfig) -> Reward:
-    """The configured reward, checked to work."""
+    """Makes the configured reward and checks that it works. Raises ConfigError."""
     made: dict[str, Reward] = {}
     try:
         for name in config.functions:

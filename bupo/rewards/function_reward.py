@@ -1,4 +1,4 @@
-"""A reward by a function of the user's."""
+"""A reward that calls a function of the user."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from bupo.config import ConfigError
 from bupo.types import Grades, Rollout
 
 STRICT = "bupo.rewards.boxed:strict"
-"""What reward.function=strict stands for"""
+"""The function that reward.function=strict stands for"""
 
 
 class FunctionReward:
-    """A user's module:function over the whole batch."""
+    """Calls the user's module:function on the whole batch."""
 
     def __init__(self, name: str) -> None:
         place = STRICT if name == "strict" else name
@@ -45,7 +45,7 @@ class FunctionReward:
         for given in self._rewards([r.text for r in rollouts], [r.prompt.answer for r in rollouts]):
             try:
                 rewards.append(float(given))
-            except (TypeError, ValueError):  # None, or no number at all
+            except (TypeError, ValueError):  # None, or not a number
                 rewards.append(math.nan)
             if not math.isfinite(rewards[-1]):
                 failures.append(f"reward.function={self._name} returned {given!r}")
@@ -64,4 +64,4 @@ class FunctionReward:
         return rewards
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Does nothing, since there is nothing to close."""

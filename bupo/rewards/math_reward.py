@@ -1,4 +1,4 @@
-"""Mathematical answers by Math-Verify, in processes that are killed at a deadline."""
+"""Grades mathematical answers with Math-Verify, in processes that are killed at a deadline."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ GOLDEN = [
     ("\\boxed{5}", "6", 0.0),
     ("the answer is 5", "5", 0.0),
 ]
-"""Pairs whose reward is known; wrong here means a broken installation, not a bad model."""
+"""Response, answer and known reward; if one is graded wrong, the installation is broken."""
 
 
 class _Worker:
-    """A process of bupo.rewards.math_worker, which is started anew after each kill."""
+    """A process of bupo.rewards.math_worker, which is restarted after each kill."""
 
     grading: str | None = None
-    """The answer that it is at"""
+    """The answer that is being graded"""
 
     def __init__(self) -> None:
         self._start()
@@ -43,15 +43,15 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C is the trainer's to handle
+            start_new_session=True,  # only the trainer handles Ctrl-C
         )
         if self._reply() != {"ready": True}:
             self.kill()
             raise ConfigError("the math reward's worker does not start: is math-verify installed?")
 
     def grade(self, response: str, answer: str, timeout: float) -> tuple[float, str]:
-        """The reward and an empty text; or nan and what went wrong: `timeout` where it took more
-        than so many seconds."""
+        """Returns the reward and an empty text, or nan and the error, which is "timeout" if grading
+        took more than `timeout` seconds."""
         self.grading = answer
         try:
             return self._grade(json.dumps({"response": response, "answer": answer}), timeout)
@@ -61,7 +61,7 @@ class _Worker:
     def _grade(self, request: str, timeout: float) -> tuple[float, str]:
         try:
             self._send(request)
-        except BrokenPipeError:  # it has died since its last answer
+        except BrokenPipeError:  # the process died after its last answer
             self._restart()
             self._send(request)
         if not wait([self.process.stdout], timeout):
@@ -78,7 +78,7 @@ class _Worker:
         self.process.stdin.flush()
 
     def _reply(self) -> dict[str, Any] | None:
-        """None from a process that died."""
+        """Reads one reply. Returns None if the process died."""
         line = self.process.stdout.readline()
         return json.loads(line) if line else None
 
@@ -95,8 +95,8 @@ class _Worker:
 
 
 class MathReward:
-    """1 where the last \\boxed{} equals the ground truth, else 0: a worker process for each of
-    reward.workers, each watched by a thread that kills it after reward.timeout seconds."""
+    """Gives 1 if the last \\boxed{} equals the ground truth, else 0. There are reward.workers
+    processes, each watched by a thread that kills it after reward.timeout seconds."""
 
     def __init__(self, config: RewardConfig) -> None:
         self._timeout = config.timeout
@@ -123,7 +123,7 @@ class MathReward:
         return [boxed.extract(r.text) for r in rollouts]
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> Grades:
-        """Rewards of (response, answer) pairs; a timeout or an error is counted and gives nan."""
+        """Grades (response, answer) pairs; a timeout or an error is counted and gives nan."""
         rewards: list[float] = []
         failures: list[tuple[str, str]] = []
         for (_, answer), (reward, failure) in zip(pairs, self._threads.map(self._one, pairs)):
@@ -143,7 +143,7 @@ class MathReward:
             self._idle.put(worker)
 
     def close(self) -> None:
-        """Ends the workers, whatever they are at."""
+        """Ends the workers, even while they are grading."""
         for worker in self._workers:
             worker.kill()
         self._threads.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Prompts to responses, behind one interface: hf (transformers' generate) or vllm."""
+"""Engines that generate responses, behind one interface: hf (transformers' generate) or vllm."""
 
 from bupo.rollouts.engine import seed_of
 from bupo.rollouts.hf import HFEngine

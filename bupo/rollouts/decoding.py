@@ -1,7 +1,7 @@
-"""The decoding loop of transformers' generate, which takes one of ours (its `custom_generate`).
+"""A decoding loop for transformers' generate, which takes it as its `custom_generate`.
 
-Differs from its own in three ways: a prompt is read once, however many responses it gets; rows that
-have ended leave the batch; each response has random numbers of its own.
+It differs from the built-in loop in three ways: a prompt is read once for all of its responses;
+rows that have ended leave the batch; each response has its own random numbers.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch.nn.functional import pad
 from transformers import Cache, TopPLogitsWarper
 
 BLOCK = 256
-"""Probabilities are added up in so many at a time: two short searches instead of a sum over all"""
+"""Number of probabilities per block: `draw` does two short searches instead of one long sum"""
 FULL = 0.75
-"""Ended rows are taken out when no more than this share of the rows is alive"""
+"""Ended rows are removed when at most this share of the rows is alive"""
 PAUSE = {"cpu": 1}
-"""Steps between two looks for rows that have ended; elsewhere OFTEN, as a look waits for the GPU"""
+"""Steps between checks for ended rows by device; OFTEN for others, as a check waits for the GPU"""
 OFTEN = 8
 
 
 def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """An index of each row [B], with probability in proportion to its weight, by inversion.
+    """Draws an index for each row, [B], with probability proportional to its weight, by inversion.
 
     weights [B, V] >= 0, with a positive sum; uniforms [B], float64 in [0, 1). The index is the
     first one whose cumulative weight exceeds uniform * sum, so its own weight is above 0.
@@ -35,12 +35,12 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     blocks = torch.cat([blocks, weights[:, whole * BLOCK :].sum(-1, keepdim=True)], dim=1)
     bounds = blocks.double().cumsum(1)
     target = uniforms[:, None] * bounds[:, -1:]
-    block = torch.searchsorted(bounds, target, right=True).clamp_(max=whole)  # nan: beyond
+    block = torch.searchsorted(bounds, target, right=True).clamp_(max=whole)  # nan is past the end
     columns = block * BLOCK + torch.arange(BLOCK, device=weights.device)
     beyond = columns >= size
     columns.clamp_(max=size - 1)
     inner = weights.gather(1, columns).masked_fill(beyond, 0).double().cumsum(1)
-    # The sum of a block by the other order of adding may be a little less than what is left.
+    # The sum of a block, added in another order, may be slightly less than what is left.
     left = target - pad(bounds, (1, 0)).gather(1, block)
     left = torch.minimum(left, torch.nextafter(inner[:, -1:], inner.new_zeros(())))
     place = torch.searchsorted(inner, left, right=True).clamp_(max=BLOCK - 1)
@@ -48,11 +48,12 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Logits to tokens, none of them outside the tokenizer (padded rows of the head) or the
-    nucleus, and their log-probs under the policy itself: at its temperature, before any mask."""
+    """Samples tokens from logits, and gives their log-probs under the policy itself, that is at its
+    temperature before any mask. No token is outside the tokenizer (a padded row of the head) or
+    outside the nucleus."""
 
     def __init__(self, vocab: int, temperature: float, top_p: float) -> None:
-        """temperature 0: the likeliest token, and log-probs at 1."""
+        """Temperature 0 takes the likeliest token and gives log-probs at temperature 1."""
         self._vocab, self._temperature = vocab, temperature
         self._nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
 
@@ -77,14 +78,14 @@ class Sampler:
 
 
 class Sequences:
-    """The rows that generate() works on: their ids and the model's state."""
+    """The rows that generate() works on, with their ids and the model's state."""
 
     def __init__(self, model: Any, ids: Tensor, state: dict[str, Any]) -> None:
         self._model, self._ids, self._state = model, ids, state
         self._begun = False
 
     def logits(self) -> Tensor:
-        """[B, V] of the next token: one forward."""
+        """Runs one forward and returns the logits [B, V] of the next token."""
         inputs = self._model.prepare_inputs_for_generation(
             self._ids,
             next_sequence_length=1 if self._begun and self._state.get("use_cache") else None,
@@ -94,7 +95,7 @@ class Sequences:
         outputs = self._model(**inputs, return_dict=True)
         self._state = self._model._update_model_kwargs_for_generation(outputs, self._state)
         self._begun = True
-        # A copy, or a model that gives the logits of the whole prompt would keep them alive.
+        # Without this copy, the logits of the whole prompt, which some models return, stay alive.
         logits: Tensor = outputs.logits[:, -1].clone()
         return logits
 
@@ -102,14 +103,14 @@ class Sequences:
         self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
 
     def take(self, rows: Tensor) -> None:
-        """Goes on with these rows, in this order; a row may come more than once, or not at all.
-        For models of which `rows_can_move`."""
+        """Continues with these rows in this order; a row may occur several times or not at all.
+        Only for models for which `rows_can_move` returns an empty text."""
         self._ids = self._ids[rows]
         for name, value in self._state.items():
             if isinstance(value, Cache):
                 layers: Any = value
-                layers.reorder_cache(rows)  # which, of all ways to select, every kind of layer has
-            elif isinstance(value, Tensor):  # mask, positions: [B, T], or [3, B, T] of some
+                layers.reorder_cache(rows)  # the only selection that every kind of layer has
+            elif isinstance(value, Tensor):  # mask, positions: [B, T], in some models [3, B, T]
                 self._state[name] = value.index_select(-2, rows)
 
 
@@ -123,17 +124,18 @@ def decode(
     ends: Sequence[int],
     **state: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and log-probs [B, limit] of B responses; what stands behind an end of sequence is
-    arbitrary. To be handed to generate() with the keywords up to `ends` bound.
+    """Returns tokens and log-probs [B, limit] of B responses; the values after an end of sequence
+    are arbitrary. Pass it to generate() with the keywords up to `ends` bound.
 
-    input_ids: the padded prompts. copies [B]: the prompt of each response, for models of which
-    `rows_can_move`; None: response b is to prompt b, and no row leaves. uniforms [B, limit].
-    Ranks of a sharded model would wait for each other here: they end at different steps.
+    input_ids: the padded prompts. copies [B]: the index of each response's prompt, for models whose
+    rows can move (see `rows_can_move`); with None, response b answers prompt b and no row leaves.
+    uniforms: [B, limit]. Do not use it for a sharded model: its ranks end at different steps and
+    would wait for each other.
     """
     count, limit = uniforms.shape
     sequences = Sequences(model, input_ids, _of_the_model(state))
     eos = torch.tensor(ends, device=input_ids.device)
-    rows = torch.arange(count, device=input_ids.device)  # that the sequences are of
+    rows = torch.arange(count, device=input_ids.device)  # response of each sequence
     alive = torch.ones_like(rows, dtype=torch.bool)
     tokens = input_ids.new_zeros(count, limit)
     logprobs = torch.zeros(count, limit, device=input_ids.device)
@@ -158,16 +160,17 @@ def decode(
 
 
 def rows_can_move(model: Any) -> str:
-    """Empty if rows of a batch can be dropped, doubled and exchanged between two forwards, else
-    why not: tried on three short prompts, against the logits of the rows left where they are."""
-    # Of the lower half of the vocabulary: placeholders of pictures and the like are at its end.
+    """Returns an empty text if rows of a batch can be dropped, doubled and exchanged between two
+    forwards, else the reason why not. This is tried on three short prompts, whose logits are
+    compared with those of unmoved rows."""
+    # Tokens of the lower half of the vocabulary: placeholders for images and such are at its end.
     vocab = model.get_input_embeddings().num_embeddings
     ids = torch.linspace(0, vocab // 2, 9, device=model.device).long().view(3, 3)
     mask = torch.ones_like(ids)
     mask[0, :2] = mask[1, :1] = 0
 
     def second(order: list[int]) -> Tensor:
-        """Logits of a second token, of rows put in this order before it."""
+        """Returns the logits of the second token when rows are put in this order before it."""
 
         def loop(model: Any, input_ids: Tensor, **state: Any) -> Tensor:
             sequences = Sequences(model, input_ids, _of_the_model(state))
@@ -182,10 +185,10 @@ def rows_can_move(model: Any) -> str:
         )
         return result
 
-    straight = second([0, 1, 2])  # a model that cannot generate says so itself
+    straight = second([0, 1, 2])  # a model that cannot generate raises here
     try:
         moved = second([2, 0, 0])
-    except Exception as error:  # whatever a model does with rows that it did not expect
+    except Exception as error:  # models fail in different ways
         return f"{type(error).__name__}: {error}"
     apart = (straight[2] - straight[0]).abs().max()
     gap = float((moved - straight[[2, 0, 0]]).abs().max() / apart)
@@ -193,6 +196,6 @@ def rows_can_move(model: Any) -> str:
 
 
 def _of_the_model(state: dict[str, Any]) -> dict[str, Any]:
-    """Without what generate() hands to a decoding loop itself."""
+    """Removes the arguments that generate() passes for the decoding loop, not for the model."""
     own = ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus")
     return {name: value for name, value in state.items() if name not in own}

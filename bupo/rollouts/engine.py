@@ -1,4 +1,4 @@
-"""What the engines share: seeds, and sampled ids to a rollout."""
+"""The parts that the engines share: seeds, and the conversion of sampled ids to rollouts."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from bupo.types import Prompt, Rollout
 
 
 def seed_of(*parts: object) -> int:
-    """A 63-bit seed from any values; nearby values give unrelated seeds."""
+    """Returns a 63-bit seed made from any values; nearby values give unrelated seeds."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 class Decoder:
-    """Sampled ids to a rollout."""
+    """Turns sampled ids into a rollout."""
 
     def __init__(self, tokenizer: Any, eos: int | list[int] | None) -> None:
-        """eos: the model's end-of-sequence ids; the tokenizer's if it has none."""
+        """eos: the model's end-of-sequence ids, or None to use the tokenizer's."""
         self._tokenizer = tokenizer
         eos = tokenizer.eos_token_id if eos is None else eos
         self.eos = [eos] if isinstance(eos, int) else list(eos or [])
         self.vocab = len(tokenizer)
-        """Ids from here on are padding rows of the head: they must never be sampled"""
+        """Ids from this number on are padding rows of the head, which must never be sampled"""
 
     def rollout(
         self, group: int, prompt: Prompt, tokens: list[int], logprobs: list[float]
     ) -> Rollout:
-        # Cut after the first end of sequence: what follows is padding, even where pad == eos.
+        # Cut after the first end of sequence. The rest is padding, even if pad == eos.
         end = next((i + 1 for i, t in enumerate(tokens) if t in self.eos), None)
         finish = "length" if end is None else "stop"
         end = len(tokens) if end is None else end

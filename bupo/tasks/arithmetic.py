@@ -1,9 +1,9 @@
 """Two-digit addition with written steps: a task that a model of 1M parameters learns in a minute.
 
-Prompt `37+85=`, response `7+5=12;3+8+1=12#122`: the units, the tens with the carry, the sum. The
-warm start imitates demonstrations in which each of the three written results is wrong with
-probability NOISE, so the model starts at about 0.4 and reinforcement learning has something to do.
-The reward reads the number behind the last `#` only.
+The prompt `37+85=` has the response `7+5=12;3+8+1=12#122`: the units, the tens with the carry, the
+sum. The warm start imitates demonstrations in which each of the three written results is wrong with
+probability NOISE, so the mean reward starts at about 0.4 and reinforcement learning can raise it.
+The reward only reads the number after the last `#`.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ DEFAULTS = {
     "eval_problems": 128,
     "seed": 0,
 }
-"""task_options. Sizes of the model, of its supervised warm start, and of the held-out problems."""
+"""task_options: sizes of the model, of its supervised warm start and of the held-out problems."""
 
 
 def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """1 where the text behind the last # is the sum."""
+    """Returns 1 for each response whose text after the last # is the sum, else 0."""
     return [float(extract(r) == a) for r, a in zip(responses, answers)]
 
 
 def extract(response: str) -> str | None:
-    """The text behind the last #: the answer that a majority vote counts."""
+    """Returns the text after the last #, the answer that a majority vote counts."""
     return response.rpartition("#")[2] if "#" in response else None
 
 
 def solution(a: int, b: int, rng: random.Random, noise: float) -> str:
-    """The written steps; each result is off by 1 to 9 with probability `noise`, and later steps go
-    on from what was written."""
+    """Returns the written steps. Each result is off by 1 to 9 with probability `noise`, and later
+    steps use the results as written."""
 
     def written(value: int) -> int:
         if rng.random() >= noise:
@@ -79,7 +79,7 @@ def _options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare(options: dict[str, Any], cache: Path) -> TaskFiles:
-    """Tokenizer, model configuration and data, in a folder named after the options."""
+    """Writes tokenizer, model configuration and data to a folder named after the options."""
     settings = _options(options)
     name = "arithmetic-" + "-".join(str(settings[key]) for key in DEFAULTS)
     folder = cache / name
@@ -133,7 +133,7 @@ def _config(settings: dict[str, Any]) -> Any:
 
 
 def build(options: dict[str, Any], files: TaskFiles) -> None:
-    """The warm start, once: supervised learning on noisy demonstrations."""
+    """Runs the warm start, supervised learning on noisy demonstrations, unless it has been done."""
     if (files.model / "model.safetensors").exists():
         return
     import torch
@@ -172,7 +172,7 @@ def _demonstrations(settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     rng = random.Random(settings["seed"] + 1)
     code = {symbol: i + 2 for i, symbol in enumerate(SYMBOLS)}
     for _ in range(settings["warm_steps"]):
-        sequences = []
+        sequences = []  # ids with labels; the loss ignores the prompt's labels, -100
         for a, b in rng.choices(pairs, k=settings["warm_batch"]):
             prompt = f"{a}+{b}="
             ids = [code[c] for c in prompt + solution(a, b, rng, NOISE)] + [1]

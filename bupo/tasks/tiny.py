@@ -1,7 +1,8 @@
 """Tiny randomly initialised models of real families, for trying a configuration end to end on real
-data without a download: the program loads them exactly as it loads a trained model.
+data without a download. The program loads them exactly as it loads a trained model.
 
-Byte-level tokenizer and ChatML template; the weights are random, so the reward stays near zero.
+They have a byte-level tokenizer and the ChatML template. The weights are random, so the reward
+stays near zero.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from bupo.config import ConfigError
 from bupo.tasks import TaskFiles, check_width, save_model, task_options
 
 DEFAULTS = {"family": "qwen3", "layers": 4, "width": 64, "tied": True, "seed": 0}
-"""task_options. family: qwen3 or llama; tied: one matrix for embedding and unembedding."""
+"""task_options. family: qwen3 or llama. tied: use one matrix for embedding and unembedding."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -21,7 +22,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PADDED_ROWS = 16
-"""Rows of the head beyond the tokenizer, as Qwen's heads have them; they must never be sampled."""
+"""Rows of the head beyond the tokenizer, as in Qwen's heads. They must never be sampled."""
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +51,8 @@ def _tokenizer() -> Any:
 
 
 def prepare(options: dict[str, Any], cache: Path) -> TaskFiles:
-    """Tokenizer and model configuration in a folder named after the options; data is data.train."""
+    """Writes tokenizer and model configuration to a folder named after the options. The data are
+    those of data.train."""
     settings = _options(options)
     folder = cache / ("tiny-" + "-".join(str(settings[key]) for key in DEFAULTS))
     if not (folder / "config.json").exists():
@@ -82,7 +84,7 @@ def _config(settings: dict[str, Any], tokenizer: Any) -> Any:
 
 
 def build(options: dict[str, Any], files: TaskFiles) -> None:
-    """Random weights, once."""
+    """Writes random weights, unless there are weights already."""
     if (files.model / "model.safetensors").exists():
         return
     import torch
