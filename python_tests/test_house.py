@@ -156,7 +156,7 @@ def test_vllm_is_imported_in_one_file() -> None:
             if isinstance(node, (ast.Import, ast.ImportFrom))
             for name in [getattr(node, "module", None) or "", *(a.name for a in node.names)]
         )
-        assert found == (file == ROOT / "bupo/rollouts/vllm.py"), file
+        assert found == (file.parent.name == "rollouts" and file.name.startswith("vllm")), file
 
 
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

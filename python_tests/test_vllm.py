@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import chain, repeat
 from pathlib import Path
 
 import families
@@ -18,6 +19,7 @@ import torch
 from rl_samples import data_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bupo import progress
 from bupo.config import Config, ConfigError, RolloutConfig, RunError
 from bupo.config.sampling import OWN
 from bupo.rl.update import Trainer
@@ -162,9 +164,32 @@ def test_the_end_of_sequence_is_kept_and_ends(engine, model, prompts, parts):
         assert "<|im_end|>" not in r.text
 
 
-def test_a_stop_request_is_heard_between_batches(engine, prompts):
-    answers = iter([False, True])
-    assert len(engine.generate(prompts, 16, "seed", lambda: next(answers))) == CONFIG.batch_size
+def test_a_stop_request_is_heard_between_steps(engine, prompts):
+    """What has ended until then is returned whole, and nothing of the rest stays in the engine."""
+    whole = engine.generate(prompts, 16, "seed", never)
+    answers = chain([False] * (CONFIG.max_new_tokens + 4), repeat(True))
+    some = engine.generate(prompts, 16, "seed", lambda: next(answers))
+    assert 0 < len(some) < len(whole) == 48
+    of_group = {(r.group, tuple(r.response_ids)) for r in whole}
+    assert all((r.group, tuple(r.response_ids)) in of_group for r in some)
+    again = engine.generate(prompts, 16, "seed", never)
+    assert [r.response_ids for r in again] == [r.response_ids for r in whole]
+
+
+def test_requests_are_batched_as_sequences_end(engine, prompts):
+    """Not wave by wave: one that has ended makes room for the next at once."""
+    steps = 0
+
+    def count():
+        nonlocal steps
+        steps += 1
+        return False
+
+    told = []
+    with progress.watched_by(told.append):
+        engine.generate(prompts[:1], 40, "seed", count)  # some end early, 16 fit at once
+    assert steps < 3 * (CONFIG.max_new_tokens + 2)
+    assert told == sorted(told) and told[-1] == 1 and len(set(told)) > 3
 
 
 def sync_of(engine, model, prompts):
@@ -251,7 +276,7 @@ def test_what_fails_in_vllm_is_one_line(parts, prompts, tmp_path, monkeypatch):
         os.write(1, b"printed by a kernel\n")
         raise IndexError("no such block")
 
-    monkeypatch.setattr(engine._llm, "generate", broken)
+    monkeypatch.setattr(engine._llm, "enqueue", broken)
     with pytest.raises(RunError, match=r"vllm failed while generating: no such block; the trace"):
         engine.generate(prompts, 1, "seed", never)
     log = (tmp_path / "engine.log").read_text()

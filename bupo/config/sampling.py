@@ -15,7 +15,6 @@ OWN = {
     "dtype": "model.compute_dtype",
     "seed": "seed",
     "max_model_len": "data.max_prompt_tokens + rollout.max_new_tokens",
-    "max_num_seqs": "rollout.batch_size",
     "logprobs_mode": "training uses the log-probs of the sampled policy",
     "generation_config": "a model's own defaults would bend the policy",
 }
@@ -41,7 +40,8 @@ class RolloutConfig(Group, prefix="rollout."):
     top_p: float = setting(1.0, above=0, at_most=1)
     """Nucleus sampling: the likeliest tokens with this probability are sampled; 1: all tokens."""
     batch_size: int = setting(256, at_least=1)
-    """Number of responses that are generated at once."""
+    """Number of responses that are generated at once. vllm gets all of a step and works on this
+    many (max_num_seqs) at a time: one that ends makes room for the next."""
     max_logprob_gap: float | None = setting(None, above=0)
     """The run stops when log-probs of the engine and of the trainer differ by more than this (nats,
     mean over tokens). null: a few times the gap before the first update, when both have the same

@@ -117,6 +117,13 @@ class VllmEngine:
             _refuse_experts(model)
         options = config.vllm_options(self._gpu)
         self._sleeps = bool(options.get("enable_sleep_mode"))
+        rows = AutoConfig.from_pretrained(model).get_text_config(decoder=True).vocab_size
+        padding: dict[str, Any] = {}
+        if rows > self._decoder.vocab:
+            padding = {
+                "logits_processors": ["bupo.rollouts.vllm_padding:PaddingMask"],
+                "additional_config": {"bupo_sampled_rows": self._decoder.vocab},
+            }
         try:
             with library_output(log):
                 self._llm: Any = vllm.LLM(
@@ -125,10 +132,9 @@ class VllmEngine:
                     dtype=dtype,
                     seed=seed % 2**31,
                     max_model_len=max_prompt_tokens + config.max_new_tokens,
-                    max_num_seqs=config.batch_size,
                     logprobs_mode="processed_logprobs",  # after the temperature
                     generation_config="vllm",  # a model's own defaults would change the policy
-                    **options,
+                    **{"max_num_seqs": config.batch_size} | padding | options,
                 )
                 # The first call compiles kernels and fails on what this device cannot do.
                 warm_up = vllm.SamplingParams(max_tokens=1, detokenize=False)
@@ -141,8 +147,6 @@ class VllmEngine:
             ) from None
         parallel = self._llm.llm_engine.vllm_config.parallel_config
         self._in_process = parallel.distributed_executor_backend == "uni"
-        rows = self._llm.model_config.get_vocab_size()
-        self._allowed = list(range(self._decoder.vocab)) if rows > self._decoder.vocab else None
         self._asleep = False
 
     def generate(
@@ -156,28 +160,22 @@ class VllmEngine:
         self._wake()
         temperature = self._config.temperature if temperature is None else temperature
         wanted = [(group, p, k) for group, p in enumerate(prompts) for k in range(samples)]
+        parameters = [
+            self._parameters(
+                temperature=temperature,
+                top_p=self._config.top_p if temperature else 1.0,
+                max_tokens=self._config.max_new_tokens,
+                seed=seed_of(seed, group, k),
+                stop_token_ids=self._decoder.eos,
+                logprobs=0,  # only that of the sampled token
+                detokenize=False,
+            )
+            for group, _, k in wanted
+        ]
+        outputs = self._run([prompt.token_ids for _, prompt, _ in wanted], parameters, stop)
         rollouts: list[Rollout] = []
-        size = self._config.batch_size
-        for start in range(0, len(wanted), size):
-            if stop():
-                break
-            progress.report(start / len(wanted))
-            batch = wanted[start : start + size]
-            parameters = [
-                self._parameters(
-                    temperature=temperature,
-                    top_p=self._config.top_p if temperature else 1.0,
-                    max_tokens=self._config.max_new_tokens,
-                    seed=seed_of(seed, group, k),
-                    stop_token_ids=self._decoder.eos,
-                    allowed_token_ids=self._allowed,
-                    logprobs=0,  # only that of the sampled token
-                    detokenize=False,
-                )
-                for group, _, k in batch
-            ]
-            outputs = self._run([p.token_ids for _, p, _ in batch], parameters)
-            for (group, prompt, _), output in zip(batch, outputs):
+        for (group, prompt, _), output in zip(wanted, outputs):
+            if output is not None:
                 made = output.outputs[0]
                 tokens = list(made.token_ids)
                 logprobs = [place[t].logprob for t, place in zip(tokens, made.logprobs)]
@@ -216,10 +214,30 @@ class VllmEngine:
         with library_output(self._log), contextlib.suppress(Exception):  # the process is ending
             self._llm.llm_engine.engine_core.shutdown()
 
-    def _run(self, prompts: list[list[int]], parameters: list[Any]) -> list[Any]:
+    def _run(
+        self,
+        prompts: Sequence[list[int]],
+        parameters: Sequence[Any],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Any]:
+        """The output of each request, None for those that stop() has left unfinished. vLLM gets all
+        of them at once and batches them as sequences end; between its steps stop() is asked."""
+        engine, outputs = self._llm.llm_engine, [None] * len(prompts)
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         with self._calling("generating"):
-            outputs: list[Any] = self._llm.generate(requests, parameters, use_tqdm=False)
+            ids = self._llm.enqueue(requests, list(parameters), use_tqdm=False)
+            # Inside, a request has a suffix behind the number that its output has.
+            places = {name.partition("-")[0]: place for place, name in enumerate(ids)}
+            done = 0
+            while engine.has_unfinished_requests():
+                if stop():
+                    engine.abort_request(ids, internal=True)
+                    break
+                for output in engine.step():
+                    if output.finished:
+                        outputs[places[output.request_id]] = output
+                        done += 1
+                progress.report(done / len(prompts))
         return outputs
 
     @contextmanager
