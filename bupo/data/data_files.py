@@ -151,7 +151,7 @@ def _saved(folder: Path, split: str | None) -> Rows:
         raise ConfigError(f"{folder} is not a saved dataset: {first_line(error)}") from None
     if not isinstance(saved, dict):
         if split is not None:
-            raise ConfigError(f"{folder} holds one split, so {folder}:{split} is not there")
+            raise ConfigError(f"{folder} holds a single split, so {folder}:{split} does not exist")
         return list(saved.to_list())
     chosen = split or (next(iter(saved)) if len(saved) == 1 else "train")
     if chosen not in saved:

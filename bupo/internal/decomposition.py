@@ -175,7 +175,7 @@ def _take_apart(trace: _Trace, after: Tensor, index: int, where: str) -> Layer:
     error = float((rebuilt - after.double()).norm() / after.double().norm().clamp(min=1e-30))
     if not error <= rounding(after.dtype):
         raise DecompositionError(
-            f"{where}: expected H^(l-1) + A^l + F^l = H^l, came {error:.1e} off, relative"
+            f"{where}: expected H^(l-1) + A^l + F^l = H^l, got a relative error of {error:.1e}"
         )
     return Layer(
         index,

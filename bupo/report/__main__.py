@@ -17,7 +17,8 @@ def main() -> int:
     """Writes the report. Returns the exit status: 0 when done, 2 for a folder that has no run or
     cannot be read or written."""
     parser = argparse.ArgumentParser(
-        prog="python -m bupo.report", description="Report of a training run, or several overlaid."
+        prog="python -m bupo.report",
+        description="Writes the report of a training run, or of several overlaid.",
     )
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, help="where to write the page and its figures")
