@@ -191,7 +191,7 @@ def check_internal_policy(model: nn.Module, layer: int | list[int] | None = None
             own = model(batch, use_cache=False, output_hidden_states=True)
         stream = [*(own.hidden_states or ())[:-1], *last]
         if len(stream) != depth + 1:
-            wanted = f"cannot be served: expected {depth + 1} hidden states, got {len(stream)}"
+            wanted = f"not supported: expected {depth + 1} hidden states, got {len(stream)}"
             raise ValueError(f"{op}: {_name(model)}: {wanted}")
         for each, normed in [*((each, False) for each in chosen), (depth, True)]:
             with internal_policy(model, each, normed):
@@ -204,7 +204,7 @@ def check_internal_policy(model: nn.Module, layer: int | list[int] | None = None
                 if not off <= limit:  # in this form nan fails too
                     where = f"{_name(model)}, layer {each}" + " with norm" * normed
                     wanted = f"the model's own {what} within {limit:.1e}, got an error of {off:.3e}"
-                    raise ValueError(f"{op}: {where}: cannot be served: expected {wanted}")
+                    raise ValueError(f"{op}: {where}: not supported: expected {wanted}")
 
 
 class _FirstLayers(nn.ModuleList):  # a forward sees the first `shown`, parameters() sees all
@@ -283,7 +283,7 @@ def _find_head(op: str, model: Any) -> nn.Linear:
 def _find_stack(op: str, model: Any) -> tuple[nn.ModuleList, nn.Module, int]:
     """Returns the list of decoder layers, the norm in the same module, and the number of layers."""
     _find_head(op, model)
-    refused = f"{op}: {_name(model)}: cannot be served: expected"
+    refused = f"{op}: {_name(model)}: not supported: expected"
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{refused} a decoder-only model, got an encoder-decoder")
     depth = model.config.get_text_config(decoder=True).num_hidden_layers

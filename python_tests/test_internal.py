@@ -182,7 +182,7 @@ def test_norms_and_cosines() -> None:
     assert (flow.entropy["layer"] >= 0).all()
     with pytest.raises(ValueError, match="start"):
         Text([1, 2], 0)
-    with pytest.raises(ValueError, match=r"Text: end: expected a place in 2..3, got 1"):
+    with pytest.raises(ValueError, match=r"Text: end: expected a position in 2..3, got 1"):
         Text([1, 2, 3], 1, 1)
     with pytest.raises(ValueError, match="at least one"):
         entropy_flow(model, [])

@@ -509,15 +509,12 @@ def add_one(_: nn.Module, __: object, output: object) -> object:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("backbone", "layer 2: cannot be served: expected the model's own hidden .*error of 1.000"),
-        ("model", "layer 2: cannot be served: expected the model's own logits .*error of 1.000"),
-        ("wrong norm", "layer 2: cannot be served: expected the model's own hidden .*of [0-9]"),
-        (
-            "depth",
-            "layer 3 with norm: cannot be served: expected the model's own logits .*of [0-9]",
-        ),
-        ("nan", "layer 2: cannot be served: expected the model's own hidden .*error of nan"),
-        ("twice", "cannot be served: expected 4 hidden states, got 5"),
+        ("backbone", "layer 2: not supported: expected the model's own hidden .*error of 1.000"),
+        ("model", "layer 2: not supported: expected the model's own logits .*error of 1.000"),
+        ("wrong norm", "layer 2: not supported: expected the model's own hidden .*of [0-9]"),
+        ("depth", "layer 3 with norm: not supported: expected the model's own logits .*of [0-9]"),
+        ("nan", "layer 2: not supported: expected the model's own hidden .*error of nan"),
+        ("twice", "not supported: expected 4 hidden states, got 5"),
     ],
 )
 @torch.no_grad()
@@ -644,7 +641,7 @@ def unserved() -> dict[str, nn.Module]:
 def test_families_that_cannot_be_served(family: str, message: str) -> None:
     model = unserved()[family]
     for call in ("internal_policy", "num_layers", "check_internal_policy"):
-        wanted = f"^{call}: model of family '{family}': cannot be served: {message}"
+        wanted = f"^{call}: model of family '{family}': not supported: {message}"
         with pytest.raises(ValueError, match=wanted):
             CALLS[call](model)
     with internal_policy(model, None):  # the final policy needs nothing

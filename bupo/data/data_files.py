@@ -40,7 +40,7 @@ def check(name: str) -> None:
     if not hub.is_name(place, owner=True) or Path(place).suffix in _READERS:
         raise ConfigError(
             f"data file not found: {name}; put it there, or leave it out of data.train or "
-            "eval.files (the recipes read the folder BUPO_DATA, or data/ without it)"
+            "eval.files (the recipes read the folder BUPO_DATA, or data/ if it is not set)"
         )
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError(

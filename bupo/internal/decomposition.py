@@ -108,7 +108,7 @@ def _watch(
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         after = first_tensor((output,), {})
         if trace.before is None or after is None:
-            raise DecompositionError(f"{where}: no hidden states came in or out")
+            raise DecompositionError(f"{where}: no hidden states in its input or in its output")
         visit(_take_apart(trace, after, index, where))
         trace.before, trace.calls = None, []
 

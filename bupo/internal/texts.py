@@ -20,9 +20,9 @@ class Text(Sample):
         ValueError if these are not tokens of the text."""
         length = len(token_ids)
         if not 1 <= start < length:
-            raise ValueError(f"Text: start: expected a place in 1..{length - 1}, got {start}")
+            raise ValueError(f"Text: start: expected a position in 1..{length - 1}, got {start}")
         if end is not None and not start < end <= length:
-            raise ValueError(f"Text: end: expected a place in {start + 1}..{length}, got {end}")
+            raise ValueError(f"Text: end: expected a position in {start + 1}..{length}, got {end}")
         behind = length if end is None else end
         super().__init__(token_ids, [start <= place < behind for place in range(length)])
 

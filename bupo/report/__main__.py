@@ -26,7 +26,7 @@ def main() -> int:
     try:
         for run in args.run_dirs:
             if run.is_dir() and not any((run / name).is_file() for name in FILES):
-                raise FileNotFoundError(f"{run} holds no run: it has no {' and no '.join(FILES)}")
+                raise FileNotFoundError(f"{run} holds no run: it has neither {' nor '.join(FILES)}")
         print(write_report(*args.run_dirs, out_dir=args.out))
     except OSError as error:
         print(f"bupo.report: {error}", file=sys.stderr)
