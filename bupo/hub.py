@@ -14,8 +14,8 @@ from bupo.config import first_line
 
 _NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 _OFFLINE = (
-    "without a network give a folder, or fill the hub's cache where there is one and set "
-    "HF_HUB_OFFLINE=1"
+    "without a network connection, give a folder, or fill the hub's cache while connected and "
+    "set HF_HUB_OFFLINE=1"
 )
 
 

@@ -137,13 +137,13 @@ def internal_policy(
     op = "internal_policy"
     _find_head(op, model)
     if outer := [len(each) for each in model.modules() if isinstance(each, _FirstLayers)]:
-        raise RuntimeError(f"{op}: model: expected no outer policy, came that of layer {outer[0]}")
+        raise RuntimeError(f"{op}: model: expected no outer policy, got that of layer {outer[0]}")
     if layer is None:
         yield
         return
     layers, norm, depth = _find_stack(op, model)
     if type(layer) is not int or not 1 <= layer <= depth:  # not isinstance, which accepts True
-        raise ValueError(f"{op}: layer: expected an int in 1..{depth}, came {layer!r}")
+        raise ValueError(f"{op}: layer: expected an int in 1..{depth}, got {layer!r}")
     skipped = nullcontext() if final_norm else _recast(norm, _SkippedNorm)
     with _recast(layers, _FirstLayers, shown=layer), skipped:
         yield
@@ -167,7 +167,7 @@ def hidden_states(
     with _recast(_find_head(op, model), _Head, seen=seen, logits=torch.zeros(1, 1, 1)):
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kw)
     if len(seen) != 1:
-        raise ValueError(f"{op}: {_name(model)}: expected one call of the head, came {len(seen)}")
+        raise ValueError(f"{op}: {_name(model)}: expected one call of the head, got {len(seen)}")
     return seen[0]
 
 
@@ -191,7 +191,7 @@ def check_internal_policy(model: nn.Module, layer: int | list[int] | None = None
             own = model(batch, use_cache=False, output_hidden_states=True)
         stream = [*(own.hidden_states or ())[:-1], *last]
         if len(stream) != depth + 1:
-            wanted = f"cannot be served: expected {depth + 1} hidden states, came {len(stream)}"
+            wanted = f"not supported: expected {depth + 1} hidden states, got {len(stream)}"
             raise ValueError(f"{op}: {_name(model)}: {wanted}")
         for each, normed in [*((each, False) for each in chosen), (depth, True)]:
             with internal_policy(model, each, normed):
@@ -203,8 +203,8 @@ def check_internal_policy(model: nn.Module, layer: int | list[int] | None = None
                 limit = 8 * torch.finfo(theirs.dtype).eps * theirs.abs().max().item()
                 if not off <= limit:  # in this form nan fails too
                     where = f"{_name(model)}, layer {each}" + " with norm" * normed
-                    wanted = f"the model's own {what} within {limit:.1e}, came {off:.3e} off"
-                    raise ValueError(f"{op}: {where}: cannot be served: expected {wanted}")
+                    wanted = f"the model's own {what} within {limit:.1e}, got an error of {off:.3e}"
+                    raise ValueError(f"{op}: {where}: not supported: expected {wanted}")
 
 
 class _FirstLayers(nn.ModuleList):  # a forward sees the first `shown`, parameters() sees all
@@ -273,21 +273,19 @@ def _name(model: Any) -> str:
 def _find_head(op: str, model: Any) -> nn.Linear:
     needed = ("config", "get_decoder", "get_output_embeddings")
     if not isinstance(model, nn.Module) or not all(hasattr(model, name) for name in needed):
-        raise TypeError(f"{op}: model: expected a transformers LM, came {type(model).__name__}")
+        raise TypeError(f"{op}: model: expected a transformers LM, got {type(model).__name__}")
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"{op}: {_name(model)}: expected a Linear head, came {type(head).__name__}"
-        )
+        raise ValueError(f"{op}: {_name(model)}: expected a Linear head, got {type(head).__name__}")
     return head
 
 
 def _find_stack(op: str, model: Any) -> tuple[nn.ModuleList, nn.Module, int]:
     """Returns the list of decoder layers, the norm in the same module, and the number of layers."""
     _find_head(op, model)
-    refused = f"{op}: {_name(model)}: cannot be served: expected"
+    refused = f"{op}: {_name(model)}: not supported: expected"
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{refused} a decoder-only model, came an encoder-decoder")
+        raise ValueError(f"{refused} a decoder-only model, got an encoder-decoder")
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     for backbone in model.get_decoder().modules():  # outermost first
         parts = list(backbone._modules.items())
@@ -298,7 +296,7 @@ def _find_stack(op: str, model: Any) -> tuple[nn.ModuleList, nn.Module, int]:
     norms = [i for i, (_, part) in enumerate(parts) if "norm" in type(part).__name__.lower()]
     if len(found) != 1 or not norms:
         came = f"{len(found)} and {len(norms)}"
-        raise ValueError(f"{refused} one list of {depth} layers and a norm beside it, came {came}")
+        raise ValueError(f"{refused} one list of {depth} layers and a norm beside it, got {came}")
     # Take the first norm after the layers (in OPT, before them), but not BLOOM's embedding norm.
     norm = min(norms, key=lambda i: ("emb" in parts[i][0], i < found[0]))
     return parts[found[0]][1], parts[norm][1], depth

@@ -31,19 +31,19 @@ class Sample:
     def __post_init__(self) -> None:
         if len(self.loss_mask) != len(self.token_ids):
             raise ValueError(
-                f"Sample: loss_mask: expected {len(self.token_ids)} values, one a token, came "
+                f"Sample: loss_mask: expected {len(self.token_ids)} values, one per token, got "
                 f"{len(self.loss_mask)}"
             )
         if self.loss_mask and self.loss_mask[0]:
             raise ValueError(
                 "Sample: loss_mask: expected the first token to be masked, for no token predicts "
-                "it, came True"
+                "it, got True"
             )
         for name, values in self.streams.items():
             if values.shape != (self.count,):
                 raise ValueError(
-                    f"Sample: streams: {name}: expected shape [{self.count}], one value a counted "
-                    f"token, came {list(values.shape)}"
+                    f"Sample: streams: {name}: expected shape [{self.count}], one value per "
+                    f"counted token, got {list(values.shape)}"
                 )
 
     @classmethod
@@ -69,7 +69,7 @@ class Sample:
         """Returns the values of this name. Raises KeyError, which lists the names that exist."""
         if name not in self.streams:
             there = ", ".join(self.streams) or "none"
-            raise KeyError(f"Sample: streams: expected {name}, came {there}")
+            raise KeyError(f"Sample: streams: expected {name}, got {there}")
         return self.streams[name]
 
     def with_stream(self, name: str, values: Tensor) -> Self:

@@ -109,7 +109,7 @@ def test_another_model_where_the_reference_was_is_refused(
         assert run(out, *SHORT, *KL, "resume=auto") == 2
     finally:
         file.write_bytes(before)
-    assert "does not hold the weights that the run began with" in capsys.readouterr().err
+    assert "no longer holds the weights that the run started with" in capsys.readouterr().err
     assert run(out, *SHORT, *KL, "resume=auto") == 0
 
 

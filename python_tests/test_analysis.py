@@ -188,7 +188,7 @@ def test_a_stride_keeps_the_last_layer() -> None:
         there = row["layer"] in (1, 3, 4)
         assert row["kl"] == (others[key_of(row)]["kl"] if there else None)
     assert found.curves()["rank.layer"].layers == [1, 3, 4]
-    with pytest.raises(ValueError, match="stride: expected at least 1, came 0"):
+    with pytest.raises(ValueError, match="stride: expected at least 1, got 0"):
         analyse(build("qwen3"), texts(), stride=0)
 
 
@@ -232,7 +232,7 @@ def test_a_masked_stretch_is_read_but_not_measured() -> None:
     np.testing.assert_allclose(kl_between(model, [some], 1, 2), kl, rtol=1e-5, atol=1e-6)
     mean = whole.flow.final_entropy[[0, 1, 2, 6, 7]].mean()
     assert distances(model, [some]).final_entropy == pytest.approx(mean, rel=1e-5)
-    with pytest.raises(ValueError, match="expected measured tokens in each, came none in text 1"):
+    with pytest.raises(ValueError, match="expected measured tokens in each, got none in text 1"):
         analyse(model, [some, Sample(tokens, [False] * 12)])
 
 
@@ -260,7 +260,7 @@ def test_kl_between_layers(final_norm: bool) -> None:
     assert kl_between(model, texts(), 2, 2).max() == 0
     with pytest.raises(ValueError, match="texts: expected at least one"):
         kl_between(model, [], 1, 2)
-    with pytest.raises(ValueError, match=r"layer: expected an int in 1..3, came 4"):
+    with pytest.raises(ValueError, match=r"layer: expected an int in 1..3, got 4"):
         kl_between(model, texts(), 1, 4)
 
 
@@ -291,8 +291,8 @@ def test_a_violated_identity_is_named() -> None:
         ({"last_layer_error": 0.5}, "last layer with final norm = the model"),
         ({"final_entropy": flow.final_entropy + 5}, "entropy <= ln V"),
         ({"embedding_entropy": flow.embedding_entropy * -1}, "entropy >= 0"),
-        ({"embedding_entropy": flow.embedding_entropy * np.nan}, "no finite numbers"),
-        ({"norm": flow.norm | {"ffn": flow.norm["ffn"] * np.inf}}, "no finite numbers"),
+        ({"embedding_entropy": flow.embedding_entropy * np.nan}, "figures that are not finite"),
+        ({"norm": flow.norm | {"ffn": flow.norm["ffn"] * np.inf}}, "figures that are not finite"),
     ):
         before = {key: getattr(flow, key) for key in change}
         for key, value in change.items():
@@ -307,7 +307,7 @@ def test_a_model_with_nan_ends_with_the_name_of_the_check() -> None:
     model = build("llama")
     with torch.no_grad():
         decoder_stack(model).layers[1].mlp.down_proj.weight[0, 0] = math.nan  # type: ignore
-    with pytest.raises(ValueError, match=r"layer 2: expected H\^|no finite numbers"):
+    with pytest.raises(ValueError, match=r"layer 2: expected H\^|figures that are not finite"):
         analyse(model, texts())
 
 

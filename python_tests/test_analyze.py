@@ -239,7 +239,7 @@ def test_a_run_and_its_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "none/checkpoints").mkdir(parents=True)
     command = ["--model", str(tmp_path / "none"), "--data", str(rollouts)]
     assert main([*command, "--out", str(tmp_path / "x")]) == 2
-    assert "a run directory without a whole checkpoint" in capsys.readouterr().err
+    assert "a run directory without a complete checkpoint" in capsys.readouterr().err
 
 
 def test_a_model_in_bfloat16(model: str, chats: str, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_an_analysis_with_other_settings_is_kept(
 ) -> None:
     before = (whole / "summary.json").read_bytes()
     assert main(["--out", str(whole), *BUILT_IN, "top_k=2"]) == 2
-    assert "holds an analysis with other settings (top_k: 5 -> 2)" in one_line(capsys)
+    assert "holds an analysis with different settings (top_k: 5 -> 2)" in one_line(capsys)
     assert (whole / "summary.json").read_bytes() == before
 
 
@@ -267,8 +267,8 @@ def test_dry_run_writes_nothing(
     command = ["--model", model, "--data", chats, f"compare={model}", "--dry_run"]
     assert main(["--out", str(out), *command, "responses=generate"]) == 0
     said = capsys.readouterr().err
-    assert "4 of 5, a response to each by hf" in said and "compared" in said and "qwen3" in said
-    assert re.search(r"  time     at most about (\d+ s|\d+ minutes) to measure, beside gen", said)
+    assert "4 of 5, one response to each by hf" in said and "compared" in said and "qwen3" in said
+    assert re.search(r"  time     at most about (\d+ s|\d+ minutes) to measure, not count", said)
     assert not out.exists()
 
 

@@ -38,7 +38,7 @@ def test_nothing_given_tells_how_to_try_it(
         ("top_q=3", "unknown key top_q; did you mean top_k?"),
         ("top_k=0", "top_k must be at least 1, got 0"),
         ("responses=made", "responses must be one of auto, generate, column, none, got 'made'"),
-        ("response=said", "row 0 of {data} has no text in column said, but prompt, reward_model"),
+        ("response=said", "row 0 of {data} has no text in column said (found: prompt, reward"),
         ("max_tokens=1", "max_tokens must be at least 2 or null, got 1"),
         ("compare=/nowhere", "/nowhere: folder not found"),
         ("data.max_prompt_tokens=5", "4 of 4 prompts exceed data.max_prompt_tokens=5"),
@@ -85,7 +85,7 @@ def test_a_text_beyond_the_models_positions(
     command = ["--model", model, "--data", str(file), "--out", str(tmp_path / "out")]
     assert main(command) == 2
     said = one_line(capsys)
-    assert "line 1 of" in said and "has 4097 tokens, but the model's positions end at 4096" in said
+    assert "line 1 of" in said and "has 4097 tokens, but the model has only 4096 positions" in said
     assert "max_tokens=N" in said
     command = ["--model", model, "--data", chats, "responses=generate", "rollout.max_new_tokens="]
     command[-1] += "4090"
@@ -103,7 +103,7 @@ def test_a_text_beyond_the_positions_of_the_compared_model(
     (Path(other) / "config.json").write_text(json.dumps(settings))
     command = ["--model", model, "--data", chats, f"compare={other}", "--out", str(out)]
     assert main(command) == 2
-    assert "the model's positions end at 30" in one_line(capsys)
+    assert "the model has only 30 positions" in one_line(capsys)
 
 
 def test_a_violated_identity_ends_with_its_name(

@@ -50,7 +50,7 @@ def test_the_layer_is_measured_once_and_kept(
     assert run(lost, *SETTINGS, "bupo.layer=2", stop=3) == 128 + signal.SIGTERM
     (lost / "auto_layer.json").unlink()
     assert run(lost, *SETTINGS, "bupo.layer=2", "resume=auto") == 1
-    assert "auto_layer.json is lost" in capsys.readouterr().err
+    assert "auto_layer.json, which records" in capsys.readouterr().err
 
 
 def test_no_clear_boundary_stops_with_the_reason(

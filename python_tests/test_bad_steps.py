@@ -155,8 +155,8 @@ def test_a_bad_reward_costs_its_response_alone(
         assert row["reward/mean"] > 0 and row["reward/std"] > 0, "of those that have one"
     errors = capsys.readouterr().err
     assert (
-        "step 2: 0 timeouts and 1 errors of the reward; 1 of 16 responses have none and are left "
-        "out. The first failure: reward.function=test_bad_steps:reward returned inf"
+        "step 2: 0 timeouts and 1 errors of the reward; 1 of 16 responses have no reward "
+        "and are left out. The first failure: reward.function=test_bad_steps:reward returned inf"
     ) in errors
     kept = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000002.jsonl").open()]
     assert [row["reward"] is None for row in kept] == [True] + [False] * 15
@@ -173,8 +173,8 @@ def test_a_step_that_is_mostly_without_rewards_ends_the_run(
     assert run(out) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last == (
-        "bupo.run: step 3: 9 of 16 responses cannot be graded, the first failure: reward.function="
-        f"test_bad_steps:reward returned nan; the state after step 2 is saved in {out}"
+        "bupo.run: step 3: 9 of 16 responses cannot be graded (first failure: reward.function="
+        f"test_bad_steps:reward returned nan); the state after step 2 is saved in {out}"
     )
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == [1, 2]
     assert checkpoint.load_step(run_directory.checkpoints(out)[-1]) == 2
@@ -259,7 +259,7 @@ def test_a_model_that_is_not_finite_is_not_saved(
     out = tmp_path / "run"
     assert run(out, "checkpoint.every=2") == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "step 4 has left the model with model.norm.weight: 1 of 32 values are not" in last
+    assert "step 4 broke the model (model.norm.weight: 1 of 32 values are not" in last
     assert "the one of step 2 is kept" in last
     monkeypatch.undo()
     no_evaluation(monkeypatch)
@@ -297,9 +297,7 @@ def test_a_full_disk_loses_nothing(
     file_size_limit(resource.RLIM_INFINITY)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("bupo.run: the checkpoint of step 4 cannot be written to "), last
-    assert (
-        "File too large" in last and "MiB free without it); whole ones there: step_000002;" in last
-    )
+    assert "File too large" in last and "without it); complete ones there: step_000002;" in last
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000002"], "no leftovers"
     monkeypatch.setattr(checkpoint, "save", original)
     assert run(out, "checkpoint.every=2", "resume=auto") == 0
@@ -325,7 +323,7 @@ def test_a_disk_that_is_full_when_a_row_is_written(
     assert run(out, "checkpoint.every=2") == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "No space left on device" in last and last.endswith(
-        f"all up to the newest checkpoint in {out} is kept, go on with --out {out} resume=auto"
+        f"up to the newest checkpoint in {out} is kept; continue with --out {out} resume=auto"
     )
     monkeypatch.setattr(metrics, "append_rows", original)
     assert run(out, "checkpoint.every=2", "resume=auto") == 0

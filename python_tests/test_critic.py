@@ -210,5 +210,5 @@ def test_saved_and_loaded(tmp_path, tied):
     tensors = load_file(torn)
     tensors.pop("head.bias")
     save_file(tensors, torn)
-    with pytest.raises(ValueError, match=r"missing or of no module: \['head.bias'\]"):
+    with pytest.raises(ValueError, match=r"missing or belong to no module: \['head.bias'\]"):
         again.load(tmp_path / "critic")

@@ -32,7 +32,7 @@ def test_a_saved_dataset(tmp_path):
     saved(tmp_path / "mine", ROWS)
     assert data_files.read(str(tmp_path / "mine")) == ROWS
     assert data_files.stem(str(tmp_path / "mine")) == "mine"
-    with pytest.raises(ConfigError, match=r"holds one split, so .*mine:test is not there"):
+    with pytest.raises(ConfigError, match=r"holds a single split, so .*mine:test does not exist"):
         data_files.read(f"{tmp_path}/mine:test")
 
 

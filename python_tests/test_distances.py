@@ -102,10 +102,10 @@ def test_tokens_count_alike_whatever_the_batch(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"texts": []}, "distances: texts: expected at least one, came none"),
-        ({"anchor": 9}, r"distances: anchor: expected 1\.\.\d, came 9"),
-        ({"anchor": 0}, r"distances: anchor: expected 1\.\.\d, came 0"),
-        ({"layers": [1, 0]}, r"distances: layers: expected 1\.\.\d, came 0"),
+        ({"texts": []}, "distances: texts: expected at least one, got none"),
+        ({"anchor": 9}, r"distances: anchor: expected 1\.\.\d, got 9"),
+        ({"anchor": 0}, r"distances: anchor: expected 1\.\.\d, got 0"),
+        ({"layers": [1, 0]}, r"distances: layers: expected 1\.\.\d, got 0"),
     ],
 )
 def test_errors(options: dict[str, object], message: str) -> None:

@@ -168,9 +168,9 @@ def test_done_work_is_not_done_again(whole: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("eval.samples=8", "holds an evaluation with other settings (eval.samples: 4 -> 8)"),
+        ("eval.samples=8", "holds an evaluation with different settings (eval.samples: 4 -> 8)"),
         ("model.path=/nowhere", "model.path=/nowhere: folder not found"),
-        ("eval.temperature=0", "eval.temperature=0 makes equal samples: set eval.samples=1, got 4"),
+        ("eval.temperature=0", "makes all samples equal: set eval.samples=1, got 4"),
         ("eval.sample=8", "unknown key eval.sample; did you mean eval.samples?"),
     ],
 )

@@ -133,7 +133,7 @@ def test_every_file_of_a_checkpoint_is_guarded(
                 continue  # no checkpoint then, or one of before there were checksums
             file.unlink() if damaged is None else file.write_bytes(damaged)
             try:
-                with pytest.raises(ConfigError, match=r"is damaged: .*resume=auto goes on from"):
+                with pytest.raises(ConfigError, match=r"is damaged: .*resume=auto continues from"):
                     checkpoint.verify(folder)
             finally:
                 file.write_bytes(content)
@@ -144,7 +144,7 @@ def test_every_file_of_a_checkpoint_is_guarded(
     capsys.readouterr()
     assert run(out, *few, "resume=auto", "steps=3") == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "is damaged: model.safetensors is not as it was written; remove that folder" in last
+    assert "is damaged: model.safetensors has changed since it was written; remove that" in last
 
 
 HOSTILE = (
@@ -320,7 +320,7 @@ def test_prompts_with_a_half_of_a_character(tmp_path: Path) -> None:
     row = verl_row("What is \ud800?", "1")
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(row) + "\n")
-    with pytest.raises(ConfigError, match=r"row 0 of .*: the prompt is no text"):
+    with pytest.raises(ConfigError, match=r"row 0 of .*: the prompt is not valid text"):
         load_prompts([str(file)], tiny_tokenizer(tmp_path), DataConfig())
 
 

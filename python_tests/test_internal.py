@@ -182,7 +182,7 @@ def test_norms_and_cosines() -> None:
     assert (flow.entropy["layer"] >= 0).all()
     with pytest.raises(ValueError, match="start"):
         Text([1, 2], 0)
-    with pytest.raises(ValueError, match=r"Text: end: expected a place in 2..3, came 1"):
+    with pytest.raises(ValueError, match=r"Text: end: expected a position in 2..3, got 1"):
         Text([1, 2, 3], 1, 1)
     with pytest.raises(ValueError, match="at least one"):
         entropy_flow(model, [])
@@ -235,7 +235,7 @@ def test_lens_refuses_what_it_cannot_show() -> None:
     model, text = build("llama"), Text([3, 4, 5], 1)
     with pytest.raises(ValueError, match="views: expected some of"):
         lens(model, [text], views=["mlp"])
-    with pytest.raises(ValueError, match=f"top_k: expected 1..{VOCAB}, came 0"):
+    with pytest.raises(ValueError, match=f"top_k: expected 1..{VOCAB}, got 0"):
         lens(model, [text], top_k=0)
     with pytest.raises(ValueError, match="texts: expected at least one"):
         lens(model, [])

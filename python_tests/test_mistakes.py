@@ -65,8 +65,8 @@ BAD = {
     "layer zero": (["bupo.layer=0"], "bupo.layer must be at least 1 or null, got 0"),
     "layer over L": (["bupo.layer=3"], "bupo.layer=3 is out of range"),
     "phase 1 too long": (["bupo.steps=6"], "bupo.steps (6) must be less than steps (6)"),
-    "phases alone": (["phases=[{}]"], "phases and policy=custom need one another"),
-    "custom without phases": (["algorithm=custom"], "phases and policy=custom need one another"),
+    "phases alone": (["phases=[{}]"], "policy=custom needs phases, and phases"),
+    "custom without phases": (["algorithm=custom"], "policy=custom needs phases, and phases"),
     "phase key": (
         ["algorithm=custom", "phases=[{layr: 1}]"],
         "unknown key phases[].layr; did you mean phases[].layer?",
@@ -83,14 +83,14 @@ BAD = {
         ["algorithm=custom", "phases=[{lr: {3-: 0}}]"], "phases[0].lr.3- is out of range: "
     ),
     "open phase first": (
-        ["algorithm=custom", "phases=[{layer: 1}, {}]"], "only the last may leave out steps"
+        ["algorithm=custom", "phases=[{layer: 1}, {}]"], "only the last phase may omit steps"
     ),
     "phases too short": (
-        ["algorithm=custom", "phases=[{steps: 2}, {steps: 3}]"], "phases have 5 steps, steps=6"
+        ["algorithm=custom", "phases=[{steps: 2}, {steps: 3}]"], "phases have 5 steps, but steps=6"
     ),
     "phases too long": (
         ["algorithm=custom", "phases=[{steps: 6}, {}]"],
-        "phases have 6 steps before the last, steps=6",
+        "phases have 6 steps before the last, but steps=6",
     ),
     "rate of what is no part": (
         ["algorithm=custom", "phases=[{lr: {embeddings: 0}}]"],
@@ -150,7 +150,7 @@ BAD = {
     ),
     "critic": (["critic.gae_lambda=2"], "critic.gae_lambda must be at least 0 and at most 1"),
     "missing template": (["data.chat_template=no.jinja"], "chat_template=no.jinja: file not found"),
-    "weights": (["data.weights=[1,2]"], "data.weights has 2 values for 0 data.train"),
+    "weights": (["data.weights=[1,2]"], "data.weights has 2 values, but data.train has 0"),
     "weight": (["data.weights=[0]"], "data.weights must be above 0, got 0"),
     "column": (["data.columns={question: x}"], "data.columns' names must be one of prompt, answer"),
     "hub": (
@@ -175,7 +175,7 @@ BAD = {
     "all held out": (
         ["task_options.eval_problems=8100"], "must leave some of 8100 problems for training"
     ),
-    "long name of out": (["out=" + 300 * "x"], "File name too long; change that, or name another"),
+    "long name of out": (["out=" + 300 * "x"], "File name too long; fix that, or choose another"),
     "long name of template": (["data.chat_template=" + 300 * "x"], "File name too long"),
     "task is no task": (["task=os"], "task=os is not a task"),
     "task with data": (["data.train=[x.parquet]"], "data.train is set, but task="),
@@ -184,7 +184,7 @@ BAD = {
     "model of a run": (
         ["model.path=runs/x/checkpoints/y"], "model.path=runs/x/checkpoints/y: folder not found"
     ),
-    "context": (["rollout.max_new_tokens=1000000"], "does not fit the model's context of 256"),
+    "context": (["rollout.max_new_tokens=1000000"], "does not fit in the model's context of 256"),
     "out in a file": (["out=/dev/null/run"], "out=/dev/null/run: /dev/null is a file"),
     "out in proc": (["out=/proc/run"], "out=/proc/run: /proc cannot be written to"),
     "list not closed": (["steps=[1"], "cannot be read"),

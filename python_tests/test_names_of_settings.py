@@ -101,7 +101,7 @@ def test_contradictions_of_an_algorithm(tmp_path: Path) -> None:
         ("rollout.n=8", "unknown key rollout.n; bupo calls it rollout.samples"),
         ("epsilon=0.2", "bupo calls it loss.clip_low and loss.clip_high"),
         ("algorithm.adv_estimator=gae", "key algorithm.adv_estimator; bupo calls it advantage"),
-        ("lora.r=8", "bupo does not have LoRA yet"),
+        ("lora.r=8", "bupo does not support LoRA yet"),
         ("trainer={total_epochs: 3}", "unknown key trainer.total_epochs; bupo counts steps"),
         ("rollout.tensor_model_parallel_size=2", "calls it rollout.vllm={tensor_parallel_size: N}"),
     ],

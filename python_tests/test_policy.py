@@ -341,9 +341,7 @@ def test_contexts_do_not_nest() -> None:
             lambda: check_internal_policy(model),
             lambda: internal_policy(model, None).__enter__(),
         ):
-            with pytest.raises(
-                RuntimeError, match="expected no outer policy, came that of layer 1"
-            ):
+            with pytest.raises(RuntimeError, match="expected no outer policy, got that of layer 1"):
                 call()
         assert torch.equal(model(ids).logits, expected)
     with internal_policy(model, None), internal_policy(model, 1):
@@ -511,18 +509,12 @@ def add_one(_: nn.Module, __: object, output: object) -> object:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        (
-            "backbone",
-            "layer 2: cannot be served: expected the model's own hidden within .*came 1.000",
-        ),
-        ("model", "layer 2: cannot be served: expected the model's own logits within .*came 1.000"),
-        ("wrong norm", "layer 2: cannot be served: expected the model's own hidden .*came [0-9]"),
-        (
-            "depth",
-            "layer 3 with norm: cannot be served: expected the model's own logits .*came [0-9]",
-        ),
-        ("nan", "layer 2: cannot be served: expected the model's own hidden .*came nan"),
-        ("twice", "cannot be served: expected 4 hidden states, came 5"),
+        ("backbone", "layer 2: not supported: expected the model's own hidden .*error of 1.000"),
+        ("model", "layer 2: not supported: expected the model's own logits .*error of 1.000"),
+        ("wrong norm", "layer 2: not supported: expected the model's own hidden .*of [0-9]"),
+        ("depth", "layer 3 with norm: not supported: expected the model's own logits .*of [0-9]"),
+        ("nan", "layer 2: not supported: expected the model's own hidden .*error of nan"),
+        ("twice", "not supported: expected 4 hidden states, got 5"),
     ],
 )
 @torch.no_grad()
@@ -590,7 +582,7 @@ def test_start_up_check_disturbs_nothing() -> None:
 def test_a_layer_that_is_none(function: Callable, layer: object) -> None:
     model = build("llama")
     with pytest.raises(
-        ValueError, match=r"^internal_policy: layer: expected an int in 1\.\.3, came "
+        ValueError, match=r"^internal_policy: layer: expected an int in 1\.\.3, got "
     ):
         function(model, layer)
 
@@ -608,7 +600,7 @@ CALLS: dict[str, Callable] = {
 @pytest.mark.parametrize("model", [None, "llama", nn.Linear(2, 2)])
 def test_no_model(call: str, model: object) -> None:
     came = type(model).__name__
-    with pytest.raises(TypeError, match=f"^{call}: model: expected a transformers LM, came {came}"):
+    with pytest.raises(TypeError, match=f"^{call}: model: expected a transformers LM, got {came}"):
         CALLS[call](model)
 
 
@@ -640,16 +632,16 @@ def unserved() -> dict[str, nn.Module]:
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        ("t5", "expected a decoder-only model, came an encoder-decoder"),
-        ("bert", "expected one list of 2 layers and a norm beside it, came 1 and 0"),
-        ("opt", "expected one list of 3 layers and a norm beside it, came 1 and 0"),
-        ("llama", "expected one list of 7 layers and a norm beside it, came 0 and"),
+        ("t5", "expected a decoder-only model, got an encoder-decoder"),
+        ("bert", "expected one list of 2 layers and a norm beside it, got 1 and 0"),
+        ("opt", "expected one list of 3 layers and a norm beside it, got 1 and 0"),
+        ("llama", "expected one list of 7 layers and a norm beside it, got 0 and"),
     ],
 )
 def test_families_that_cannot_be_served(family: str, message: str) -> None:
     model = unserved()[family]
     for call in ("internal_policy", "num_layers", "check_internal_policy"):
-        wanted = f"^{call}: model of family '{family}': cannot be served: {message}"
+        wanted = f"^{call}: model of family '{family}': not supported: {message}"
         with pytest.raises(ValueError, match=wanted):
             CALLS[call](model)
     with internal_policy(model, None):  # the final policy needs nothing
@@ -658,11 +650,11 @@ def test_families_that_cannot_be_served(family: str, message: str) -> None:
 
 def test_heads_that_cannot_be_served() -> None:
     backbone = build("llama").base_model  # has layers and norm, but no head
-    wanted = "model of family 'llama': expected a Linear head, came NoneType"
+    wanted = "model of family 'llama': expected a Linear head, got NoneType"
     for call in CALLS:
         with pytest.raises(ValueError, match=f"^{call}: {wanted}"):
             CALLS[call](backbone)
     model = build("llama")
     model.forward = lambda **_: None
-    with pytest.raises(ValueError, match=r"^hidden_states: .*one call of the head, came 0"):
+    with pytest.raises(ValueError, match=r"^hidden_states: .*one call of the head, got 0"):
         hidden_states(model, batch())

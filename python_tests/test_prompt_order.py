@@ -119,6 +119,6 @@ def test_mini_batches_are_of_every_file():
 
 def test_a_file_too_small_for_its_share():
     PromptOrder(of_files(6, 2), 8, 0, (3, 1))
-    message = r"takes 6 of rollout\.prompts=8 from data\.train\[0\], which has 5 prompts"
+    message = r"takes 6 of rollout\.prompts=8 from data\.train\[0\], which has only 5 prompts"
     with pytest.raises(ConfigError, match=message):
         PromptOrder(of_files(5, 9), 8, 0, (3, 1))

@@ -145,7 +145,7 @@ def test_a_chat_needs_a_template(tmp_path, tokenizer):
         ({"prompt": 5, "answer": "1"}, "row 1 of .* a string or a list of chat messages"),
         ({"prompt": ["hi"], "answer": "1"}, "row 1 of .* a string or a list of chat messages"),
         ({"prompt": "", "answer": "1"}, "row 1 of .* empty prompt"),
-        ({"prompt": "x", "answer": ["1"]}, r"row 1 of .* a text or a number, got a list: \['1'\]"),
+        ({"prompt": "x", "answer": ["1"]}, r"row 1 of .* text or a number, got a list: \['1'\]"),
         ({"prompt": "x", "reward_model": {"ground_truth": {"a": 1}}}, "number, got an object"),
         (5, "row 1 of"),
         (None, "row 1 of"),
@@ -255,7 +255,7 @@ def test_columns_and_system_prompt_make_chats_of_questions(tmp_path, tokenizer):
     assert asked.text.startswith("<|im_start|>user\n2+2?<")
     (asked, _), _ = load_prompts([file], tokenizer, DataConfig(columns=columns))
     assert asked.text == "2+2?"
-    with pytest.raises(ConfigError, match=r"no prompt, but question, final_answer.*data\.columns"):
+    with pytest.raises(ConfigError, match=r"found: question, final_answer.*data\.columns"):
         load_prompts([file], tokenizer, DataConfig())
 
 

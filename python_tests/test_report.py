@@ -461,7 +461,7 @@ def test_command_line(tmp_path):
     done = subprocess.run([*command, run, other], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        f"bupo.report: {other} holds no run: it has no metrics.jsonl and no eval.jsonl\n"
+        f"bupo.report: {other} holds no run: it has neither metrics.jsonl nor eval.jsonl\n"
     )
     assert [file.name for file in other.iterdir()] == ["config.yaml"]
     done = subprocess.run([*command, "--help"], capture_output=True, text=True)

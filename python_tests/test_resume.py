@@ -237,7 +237,7 @@ def test_files_may_move_between_two_parts_of_a_run(
     shutil.rmtree(old)
     (new / "other.jsonl").write_text("".join(lines[1:]))
     assert run(out, *settings(new, "other.jsonl"), "resume=auto") == 2
-    assert "began with other training prompts" in capsys.readouterr().err
+    assert "started with different training prompts" in capsys.readouterr().err
     assert run(out, *settings(new, "problems.jsonl"), "resume=auto") == 0
     assert run(tmp_path / "whole", *settings(new, "problems.jsonl")) == 0
     assert_same_run(tmp_path / "whole", out)

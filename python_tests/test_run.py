@@ -48,7 +48,7 @@ def test_a_wrong_engine_stops_the_run(
     assert (
         "sync/logprob_gap: log-probs of sampled tokens differ from the trainer's by 0.2" in errors
     )
-    assert "more than what rounding explains (0.01)" in errors
+    assert "more than rounding explains (0.01)" in errors
     assert not (tmp_path / "run/metrics.jsonl").read_text()
     assert (
         main(arguments(tmp_path / "other", "steps=1", "bupo.steps=0", "rollout.max_logprob_gap=1"))
@@ -77,7 +77,7 @@ def test_resume_with_other_settings_is_refused(
     capsys.readouterr()
     assert main(arguments(out, "steps=6", "resume=auto", change)) == 2
     errors = capsys.readouterr().err
-    assert "holds a run with other settings (" in errors and change.split("=")[0][:8] in errors
+    assert "holds a run with different settings (" in errors and change.split("=")[0][:8] in errors
     assert main(arguments(out, "steps=5", "bupo.steps=3", "resume=auto", change)) == 2
     for folder in (out / "checkpoints").iterdir():  # still refused: the numbers are kept
         shutil.rmtree(folder)
@@ -93,7 +93,7 @@ def test_a_run_of_another_version_is_named(
     (tmp_path / "metrics.jsonl").touch()
     assert main(arguments(tmp_path, "resume=auto")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"{tmp_path}/config.yaml, which is compared with, cannot be read: unknown key" in error
+    assert f"{tmp_path}/config.yaml (the earlier settings) cannot be read: unknown key" in error
 
 
 def test_resume_with_fewer_steps_than_are_done(
@@ -104,7 +104,7 @@ def test_resume_with_fewer_steps_than_are_done(
     assert main(arguments(out, "steps=3", *same)) == 0
     capsys.readouterr()
     assert main(arguments(out, "steps=2", *same)) == 2
-    assert f"out={out} has done 3 steps, steps=2" in capsys.readouterr().err
+    assert f"out={out} has done 3 steps, but steps=2" in capsys.readouterr().err
 
 
 def test_resume_without_the_earlier_settings(
@@ -131,7 +131,7 @@ def test_resume_with_other_steps(
     assert main(arguments(tmp_path / "run", "steps=2", *settings)) == 0
     capsys.readouterr()
     assert main(arguments(tmp_path / "run", "steps=3", *settings, "resume=auto")) == status
-    said = "steps: 2 -> 3 (of which optimizer.schedule=linear makes every step's learning rate)"
+    said = "steps: 2 -> 3 (optimizer.schedule=linear computes the learning rate of every step"
     assert (said in capsys.readouterr().err) == (status == 2)
 
 
@@ -160,7 +160,7 @@ def test_a_cut_checkpoint_says_how_to_do_without(
     assert main(arguments(out, *TWO_STEPS, "resume=auto")) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"bupo.run: the checkpoint {newest} is damaged: "), last
-    assert "remove that folder, and resume=auto goes on from the one before it" in last
+    assert "remove that folder, and resume=auto continues from the one before it" in last
     shutil.rmtree(newest)
     assert main(arguments(out, *TWO_STEPS, "resume=auto")) == 0
 
@@ -168,7 +168,7 @@ def test_a_cut_checkpoint_says_how_to_do_without(
 @pytest.mark.parametrize("text", ["[]", '{"step": 2}', '{"step": "2", "drawn": 0}'])
 def test_a_checkpoint_without_its_numbers(text: str, tmp_path: Path) -> None:
     (tmp_path / "trainer.json").write_text(text)
-    with pytest.raises(config.ConfigError, match=r"damaged: trainer\.json does not tell step and"):
+    with pytest.raises(config.ConfigError, match=r"damaged: trainer\.json does not state step and"):
         checkpoint.load_state(tmp_path)
 
 
@@ -205,7 +205,7 @@ def test_an_out_that_may_not_be_made(
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert main(arguments(out)) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == f"bupo.run: {out}: Permission denied; change that, or name another place"
+    assert last == f"bupo.run: {out}: Permission denied; fix that, or choose another path"
 
 
 def test_missing_configuration_file(capsys: pytest.CaptureFixture[str], no_model: None) -> None:
@@ -251,7 +251,7 @@ def test_dry_run_prints_the_plan_and_writes_no_run(
     for more in ([], ["bupo.auto_layer=0.1"]):
         settings = [*arguments(tmp_path / "run"), "bupo.auto_stop=0.1", *more]
         assert main([*settings, "--dry_run"]) == 0
-        assert "steps 1-3 (fewer where bupo.auto_stop says so) train" in capsys.readouterr().err
+        assert "steps 1-3 (fewer if bupo.auto_stop ends them early)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -132,7 +132,7 @@ def test_torchrun_is_refused(
     out = tmp_path / "run"
     assert program(["--out", str(out), "task=bupo.tasks.arithmetic"]) == 2
     errors = capsys.readouterr().err
-    assert "WORLD_SIZE=2: bupo does not yet train on several processes" in errors
+    assert "WORLD_SIZE=2: bupo cannot train with several processes yet" in errors
     assert len(errors.splitlines()) == 1 and not out.exists()
 
 

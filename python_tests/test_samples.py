@@ -28,7 +28,7 @@ def test_a_batch_has_each_counted_token_and_what_predicts_it() -> None:
 def test_a_stream_that_one_sample_lacks_is_not_in_their_batch() -> None:
     (batch,) = micro_batches([two_turns(), Sample.of([1], [2])], 100, "cpu")
     assert batch.streams == {}
-    with pytest.raises(KeyError, match="expected value, came old"):
+    with pytest.raises(KeyError, match="expected value, got old"):
         two_turns().stream("value")
 
 
@@ -44,9 +44,9 @@ def test_samples_of_equal_length_need_no_padding() -> None:
 @pytest.mark.parametrize(
     ("mask", "streams", "message"),
     [
-        ([False, True], {}, "loss_mask: expected 3 values, one a token, came 2"),
+        ([False, True], {}, "loss_mask: expected 3 values, one per token, got 2"),
         ([True, True, True], {}, "expected the first token to be masked"),
-        ([False, True, True], {"old": torch.zeros(3)}, r"old: expected shape \[2\].*came \[3\]"),
+        ([False, True, True], {"old": torch.zeros(3)}, r"old: expected shape \[2\].*got \[3\]"),
     ],
 )
 def test_what_does_not_fit_together_is_no_sample(

@@ -255,7 +255,7 @@ def test_other_phases_are_another_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(out, *SETTINGS, stop=3) == 128 + signal.SIGTERM
     other = PHASES.replace("0.1", "0.2")
     assert run(out, *SETTINGS, other, "resume=auto") == 2
-    assert "holds a run with other settings (phases: " in capsys.readouterr().err
+    assert "holds a run with different settings (phases: " in capsys.readouterr().err
     assert (
         json.loads((run_directory.checkpoints(out)[-1] / "trainer.json").read_text())["step"] == 1
     )

@@ -156,7 +156,7 @@ def test_an_update_on_two_turns_does_what_the_advantages_say():
 
 
 def test_a_stream_must_fit_the_counted_tokens():
-    with pytest.raises(ValueError, match=r"old: expected shape \[5\], .* came \[10\]"):
+    with pytest.raises(ValueError, match=r"old: expected shape \[5\], .* got \[10\]"):
         two_turns().with_stream("old", torch.zeros(10))
-    with pytest.raises(ValueError, match="one a token, came 2"):
+    with pytest.raises(ValueError, match="one per token, got 2"):
         Sample([1, 2, 3], [False, True])

@@ -286,7 +286,7 @@ def test_what_fails_in_vllm_is_one_line(parts, prompts, tmp_path, monkeypatch):
 def test_a_mixture_of_experts_on_a_cpu_is_refused(parts, tmp_path):
     """Its experts keep their old weights there, whatever is sent."""
     families.build("qwen3_moe").config.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="cannot take new weights of a mixture of experts"):
+    with pytest.raises(ConfigError, match="cannot load new weights into a mixture of experts"):
         VllmEngine(str(tmp_path), parts[2], CONFIG, 64, "float32", seed=0)
 
 

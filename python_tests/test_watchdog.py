@@ -29,12 +29,12 @@ def test_a_slow_stage_is_named_with_its_stack_and_goes_on(
         pass
     dog.close()
     text = (tmp_path / FILE).read_text()
-    assert "step 3, stage reward has begun or got ahead; it has got no further for 0.5 s:" in text
+    assert "stage reward began or advanced; it has made no further progress for 0.5 s:" in text
     assert "Thread 0x" in text and "in a_stage_that_sleeps" in text
     assert "rollout" not in text and "update" not in text, "what went well leaves nothing"
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines == [
-        "step 3, stage reward has got no further for 0.5 s; the stacks of all threads are in "
+        "step 3, stage reward has made no progress for 0.5 s; the stacks of all threads are in "
         f"{tmp_path / FILE}"
     ]
 
@@ -64,7 +64,7 @@ def test_earlier_stalls_are_kept(tmp_path: Path) -> None:
     dog.close()
     text = (tmp_path / FILE).read_text()
     assert text.startswith("of an earlier process\n") and text.count("most recent call first") >= 2
-    assert text.index("first has begun") < text.index("second has begun") and "third" not in text
+    assert text.index("first began") < text.index("second began") and "third" not in text
 
 
 def test_nothing_claims_a_stall_before_there_is_one(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_stacks_of_a_process_that_was_killed_while_it_hung_are_kept(tmp_path: Pa
     assert not (tmp_path / FILE).exists()
     Watchdog(tmp_path, 60).close()
     text = (tmp_path / FILE).read_text()
-    assert "stage reward has begun or got ahead; it has got no further for 0.3 s:" in text
+    assert "stage reward began or advanced; it has made no further progress for 0.3 s:" in text
     assert "most recent call first" in text
     assert [p.name for p in tmp_path.iterdir()] == [FILE]
 
@@ -143,6 +143,6 @@ def test_a_run_names_its_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str
     errors = capsys.readouterr().err
     text = (tmp_path / "run" / FILE).read_text()
     for stage in ("step 1, stage reward", "step 0, stage evaluation on addition"):
-        assert f"{stage} has got no further for 0.5 s" in errors
-        assert f"{stage} has begun" in text
+        assert f"{stage} has made no progress for 0.5 s" in errors
+        assert f"{stage} began" in text
     assert "in sleeps_once" in text

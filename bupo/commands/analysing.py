@@ -1,15 +1,15 @@
-"""Shows what every layer, attention and FFN of a model predicts, and how sure of it each one is.
+"""Shows what each layer, attention block and FFN of a model predicts, and how certain it is.
 
     python -m bupo.analyze --model MODEL --data train.parquet          responses are generated
     python -m bupo.analyze --model RUN --data RUN/rollouts/step_000010.jsonl
     python -m bupo.analyze --model BASE --data book.txt whole_files=true compare=TUNED
     python -m bupo.analyze task=bupo.tasks.arithmetic rollout.max_new_tokens=24      no download
 
-MODEL is a folder or hub name of a causal LM, or a run directory (its newest checkpoint); data are
-as for bupo.run, or rollouts of a run, or .txt files. Writes a directory: report.html (figures and
-heat maps, one file), figures/, tokens.parquet (a row per token, layer and policy),
-top_tokens.parquet, summary.json (means with standard errors, boundary layer, checks), texts.jsonl
-and config.yaml. docs/internal_policies.md has the definitions.
+MODEL is a folder or hub name of a causal LM, or a run directory (its newest checkpoint); the data
+can be anything that bupo.run reads, the rollouts of a run, or .txt files. Writes a directory:
+report.html (figures and heat maps, one file), figures/, tokens.parquet (a row per token, layer and
+policy), top_tokens.parquet, summary.json (means with standard errors, boundary layer, checks),
+texts.jsonl and config.yaml. docs/internal_policies.md has the definitions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ IGNORED = "data.weights, rollout.prompts, .samples, .refills, .max_logprob_gap"
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="same as model.path=MODEL")
-    parser.add_argument("--data", action="append", help="one of data.train; may be repeated")
+    parser.add_argument("--data", action="append", help="a value for data.train; may be repeated")
 
 
 def _settings(arguments: argparse.Namespace) -> tuple[AnalysisConfig, Path]:
@@ -89,8 +89,9 @@ def _analyse(plan: AnalysisPlan) -> list[Any]:
             texts = subject.measurable(texts)
             if lost := before - {m.where for m in texts}:
                 raise ConfigError(
-                    f"{min(lost)} can be measured by {first.name}, but not by {subject.name}: too "
-                    "long, or a single token; both have to have the same texts, so choose others"
+                    f"{min(lost)} can be measured by {first.name}, but not by {subject.name}, for "
+                    "which it is too long or a single token; both models need the same texts, so "
+                    "choose others"
                 )
         model = model if model is not None else _loaded(plan, subject)
         with display.waiting(f"measuring {subject.name}"):
@@ -191,13 +192,13 @@ main = Command(
     program="bupo.analyze",
     description=str(__doc__),
     epilog=keys_and_defaults(AnalysisConfig) + f"\nNot used here: {IGNORED}.\n"
-    "model.compute_dtype=bfloat16 holds the weights in bfloat16 too: nothing is trained.",
+    "model.compute_dtype=bfloat16 also stores the weights in bfloat16, since nothing is trained.",
     settings=_settings,
     make_plan=lambda settings: make_plan(*settings),
     execute=_analyse_and_report,
-    kept=lambda out: f"what was written to {out} before is kept; it begins anew with --out {out}",
-    stopped=lambda out: f"stopped; {out} holds what was written" if out else "stopped",
+    kept=lambda out: f"what {out} already holds is kept; --out {out} starts the analysis again",
+    stopped=lambda out: f"stopped; {out} holds what was written so far" if out else "stopped",
     config_help="YAML file, e.g. an analysis' config.yaml",
-    out_help="directory to write; default analyses/TIME",
+    out_help="output directory; default: analyses/TIME",
     add_arguments=_add_arguments,
 ).main

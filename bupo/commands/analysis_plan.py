@@ -74,10 +74,10 @@ class AnalysisPlan:
         ]
         texts = f"{len(self.texts)} of {self.available}, "
         texts += {
-            "generate": f"a response to each by {config.rollout.engine}, temperature "
+            "generate": f"one response to each by {config.rollout.engine}, temperature "
             f"{config.rollout.temperature}, at most {config.rollout.max_new_tokens} tokens",
             "column": f"their responses: {sum(lengths)} tokens, longest {max(lengths)}",
-            "none": f"measured themselves: {sum(lengths)} tokens, longest {max(lengths)}",
+            "none": f"measured as they are: {sum(lengths)} tokens, longest {max(lengths)}",
         }[self.how]
         lines, sizes_of = [f"analysis of {first.source}"], []
         for n, subject in enumerate(self.subjects):
@@ -90,7 +90,7 @@ class AnalysisPlan:
         tokens = most if self.how == "generate" else sum(lengths)
         seconds = sum(_measuring_time(config, found, tokens) for found in sizes_of)
         bound = "at most " if self.how == "generate" else ""
-        beside = ", beside generation" if self.how == "generate" else ""
+        beside = ", not counting generation" if self.how == "generate" else ""
         lines.append(f"  time     {bound}about {_duration(seconds)} to measure{beside}")
         lines.append(f"  out      {self.out}")
         return "\n".join(lines)
@@ -104,8 +104,8 @@ def make_plan(config: AnalysisConfig, out: Path) -> AnalysisPlan:
         changed = configuration.changes_since(out / "config.yaml", config, ())
         if changed:
             raise ConfigError(
-                f"out={out} holds an analysis with other settings ({'; '.join(changed)}); choose "
-                "another out"
+                f"out={out} holds an analysis with different settings ({'; '.join(changed)}); "
+                "choose another out"
             )
     if config.task is None and config.model.path is None:
         raise ConfigError(
@@ -152,7 +152,7 @@ def newest(model: str) -> str:
 
     points = checkpoints(Path(model))
     if not points:
-        raise ConfigError(f"{model} is a run directory without a whole checkpoint")
+        raise ConfigError(f"{model} is a run directory without a complete checkpoint")
     return str(points[-1])
 
 

@@ -111,7 +111,7 @@ def _response(row: Any, column: str, where: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
         names = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise ConfigError(
-            f"{where} has no text in column {column}, but {names}; response=NAME names another"
+            f"{where} has no text in column {column} (found: {names}); response=NAME names another"
         )
     return str(row[column])
 
@@ -203,10 +203,10 @@ def measurable(texts: Sequence[Measured], positions: int | None) -> list[Measure
     for m in texts:
         if positions is not None and m.length > positions:
             raise ConfigError(
-                f"{m.where} has {m.length} tokens, but the model's positions end at {positions}; "
-                "cut texts with max_tokens=N or choose others"
+                f"{m.where} has {m.length} tokens, but the model has only {positions} positions; "
+                "cut the texts with max_tokens=N, or choose others"
             )
     kept = [m for m in texts if m.response_ids and m.length >= 2]
     if not kept:
-        raise ConfigError("no text has a token to measure: responses are empty or cut away")
+        raise ConfigError("no text has a token to measure: all responses are empty or cut off")
     return kept

@@ -63,7 +63,7 @@ class Command(Generic[AnyPlan]):
         self.add_arguments(parser)
         parser.add_argument("--config", type=Path, help=self.config_help)
         parser.add_argument("--out", help=self.out_help)
-        dry_run = "check everything, print the plan and load no weights"
+        dry_run = "check everything and print the plan, without loading weights"
         parser.add_argument("--dry_run", action="store_true", help=dry_run)
         quotes = configuration.QUOTES
         parser.add_argument("overrides", nargs="*", metavar="key=value", help=quotes)
@@ -117,4 +117,4 @@ def user_paths() -> Iterator[None]:
         if error.errno in _DISK:
             raise
         reason = f"{error.filename}: {error.strerror}" if error.filename else first_line(error)
-        raise ConfigError(f"{reason}; change that, or name another place") from None
+        raise ConfigError(f"{reason}; fix that, or choose another path") from None

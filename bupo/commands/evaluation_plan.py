@@ -65,7 +65,7 @@ def make_plan(config: Config, out: Path) -> EvaluationPlan:
     check_engine(config)
     if changed:
         raise ConfigError(
-            f"out={out} holds an evaluation with other settings ({'; '.join(changed)}); "
+            f"out={out} holds an evaluation with different settings ({'; '.join(changed)}); "
             "restore them or choose another out"
         )
     if not sources.held_out:

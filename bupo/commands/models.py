@@ -46,8 +46,8 @@ class ModelFacts:
         if self.vocabulary is not None and highest >= self.vocabulary:
             raise ConfigError(
                 f"{self.source}: its tokenizer has {len(self.tokenizer)} tokens, but its model "
-                f"{self.vocabulary} (token {highest} occurs in the data): they do not belong "
-                "together; take both from one place"
+                f"only {self.vocabulary} (token {highest} occurs in the data), so they do not "
+                "belong together; take both from the same place"
             )
 
 
@@ -67,7 +67,7 @@ def read_model(config: Config, model: str) -> ModelFacts:
     from bupo.runlog.display import Display
 
     try:
-        with hub.quiet(), Display().waiting(f"reading what {model} is"):
+        with hub.quiet(), Display().waiting(f"reading the configuration of {model}"):
             model_config = AutoConfig.from_pretrained(model)
             tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # each family raises its own kinds
@@ -77,7 +77,7 @@ def read_model(config: Config, model: str) -> ModelFacts:
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is not None and config.rollout.max_new_tokens >= positions:
         raise ConfigError(
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens} does not fit the model's "
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} does not fit in the model's "
             f"context of {positions} tokens"
         )
     vocabulary = getattr(text_config, "vocab_size", None)
@@ -96,7 +96,7 @@ def _check_causal(model: str, model_config: Any) -> None:
     encoder = getattr(model_config, "is_encoder_decoder", False)
     if masked or encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(
-            f"model.path={model} is no causal LM but of family {model_config.model_type}, which "
+            f"model.path={model} is not a causal LM: models of family {model_config.model_type} "
             "cannot be sampled from left to right; choose a decoder-only model"
         )
 
@@ -126,16 +126,16 @@ def load_model(config: Config, source: str) -> Any:
     # transformers leaves weights that it does not find at their random initial values.
     wrong = [f"{name} is missing" for name in sorted(found["missing_keys"])]
     for name, theirs, ours in sorted(found["mismatched_keys"]):
-        shapes = f"{list(theirs)} in the files, {list(ours)} by config.json"
+        shapes = f"{list(theirs)} in the files, {list(ours)} in config.json"
         wrong.insert(0, f"{name} is {shapes}")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise BrokenError(
-            f"{source} cannot be loaded: its weights are not those of its config.json: "
-            f"{', '.join(wrong[:3])}{more}; get whole files"
+            f"{source} cannot be loaded: its weights do not match its config.json: "
+            f"{', '.join(wrong[:3])}{more}; get intact files"
         )
     if bad := first_bad(model.named_parameters()):
-        raise BrokenError(f"{source} cannot be used: {bad}; get whole files")
+        raise BrokenError(f"{source} cannot be used: {bad}; get intact files")
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -174,4 +174,4 @@ def check_deterministic(model: Any) -> None:
 def _reason(model: str, error: Exception) -> str:
     if Path(model).is_dir():
         return first_line(error)
-    return f"no such folder, and as a name on the Hugging Face hub: {hub.reason(error)}"
+    return f"no such folder, and reading it from the Hugging Face hub failed: {hub.reason(error)}"

@@ -20,7 +20,7 @@ def check_one_process() -> None:
     world = os.environ.get("WORLD_SIZE", "1")
     if world not in ("", "1"):
         raise ConfigError(
-            f"WORLD_SIZE={world}: bupo does not yet train on several processes; start it with "
+            f"WORLD_SIZE={world}: bupo cannot train with several processes yet; start it with "
             "python -m, without torchrun"
         )
 
@@ -75,11 +75,11 @@ def _owner(descriptor: int) -> tuple[int, str] | None:
 
 
 def _taken(folder: Path, descriptor: int) -> str:
-    pid, host = _owner(descriptor) or ("of unknown number", "this host")
+    pid, host = _owner(descriptor) or ("(ID unknown)", "this host")
     os.close(descriptor)
     return (
         f"out={folder} is in use by process {pid} on {host}; wait for it, end it, or choose "
-        f"another out (if that process is gone for certain, remove {folder / FILE})"
+        f"another out (if you are sure that it is gone, remove {folder / FILE})"
     )
 
 

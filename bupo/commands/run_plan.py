@@ -53,9 +53,9 @@ class RunPlan:
         evaluated = {config.eval.samples_of(p.source) for p in self.eval_prompts}
         samples = " or ".join(map(str, sorted(evaluated or {config.eval.samples})))
         trained = f" ({sizes.internal / sizes.parameters:.0%} of the parameters)"
-        fewer = " (fewer where bupo.auto_stop says so)" if config.bupo.auto_stop else ""
+        fewer = " (fewer if bupo.auto_stop ends them early)" if config.bupo.auto_stop else ""
         phases = (
-            f"steps 1-{config.bupo.steps}{fewer} train a layer that is measured before them, "
+            f"steps 1-{config.bupo.steps}{fewer} train the layer that bupo.auto_layer finds, "
             f"then the final policy to step {config.steps}"
             if config.bupo.auto_layer is not None
             else Schedule(config).describe(self.layers)
@@ -110,8 +110,9 @@ def make_plan(config: Config) -> RunPlan:
     earlier = out / PROMPTS_FILE
     if resume_from and earlier.is_file() and earlier.read_text().strip() != prompts_hash:
         raise ConfigError(
-            f"resume=auto: the run in out={out} began with other training prompts: data.train, the "
-            "tokenizer or the chat template has changed; restore them or choose another out"
+            f"resume=auto: the run in out={out} started with different training prompts: "
+            "data.train, the tokenizer or the chat template has changed; restore it or choose "
+            "another out"
         )
     PromptOrder(prompts, config.rollout.prompts, config.seed, config.data.weights)
     eval_prompts, eval_dropped = (
@@ -164,12 +165,12 @@ def _warnings(config: Config, tokenizer: Any, prompts: Sequence[Any]) -> list[st
     if loss.type == "gspo" and clip > 0.01:
         found.append(
             f"loss.type=gspo hardly ever clips at {clip:g}: its ratio is a mean over a response; "
-            "published are loss.clip_low=3e-4 loss.clip_high=4e-4"
+            "the published values are loss.clip_low=3e-4 and loss.clip_high=4e-4"
         )
     if config.advantage == "dr_grpo" and loss.aggregation != "seq_sum_longest":
         found.append(
-            f"advantage=dr_grpo with loss.aggregation={loss.aggregation} is not Dr.GRPO, which has "
-            "loss.aggregation=seq_sum_longest"
+            f"advantage=dr_grpo with loss.aggregation={loss.aggregation} is not Dr.GRPO, which "
+            "uses loss.aggregation=seq_sum_longest"
         )
     bos = tokenizer.bos_token_id
     without = [p for p in prompts if p.token_ids[0] != bos]
@@ -177,7 +178,7 @@ def _warnings(config: Config, tokenizer: Any, prompts: Sequence[Any]) -> list[st
         found.append(
             f"{len(without)} of {len(prompts)} prompts do not begin with {tokenizer.bos_token}, "
             "which this tokenizer puts before plain text: a model that was trained with it answers "
-            "worse without; begin data.chat_template with {{ bos_token }}"
+            "worse without it; begin data.chat_template with {{ bos_token }}"
         )
     return found
 
@@ -193,24 +194,26 @@ def resume_point(config: Config, out: Path) -> Path | None:
         if points or (out / "metrics.jsonl").exists():
             if not earlier.is_file():
                 raise ConfigError(
-                    f"resume=auto: out={out} holds a run, but not its config.yaml, so nothing "
-                    "tells whether the settings are the same; put it back or choose another out"
+                    f"resume=auto: out={out} holds a run, but not its config.yaml, without "
+                    "which its settings are unknown; put it back or choose another out"
                 )
             free: tuple[str, ...] = configuration.MAY_CHANGE
             if points and config.optimizer.schedule == "linear":
                 free = tuple(key for key in free if key != "steps")
             changed = configuration.changes_since(earlier, config, free)
-            why = " (of which optimizer.schedule=linear makes every step's learning rate)"
+            why = " (optimizer.schedule=linear computes the learning rate of every step from it)"
             changed = [text + why * text.startswith("steps: ") for text in changed]
             if changed:
                 raise ConfigError(
-                    f"resume=auto: out={out} holds a run with other settings ("
+                    f"resume=auto: out={out} holds a run with different settings ("
                     + "; ".join(changed)
                     + "); restore them or choose another out"
                 )
         done = load_step(points[-1]) if points else 0
         if done > config.steps:
-            raise ConfigError(f"resume=auto: out={out} has done {done} steps, steps={config.steps}")
+            raise ConfigError(
+                f"resume=auto: the run in out={out} has done {done} steps, but steps={config.steps}"
+            )
         return points[-1] if points else None
     if (out / "metrics.jsonl").exists() or (out / "checkpoints").exists():
         raise ConfigError(f"out={out} holds a run; continue it with resume=auto or choose another")

@@ -4,9 +4,9 @@
     python -m bupo.evaluate --config RUN/config.yaml model.path=RUN/checkpoints/step_000300
     python -m bupo.evaluate ... eval.temperature=0 eval.samples=1           greedy
 
-Writes a directory: config.yaml, responses/DATASET.jsonl (a line per problem: its responses, their
+Writes a directory: config.yaml, responses/DATASET.jsonl (one line per problem: its responses, their
 rewards and final answers), eval.jsonl (the figures with standard errors, the problem as the unit)
-and pass_at_k.png. The same command with --out DIR continues where it was stopped. Settings are
+and pass_at_k.png. The same command with --out DIR continues where it stopped. Settings are
 those of bupo.run; those that only training needs are ignored.
 """
 
@@ -47,7 +47,7 @@ def _rows_done(
     rows = read_rows(file)
     for n, (row, problem) in enumerate(zip(rows, problems)):
         if (row["prompt"], row["answer"]) != (problem.text, problem.answer):
-            raise ConfigError(f"{file}: problem {n} is another one now; choose another out")
+            raise ConfigError(f"{file}: problem {n} has changed; choose another out")
     rows = rows[: whole_batches(dataset, len(rows), len(problems), config)]
     replace_text(file, json_lines(rows))
     return rows
@@ -124,12 +124,12 @@ main = Command(
     settings=_settings,
     make_plan=lambda settings: make_plan(*settings),
     execute=_score_and_print,
-    kept=lambda out: f"what was written to {out} before is kept, go on with --out {out}",
+    kept=lambda out: f"what {out} already holds is kept; continue with --out {out}",
     stopped=lambda out: (
-        f"stopped; the same command with --out {out} continues"
+        f"stopped; continue with the same command and --out {out}"
         if out
         else "stopped before the evaluation began"
     ),
     config_help="YAML file, e.g. a run's config.yaml",
-    out_help="directory to write; default evals/TIME",
+    out_help="output directory; default: evals/TIME",
 ).main

@@ -34,7 +34,7 @@ class Sizes:
     """Bytes on disk"""
 
     def model_line(self) -> str:
-        head = "tied head" if self.tied else "head of its own"
+        head = "tied head" if self.tied else "untied head"
         return (
             f"{self.family}, {_count(self.parameters)} parameters: {self.layers} layers of width "
             f"{self.width}, vocabulary {self.vocabulary}, {head}"
@@ -62,7 +62,7 @@ class Sizes:
         named = {"switch": "the last of each phase", "best": "the best"}
         kept = [f"the newest {settings.keep_last}", *(named[kind] for kind in settings.keep)]
         each = _size(self.checkpoint)
-        return f"{each} a checkpoint; kept: {', '.join(kept)}; one more while it is written"
+        return f"{each} per checkpoint; kept: {', '.join(kept)}; and one more while it is written"
 
 
 def _count(n: int) -> str:
@@ -96,7 +96,7 @@ def measure(
             model: Any = AutoModelForCausalLM.from_config(shape).train()
     except Exception as error:  # each family raises its own kinds
         raise ConfigError(
-            f"{source} cannot be made from its config.json: {first_line(error)}"
+            f"{source} cannot be built from its config.json: {first_line(error)}"
         ) from None
     saved = _saved(model, without_data, config)
     if not any(saved):  # without data, grouped products of experts only run in bfloat16

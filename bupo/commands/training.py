@@ -70,8 +70,8 @@ def _reference(plan: RunPlan, pad: int) -> Any:
         file.write_text(found + "\n", encoding="utf-8")
     elif not file.is_file() or file.read_text(encoding="utf-8").strip() != found:
         raise ConfigError(
-            f"loss.kl_coef: {plan.sources.model} does not hold the weights that the run began with "
-            f"({file} says which)"
+            f"loss.kl_coef: {plan.sources.model} no longer holds the weights that the run started "
+            f"with (their checksum is in {file}); restore them"
         )
     return Forward(model.eval().requires_grad_(False), plan.config, pad)
 
@@ -97,7 +97,7 @@ def execute(plan: RunPlan) -> int | None:
         with locked(plan.out):
             if resume_point(plan.config, plan.out) != plan.resume_from:
                 raise ConfigError(
-                    f"out={plan.out}: another process has worked there since this one looked; "
+                    f"out={plan.out}: another process has used it since this one checked it; "
                     "start again"
                 )
             return _train(plan)
@@ -174,9 +174,9 @@ def _settings(arguments: argparse.Namespace) -> Config:
 
 
 def _kept(out: Path | None) -> str:
-    up_to = f"all up to the newest checkpoint in {out}" if out else "what was there"
+    up_to = f"everything up to the newest checkpoint in {out}" if out else "what was there before"
     way = f"--out {out} resume=auto" if out else "the same command"
-    return f"{up_to} is kept, go on with {way}"
+    return f"{up_to} is kept; continue with {way}"
 
 
 def _stopped(out: Path | None) -> str:

@@ -39,7 +39,7 @@ class AnalysisConfig(Group):
     stride: int = setting(1, at_least=1)
     """Ranks, KL, agreement and top tokens are measured at each stride-th layer and the last one."""
     top_k: int = setting(5, at_least=1)
-    """Number of likeliest tokens that are kept of each layer for the texts of the heat maps."""
+    """Number of likeliest tokens that are kept for each layer for the texts of the heat maps."""
     heat_maps: int = setting(3, at_least=1)
     """Number of texts that the report shows layer by token."""
     heat_map_tokens: int = setting(192, at_least=1)

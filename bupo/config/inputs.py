@@ -62,7 +62,7 @@ class DataConfig(Group, prefix="data."):
         super().__post_init__()
         require(
             len(self.weights) in (0, len(self.train)),
-            f"data.weights has {len(self.weights)} values for {len(self.train)} data.train",
+            f"data.weights has {len(self.weights)} values, but data.train has {len(self.train)}",
         )
         for name in self.columns:
             one_of("data.columns' names", name, ("prompt", "answer", "data_source"))

@@ -32,7 +32,7 @@ ALGORITHMS["dr_grpo"]["loss"] = {"aggregation": "seq_sum_longest"}
 class BupoConfig(Group, prefix="bupo."):
     layer: int | None = setting(None, at_least=1)
     """Layer l of the internal policy pi^l, counted from 1, which policy=bupo trains in phase 1 and
-    policy=internal in all steps. It has no default, for the right layer depends on the model: the
+    policy=internal in all steps. It has no default, as the right layer depends on the model: the
     paper takes 6 for Qwen3-4B and -8B and the last but one for Llamas; bupo.auto_layer measures
     it."""
     steps: int = setting(30, at_least=0)
@@ -125,7 +125,7 @@ class LossConfig(Group, prefix="loss."):
     this (nats, mean over tokens of the absolute value); null: none."""
     tis_cap: float | None = setting(None, above=0)
     """Truncated importance sampling, for engines whose log-probs differ from the trainer's: each
-    token's loss is multiplied by min(pi / pi_engine, tis_cap), for example 2; null: it is not."""
+    token's loss is multiplied by min(pi / pi_engine, tis_cap), for example 2; null: no factor."""
 
 
 @dataclass

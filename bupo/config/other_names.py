@@ -49,7 +49,7 @@ INSTEAD = {
     "ppo_micro_batch_size_per_gpu log_prob_micro_batch_size_per_gpu",
     "bupo counts steps of rollout.prompts prompts, not epochs: set steps": "num_train_epochs "
     "total_epochs",
-    "bupo does not have LoRA yet: it trains all parameters but those that phases[].lr freezes": (
+    "bupo does not support LoRA yet: it trains all parameters that phases[].lr does not freeze": (
         "lora.r lora_r lora_rank lora_alpha use_peft"
     ),
     "bupo trains on one device; rollout.vllm={tensor_parallel_size: N} generates on several": (

@@ -181,7 +181,7 @@ def changes_since(file: Path, config: Any, may_change: tuple[str, ...]) -> list[
     try:
         old = values(read(file, [], type(config)))
     except ConfigError as error:
-        raise ConfigError(f"{file}, which is compared with, cannot be read: {error}") from None
+        raise ConfigError(f"{file} (the earlier settings) cannot be read: {error}") from None
     return [
         f"{key}: {old[key]} -> {value}"
         for key, value in values(config).items()

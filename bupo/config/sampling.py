@@ -16,7 +16,7 @@ OWN = {
     "seed": "seed",
     "max_model_len": "data.max_prompt_tokens + rollout.max_new_tokens",
     "logprobs_mode": "training uses the log-probs of the sampled policy",
-    "generation_config": "a model's own defaults would bend the policy",
+    "generation_config": "a model's own defaults would change the policy",
 }
 """Options of vLLM that follow from other settings, or that training relies on, and from what"""
 
@@ -137,7 +137,7 @@ class EvalConfig(Group, prefix="eval."):
         for key, count in {"samples": self.samples, **of_sources}.items():
             if self.temperature == 0 and count > 1:
                 raise ConfigError(
-                    f"eval.temperature=0 makes equal samples: set eval.{key}=1, got {count}"
+                    f"eval.temperature=0 makes all samples equal: set eval.{key}=1, got {count}"
                 )
 
     def samples_of(self, source: str) -> int:

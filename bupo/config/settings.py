@@ -66,7 +66,7 @@ class DiagnosticsConfig(Group, prefix="diagnostics."):
     every: int = setting(10, at_least=0)
     """Number of steps between measurements of the policies of all layers on the probes, which are
     the model's responses before step 1 to 32 prompts. diagnostics.jsonl and the report show them.
-    0: never; a run that was started so has no probes to measure later."""
+    0: never; a run that is started with 0 has no probes to measure later."""
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Config(Group):
         if rollout.top_p < 1 and loss.tis_cap is not None:
             yield (
                 f"loss.tis_cap needs rollout.top_p=1, got {rollout.top_p}: the log-probs of a "
-                "nucleus are of another distribution, so the weights would be biased"
+                "nucleus belong to another distribution, so the weights would be biased"
             )
         if rollout.top_p < 1 and loss.max_sequence_gap is not None and rollout.engine == "vllm":
             yield (
@@ -172,10 +172,10 @@ class Config(Group):
             if getattr(self.bupo, key) is not None and self.policy != "bupo":
                 yield f"bupo.{key} needs policy=bupo, got policy={self.policy}"
         if bool(self.phases) != (self.policy == "custom"):
-            yield "phases and policy=custom need one another"
+            yield "policy=custom needs phases, and phases needs policy=custom"
         lengths = [phase.steps for phase in self.phases]
         if not all(lengths[:-1]):
-            yield "phases: only the last may leave out steps, which is all that remain"
+            yield "phases: only the last phase may omit steps (it takes all that remain)"
         total, rest = sum(filter(None, lengths)), lengths[-1:] == [None]
         if lengths and (total >= self.steps if rest else total != self.steps):
-            yield f"phases have {total} steps{' before the last' * rest}, steps={self.steps}"
+            yield f"phases have {total} steps{' before the last' * rest}, but steps={self.steps}"

@@ -40,7 +40,7 @@ def check(name: str) -> None:
     if not hub.is_name(place, owner=True) or Path(place).suffix in _READERS:
         raise ConfigError(
             f"data file not found: {name}; put it there, or leave it out of data.train or "
-            "eval.files (the recipes read the folder BUPO_DATA, or data/ without it)"
+            "eval.files (the recipes read the folder BUPO_DATA, or data/ if it is not set)"
         )
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError(
@@ -151,7 +151,7 @@ def _saved(folder: Path, split: str | None) -> Rows:
         raise ConfigError(f"{folder} is not a saved dataset: {first_line(error)}") from None
     if not isinstance(saved, dict):
         if split is not None:
-            raise ConfigError(f"{folder} holds one split, so {folder}:{split} is not there")
+            raise ConfigError(f"{folder} holds a single split, so {folder}:{split} does not exist")
         return list(saved.to_list())
     chosen = split or (next(iter(saved)) if len(saved) == 1 else "train")
     if chosen not in saved:

@@ -50,7 +50,7 @@ class PromptOrder:
                 if math.ceil(share * per_step) > len(file):
                     raise ConfigError(
                         f"data.weights takes {share * per_step:g} of rollout.prompts={per_step} "
-                        f"from data.train[{n}], which has {len(file)} prompts"
+                        f"from data.train[{n}], which has only {len(file)} prompts"
                     )
         else:
             self._files = [_Epochs(prompts, f"{seed}")]

@@ -28,13 +28,13 @@ def _answer(row: dict[str, Any], config: DataConfig, where: str) -> str:
         truth = model.get("ground_truth", row.get("answer"))
     if truth is None:
         raise ConfigError(
-            f"{where} has neither reward_model.ground_truth nor answer, but {_names(row)}; "
+            f"{where} has neither reward_model.ground_truth nor answer (found: {_names(row)}); "
             "data.columns can name another"
         )
     if isinstance(truth, (list, dict)):
         kind = "a list" if isinstance(truth, list) else "an object"
         raise ConfigError(
-            f"{where}: the answer must be a text or a number, got {kind}: {str(truth)[:80]}"
+            f"{where}: the answer must be text or a number, got {kind}: {str(truth)[:80]}"
         )
     return str(truth)
 
@@ -94,7 +94,7 @@ def tokenised(row: Any, tokenizer: Any, config: DataConfig, where: str) -> tuple
     prompt = _column(row, "prompt", config)
     if prompt is None:
         raise ConfigError(
-            f"{where} has no prompt, but {_names(row)}; data.columns can name another"
+            f"{where} has no prompt (found: {_names(row)}); data.columns can name another"
         )
     if isinstance(prompt, str) and config.system_prompt is not None:
         prompt = _chat(config.system_prompt, prompt)
@@ -102,7 +102,7 @@ def tokenised(row: Any, tokenizer: Any, config: DataConfig, where: str) -> tuple
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"{where}: the prompt is no text: {error}") from None
+        raise ConfigError(f"{where}: the prompt is not valid text: {error}") from None
     ids = tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
     if not ids:
         raise ConfigError(f"{where} has an empty prompt")
@@ -144,7 +144,7 @@ def load_prompts(
         if (place := named.get(prompt.source, prompt.file)) != prompt.file:
             raise ConfigError(
                 f"rows of {files[place]} and {files[prompt.file]} would be one data set, "
-                f"{prompt.source}: rows without data_source are called like their file; give them "
+                f"{prompt.source}: rows without data_source are named after their file; give them "
                 "one, or rename a file"
             )
     if overlong and config.overlong == "error":

@@ -145,7 +145,7 @@ def analyse(
     """
     for option, value in (("stride", stride), ("closer_tokens", closer_tokens)):
         if value < 1:
-            raise ValueError(f"analyse: {option}: expected at least 1, came {value}")
+            raise ValueError(f"analyse: {option}: expected at least 1, got {value}")
     layers = kept_layers(num_layers(model), stride)
     flow = FlowMeasure(model, texts, temperature)
     first = [

@@ -54,7 +54,7 @@ def boundary_layer(
     if change.ndim != 2 or 0 in change.shape or not np.isfinite(change).all():
         raise ValueError(
             "boundary_layer: change: expected finite values [layer, prompt], at least one each, "
-            f"came shape {list(change.shape)}"
+            f"got shape {list(change.shape)}"
         )
     depth, prompts = change.shape
     curve = change.mean(axis=1)
@@ -75,7 +75,7 @@ def boundary_layer(
     elif low is not None and high is not None and high - low > widest:
         reason = f"resamples of the prompts put it anywhere in {low}..{high}"
     elif prompts < 2:
-        reason = "one prompt says nothing of its uncertainty"
+        reason = "a single prompt says nothing about its uncertainty"
     else:
         reason = ""
     return Boundary(

@@ -44,7 +44,7 @@ def identities(flow: EntropyFlow, dtype: torch.dtype) -> list[Check]:
     figures = [*everything, *flow.logprob.values(), *flow.norm.values(), *flow.cosine.values()]
     bad = sum(int((~np.isfinite(x)).sum()) for x in figures)
     checks = [
-        Check("figures that are no finite numbers", bad, 0),
+        Check("figures that are not finite", bad, 0),
         Check("|H^0 + sum A + sum F - H^L| / |H^L|", flow.decomposition_error, rounding(dtype)),
         Check("last layer with final norm = the model, nats", flow.last_layer_error, last),
         Check("entropy <= ln V, nats above it", highest - bound, 1e-4 * bound),
@@ -53,6 +53,6 @@ def identities(flow: EntropyFlow, dtype: torch.dtype) -> list[Check]:
     for check in checks:
         if not check.holds:
             raise IdentityError(
-                f"{check.name}: expected at most {check.limit:.1e}, came {check.value:.1e}"
+                f"{check.name}: expected at most {check.limit:.1e}, got {check.value:.1e}"
             )
     return checks

@@ -108,7 +108,7 @@ def _watch(
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         after = first_tensor((output,), {})
         if trace.before is None or after is None:
-            raise DecompositionError(f"{where}: no hidden states came in or out")
+            raise DecompositionError(f"{where}: no hidden states in its input or in its output")
         visit(_take_apart(trace, after, index, where))
         trace.before, trace.calls = None, []
 
@@ -175,7 +175,7 @@ def _take_apart(trace: _Trace, after: Tensor, index: int, where: str) -> Layer:
     error = float((rebuilt - after.double()).norm() / after.double().norm().clamp(min=1e-30))
     if not error <= rounding(after.dtype):
         raise DecompositionError(
-            f"{where}: expected H^(l-1) + A^l + F^l = H^l, came {error:.1e} off, relative"
+            f"{where}: expected H^(l-1) + A^l + F^l = H^l, got a relative error of {error:.1e}"
         )
     return Layer(
         index,

@@ -62,7 +62,7 @@ def distances(
     wanted = list(range(1, depth + 1)) if layers is None else list(layers)
     for name, value in [*(("layers", m) for m in wanted), ("anchor", anchor)]:
         if value is not None and not 1 <= value <= depth:
-            raise ValueError(f"distances: {name}: expected 1..{depth}, came {value}")
+            raise ValueError(f"distances: {name}: expected 1..{depth}, got {value}")
     policies = [_policy(m, final_norm) for m in wanted]
     measure = _DistancesMeasure("distances", texts, [FINAL, _policy(anchor, final_norm), *policies])
     sweep(model, texts, [measure], temperature, batch_tokens)
@@ -100,7 +100,7 @@ def kl_between(
     depth = num_layers(model)
     for layer in (l, m):
         if layer is not None and not 1 <= layer <= depth:
-            raise ValueError(f"kl_between: layer: expected an int in 1..{depth}, came {layer}")
+            raise ValueError(f"kl_between: layer: expected an int in 1..{depth}, got {layer}")
     pair = [_policy(l, final_norm), _policy(m, final_norm)]
     measure = _DivergenceMeasure("kl_between", texts, pair)
     sweep(model, texts, [measure], temperature, batch_tokens)

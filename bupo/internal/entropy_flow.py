@@ -69,7 +69,7 @@ class EntropyFlow(Tokens):
         """Returns dH of a policy, [layer, token]: > 0 is exploration, about 0 integration and < 0
         convergence. Raises ValueError for an unknown policy."""
         if policy not in POLICIES:
-            raise ValueError(f"change: policy: expected one of {POLICIES}, came {policy!r}")
+            raise ValueError(f"change: policy: expected one of {POLICIES}, got {policy!r}")
         after = self.entropy[policy]
         if policy == "layer":
             before = np.concatenate([self.embedding_entropy[None], after[:-1]])

@@ -86,13 +86,13 @@ class LensMeasure(Measure):
         chosen: NDArray[np.bool_] | None = None,
     ) -> None:
         if unknown := [v for v in views if v not in VIEWS]:
-            raise ValueError(f"lens: views: expected some of {VIEWS}, came {unknown}")
+            raise ValueError(f"lens: views: expected some of {VIEWS}, got {unknown}")
         vocabulary, depth = unembedding(model).weight.shape[0], num_layers(model)
         if not 1 <= top_k <= vocabulary:
-            raise ValueError(f"lens: top_k: expected 1..{vocabulary}, came {top_k}")
+            raise ValueError(f"lens: top_k: expected 1..{vocabulary}, got {top_k}")
         self._layers = sorted(set(range(1, depth + 1) if layers is None else layers))
         if not self._layers or self._layers[0] < 1 or self._layers[-1] > depth:
-            raise ValueError(f"lens: layers: expected some of 1..{depth}, came {layers}")
+            raise ValueError(f"lens: layers: expected some of 1..{depth}, got {layers}")
         self._top_k = top_k
         policies = [FINAL, *((m, view) for m in self._layers for view in views)]
         super().__init__("lens", texts, policies, chosen)

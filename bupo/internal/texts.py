@@ -20,9 +20,9 @@ class Text(Sample):
         ValueError if these are not tokens of the text."""
         length = len(token_ids)
         if not 1 <= start < length:
-            raise ValueError(f"Text: start: expected a place in 1..{length - 1}, came {start}")
+            raise ValueError(f"Text: start: expected a position in 1..{length - 1}, got {start}")
         if end is not None and not start < end <= length:
-            raise ValueError(f"Text: end: expected a place in {start + 1}..{length}, came {end}")
+            raise ValueError(f"Text: end: expected a position in {start + 1}..{length}, got {end}")
         behind = length if end is None else end
         super().__init__(token_ids, [start <= place < behind for place in range(length)])
 
@@ -48,11 +48,11 @@ def measured(function: str, texts: Sequence[Sample]) -> Tokens:
     """Returns the measured tokens of all texts. Raises ValueError, which names a function, if there
     is no text or a text without a measured token."""
     if not texts:
-        raise ValueError(f"{function}: texts: expected at least one, came none")
+        raise ValueError(f"{function}: texts: expected at least one, got none")
     for number, text in enumerate(texts):
         if not text.count:
             raise ValueError(
-                f"{function}: texts: expected measured tokens in each, came none in text {number}"
+                f"{function}: texts: expected measured tokens in each, got none in text {number}"
             )
     places = [np.array(text.positions) for text in texts]
     ids = [np.array(text.token_ids)[place] for text, place in zip(texts, places)]

@@ -17,7 +17,8 @@ def main() -> int:
     """Writes the report. Returns the exit status: 0 when done, 2 for a folder that has no run or
     cannot be read or written."""
     parser = argparse.ArgumentParser(
-        prog="python -m bupo.report", description="Report of a training run, or several overlaid."
+        prog="python -m bupo.report",
+        description="Writes the report of a training run, or of several overlaid.",
     )
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, help="where to write the page and its figures")
@@ -25,7 +26,7 @@ def main() -> int:
     try:
         for run in args.run_dirs:
             if run.is_dir() and not any((run / name).is_file() for name in FILES):
-                raise FileNotFoundError(f"{run} holds no run: it has no {' and no '.join(FILES)}")
+                raise FileNotFoundError(f"{run} holds no run: it has neither {' nor '.join(FILES)}")
         print(write_report(*args.run_dirs, out_dir=args.out))
     except OSError as error:
         print(f"bupo.report: {error}", file=sys.stderr)

@@ -40,8 +40,8 @@ def with_measured_layer(
     file = out / FILE
     if start and not file.is_file():
         raise RunError(
-            f"bupo.auto_layer: {file} is lost, which says the layer that this run trains; restore "
-            "it, or begin a new run with bupo.layer"
+            f"bupo.auto_layer: {file}, which records the layer that this run trains, is missing; "
+            "restore it, or start a new run with bupo.layer"
         )
     if start:
         layer = json.loads(file.read_text(encoding="utf-8"))["layer"]
@@ -59,7 +59,7 @@ def _measure(
     alive: Callable[[], object],
 ) -> int:
     display = Display()
-    with display.waiting("auto_layer: rollouts of the model as it is", alive):
+    with display.waiting("auto_layer: rollouts of the initial model", alive):
         seed = f"{config.seed}/auto_layer"
         rollouts = engine.generate(prompts[:PROMPTS], 1, seed, lambda: False)
     texts = [Text(r.token_ids, len(r.prompt.token_ids)) for r in rollouts if r.count]
@@ -81,6 +81,6 @@ def _measure(
     replace_text(file, json.dumps(record, indent=1) + "\n")
     display.say(
         f"auto_layer: layer {found.layer} of {flow.layers} (95 % of resamples in {found.low}.."
-        f"{found.high}), from {tokens} tokens of {len(texts)} responses; {file} has the curve"
+        f"{found.high}), from {tokens} tokens of {len(texts)} responses; the curve is in {file}"
     )
     return found.layer

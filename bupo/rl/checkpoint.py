@@ -92,7 +92,7 @@ def reading(folder: Path | None) -> Iterator[None]:
             raise
         raise ConfigError(
             f"the checkpoint {folder} is damaged: {first_line(error)}; remove that folder, and "
-            "resume=auto goes on from the one before it, or starts again without one"
+            "resume=auto continues from the one before it, or starts again if there is none"
         ) from None
 
 
@@ -105,7 +105,7 @@ def load_state(checkpoint: Path) -> dict[str, int]:
         if not isinstance(state, dict) or not all(
             isinstance(state.get(key), int) for key in ("step", "drawn")
         ):
-            raise ValueError(f"{file.name} does not tell step and drawn")
+            raise ValueError(f"{file.name} does not state step and drawn")
     return state
 
 
@@ -122,8 +122,8 @@ def writing(run: Path, step: int) -> Iterator[None]:
         earlier = ", ".join(p.name for p in checkpoints(run)) or "none"
         raise RunError(
             f"the checkpoint of step {step} cannot be written to {folder}: {first_line(error)} "
-            f"({shutil.disk_usage(run).free >> 20} MiB free without it); whole ones there: "
-            f"{earlier}; resume=auto goes on from the newest"
+            f"({shutil.disk_usage(run).free >> 20} MiB free without it); complete ones there: "
+            f"{earlier}; resume=auto continues from the newest"
         ) from error
 
 
@@ -137,7 +137,7 @@ def verify(checkpoint: Path) -> None:
         found = _checksums(checkpoint)
         for name, digest in expected.items():
             if found.get(name) != digest:
-                what = "is not as it was written" if name in found else "is missing"
+                what = "has changed since it was written" if name in found else "is missing"
                 raise ValueError(f"{name} {what}")
 
 

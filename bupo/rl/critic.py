@@ -107,7 +107,7 @@ class Critic:
         """Reads what save() wrote. Raises ValueError if something is missing or left over."""
         saved, parameters = load_file(folder / "critic.safetensors"), self.parameters()
         if wrong := sorted(saved.keys() ^ parameters.keys()):
-            raise ValueError(f"{folder}: parameters are missing or of no module: {wrong}")
+            raise ValueError(f"{folder}: parameters are missing or belong to no module: {wrong}")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])

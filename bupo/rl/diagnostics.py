@@ -63,8 +63,8 @@ class Diagnostics:
         file = self._out / PROBES_FILE
         if start and watched and not file.is_file():
             raise RunError(
-                f"bupo.auto_stop: {file} is lost, the responses that it began with; restore it, or "
-                "begin a new run"
+                f"bupo.auto_stop: {file}, which holds the probes of this run, is missing; restore "
+                "it, or start a new run"
             )
         if not start and not (self._rows and file.is_file()):
             chosen = prompts[:: max(1, len(prompts) // PROBES)][:PROBES]
@@ -75,7 +75,7 @@ class Diagnostics:
             rows = [row for row in rows if row["prompt"] and row["response"]]
             if not rows:
                 raise RunError(
-                    "diagnostics: all probes are empty; diagnostics.every=0 does without"
+                    "diagnostics: all probes are empty; diagnostics.every=0 runs without them"
                 )
             replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
         self._texts = [
@@ -134,8 +134,8 @@ class Diagnostics:
             return ""
         if self._rows[0]["step"] != 0:
             raise RunError(
-                f"bupo.auto_stop: {self._out / FILE} does not begin with step 0, with which later "
-                "ones are compared; restore it, or set bupo.auto_stop=null in a new run"
+                f"bupo.auto_stop: {self._out / FILE} does not begin with step 0, which later steps "
+                "are compared with; restore it, or set bupo.auto_stop=null in a new run"
             )
         assert self._anchor is not None
         return stopped_helping(self._rows, self._anchor, limit)

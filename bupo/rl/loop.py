@@ -232,13 +232,13 @@ class Run:
         if grades.first_failure:
             self.monitor.display.say(
                 f"step {step}: {grades.timeouts} timeouts and {grades.errors} errors of the "
-                f"reward; {lost} of {responses} responses have none and are left out. "
+                f"reward; {lost} of {responses} responses have no reward and are left out. "
                 f"The first failure: {grades.first_failure}"
             )
         if 2 * lost > responses:
             raise RunError(
-                f"step {step}: {lost} of {responses} responses cannot be graded, the "
-                f"first failure: {grades.first_failure}; the state after step {step - 1} is saved "
+                f"step {step}: {lost} of {responses} responses cannot be graded (first "
+                f"failure: {grades.first_failure}); the state after step {step - 1} is saved "
                 f"in {self.out}"
             )
         return collected
@@ -379,9 +379,9 @@ class Run:
         bad = first_bad((*self.model.named_parameters(), *((f"critic {n}", p) for n, p in critic)))
         if bad:
             earlier = f"the one of step {self.saved} is kept"
-            kept = earlier if self.saved else "there is none before it"
+            kept = earlier if self.saved else "there is no earlier one"
             raise RunError(
-                f"step {step} has left the model with {bad}; no checkpoint is made of that, {kept}"
+                f"step {step} broke the model ({bad}); no checkpoint of it is saved, and {kept}"
             )
         with self.monitor.stage("save", step), checkpoint.writing(self.out, step):
             state = {"step": step, "drawn": self.drawn}

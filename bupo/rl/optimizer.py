@@ -68,11 +68,11 @@ class AdamW(torch.optim.AdamW):
         """Restores a flat_state(). Raises ValueError if it does not match the parameters."""
         expected = self.flat_state(parameters)
         if wrong := sorted(expected.keys() ^ flat.keys()):
-            raise ValueError(f"optimizer state is missing or of no parameter: {wrong}")
+            raise ValueError(f"optimizer state is missing or belongs to no parameter: {wrong}")
         shapes = {key: list(old.shape) for key, old in expected.items()}
         if wrong := [key for key, shape in shapes.items() if list(flat[key].shape) != shape]:
             was, now = list(flat[wrong[0]].shape), shapes[wrong[0]]
-            raise ValueError(f"optimizer state {wrong[0]} has shape {was}, its parameter {now}")
+            raise ValueError(f"optimizer state {wrong[0]} has shape {was}, but its parameter {now}")
         for key, old in expected.items():
             name, _, field = key.rpartition("/")
             self.state[parameters[name]][field] = flat[key].to(old.device)

@@ -121,7 +121,7 @@ class Schedule:
             if policy.layer is None:
                 parts.append(f"the final policy{where} to step {last}")
             elif not parts:
-                fewer = " (fewer where bupo.auto_stop says so)" if self._may_stop else ""
+                fewer = " (fewer if bupo.auto_stop ends them early)" if self._may_stop else ""
                 parts.append(f"steps 1-{last}{fewer} train layer {policy.layer} of {depth}{where}")
             else:
                 parts.append(f"layer {policy.layer}{where} to step {last}")

@@ -81,7 +81,7 @@ class GapLimit:
         limit = max(first * self._factor * max(1.0, rounding / as_it_was), self._floor)
         limit = min(limit, CEILING[self._dtype]) if self._fixed is None else self._fixed
         if not found <= limit:
-            whose = "rollout.max_logprob_gap" if self._fixed else "what rounding explains"
+            whose = "rollout.max_logprob_gap" if self._fixed else "rounding explains"
             raise SyncError(
                 f"sync/logprob_gap: {what} differ from the trainer's by {found:.3g} nats on "
                 f"average, more than {whose} ({limit:.3g}): the rollout engine holds stale or "
@@ -141,8 +141,8 @@ class WeightSync:
         if not abs(slope - 1) <= allowed:  # also true for nan
             raise SyncError(
                 f"sync/logprob_gap: {_WHOSE} have moved {slope:.3f} times as far as the trainer's "
-                f"since the run began, where rounding explains 1 ± {allowed:.3f}: some of the "
-                "weights never arrive at the rollout engine"
+                f"since the run began, but rounding explains only 1 ± {allowed:.3f}: some of "
+                "the weights never reach the rollout engine"
             )
         return found
 

@@ -67,7 +67,7 @@ def _refuse_experts(model: str) -> None:
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     if any((getattr(shape, name, None) or 0) > 1 for name in names):
         raise ConfigError(
-            f"rollout.engine=vllm on a CPU cannot take new weights of a mixture of experts "
+            f"rollout.engine=vllm on a CPU cannot load new weights into a mixture of experts "
             f"({shape.model_type}); use rollout.engine=hf, or a GPU"
         )
 

@@ -87,8 +87,8 @@ class Watchdog:
             os.ftruncate(file, self._start)
             self._header = self._start
             if self._stage:
-                text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {self._stage} has begun or got ahead"
-                text += f"; it has got no further for {self._seconds:g} s:\n"
+                text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {self._stage} began or advanced"
+                text += f"; it has made no further progress for {self._seconds:g} s:\n"
                 if self._kill:
                     text = text.replace("it has", "the process is ended if it has")
                 self._header += os.write(file, text.encode())
@@ -101,7 +101,7 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 self._collect()
             print(
-                f"\n{self._stage} has got no further for {self._seconds:g} s; the stacks of "
+                f"\n{self._stage} has made no progress for {self._seconds:g} s; the stacks of "
                 f"all threads are in {self._path}",
                 file=TERMINAL,
                 flush=True,
