@@ -15,6 +15,8 @@ OWN = {
     "dtype": "model.compute_dtype",
     "seed": "seed",
     "max_model_len": "data.max_prompt_tokens + rollout.max_new_tokens",
+    "logits_processors": "padded rows of the head are never sampled",
+    "additional_config": "it tells which rows of the head are padded",
     "logprobs_mode": "training uses the log-probs of the sampled policy",
     "generation_config": "a model's own defaults would change the policy",
 }
