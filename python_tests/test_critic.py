@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rl_samples import random_rollouts, small_model
-from test_update import with_empty_response
+from update_samples import with_empty_response
 
 from bupo.config import Config, CriticConfig, OptimizerConfig, RolloutConfig
 from bupo.rl.critic import Critic, explained_variance

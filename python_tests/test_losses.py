@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rl_samples import random_rollouts, small_model
-from test_update import (
+from update_samples import (
     FINAL,
     NO_CHANGE,
     check_gradients,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rl_samples import DEPTH, random_rollouts, small_model
 from run_samples import assert_same_run, rows, run
-from test_update import (
+from update_samples import (
     FINAL,
     gradients_and_updates,
     gradients_of,

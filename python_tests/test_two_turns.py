@@ -10,7 +10,7 @@ import pytest
 import torch
 from rl_samples import prompt, random_rollouts, small_model
 from test_critic import literal_values, make_critic, with_head
-from test_update import FINAL, NO_CHANGE, gradients_of, literal_logits, make_trainer
+from update_samples import FINAL, NO_CHANGE, gradients_of, literal_logits, make_trainer
 
 from bupo.rl.advantages import estimate, penalise_length, with_kl_costs
 from bupo.rl.losses import mean_kl
