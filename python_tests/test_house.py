@@ -89,6 +89,16 @@ def test_no_two_modules_share_a_name() -> None:
     assert {n for n in names if names.count(n) > 1} <= {"__main__"}
 
 
+def test_functions_have_at_most_60_lines() -> None:
+    """Their docstrings aside."""
+    for file in sources(""):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[ast.get_docstring(node) is not None :]
+                lines = node.end_lineno - body[0].lineno + 1 if body else 0
+                assert lines <= 60, f"{file}: {node.name} has {lines} lines"
+
+
 def needs(file: Path, known: Collection[str]) -> set[str]:
     """Modules that a file takes something from; `from package import module` takes the module."""
     found: set[str] = set()

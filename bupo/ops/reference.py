@@ -164,11 +164,8 @@ def loss_of_logprobs(
     total = (weights * kept(loss - entropy_coef * entropy)).sum()
 
     live = keep
-    if not entropy_coef:  # live tokens are those whose loss has a gradient
-        with torch.enable_grad():
-            leaf = logp.detach().requires_grad_()
-            (slope,) = torch.autograd.grad((weights * kept(of(leaf)[0])).sum(), leaf)
-        live = slope != 0
+    if not entropy_coef:
+        live = _has_slope(lambda logp: (weights * kept(of(logp)[0])).sum(), logp)
 
     def mean(x: Tensor) -> Tensor:
         return kept(x.detach()).sum() / keep.sum().clamp(min=1)
@@ -182,3 +179,11 @@ def loss_of_logprobs(
         "live_fraction": live.to(logp.dtype).sum() / max(keep.numel(), 1),
     }
     return PolicyLoss(total, logp.detach(), entropy.detach(), metrics)
+
+
+def _has_slope(loss: Callable[[Tensor], Tensor], logp: Tensor) -> Tensor:
+    """Whether the loss depends on each log-prob, to first order."""
+    with torch.enable_grad():
+        leaf = logp.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(leaf), leaf)
+    return slope != 0
