@@ -22,6 +22,9 @@ from bupo.samples import Sample
 from bupo.terminal import library_output
 from bupo.types import Prompt, Rollout
 
+_PARTS = {"weights", "kv_cache"}
+"""What vLLM holds in GPU memory, by the names that wake_up() knows"""
+
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so no weights are sent
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer uses the same threads
@@ -147,7 +150,8 @@ class VllmEngine:
             ) from None
         parallel = self._llm.llm_engine.vllm_config.parallel_config
         self._in_process = parallel.distributed_executor_backend == "uni"
-        self._asleep = False
+        self._asleep: set[str] = set()
+        self._sleep()
 
     def generate(
         self,
@@ -157,7 +161,7 @@ class VllmEngine:
         stop: Callable[[], bool],
         temperature: float | None = None,
     ) -> list[Rollout]:
-        self._wake()
+        self._wake("weights", "kv_cache")
         temperature = self._config.temperature if temperature is None else temperature
         wanted = [(group, p, k) for group, p in enumerate(prompts) for k in range(samples)]
         parameters = [
@@ -184,7 +188,7 @@ class VllmEngine:
         return rollouts
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        self._wake()
+        self._wake("weights")  # the cache would only take memory
         weights: Iterable[tuple[str, Tensor]] = iter(tensors)
         if not self._in_process:  # an iterator cannot be sent to other processes
             weights = [(name, tensor.cpu()) for name, tensor in weights]
@@ -193,12 +197,13 @@ class VllmEngine:
             self._llm.reset_prefix_cache()
 
     def score(self, samples: Sequence[Sample]) -> list[Tensor]:
-        self._wake()
+        self._wake("weights", "kv_cache")
         # vLLM has to generate one token, so the last token of a full context is left out.
         limit = self._llm.model_config.max_model_len - 1
         parameters = [self._parameters(max_tokens=1, prompt_logprobs=0, detokenize=False)]
         requests = [sample.token_ids[:limit] for sample in samples]
         outputs = self._run(requests, parameters * len(samples))
+        self._sleep()
         return [
             torch.tensor(
                 [
@@ -258,14 +263,15 @@ class VllmEngine:
             ) from error
 
     def _sleep(self) -> None:
-        """Frees GPU memory for the update: moves the weights to the host and drops the cache."""
+        """Frees GPU memory for the trainer: moves the weights to the host and drops the cache."""
         if self._sleeps and not self._asleep:
             with self._calling("going to sleep"):
                 self._llm.sleep(level=1)
-            self._asleep = True
+            self._asleep = set(_PARTS)
 
-    def _wake(self) -> None:
-        if self._asleep:
+    def _wake(self, *parts: str) -> None:
+        """Takes back the GPU memory of these parts."""
+        if tags := [part for part in parts if part in self._asleep]:
             with self._calling("waking up"):
-                self._llm.wake_up()
-            self._asleep = False
+                self._llm.wake_up(tags=tags)
+            self._asleep -= set(tags)
