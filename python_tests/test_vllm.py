@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from bupo.rl.weight_sync import (
     probes_of,
 )
 from bupo.rollouts import VllmEngine
+from bupo.rollouts.vllm import check_version
 from bupo.tasks import tiny
 from bupo.types import Policy, Prompt
 
@@ -192,6 +194,15 @@ def test_requests_are_batched_as_sequences_end(engine, prompts):
     assert told == sorted(told) and told[-1] == 1 and len(set(told)) > 3
 
 
+def test_another_version_is_warned_of():
+    import vllm
+
+    with pytest.warns(UserWarning, match=r"was tested with vLLM 0\.32, not with 0\.99\.1; if"):
+        check_version("0.99.1")
+    with warnings.catch_warnings(action="error"):
+        check_version(vllm.__version__)
+
+
 def sync_of(engine, model, prompts):
     trainer = trainer_of(model)
 
@@ -298,6 +309,7 @@ def test_a_model_that_vllm_cannot_serve_is_named(tmp_path):
 from transformers import AutoTokenizer
 from bupo.config import ConfigError, RolloutConfig
 from bupo.rollouts import VllmEngine
+from bupo.rollouts.vllm import check_version
 from bupo.types import Prompt
 model = {str(files.model)!r}
 try:

