@@ -10,8 +10,9 @@ from rl_samples import small_model
 from torch import Tensor, nn
 
 from bupo.config import RolloutConfig, RunError
-from bupo.rollouts import HFEngine, decoding
+from bupo.rollouts import decoding
 from bupo.rollouts.decoding import Sampler, draw, rows_can_move
+from bupo.rollouts.hf import HFEngine
 from bupo.types import Prompt, Rollout
 
 EOS = [2, *range(5, 24, 2)]

@@ -14,7 +14,7 @@ import pytest
 from bupo.commands.scoring import print_table
 from bupo.evaluate import main
 from bupo.report import write_pass_at_k
-from bupo.rollouts import HFEngine
+from bupo.rollouts.hf import HFEngine
 from bupo.runlog import run_directory as metrics
 from bupo.types import EvalResult
 

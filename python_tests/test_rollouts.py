@@ -9,7 +9,8 @@ from rl_samples import small_model, tiny_qwen3
 
 from bupo.config import Config, ModelConfig, RolloutConfig
 from bupo.rl.forward import Forward
-from bupo.rollouts import HFEngine, seed_of
+from bupo.rollouts.engine import seed_of
+from bupo.rollouts.hf import HFEngine
 from bupo.types import Policy, Prompt
 
 TEXTS = ("a", "17+25=", "Prove that the square root of two is irrational.")

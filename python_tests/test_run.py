@@ -13,7 +13,7 @@ from bupo import config
 from bupo.config import shipped
 from bupo.rl import checkpoint
 from bupo.rl.schedule import Schedule
-from bupo.rollouts import HFEngine
+from bupo.rollouts.hf import HFEngine
 from bupo.run import main
 from bupo.samples import with_streams
 

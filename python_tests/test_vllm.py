@@ -32,8 +32,7 @@ from bupo.rl.weight_sync import (
     gap,
     probes_of,
 )
-from bupo.rollouts import VllmEngine
-from bupo.rollouts.vllm import check_version
+from bupo.rollouts.vllm import VllmEngine, check_version
 from bupo.tasks import tiny
 from bupo.types import Policy, Prompt
 
@@ -308,7 +307,7 @@ def test_a_model_that_vllm_cannot_serve_is_named(tmp_path):
     script = f"""
 from transformers import AutoTokenizer
 from bupo.config import ConfigError, RolloutConfig
-from bupo.rollouts import VllmEngine
+from bupo.rollouts.vllm import VllmEngine
 from bupo.rollouts.vllm import check_version
 from bupo.types import Prompt
 model = {str(files.model)!r}

@@ -25,7 +25,7 @@ from bupo.rl.forward import Forward
 from bupo.rl.optimizer import AdamW
 from bupo.rl.update import Trainer
 from bupo.rl.weight_sync import GapLimit, SyncError, WeightSync
-from bupo.rollouts import VllmEngine
+from bupo.rollouts.vllm import VllmEngine
 from bupo.runlog.watchdog import Watchdog
 from bupo.types import Policy, Rollout
 

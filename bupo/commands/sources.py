@@ -87,7 +87,8 @@ def make_engine(
 ) -> Any:
     """Starts the configured rollout engine for these prompts. model: the trainer's model, or None
     without a trainer. out: the directory for the engine's output, engine.log."""
-    from bupo.rollouts import HFEngine, VllmEngine
+    from bupo.rollouts.hf import HFEngine
+    from bupo.rollouts.vllm import VllmEngine
 
     if config.rollout.engine == "hf":
         model = model or load_model(config, source)
