@@ -283,7 +283,7 @@ def test_no_clear_boundary_is_said() -> None:
     vague = boundary_layer(noisy(list(np.linspace(0.3, -0.3, depth)), 3.0, prompts=5))
     assert vague.layer is None and vague.candidate is not None and vague.reason
     alone = boundary_layer(noisy(QWEN, 0.0, prompts=1))
-    assert alone.layer is None and "one prompt" in alone.reason and alone.candidate == 6
+    assert alone.layer is None and "single prompt" in alone.reason and alone.candidate == 6
 
 
 @pytest.mark.parametrize("bad", [np.zeros(3), np.zeros((3, 0)), np.full((3, 2), np.nan)])

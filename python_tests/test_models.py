@@ -150,7 +150,9 @@ def test_tokenizer_of_another_model(
     change(model, vocab_size=highest)
     capsys.readouterr()
     assert start(command, model, "--dry_run") == 2
-    assert f"its tokenizer has 259 tokens, but its model {highest}" in last_line(capsys, command)
+    assert f"its tokenizer has 259 tokens, but its model only {highest}" in last_line(
+        capsys, command
+    )
 
 
 def test_a_configuration_that_describes_no_model(
@@ -166,7 +168,7 @@ def test_measured_texts_have_embeddings_too(
 ) -> None:
     change(model, vocab_size=8)
     assert start("analyze", model, "responses=none", "--dry_run") == 2
-    assert "its tokenizer has 259 tokens, but its model 8" in last_line(capsys, "analyze")
+    assert "its tokenizer has 259 tokens, but its model only 8" in last_line(capsys, "analyze")
 
 
 @pytest.mark.parametrize(
