@@ -348,17 +348,18 @@ def test_its_memory_is_lent_between_rollouts_and_new_weights(parts, monkeypatch)
     engine, model, tokenizer = parts
     told = []
     monkeypatch.setattr(engine, "_sleeps", True)
+    monkeypatch.setattr(engine, "_asleep", set())
     monkeypatch.setattr(engine._llm, "sleep", lambda level: told.append(f"sleep {level}"))
-    monkeypatch.setattr(engine._llm, "wake_up", lambda: told.append("wake"))
+    monkeypatch.setattr(engine._llm, "wake_up", lambda tags: told.append(sorted(tags)))
     prompt = [Prompt(0, "s", "a", tokenizer("a").input_ids, "0")]
     rollouts = engine.generate(prompt, 1, "s", lambda: False)
     assert told == ["sleep 1"], "weights are kept, for only what changed is sent"
     engine.load(changed_tensors(model, {"model.norm.weight"}))
+    assert told.pop() == ["weights"], "the cache would only take memory"
     engine.score(rollouts)
-    assert told == ["sleep 1", "wake"]
+    assert told[1:] == [["kv_cache"], "sleep 1"]
     engine.generate(prompt, 1, "s", lambda: True)
-    assert told == ["sleep 1", "wake", "sleep 1"]
-    engine.score(rollouts)
+    assert told[3:] == [["kv_cache", "weights"], "sleep 1"]
 
 
 def run(out, *overrides):

@@ -5,7 +5,6 @@ import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from bupo import progress
 from bupo.commands.models import check_deterministic
 from bupo.commands.training import _model_to_train
-from bupo.config import RewardConfig, RolloutConfig, load
+from bupo.config import RewardConfig, load
 from bupo.rewards.choice import MathReward
 from bupo.rl.forward import Forward
 from bupo.rl.optimizer import AdamW
@@ -267,43 +266,6 @@ def test_weights_for_other_processes_can_be_sent_to_them(in_process: bool) -> No
     if not in_process:
         sent = [pickle.loads(pickle.dumps(sent[0]))]
     assert [(name, float(x[0])) for name, x in sent[0]] == [(f"layer.{n}", n) for n in range(3)]
-
-
-def test_an_engine_holds_gpu_memory_only_while_it_works() -> None:
-    """Asleep between its calls; new weights do not need the cache, which takes most memory."""
-    calls: list[object] = []
-    engine = VllmEngine.__new__(VllmEngine)
-
-    class Model:
-        def sleep(self, level: int) -> None:
-            calls.append("sleep")
-
-        def wake_up(self, tags: list[str]) -> None:
-            calls.append(sorted(tags))
-
-        def collective_rpc(self, name: str, kwargs: dict[str, Any]) -> None:
-            calls.append("load")
-
-        def reset_prefix_cache(self) -> None: ...
-
-    def run(*_: object) -> list[Any]:
-        calls.append("run")
-        return []
-
-    engine._llm, engine._log, engine._in_process = Model(), None, True
-    engine._sleeps, engine._asleep = True, set()
-    engine._config, engine._parameters = RolloutConfig(), None
-    engine._llm.model_config = SimpleNamespace(max_model_len=8)  # type: ignore[attr-defined]
-    engine._parameters, engine._run = (lambda **_: None), run  # type: ignore[method-assign]
-    engine._sleep()
-    engine.load(iter([]))
-    engine.score([])
-    engine.generate([], 1, "seed", lambda: False)
-    assert calls == [
-        *("sleep", ["weights"], "load"),
-        *(["kv_cache"], "run", "sleep"),
-        *(["kv_cache", "weights"], "run", "sleep"),
-    ]
 
 
 def test_probes_that_are_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
