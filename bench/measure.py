@@ -1,5 +1,6 @@
 """Times, peak memory and errors of implementations, on the CPU or a GPU."""
 
+import abc
 import datetime
 import gc
 import os
@@ -26,7 +27,7 @@ SLOW, ENOUGH = 4, 3
 # ---- time --------------------------------------------------------------------------------------
 
 
-class Timed:
+class Timed(abc.ABC):
     """Something that time_rounds() runs again and again."""
 
     def __init__(self, label: str, device: torch.device, peer: bool = False) -> None:
@@ -34,9 +35,9 @@ class Timed:
         self.milliseconds: list[float] = []
         self.failed = ""  # why it has no time
 
+    @abc.abstractmethod
     def run_once(self, turn: int) -> float:
         """Runs once and returns the milliseconds; turn 0 is the first warm-up."""
-        raise NotImplementedError
 
     def release(self) -> None:
         """Gives back the memory that a failed run left."""

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch.utils.tensorboard
+from test_display import Clock
 
 from bupo.runlog import monitor
 from bupo.runlog import recorder as metrics
@@ -224,15 +225,6 @@ def test_wandb_that_breaks_does_not_stop_training(tmp_path, monkeypatch, capsys,
     assert capsys.readouterr().err.count(f"W&B is off: no network in {breaks}") == 1
     assert [r["step"] for r in strict_lines(tmp_path / "metrics.jsonl")] == [1, 2]
     assert list((tmp_path / "tensorboard").iterdir()), "the other one goes on"
-
-
-class Clock(types.SimpleNamespace):
-    """Stands for the time module: its time passes when a test says so."""
-
-    now = 100.0
-
-    def monotonic(self):
-        return self.now
 
 
 @pytest.fixture

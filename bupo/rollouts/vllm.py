@@ -29,6 +29,9 @@ _PARTS = {"weights", "kv_cache"}
 TESTED = "0.32"
 """The version of vLLM that the tests run"""
 
+SAMPLED_ROWS = "bupo_sampled_rows"
+"""Key of vLLM's additional_config: the number of rows of the head that have a token"""
+
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so no weights are sent
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer uses the same threads
@@ -140,7 +143,7 @@ class VllmEngine:
         if rows > self._decoder.vocab:
             padding = {
                 "logits_processors": ["bupo.rollouts.vllm_padding:PaddingMask"],
-                "additional_config": {"bupo_sampled_rows": self._decoder.vocab},
+                "additional_config": {SAMPLED_ROWS: self._decoder.vocab},
             }
         try:
             with library_output(log):

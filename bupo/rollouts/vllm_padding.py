@@ -10,15 +10,14 @@ from typing import Any
 from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-SAMPLED_ROWS = "bupo_sampled_rows"
-"""Key of vLLM's additional_config: the number of rows of the head that have a token"""
+from bupo.rollouts.vllm import SAMPLED_ROWS
 
 
 class PaddingMask(LogitsProcessor):
     """Sets the logits of the padded rows to -inf, for all requests at once.
 
-    A list of allowed tokens in each request has the same effect, but vLLM copies and checks every
-    one of these lists: 86 ms for each request with 151,669 tokens.
+    A list of allowed tokens in each request has the same effect, but vLLM would copy and check all
+    entries of every list.
     """
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
