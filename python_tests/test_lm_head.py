@@ -1,6 +1,7 @@
 """lm_head_logprobs: values, gradients, hard numbers, sizes, reproducibility.
 
-Layouts, dtypes and autograd are in test_ops_tensors.py, memory in test_ops_memory.py.
+What both ops share is in test_ops_tensors.py (layouts, dtypes), test_ops_autograd.py,
+test_ops_errors.py and test_ops_memory.py.
 """
 
 import math
@@ -61,7 +62,7 @@ def test_what_other_cpus_run(variable: str) -> None:
     shapes = "batch or width or rows or buffers or tile or everything or term"
     numbers = "digits or float32_sums or another_row"
     chosen = f"build_info or ((bfloat16 or float32) and ({numbers} or (gradients and ({shapes}))))"
-    files = ["test_lm_head.py", "test_policy_loss.py", "test_ops_tensors.py::test_build_info"]
+    files = ["test_lm_head.py", "test_policy_loss.py", "test_ops_errors.py::test_build_info"]
     command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", chosen]
     name, value = variable.split("=")
     environment = os.environ | {name: value}

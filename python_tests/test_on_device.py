@@ -31,8 +31,8 @@ def test_random_numbers_are_those_of_the_cpu() -> None:
 def test_what_is_left_out_on_a_gpu_exists(pytestconfig: pytest.Config) -> None:
     """A test that was renamed would run there, and fail, after its name is forgotten here."""
     folder = pytestconfig.rootpath / "python_tests"
-    files = ("test_lm_head.py", "test_policy_loss.py", "test_ops_tensors.py")
-    text = "".join((folder / name).read_text() for name in files)
+    names = ("lm_head", "policy_loss", "ops_tensors", "ops_autograd", "ops_errors")
+    text = "".join((folder / f"test_{name}.py").read_text() for name in names)
     for name in NOT_ON_CUDA:
         assert f"def {name.split('[')[0]}(" in text, name
         for part in name.partition("[")[2].rstrip("]").split("-", 1)[1:]:

@@ -1,6 +1,7 @@
 """policy_loss: values, gradients, metrics, clip edges, masks, live tokens.
 
-Layouts, dtypes and autograd are in test_ops_tensors.py, memory in test_ops_memory.py.
+What both ops share is in test_ops_tensors.py (layouts, dtypes), test_ops_autograd.py,
+test_ops_errors.py and test_ops_memory.py.
 """
 
 import itertools
