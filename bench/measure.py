@@ -3,6 +3,7 @@
 import abc
 import datetime
 import gc
+import math
 import os
 import platform
 import subprocess
@@ -80,7 +81,8 @@ def time_rounds(
     for turn in range(warm_up + rounds):
         for case in cases:
             known = case.milliseconds[-1] if len(case.milliseconds) >= ENOUGH else 0.0
-            slow = case.peer and known and known > SLOW * cases[0].milliseconds[-1]
+            floor = cases[0].milliseconds[-1:] or [math.inf]
+            slow = case.peer and known and known > SLOW * floor[0]
             if case.failed or slow or time.monotonic() > deadline:
                 continue
             try:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 Loss = Callable[[Batch], tuple[Tensor, Outputs]]
-RESERVED: dict[str, float] = {}  # miB that a peer holds outside of torch's allocator, by its name
+RESERVED: dict[str, float] = {}  # MiB that a peer holds outside of torch's allocator, by its name
 EAGER, COMPILED = "eager", "torch.compile of eager"
 CROSS_ENTROPY = "F.linear_cross_entropy"
 

@@ -30,9 +30,12 @@ def last_run(file: Path) -> list[Row]:
     return rows
 
 
+def shape_of(row: Row) -> str:
+    return ", ".join(f"{letter}={row.get(key)}" for letter, key in zip("NDV", SHAPE))
+
+
 def label(row: Row) -> str:
-    shape = ", ".join(f"{letter}={row.get(key)}" for letter, key in zip("NDV", SHAPE))
-    return f"{row['name']}, {row.get('dtype')}, {shape}"
+    return f"{row['name']}, {row.get('dtype')}, {shape_of(row)}"
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
@@ -54,6 +57,7 @@ def compare(baseline: list[Row], fresh: list[Row], tolerance: float) -> int:
     if not before.keys() & now.keys():
         raise Incomparable("the two runs do not have a figure of ours in common")
     failed = {label(row): row["failed"] for row in fresh if "failed" in row}
+    dropped = {shape_of(row): row["failed"] for row in fresh if row["name"] == "shape"}
     cells, bad = [], 0
     for name, old in before.items():
         if name in now:
@@ -63,7 +67,8 @@ def compare(baseline: list[Row], fresh: list[Row], tolerance: float) -> int:
             cells[-1].append("WORSE" if worse else "ok")
         else:
             worse = True
-            cells.append([name, f"{old:.2f}", "-", "-", failed.get(name, "not in the fresh run")])
+            why = failed.get(name) or dropped.get(name[name.index("N=") :], "not in the fresh run")
+            cells.append([name, f"{old:.2f}", "-", "-", why])
         bad += worse
     print(aligned(table(("figure", "before", "now", "change", "verdict"), cells)))
     verdict = f"{bad} of {len(before)} ratios are worse or missing"
@@ -81,6 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--baseline", type=Path, default=BASELINE, help="default: %(default)s")
     add("--tolerance", type=float, default=0.05, help="by which a ratio may grow: %(default)s")
     args = parser.parse_args(arguments)
+    if not 0 <= args.tolerance < 1:
+        parser.error(f"--tolerance must be at least 0 and below 1, got {args.tolerance}")
     try:
         return int(compare(last_run(args.baseline), last_run(args.fresh), args.tolerance) > 0)
     except Incomparable as error:

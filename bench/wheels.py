@@ -13,7 +13,7 @@ pytest pytest-timeout pluggy iniconfig packaging pygments hypothesis sortedconta
 pytest-xdist execnet
 # the training loop
 'omegaconf==2.4.*' math-verify==0.9.0 latex2sympy2-extended==1.11.0
-antlr4-python3-runtime==4.13.2
+antlr4-python3-runtime==4.13.2 rich markdown-it-py mdurl
 # peers (all optional; the kernels alone, without what their trainers need)
 liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0 verl==0.9.1
 # liger's and QuACK's Hopper kernels by CuTe (optional, 100 MB)

@@ -100,6 +100,10 @@ def response(
     return Rollout.from_response(asked, group, token_ids, logprobs, finish_reason, text)
 
 
+def tokens(rollouts: list[Rollout]) -> list[list[int]]:
+    return [r.response_ids for r in rollouts]
+
+
 def rewarded(group: int, reward: float, tokens: int = 1) -> Rollout:
     """A response of which only group, reward and length matter."""
     return replace(response(prompt([1]), [2] * tokens, group), reward=reward)

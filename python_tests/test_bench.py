@@ -303,6 +303,22 @@ def test_regression_does_not_pass_on_what_it_cannot_compare(
     assert compared(tmp_path, fresh) == status
 
 
+def test_regression_says_why_a_figure_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shape that had no time is one row for all of its figures."""
+    other = [gpu_row("lm_head_logprobs fwd", 13.0, 1), gpu_row("policy_loss fwd+bwd", 40.0)]
+    left_out = {"name": "shape", "failed": "left out: about 60 s", "tokens": 16}
+    baseline = write(tmp_path / "old.jsonl", *other, other[1] | {"tokens": 16})
+    fresh = write(tmp_path / "new.jsonl", *other, left_out)
+    assert regression.main([fresh, "--baseline", baseline]) == 1
+    assert "left out: about 60 s" in capsys.readouterr().out
+    for tolerance in ("5", "-0.1", "nan"):
+        with pytest.raises(SystemExit):
+            regression.main([fresh, "--baseline", baseline, "--tolerance", tolerance])
+    assert "--tolerance must be at least 0 and below 1, got 5.0" in capsys.readouterr().err
+
+
 def test_regression_without_a_baseline_or_with_a_broken_file(tmp_path: Path) -> None:
     fresh = write(tmp_path / "new.jsonl", gpu_row("policy_loss fwd+bwd", 40.0))
     assert regression.main([fresh, "--baseline", str(tmp_path / "none.jsonl")]) == 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, SIZES, VOCAB, build
-from rl_samples import small_model
+from rl_samples import small_model, tokens
 from torch import Tensor, nn
 
 from bupo.config import RolloutConfig, RunError
@@ -15,17 +15,10 @@ from bupo.rollouts.decoding import Sampler, draw, rows_can_move
 from bupo.rollouts.hf import HFEngine
 from bupo.types import Prompt, Rollout
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EOS = [2, *range(5, 24, 2)]
 """Of a vocabulary of 61: responses of many lengths."""
 LIMIT = 12
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on tensors this small more threads only wait for each other
-    yield
-    torch.set_num_threads(threads)
 
 
 class _Tokenizer:
@@ -55,10 +48,6 @@ def engine_of(model: nn.Module, eos: object = EOS, **config: object) -> HFEngine
 
 def generate(engine: HFEngine, asked=PROMPTS, samples: int = 6, temperature: float = 1.0):
     return engine.generate(asked, samples, "0", lambda: False, temperature)
-
-
-def tokens(rollouts: list[Rollout]) -> list[list[int]]:
-    return [r.response_ids for r in rollouts]
 
 
 @torch.no_grad()

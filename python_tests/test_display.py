@@ -7,19 +7,11 @@ import time
 import types
 
 import pytest
+from fake_clock import Clock
 
 from bupo import progress
 from bupo.runlog import display
 from bupo.runlog.display import Display
-
-
-class Clock(types.SimpleNamespace):
-    """Stands for the time module: its time passes when a test says so."""
-
-    now = 100.0
-
-    def monotonic(self):
-        return self.now
 
 
 @pytest.fixture
@@ -36,6 +28,14 @@ class Terminal(io.StringIO):
     def shown(self):
         """All that was ever shown, without colours and movements of the cursor."""
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.getvalue())
+
+
+def until(true):
+    """Waits for what a thread of the display does soon."""
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def row_of(step, layer=None):
@@ -77,7 +77,7 @@ def test_a_terminal_shows_steps_and_what_is_under_way():
             shown_by.step(row_of(step))
             with shown_by.waiting(f"step {step + 1}, rollout"):
                 progress.report(0.5)
-                time.sleep(0.3)  # the display is drawn four times a second
+                until(lambda step=step: f"step {step + 1}, rollout" in stream.shown())
             shown_by.say(f"said after step {step}")
     finally:
         shown_by.end()
@@ -100,8 +100,7 @@ def test_a_terminal_is_left_as_it_was():
     with pytest.raises(KeyError), Display(stream=stream).waiting("loading"):
         raise KeyError
     assert stream.getvalue().count("\x1b[?25l") == stream.getvalue().count("\x1b[?25h") == 1
-    while threading.active_count() > before:  # rich does not wait for the thread that it ends
-        time.sleep(0.01)
+    until(lambda: threading.active_count() <= before)  # rich does not wait for the one that it ends
     stream = Terminal()
     Display(stream=stream).end()
     assert stream.getvalue() == ""
@@ -143,8 +142,7 @@ def test_what_takes_long_is_told_in_a_log(monkeypatch):
     monkeypatch.setattr(display, "threading", fake)
     stream = io.StringIO()
     with Display(stream=stream).waiting("loading MODEL"):
-        while stream.getvalue().count("\n") < 3:
-            pass
+        until(lambda: stream.getvalue().count("\n") >= 3)
     assert events[0].pauses == [5, 10, 20, 40]
     assert stream.getvalue() == "loading MODEL | 0:00\n" * 3
     quick, stream = True, io.StringIO()

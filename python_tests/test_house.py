@@ -1,4 +1,4 @@
-"""Who may import whom, checked from the syntax tree (the picture is in README.md)."""
+"""Who may import whom, checked from the syntax tree."""
 
 import ast
 import os
@@ -72,9 +72,16 @@ def test_rooms_import_only_what_stands_below_them() -> None:
 def test_learning_knows_no_command_and_analysis_no_learning() -> None:
     for file in sources("rl"):
         assert not reaches(file, "bupo.commands", "bupo.tasks"), file
-    for file in sources("commands"):
-        if "analys" in file.name:
-            assert not reaches(file, "bupo.rl"), file
+    of_analysis = [file for file in sources("commands") if "analys" in file.name]
+    assert len(of_analysis) > 2
+    for file in of_analysis:
+        assert not reaches(file, "bupo.rl"), file
+
+
+def test_a_report_is_drawn_without_torch() -> None:
+    """`python -m bupo.report` starts at once."""
+    for file in sources("report"):
+        assert not needed_at_import(file) & {"torch", "transformers"}, file
 
 
 def modules() -> dict[str, Path]:

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch.utils.tensorboard
-from test_display import Clock
+from fake_clock import Clock
 
 from bupo.runlog import monitor
 from bupo.runlog import recorder as metrics

@@ -130,13 +130,14 @@ def test_a_worker_that_dies_at_work_is_replaced():
     reward = MathReward(RewardConfig(timeout=120, workers=2))
 
     def kill_who_hangs():
-        while True:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
             for worker in reward._workers:
                 if worker.grading == HANGS[1]:
                     return worker.process.kill()
             time.sleep(0.01)
 
-    thread = threading.Thread(target=kill_who_hangs)
+    thread = threading.Thread(target=kill_who_hangs, daemon=True)
     thread.start()
     try:
         good = ("\\boxed{0.5}", "\\frac{1}{2}")

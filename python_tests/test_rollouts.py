@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from rl_samples import small_model, tiny_qwen3
+from rl_samples import small_model, tiny_qwen3, tokens
 
 from bupo.config import Config, ModelConfig, RolloutConfig
 from bupo.rl.forward import Forward
@@ -48,10 +48,6 @@ def generate(model, tokenizer, texts=TEXTS, samples=3, seed="0", stop=never, **c
     config = RolloutConfig(**{"max_new_tokens": 8, **config})
     engine = HFEngine(model, tokenizer, config)
     return engine.generate(prompts_of(tokenizer, *texts), samples, seed, stop)
-
-
-def tokens(rollouts):
-    return [r.response_ids for r in rollouts]
 
 
 @contextmanager
