@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TextIO
@@ -21,16 +22,20 @@ class _Terminal(io.TextIOBase):
 
     aside: TextIO | None = None
     """The stream that reaches it while libraries' output is redirected"""
+    above: Callable[[str], object] | None = None
+    """Prints a line above the live display, while there is one"""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        """Held while `aside` is used or changed, because a live display has a thread of its own"""
 
     def write(self, text: str) -> int:
-        stream = self.aside or sys.stderr
-        with self._if_someone_listens(stream):
+        with self.lock, self._if_someone_listens(stream := self.aside or sys.stderr):
             stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        stream = self.aside or sys.stderr
-        with self._if_someone_listens(stream):
+        with self.lock, self._if_someone_listens(stream := self.aside or sys.stderr):
             stream.flush()
 
     @contextmanager
@@ -67,11 +72,19 @@ class _Log(io.TextIOBase):
 TERMINAL, _LOG = _Terminal(), _Log()
 
 
+def say(text: str) -> None:
+    """Prints a line on TERMINAL that stays there, also while a live display is drawn."""
+    if TERMINAL.above is not None:
+        TERMINAL.above(text)
+    else:
+        print(text, file=TERMINAL, flush=True)
+
+
 @contextmanager
 def library_output(file: Path | None) -> Iterator[None]:
     """Inside the context, standard output and error of this process and of its children are
     appended to a file, or dropped without one; TERMINAL still leads to the previous standard error.
-    Contexts may be nested: only the outermost has an effect. Only one thread may use it."""
+    Contexts may be nested: only the outermost has an effect. Only one thread may enter it."""
     if TERMINAL.aside is not None:
         yield
         return
@@ -80,7 +93,9 @@ def library_output(file: Path | None) -> Iterator[None]:
     sys.stderr.flush()
     before = [os.dup(1), os.dup(2)]
     ours = _leads_to(sys.stderr, 2)  # false if a test or a notebook has replaced it
-    TERMINAL.aside = os.fdopen(os.dup(2), "w", buffering=1) if ours else sys.stderr
+    aside = os.fdopen(os.dup(2), "w", buffering=1) if ours else sys.stderr
+    with TERMINAL.lock:
+        TERMINAL.aside = aside
     _LOG.descriptor = target
     try:
         for descriptor in (1, 2):
@@ -93,9 +108,10 @@ def library_output(file: Path | None) -> Iterator[None]:
             os.close(saved)
         _LOG.descriptor = None
         os.close(target)
+        with TERMINAL.lock:
+            TERMINAL.aside = None
         if ours:
-            TERMINAL.aside.close()
-        TERMINAL.aside = None
+            aside.close()
 
 
 def _leads_to(stream: TextIO, descriptor: int) -> bool:

@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -9,7 +11,7 @@ import types
 import pytest
 from fake_clock import Clock
 
-from bupo import progress
+from bupo import progress, terminal
 from bupo.runlog import display
 from bupo.runlog.display import Display
 
@@ -89,9 +91,37 @@ def test_a_terminal_shows_steps_and_what_is_under_way():
         "step 1/3 |",
     ):
         assert expected in text, text
-    assert "0:00:" in text, "the time that remains"
+    assert "ETA 0:00" in text, "the time that remains"
     last = text.rstrip("\n").split("\n")[-1]
     assert last.strip() == "step 2/3 | final policy | reward 0.500 | entropy 1.25 | 12,346 tokens/s"
+
+
+def test_any_part_of_a_run_can_speak_while_a_display_is_live():
+    """Its line stays above what is drawn; printed directly, the next refresh would erase it."""
+    stream = Terminal()
+    shown_by = Display(steps=3, stream=stream)
+    shown_by.step(row_of(1))
+    with shown_by.waiting("step 2, rollout"):
+        begin = len(stream.getvalue())
+        terminal.say("stopping: saving a checkpoint first")
+        until(lambda: "step 2, rollout" in stream.getvalue()[begin:])
+        drawn = stream.getvalue()[begin:]
+        assert drawn.index("stopping") < drawn.index("step 1/3") < drawn.index("step 2, rollout")
+    shown_by.end()
+    assert terminal.TERMINAL.above is None
+
+
+def test_a_terminal_shows_the_same_time_as_a_log(clock):
+    """Also for steps of minutes, and the time elapsed while nothing is known of the rest."""
+    stream = Terminal()
+    shown_by = Display(steps=11, stream=stream)
+    with shown_by.waiting("loading"):
+        clock.now += 65
+        until(lambda: "1:05" in stream.shown())
+    clock.now += 35
+    shown_by.step(row_of(1))
+    until(lambda: "ETA 16:40" in stream.shown())
+    shown_by.end()
 
 
 def test_a_terminal_is_left_as_it_was():
@@ -149,3 +179,34 @@ def test_what_takes_long_is_told_in_a_log(monkeypatch):
     with Display(stream=stream).waiting("rollout"):
         progress.report(0.5)
     assert stream.getvalue() == ""
+
+
+WRITES_WHILE_OUTPUT_IS_REDIRECTED = """
+import threading
+from bupo.terminal import TERMINAL, library_output
+
+failed, over = [], threading.Event()
+
+def draw():
+    try:
+        while not over.is_set():
+            TERMINAL.write(".")
+            TERMINAL.flush()
+    except ValueError as error:
+        failed.append(error)
+
+thread = threading.Thread(target=draw)
+thread.start()
+for _ in range(3000):
+    with library_output(None):
+        pass
+over.set()
+thread.join()
+raise SystemExit(len(failed))
+"""
+
+
+def test_a_live_display_writes_while_the_output_of_libraries_is_redirected():
+    """Its thread must not meet a stream that has just been closed, which would freeze it."""
+    command = [sys.executable, "-c", WRITES_WHILE_OUTPUT_IS_REDIRECTED]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0

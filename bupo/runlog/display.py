@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Column
+from rich.text import Text
 
 from bupo import progress
 from bupo.terminal import TERMINAL
@@ -27,7 +28,7 @@ class Display:
         """steps: the number of steps of the run. first: the number of steps done before."""
         self._steps, self._first = steps, first
         self._stream = cast(TextIO, TERMINAL) if stream is None else stream
-        self._start = self._shown = time.monotonic()
+        self._wait, self._shown = Wait("steps"), time.monotonic()
         self._bar = _bar(self._stream) if self._stream.isatty() else None
         self._task: TaskID | None = None
         self._line = ""
@@ -40,15 +41,16 @@ class Display:
             f"step {step}/{self._steps} | {policy} policy | reward {row['reward/mean']:.3f} | "
             f"entropy {row['policy/entropy']:.2f} | {row['tokens_per_second']:,.0f} tokens/s"
         )
+        # Earlier steps are not counted: they would distort the remaining time.
+        done = (step - self._first) / max(self._steps - self._first, 1)
+        self._wait.done(done)
         if self._bar is not None:
             if self._task is None:
-                # Earlier steps are not counted: they would distort the remaining time.
-                self._task = self._bar.add_task("", total=self._steps - self._first)
-                self._bar.start()
-            self._bar.update(self._task, description=self._line, completed=step - self._first)
+                self._task = self._bar.add_task("", total=1.0, wait=self._wait)
+                self._draw()
+            self._bar.update(self._task, description=self._line, completed=done)
         elif now - self._shown >= 5 or step in (self._first + 1, self._steps):
-            rate = (now - self._start) / max(step - self._first, 1)
-            self._write(f"{self._line} | ETA {_minutes(rate * (self._steps - step))}")
+            self._write(f"{self._line} | {self._wait.time()}")
             self._shown = now
 
     def say(self, text: str) -> None:
@@ -61,7 +63,7 @@ class Display:
     def end(self) -> None:
         """Ends the live display; the line of the last step stays."""
         if self._bar is not None and self._task is not None:
-            self._bar.stop()
+            self._undraw()
             self._task = None
             self._write(self._line)
 
@@ -83,14 +85,30 @@ class Display:
     @contextmanager
     def _on_terminal(self, what: str) -> Iterator[Callable[[float], object]]:
         assert self._bar is not None
-        bar, task = self._bar, self._bar.add_task(what, total=None)
-        bar.start()
+        bar, wait = self._bar, Wait(what)
+        task = bar.add_task(what, total=None, wait=wait)
+
+        def done(fraction: float) -> None:
+            wait.done(fraction)
+            bar.update(task, completed=fraction, total=1.0)
+
+        self._draw()
         try:
-            yield lambda fraction: bar.update(task, completed=fraction, total=1.0)
+            yield done
         finally:
             bar.remove_task(task)
             if not bar.tasks:
-                bar.stop()
+                self._undraw()
+
+    def _draw(self) -> None:
+        assert self._bar is not None
+        TERMINAL.above = self.say
+        self._bar.start()
+
+    def _undraw(self) -> None:
+        assert self._bar is not None
+        TERMINAL.above = None
+        self._bar.stop()
 
     @contextmanager
     def _in_lines(self, what: str) -> Iterator[Callable[[float], object]]:
@@ -120,7 +138,7 @@ def _bar(stream: TextIO) -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False, table_column=text),
         BarColumn(16),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        _TimeColumn(),
         console=Console(file=stream, force_terminal=True),
         expand=True,
         transient=True,
@@ -129,8 +147,15 @@ def _bar(stream: TextIO) -> Progress:
     )
 
 
+class _TimeColumn(ProgressColumn):
+    """The same time as in a log. rich's own estimate forgets what is older than 30 seconds."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["wait"].time())
+
+
 class Wait:
-    """The progress of some work, as a line for a log."""
+    """Estimates how long some work still takes."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -142,13 +167,17 @@ class Wait:
         self._fraction, self._last = fraction, time.monotonic()
 
     def line(self) -> str:
-        """Returns the fraction done and the time left or, before any report, the time elapsed."""
+        """Returns what is done, how much of it if that is known, and its time."""
+        share = f": {self._fraction:.0%}" if self._fraction > 0 else ""
+        return f"{self._what}{share} | {self.time()}"
+
+    def time(self) -> str:
+        """Returns the time left or, before any report, the time elapsed."""
         now = time.monotonic()
         if self._fraction <= 0:
-            return f"{self._what} | {_minutes(now - self._begin)}"
-        left = (self._last - self._begin) * (1 - self._fraction) / self._fraction
-        left = max(0.0, left - (now - self._last))  # time has passed since the last report
-        return f"{self._what}: {self._fraction:.0%} | ETA {_minutes(left)}"
+            return _minutes(now - self._begin)
+        expected = (self._last - self._begin) / self._fraction
+        return f"ETA {_minutes(max(0.0, expected - (now - self._begin)))}"
 
 
 def _minutes(seconds: float) -> str:

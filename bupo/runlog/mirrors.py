@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from bupo.terminal import TERMINAL
+from bupo.terminal import say
 
 
 class _Mirror(Protocol):
@@ -101,4 +101,4 @@ class Mirrors:
 
     def _off(self, name: str, error: Exception) -> None:
         self._open.pop(name, None)
-        print(f"{name} is off: {error}", file=TERMINAL)
+        say(f"{name} is off: {error}")

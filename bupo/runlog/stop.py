@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-from bupo.terminal import TERMINAL
+from bupo.terminal import say
 
 
 class StopRequest:
@@ -19,7 +19,7 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nstopping: saving a checkpoint first", file=TERMINAL, flush=True)
+        say("stopping: saving a checkpoint first")
 
     def __call__(self) -> bool:
         return self.signal is not None

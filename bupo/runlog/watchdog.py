@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bupo.terminal import TERMINAL
+from bupo.terminal import say
 
 FILE = "stalls.txt"
 
@@ -100,11 +100,9 @@ class Watchdog:
             self._told = True
             with contextlib.suppress(OSError):
                 self._collect()
-            print(
-                f"\n{self._stage} has made no progress for {self._seconds:g} s; the stacks of "
-                f"all threads are in {self._path}",
-                file=TERMINAL,
-                flush=True,
+            say(
+                f"{self._stage} has made no progress for {self._seconds:g} s; the stacks of "
+                f"all threads are in {self._path}"
             )
 
     def close(self) -> None:
