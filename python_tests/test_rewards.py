@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,49 @@ def test_a_hanging_answer_is_killed_at_the_deadline():
     finally:
         reward.close()
     assert all(w.process.poll() is not None for w in reward._workers)
+
+
+def test_closing_while_an_answer_is_graded_starts_no_new_worker(monkeypatch):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            started.append(self)
+
+    monkeypatch.setattr(math_reward.subprocess, "Popen", Popen)
+    reward = MathReward(RewardConfig(timeout=3000, workers=1))
+
+    def grade_two():
+        with pytest.raises(CancelledError):
+            reward.grade([HANGS, HANGS])
+
+    grading = threading.Thread(target=grade_two)
+    grading.start()
+    deadline = time.monotonic() + 60
+    while reward._workers[0].grading is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    reward.close()
+    grading.join()
+    assert len(started) == 1 and started[0].poll() is not None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_start_leaves_no_worker(monkeypatch, error):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **options):
+            if len(started) == 2:
+                raise error
+            super().__init__(*args, **options)
+            started.append(self)
+
+    monkeypatch.setattr(math_reward.subprocess, "Popen", Popen)
+    with pytest.raises(error):
+        MathReward(RewardConfig(workers=3))
+    assert [process.poll() is not None for process in started] == [True, True]
 
 
 def test_a_worker_that_dies_at_work_is_replaced():

@@ -53,6 +53,17 @@ def test_what_goes_well_leaves_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / FILE).exists()
 
 
+def test_signs_of_life_cost_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine gives one for every token, and the run directory may be on a network."""
+    dog, restarts = Watchdog(tmp_path, 600), []
+    monkeypatch.setattr(dog, "_collect", lambda begin=False: restarts.append(begin))
+    with dog.stage("rollout"):
+        for _ in range(10_000):
+            dog.alive()
+    dog.close()
+    assert len(restarts) < 100, "three, and one for each second that the loop has taken"
+
+
 def test_earlier_stalls_are_kept(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("of an earlier process\n")
     dog = Watchdog(tmp_path, 0.2)

@@ -75,7 +75,7 @@ def make_reward(config: RewardConfig) -> Reward:
     try:
         for name in config.functions:
             made[name] = MathReward(config) if name == "math" else FunctionReward(name)
-    except ConfigError:
+    except BaseException:  # also Ctrl-C
         for reward in made.values():
             reward.close()
         raise

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
@@ -35,19 +36,28 @@ class _Worker:
     """The answer that is being graded"""
 
     def __init__(self) -> None:
+        self._ended, self._lock = False, threading.Lock()
         self._start()
 
     def _start(self) -> None:
-        self.process: Any = subprocess.Popen(
-            [sys.executable, "-m", "bupo.rewards.math_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # only the trainer handles Ctrl-C
-        )
-        if self._reply() != {"ready": True}:
-            self.kill()
-            raise ConfigError("the math reward's worker does not start: is math-verify installed?")
+        with self._lock:  # so that none starts once end() has killed the last one
+            if self._ended:
+                return
+            self.process: Any = subprocess.Popen(
+                [sys.executable, "-m", "bupo.rewards.math_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # only the trainer handles Ctrl-C
+            )
+        try:
+            if self._reply() != {"ready": True}:
+                raise ConfigError(
+                    "the math reward's worker does not start: is math-verify installed?"
+                )
+        except BaseException:  # also Ctrl-C
+            self._kill()
+            raise
 
     def grade(self, response: str, answer: str, timeout: float) -> tuple[float, str]:
         """Returns the reward and an empty text, or nan and the error, which is "timeout" if grading
@@ -83,10 +93,16 @@ class _Worker:
         return json.loads(line) if line else None
 
     def _restart(self) -> None:
-        self.kill()
+        self._kill()
         self._start()
 
-    def kill(self) -> None:
+    def end(self) -> None:
+        """Ends the process for good, even while it is grading."""
+        with self._lock:
+            self._ended = True
+        self._kill()
+
+    def _kill(self) -> None:
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -112,7 +128,7 @@ class MathReward:
             if wrong:
                 why = grades.first_failure or wrong
                 raise ConfigError(f"the math reward fails its self-check on {why}")
-        except ConfigError:
+        except BaseException:  # also Ctrl-C
             self.close()
             raise
 
@@ -144,6 +160,7 @@ class MathReward:
 
     def close(self) -> None:
         """Ends the workers, even while they are grading."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
-            worker.kill()
-        self._threads.shutdown(cancel_futures=True)
+            worker.end()
+        self._threads.shutdown()

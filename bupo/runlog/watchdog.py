@@ -48,15 +48,21 @@ class Watchdog:
     def stage(self, name: str) -> Iterator[None]:
         """Watches one stage. name: its full name (`step 3, stage rollout`)."""
         outer, self._stage = self._stage, name
-        self.alive()
+        self._restart()
         try:
             yield
         finally:
             self._stage = outer
-            self.alive()
+            self._restart()
 
     def alive(self) -> None:
-        """Records that the stage has made progress, which restarts its time limit."""
+        """Records that the stage has made progress, which restarts its time limit. Cheap enough to
+        be called for every token: calls within a second of the last restart do nothing."""
+        if self._told or time.monotonic() - self._alive > min(1.0, self._seconds / 10):
+            self._restart()
+
+    def _restart(self) -> None:
+        """Restarts the time limit of the stage, or ends it if there is none."""
         if not self._seconds:
             return
         faulthandler.cancel_dump_traceback_later()
@@ -109,7 +115,7 @@ class Watchdog:
         """Stops watching, and removes the file if it is empty."""
         if self._seconds and not self._closed.is_set():
             self._stage = ""
-            self.alive()
+            self._restart()
             self._closed.set()
             self._file.close()
             if self._start == 0:
