@@ -7,7 +7,7 @@ a command that wants to show it wraps it in watched_by(). Without a watcher, not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 Watcher = Callable[[float], object]
@@ -42,3 +42,9 @@ def part(first: float, last: float) -> Iterator[None]:
     outer = _watcher.get()
     with watched_by(lambda done: outer(first + (last - first) * done)):
         yield
+
+
+def parts(number: int) -> Iterator[AbstractContextManager[None]]:
+    """Yields a part() of equal length for each of `number` pieces of the surrounding work."""
+    for done in range(number):
+        yield part(done / number, (done + 1) / number)

@@ -15,6 +15,7 @@ from bupo.rl import checkpoint
 from bupo.rl.schedule import Schedule
 from bupo.rollouts.hf import HFEngine
 from bupo.run import main
+from bupo.runlog import display
 from bupo.samples import with_streams
 
 REPOSITORY = Path(__file__).parent.parent
@@ -30,6 +31,25 @@ def test_every_advantage_composes_with_both_phases(advantage: str, tmp_path: Pat
     rows = [json.loads(line) for line in lines]
     assert [row["phase"] for row in rows] == ["internal", "final"]
     assert all(row["policy/grad_norm"] > 0 and not row["policy/skipped_updates"] for row in rows)
+
+
+def test_no_stage_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that passes over the rollouts several times, for each model, is done after the last."""
+    told: dict[display.Wait, list[float]] = {}
+    done = display.Wait.done
+
+    def tell(wait: display.Wait, fraction: float) -> None:
+        told.setdefault(wait, []).append(fraction)
+        done(wait, fraction)
+
+    monkeypatch.setattr(display.Wait, "done", tell)
+    settings = ["steps=2", "bupo.steps=1", "advantage=ppo", "loss.kl_coef=0.1"]
+    settings += ["optimizer.micro_batch_tokens=64"]  # several in each pass
+    assert main(arguments(tmp_path / "run", *settings)) == 0
+    assert len(told) > 10
+    for wait, fractions in told.items():
+        assert fractions == sorted(fractions), fractions
+        assert fractions[-1] == pytest.approx(1) or "old_logprobs" not in wait.line()
 
 
 def test_a_wrong_engine_stops_the_run(

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from bupo import config as configuration
+from bupo import progress
 from bupo.config import Config, RunError
 from bupo.data.prompt_order import PromptOrder
 from bupo.finite import first_bad
@@ -249,16 +250,20 @@ class Run:
         """Adds the log-probs that the loss, the advantages and the critic need, as streams, and
         returns metrics of them. Raises SyncError if the engine has sampled from other weights."""
         loss, forward = self.config.loss, self.trainer.forward
-        old = forward.token_stats(rollouts, policy)
+        layers, others = policy.layer is not None, (self.reference, self.critic)
+        passes = progress.parts(1 + layers + sum(other is not None for other in others))
+        with next(passes):
+            old = forward.token_stats(rollouts, policy)
         rollouts = with_streams(rollouts, "old", old.logprobs)
         # The engine samples from the final policy, which phase 1 does not train. Its log-probs of
         # some rollouts are then enough, unless a setting needs them for every token.
         final, compared = old, rollouts
         everywhere = bool(loss.tis_cap or loss.max_sequence_gap)
-        if policy.layer is not None:
+        if layers:
             wanted = max(FINAL_ROLLOUTS, len(rollouts) // FINAL_FRACTION)
             compared = rollouts if everywhere else rollouts[:: max(1, len(rollouts) // wanted)]
-            final = forward.token_stats(compared, Policy(None))
+            with next(passes):
+                final = forward.token_stats(compared, Policy(None))
         mismatch = gap([r.stream("engine") for r in compared], final.logprobs)
         if self.config.rollout.top_p == 1 or not self.engine.samples_from_nucleus:
             self.rollout_limit.check(mismatch, "log-probs of sampled tokens")
@@ -270,11 +275,13 @@ class Run:
             "rollout/logprob_gap": mismatch,
         }
         if self.reference:
-            reference = self.reference.token_stats(rollouts, policy)
+            with next(passes):
+                reference = self.reference.token_stats(rollouts, policy)
             rollouts = with_streams(rollouts, "reference", reference.logprobs)
             found["policy/kl"] = mean_kl(rollouts)
         if self.critic:
-            rollouts = self.critic.evaluate(rollouts)
+            with next(passes):
+                rollouts = self.critic.evaluate(rollouts)
         return rollouts, found
 
     def _with_advantages(self, rollouts: list[Rollout]) -> list[Rollout]:

@@ -79,10 +79,10 @@ def optimise(
     changed: set[str] = set()
     skipped: list[str] = []
     all_tokens = 0
-    for number, part in enumerate(parts, start=1):
+    for number, (part, shown) in enumerate(zip(parts, progress.parts(len(parts))), start=1):
         tokens = sum(rollout.count for rollout in part)
         part_losses: list[Tensor] = []
-        with progress.part((number - 1) / len(parts), number / len(parts)):
+        with shown:
             for batch in batches(part):
                 out = loss(batch, tokens)
                 out.loss.backward()
@@ -104,7 +104,8 @@ def optimise(
             losses.append(total)
             norms.append(norm)
         else:
-            bad = _first_bad(parameters, batches(part), partial(loss, tokens=tokens), total)
+            with progress.part(number / len(parts), number / len(parts)):  # a second pass
+                bad = _first_bad(parameters, batches(part), partial(loss, tokens=tokens), total)
             bad = bad or f"loss {total:g}, gradient norm {norm:g}"
             skipped.append(f"update {number} of {len(parts)}: {bad}")
         optimizer.zero_grad(set_to_none=True)  # AdamW skips a parameter whose gradient is None

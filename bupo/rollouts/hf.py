@@ -76,10 +76,10 @@ class HFEngine:
             for start in range(0, len(wanted), size):
                 if stop():
                     break
-                progress.report(start / len(wanted))
                 batch = wanted[start : start + size]
                 rollouts = self._batch(batch, seed, temperature)
                 made |= {(group, k): r for (group, k, _), r in zip(batch, rollouts)}
+                progress.report(len(made) / len(wanted))
         finally:
             self._model.train(training)
             self._model.generation_config = shipped
