@@ -62,6 +62,11 @@ def test_a_command_line_wins_over_a_file(tmp_path: Path) -> None:
     gspo = config.load(file, ["algorithm=gspo"])
     assert gspo == config.load(None, STANDS_FOR["gspo"])
     assert config.load(file, ["algorithm=gspo", "algorithm=grpo"]).loss.clip_high == 0.28
+    for name in ("gspo", "cispo"):
+        file = given(tmp_path, f"loss: {{type: {name}}}\nadvantage: rloo\n")
+        assert (c := config.load(file, ["algorithm=ppo"])).advantage == "ppo"
+        assert c.loss.type == "ppo", "the file's loss is replaced as well"
+        assert config.load(file, [f"algorithm={name}"]).advantage == "grpo"
 
 
 @pytest.mark.parametrize("name", ["bupo", "grpo", "internal"])
@@ -102,6 +107,12 @@ def test_contradictions_of_an_algorithm(tmp_path: Path) -> None:
         ("epsilon=0.2", "bupo calls it loss.clip_low and loss.clip_high"),
         ("algorithm.adv_estimator=gae", "key algorithm.adv_estimator; bupo calls it advantage"),
         ("lora.r=8", "bupo does not support LoRA yet"),
+        ("critic.optim.lr=1", "unknown key critic.optim.lr; bupo calls it critic.lr"),
+        ("actor.optim.lr=1", "unknown key actor.optim.lr; bupo calls it optimizer.lr"),
+        ("optimizer.beta=0.9", "unknown key optimizer.beta; bupo calls it optimizer.betas"),
+        ("optimizer.epsilon=0", "unknown key optimizer.epsilon; AdamW's epsilon is always 1e-8"),
+        ("loss_type=cispo", "bupo calls it loss.aggregation and loss.type"),
+        ("report_to=wandb", "wandb=PROJECT also sends everything to W&B"),
         ("trainer={total_epochs: 3}", "unknown key trainer.total_epochs; bupo counts steps"),
         ("rollout.tensor_model_parallel_size=2", "calls it rollout.vllm={tensor_parallel_size: N}"),
     ],
@@ -124,9 +135,8 @@ def test_other_names_point_to_keys_that_exist() -> None:
         assert {part.partition("=")[0] for part in ours.split(" and ")} <= keys, ours
     names = " ".join([*OTHER_NAMES.values(), *INSTEAD.values()]).split()
     assert len(names) == len(set(names)) and not set(names) & keys
-    assert "calls it" not in message("learning_rate=1", schema=AnalysisConfig), (
-        "it has no optimizer"
-    )
+    for name in ("learning_rate", "num_train_epochs"):  # of an optimizer, which it does not have
+        assert message(f"{name}=1", schema=AnalysisConfig) == f"unknown key {name}"
 
 
 def test_short_forms(tmp_path: Path) -> None:

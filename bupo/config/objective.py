@@ -19,12 +19,23 @@ AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum", "seq_sum_longest")
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     **{name: {"policy": name} for name in POLICIES[:3]},
-    **{name: {"policy": "final", "advantage": name} for name in ADVANTAGES},
-    "gspo": {"policy": "final", "loss": {"type": "gspo", "clip_low": 3e-4, "clip_high": 4e-4}},
-    # CISPO bounds the ratio only from above.
-    "cispo": {"policy": "final", "loss": {"type": "cispo", "clip_high": 4.0}},
+    **{n: {"policy": "final", "advantage": n, "loss": {"type": "ppo"}} for n in ADVANTAGES},
+    "dr_grpo": {
+        "policy": "final",
+        "advantage": "dr_grpo",
+        "loss": {"type": "ppo", "aggregation": "seq_sum_longest"},
+    },
+    "gspo": {
+        "policy": "final",
+        "advantage": "grpo",
+        "loss": {"type": "gspo", "clip_low": 3e-4, "clip_high": 4e-4},
+    },
+    "cispo": {  # bounds the ratio only from above
+        "policy": "final",
+        "advantage": "grpo",
+        "loss": {"type": "cispo", "clip_high": 4.0},
+    },
 }
-ALGORITHMS["dr_grpo"]["loss"] = {"aggregation": "seq_sum_longest"}
 """The settings that `algorithm=NAME` stands for"""
 
 

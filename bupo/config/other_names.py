@@ -7,7 +7,7 @@ from collections.abc import Collection
 OTHER_NAMES = {
     "name": "run_name experiment_name",
     "out": "output_dir default_local_dir",
-    "wandb": "project_name report_to",
+    "wandb": "project_name",
     "advantage": "adv_estimator scale_rewards norm_adv_by_std_in_grpo",
     "steps": "max_steps total_training_steps",
     "model.path": "model_name_or_path",
@@ -28,10 +28,16 @@ OTHER_NAMES = {
     "loss.clip_low": "clip_ratio_low",
     "loss.clip_high": "epsilon_high clip_ratio_high",
     "loss.dual_clip": "delta clip_ratio_c",
-    "loss.aggregation": "loss_type loss_agg_mode",
+    "loss.aggregation and loss.type": "loss_type",
+    "loss.aggregation": "loss_agg_mode",
     "loss.kl_coef": "beta kl_loss_coef",
     "loss.drop_truncated": "mask_truncated_completions",
+    "critic.lr": "critic.optim.lr critic.learning_rate",
+    "critic.gamma": "algorithm.gamma",
+    "critic.gae_lambda": "algorithm.lam",
     "optimizer.lr": "learning_rate optim.lr",
+    "optimizer.betas": "optimizer.beta adam_beta1 adam_beta2",
+    "optimizer.micro_batch_tokens": "ppo_max_token_len_per_gpu",
     "optimizer.grad_clip": "max_grad_norm",
     "optimizer.epochs": "num_iterations ppo_epochs",
     "eval.files": "val_files",
@@ -45,12 +51,17 @@ OTHER_NAMES = {
 INSTEAD = {
     "rollout.prompts and optimizer.updates_per_step decide how many prompts an update has, and "
     "optimizer.micro_batch_tokens how many tokens a forward pass has": "ppo_mini_batch_size "
-    "per_device_train_batch_size gradient_accumulation_steps ppo_micro_batch_size "
+    "per_device_train_batch_size gradient_accumulation_steps steps_per_generation "
+    "ppo_micro_batch_size "
     "ppo_micro_batch_size_per_gpu log_prob_micro_batch_size_per_gpu",
+    "bupo always writes files for TensorBoard; wandb=PROJECT also sends everything to W&B": (
+        "report_to"
+    ),
+    "AdamW's epsilon is always 1e-8": "optimizer.epsilon adam_epsilon",
     "bupo counts steps of rollout.prompts prompts, not epochs: set steps": "num_train_epochs "
     "total_epochs",
     "bupo does not support LoRA yet: it trains all parameters that phases[].lr does not freeze": (
-        "lora.r lora_r lora_rank lora_alpha use_peft"
+        "lora.r lora.rank lora_r lora_rank lora_alpha use_peft"
     ),
     "bupo trains on one device; rollout.vllm={tensor_parallel_size: N} generates on several": (
         "n_gpus_per_node nnodes deepspeed"
@@ -60,11 +71,18 @@ INSTEAD = {
 
 
 def our_name(name: str, keys: Collection[str]) -> str | None:
-    """What an error says of a dotted name that another trainer has; None for other names, and where
-    its key is none of `keys`, the keys of a command."""
-    for ours, others in (OTHER_NAMES | INSTEAD).items():
-        if f".{name}".endswith(tuple(f".{other}" for other in others.split())):
-            if ours in INSTEAD:
-                return ours
-            return f"bupo calls it {ours}" if ours.startswith(tuple(keys)) else None
-    return None
+    """Returns what an error says about a dotted name that another trainer uses: the entry of the
+    longest name that it ends in. Returns None for other names, and if the command, which has these
+    keys, does not have ours or does not train."""
+    found = {
+        other: ours
+        for ours, others in (OTHER_NAMES | INSTEAD).items()
+        for other in others.split()
+        if f".{name}".endswith(f".{other}")
+    }
+    if not found:
+        return None
+    ours = found[max(found, key=len)]
+    if ours in INSTEAD:
+        return ours if "policy" in keys else None
+    return f"bupo calls it {ours}" if ours.startswith(tuple(keys)) else None
