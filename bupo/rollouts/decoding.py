@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, TopPLogitsWarper
 
+from bupo import progress
+
 BLOCK = 256
 """Number of probabilities per block: `draw` does two short searches instead of one long sum"""
 FULL = 0.75
@@ -149,6 +151,7 @@ def decode(
         tokens[rows, step], logprobs[rows, step] = chosen, logprob
         sequences.append(chosen)
         alive &= ~torch.isin(chosen, eos)
+        progress.report((step + 1) / limit)
         if step % pause == 0:
             kept = alive.nonzero()[:, 0]
             if not len(kept):
@@ -156,6 +159,7 @@ def decode(
             if copies is not None and len(kept) <= FULL * len(rows):
                 sequences.take(kept)
                 rows, alive = rows[kept], alive[kept]
+    progress.report(1)
     return tokens, logprobs
 
 

@@ -77,9 +77,9 @@ class HFEngine:
                 if stop():
                     break
                 batch = wanted[start : start + size]
-                rollouts = self._batch(batch, seed, temperature)
+                with progress.part(start / len(wanted), (start + len(batch)) / len(wanted)):
+                    rollouts = self._batch(batch, seed, temperature)
                 made |= {(group, k): r for (group, k, _), r in zip(batch, rollouts)}
-                progress.report(len(made) / len(wanted))
         finally:
             self._model.train(training)
             self._model.generation_config = shipped
