@@ -18,7 +18,7 @@ from rows import Row, aligned, append, bar, print_run, rows_of_program
 from tables import internal_table
 from torch import Tensor, nn
 
-from bupo.internal import Text, entropy_flow
+from bupo.internal import Sample, entropy_flow
 
 FLOOR, OURS, HOOKS = "bare GEMMs", "entropy_flow", "hooks and softmax"
 SIZE = {"layers": 12, "width": 512, "vocab": 32768, "texts": 16, "length": 1024}
@@ -52,7 +52,7 @@ def ours(size: argparse.Namespace) -> Callable[[], Entropies]:
     model, ids = build(size, "sdpa"), texts(size)
 
     def run() -> Entropies:
-        flow = entropy_flow(model, [Text(row, 1) for row in ids.tolist()])
+        flow = entropy_flow(model, [Sample.of(row[:1], row[1:]) for row in ids.tolist()])
         return {name: torch.from_numpy(x) for name, x in flow.entropy.items()}
 
     return run

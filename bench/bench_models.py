@@ -40,7 +40,7 @@ from tables import models_table
 from torch import Tensor, nn
 from truth import relative_error
 
-from bupo.internal import Text, entropy_flow
+from bupo.internal import Sample, entropy_flow
 from bupo.policy import num_layers
 
 OURS, ADAMW = "bupo", "bupo, with AdamW"
@@ -144,7 +144,7 @@ def sweep_cases(training: Training, tokens: int) -> list[ModelCase]:
     rows = entropy_flow_rows(num_layers(model), len(ids) - 1)
     runs: dict[str, Callable[[], object]] = {
         SWEEP_GEMMS: lambda: bare_head_products(weight, rows, SWEEP_ROWS),
-        SWEEP: lambda: entropy_flow(model, [Text(ids, 1)]),
+        SWEEP: lambda: entropy_flow(model, [Sample.of(ids[:1], ids[1:])]),
     }
     return [ModelCase(training, name, None, run) for name, run in runs.items()]
 

@@ -47,13 +47,10 @@ class Sample:
                 )
 
     @classmethod
-    def of(cls, prompt: Sequence[int], response: Sequence[int], keep: int | None = None) -> Sample:
-        """Returns a sample from a prompt, which is only read, and a response, of which the first
-        `keep` tokens count (None: all)."""
-        counted = len(response) if keep is None else min(keep, len(response))
-        rest = len(response) - counted
-        mask = [False] * len(prompt) + [True] * counted + [False] * rest
-        return Sample([*prompt, *response], mask)
+    def of(cls, prompt: Sequence[int], response: Sequence[int]) -> Sample:
+        """Returns a sample of a prompt, which is only read, and a response, whose tokens count.
+        Raises ValueError if there is a response without a prompt."""
+        return Sample([*prompt, *response], [False] * len(prompt) + [True] * len(response))
 
     @property
     def count(self) -> int:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
@@ -23,11 +25,13 @@ PATH = os.pathsep.join(
 def build(target: str) -> None:
     """Builds it if it is not. bupo_emulated: the library that takes over the operators' CPU key."""
     configure = ["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DBUPO_PYTHON={sys.executable}"]
-    for command in (configure, ["cmake", "--build", BUILD, "--target", target]):
-        done = subprocess.run(
-            command, env=os.environ | {"PATH": PATH}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    BUILD.parent.mkdir(exist_ok=True)
+    with FileLock(BUILD.parent / "emulated.lock"):  # tests run in several processes
+        for command in (configure, ["cmake", "--build", BUILD, "--target", target]):
+            done = subprocess.run(
+                command, env=os.environ | {"PATH": PATH}, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 TILE_COLUMNS = {"portable": 0, "cooperative": 256, "pingpong": 192}

@@ -4,7 +4,7 @@ import families
 import torch
 from torch import Tensor, nn
 
-from bupo.internal import Layer, decomposed
+from bupo.internal import Layer, Sample, decomposed
 
 VOCAB = families.VOCAB
 
@@ -16,6 +16,11 @@ def build(family: str, **changes: object) -> nn.Module:
 
 def ids(*shape: int) -> Tensor:
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(1))
+
+
+def split_at(tokens: Tensor, start: int) -> Sample:
+    """The tokens from `start` on are measured."""
+    return Sample.of(tokens.tolist()[:start], tokens.tolist()[start:])
 
 
 def layers_of(model: nn.Module, tokens: Tensor) -> list[Layer]:

@@ -10,14 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
-from internal_samples import build, ids, layers_of
+from internal_samples import build, ids, layers_of, split_at
 from torch import Tensor, nn
 
 from bupo import progress
 from bupo.internal import (
     Analysis,
     IdentityError,
-    Text,
     analyse,
     distances,
     identities,
@@ -33,15 +32,15 @@ TEXTS = ((7, 3), (12, 1), (7, 6))
 """Lengths and starts"""
 
 
-def texts() -> list[Text]:
-    return [Text(ids(n + 30 * k).tolist()[-n:], start) for k, (n, start) in enumerate(TEXTS)]
+def texts() -> list[Sample]:
+    return [split_at(ids(n + 30 * k)[-n:], start) for k, (n, start) in enumerate(TEXTS)]
 
 
 Row = dict[str, Any]
 
 
 def literal(
-    model: nn.Module, texts: list[Text], top_k: int, temperature: float
+    model: nn.Module, texts: list[Sample], top_k: int, temperature: float
 ) -> dict[tuple, Row]:
     """What tokens.parquet must hold, by (text, position, layer, policy): slowly, in float64."""
     model = model.double()
@@ -60,7 +59,7 @@ def literal(
         with torch.no_grad():
             final = (model(tokens).logits[0] / temperature).log_softmax(-1)
         layers = layers_of(model, tokens)
-        for position in range(text.start, len(text.token_ids)):
+        for position in range(text.positions[0], len(text.token_ids)):
             at, target = position - 1, text.token_ids[position]
             key = (number, position)
             found[(*key, 0, "embedding")] = {"entropy": entropy(layers[0].before[0, at])}
@@ -217,7 +216,7 @@ def test_a_masked_stretch_is_read_but_not_measured() -> None:
     with is what they are measured with where the tool's tokens count too."""
     model, tokens = build("qwen3"), ids(12).tolist()
     turns = [place in (3, 4, 5, 9, 10) for place in range(12)]
-    some, every = Sample(tokens, turns), Text(tokens, 3)
+    some, every = Sample(tokens, turns), Sample.of(tokens[:3], tokens[3:])
     found, whole = analyse(model, [some], top_k=2), analyse(model, [every], top_k=2)
     assert found.flow.position.tolist() == found.closer.position.tolist() == [3, 4, 5, 9, 10]
     assert found.flow.token.tolist() == [tokens[place] for place in (3, 4, 5, 9, 10)]
@@ -254,7 +253,7 @@ def test_kl_between_layers(final_norm: bool) -> None:
                     return (head.logits(norm(x) if final_norm else x) / 0.6).log_softmax(-1)
 
             p, q = policy(l), policy(m)
-            want.append((p.exp() * (p - q)).sum(-1)[text.start - 1 : -1])
+            want.append((p.exp() * (p - q)).sum(-1)[text.positions[0] - 1 : -1])
         got = kl_between(model, texts(), l, m, final_norm, temperature=0.6)
         np.testing.assert_allclose(got, torch.cat(want), rtol=1e-4, atol=1e-6)
     assert kl_between(model, texts(), 2, 2).max() == 0

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from bupo.internal import Text, distances
+from bupo.internal import Sample, distances
 from bupo.policy import decoder_stack, hidden_states, unembedding
 
-TEXTS = [Text([5, 6, 7, 8, 9], 2), Text([9, 8, 7, 6, 5], 1), Text([4, 3, 5], 1)]
+TEXTS = [Sample.of([5, 6], [7, 8, 9]), Sample.of([9], [8, 7, 6, 5]), Sample.of([4], [3, 5])]
 
 
 def build(family: str) -> nn.Module:
@@ -38,7 +38,7 @@ def literal(
         kept.clear()
         with torch.no_grad():
             final = hidden_states(model, torch.tensor([text.token_ids]))[0]
-            for place in range(text.start, len(text.token_ids)):
+            for place in range(text.positions[0], len(text.token_ids)):
                 pi = logp(final[place - 1])
                 raw = [x.view(1, -1, x.shape[-1])[0, place - 1] for x in kept]
                 policies = [logp(stack.norm(x) if final_norm else x) for x in raw]

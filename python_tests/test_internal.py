@@ -9,12 +9,12 @@ import families
 import numpy as np
 import pytest
 import torch
-from internal_samples import build, ids, layers_of
+from internal_samples import build, ids, layers_of, split_at
 from torch import Tensor, nn
 
 from bupo.internal import (
     DecompositionError,
-    Text,
+    Sample,
     boundary_layer,
     convergence,
     entropy_flow,
@@ -131,16 +131,16 @@ def literal(model: nn.Module, tokens: list[int], normed: bool) -> dict[str, Tens
 )
 def test_entropies_against_a_literal_float64(family: str) -> None:
     model = build(family)
-    texts = [Text(ids(n).tolist(), start) for n, start in ((7, 3), (11, 1), (7, 6))]
+    texts = [split_at(ids(n), start) for n, start in ((7, 3), (11, 1), (7, 6))]
     flow = entropy_flow(model, texts)
     assert flow.text.tolist() == [0] * 4 + [1] * 10 + [2]
     assert flow.decomposition_error < 1e-6 and flow.last_layer_error < 1e-5
     names = {"layer": "after", "attention": "attention", "ffn": "ffn"}
     for number, text in enumerate(texts):
         mine = flow.text == number
-        assert flow.token[mine].tolist() == text.token_ids[text.start :]
-        assert flow.position[mine].tolist() == list(range(text.start, len(text.token_ids)))
-        places = slice(text.start - 1, None)
+        assert flow.token[mine].tolist() == text.token_ids[text.positions[0] :]
+        assert flow.position[mine].tolist() == list(range(text.positions[0], len(text.token_ids)))
+        places = slice(text.positions[0] - 1, None)
         raw, normed = (literal(model, text.token_ids, n) for n in (False, True))
         model.float()
 
@@ -160,10 +160,10 @@ def test_entropies_against_a_literal_float64(family: str) -> None:
 
 def test_the_last_layer_with_the_norm_is_the_model() -> None:
     model = build("gemma2")
-    tokens = ids(9).tolist()
-    flow = entropy_flow(model, [Text(tokens, 1)])
+    tokens = ids(9)
+    flow = entropy_flow(model, [split_at(tokens, 1)])
     with torch.no_grad():
-        logp = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+        logp = model(tokens[None]).logits[0, :-1].log_softmax(-1)
     np.testing.assert_allclose(flow.final_entropy, -(logp.exp() * logp).sum(-1), atol=1e-5)
     np.testing.assert_allclose(flow.entropy["layer_normed"][-1], flow.final_entropy, atol=1e-5)
 
@@ -171,7 +171,7 @@ def test_the_last_layer_with_the_norm_is_the_model() -> None:
 def test_norms_and_cosines() -> None:
     model = build("qwen3")
     tokens = ids(6)
-    flow = entropy_flow(model, [Text(tokens.tolist(), 1)])
+    flow = entropy_flow(model, [split_at(tokens, 1)])
     for k, layer in enumerate(layers_of(model, tokens[None])):
         cosine = nn.functional.cosine_similarity(layer.ffn, layer.before + layer.attention, dim=-1)
         np.testing.assert_allclose(flow.cosine["ffn"][k], cosine[0, :-1], atol=1e-5)
@@ -180,10 +180,6 @@ def test_norms_and_cosines() -> None:
         np.testing.assert_allclose(flow.norm["layer"][k], layer.after[0, :-1].norm(dim=-1), 1e-5)
     assert (flow.entropy["layer"] <= math.log(VOCAB) + 1e-5).all()
     assert (flow.entropy["layer"] >= 0).all()
-    with pytest.raises(ValueError, match="start"):
-        Text([1, 2], 0)
-    with pytest.raises(ValueError, match=r"Text: end: expected a position in 2..3, got 1"):
-        Text([1, 2, 3], 1, 1)
     with pytest.raises(ValueError, match="at least one"):
         entropy_flow(model, [])
 
@@ -191,14 +187,14 @@ def test_norms_and_cosines() -> None:
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_neox-parallel"])
 def test_lens_against_whole_logits(family: str) -> None:
     model = build(family)
-    texts = [Text(ids(n).tolist(), start) for n, start in ((7, 3), (70, 1), (7, 6))]
+    texts = [split_at(ids(n), start) for n, start in ((7, 3), (70, 1), (7, 6))]
     got = lens(model, texts, top_k=3)
     head, norm = unembedding(model), decoder_stack(model).norm
     streams = []
     for number, text in enumerate(texts):
         mine = got.text == number
-        places = slice(text.start - 1, -1)
-        target = torch.tensor(text.token_ids[text.start :])[:, None]
+        places = slice(text.positions[0] - 1, -1)
+        target = torch.tensor(text.token_ids[text.positions[0] :])[:, None]
         with torch.no_grad():
             tokens = torch.tensor([text.token_ids])
             final = model(tokens).logits[0, places].double().log_softmax(-1)
@@ -232,7 +228,7 @@ def test_lens_against_whole_logits(family: str) -> None:
 
 
 def test_lens_refuses_what_it_cannot_show() -> None:
-    model, text = build("llama"), Text([3, 4, 5], 1)
+    model, text = build("llama"), Sample.of([3], [4, 5])
     with pytest.raises(ValueError, match="views: expected some of"):
         lens(model, [text], views=["mlp"])
     with pytest.raises(ValueError, match=f"top_k: expected 1..{VOCAB}, got 0"):
@@ -311,7 +307,7 @@ def test_a_write_that_is_lost_is_noticed(dtype: torch.dtype) -> None:
     with torch.no_grad():  # writes that are as large as the stream
         for layer in decoder_stack(model).layers:
             layer.mlp.down_proj.weight.mul_(30)  # type: ignore[union-attr]
-    flow = entropy_flow(model, [Text(ids(1, 12)[0].tolist(), 1)])
+    flow = entropy_flow(model, [split_at(ids(1, 12)[0], 1)])
     assert flow.decomposition_error < rounding(dtype) / 4
     identities(flow, dtype)
     found = layers_of(model, ids(1, 12))
@@ -337,7 +333,7 @@ def test_log_probs_of_a_head_in_16_bits_are_not_rounded(monkeypatch: pytest.Monk
 
 
 def test_a_call_of_the_op_may_hold_part_of_a_vector(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, texts = build("qwen3"), [Text(ids(1, 12)[0].tolist(), 2)]
+    model, texts = build("qwen3"), [split_at(ids(1, 12)[0], 2)]
     whole = entropy_flow(model, texts)
     for rows in (3, 10, 25):  # less than a vector, one, and two
         monkeypatch.setitem(sys.modules["bupo.internal.entropy_flow"].ROWS, "cpu", rows)
@@ -360,7 +356,7 @@ def test_the_tolerance_moves_the_boundary() -> None:
 
 
 def test_similarity_of_two_layers() -> None:
-    model, texts = build("llama"), [Text(ids(1, 9)[0].tolist(), 1)]
+    model, texts = build("llama"), [split_at(ids(1, 9)[0], 1)]
     streams = [layer.after[0, :-1].double() for layer in layers_of(model, ids(1, 9))]
     found = lens(model, texts, 1, ["layer"]).similarity
     for i, a in enumerate(streams):

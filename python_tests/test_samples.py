@@ -56,11 +56,6 @@ def test_what_does_not_fit_together_is_no_sample(
         Sample([1, 2, 3], mask, streams=streams)
 
 
-def test_only_the_first_tokens_of_a_response_may_count() -> None:
-    sample = Sample.of([1, 2], [3, 4, 5], keep=2)
-    assert sample.positions == [2, 3] and sample.count == 2 and len(sample.token_ids) == 5
-
-
 def test_parts_of_some_work_report_to_its_watcher() -> None:
     seen: list[float] = []
     progress.report(0.5)  # nobody watches

@@ -31,7 +31,7 @@ def write_texts(out: Path, texts: Sequence[Measured]) -> None:
             "where": m.where,
             "prompt": m.prompt,
             "response": m.response,
-            "start": m.text.start,
+            "start": m.text.positions[0],
             "token_ids": m.text.token_ids,
         }
         for n, m in enumerate(texts)

@@ -15,9 +15,10 @@ from bupo.commands.sizes import Sizes, measure
 from bupo.commands.sources import Sources, check_engine, check_out, find_sources
 from bupo.config import AnalysisConfig, Config, ConfigError
 
-ENTROPY_ROWS, LENS_ROWS = 8, 7
+ENTROPY_ROWS, LENS_ROWS = 8, 6
 """Rows of logits for each token and layer. Entropies need those of what a layer, its attention and
-its FFN read and write, raw and normed; ranks and KL need six of them and those of the model."""
+its FFN read and write, raw and normed; ranks and KL need six of them again for each layer that is
+kept, and once those of the model."""
 
 
 @dataclass
@@ -184,6 +185,7 @@ def _measuring_time(config: AnalysisConfig, sizes: Sizes, tokens: int) -> float:
     by timing a small block."""
     import torch
 
+    from bupo.internal.analysis import kept_layers
     from bupo.internal.log_probs import log_probs
     from bupo.policy import Unembedding
 
@@ -196,8 +198,8 @@ def _measuring_time(config: AnalysisConfig, sizes: Sizes, tokens: int) -> float:
         begin = time.perf_counter()
         float(log_probs(head, hidden).exp().sum())
         best = min(best, time.perf_counter() - begin)
-    layers = len(range(0, sizes.layers, config.stride))
-    rows_of_token = ENTROPY_ROWS * sizes.layers + LENS_ROWS * layers
+    kept = len(kept_layers(sizes.layers, config.stride))
+    rows_of_token = ENTROPY_ROWS * sizes.layers + LENS_ROWS * kept + 1
     return tokens * rows_of_token * sizes.vocabulary / block * best / rows
 
 

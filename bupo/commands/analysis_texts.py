@@ -14,7 +14,7 @@ from typing import Any
 from bupo.config import AnalysisConfig, ConfigError
 from bupo.data import data_files
 from bupo.data.prompts import tokenised
-from bupo.internal import Text
+from bupo.internal import Sample
 from bupo.rollouts.engine import seed_of
 from bupo.types import Prompt
 
@@ -43,10 +43,12 @@ class Measured:
     response_ids: list[int]
 
     @property
-    def text(self) -> Text:
-        """The token ids with the measured part marked. Raises ValueError as Text does, for fewer
-        than two tokens."""
-        return Text([*self.prompt_ids, *self.response_ids], max(len(self.prompt_ids), 1))
+    def text(self) -> Sample:
+        """The token ids with the measured part marked. The first token of all cannot be measured,
+        because no token predicts it."""
+        ids = [*self.prompt_ids, *self.response_ids]
+        start = max(len(self.prompt_ids), 1)
+        return Sample.of(ids[:start], ids[start:])
 
     @property
     def length(self) -> int:

@@ -14,6 +14,7 @@ from bupo.commands.models import check_place, load_model
 from bupo.commands.run_lock import check_one_process, waited_for
 from bupo.config import Config, ConfigError, shipped
 from bupo.data import data_files
+from bupo.runlog.display import Display
 from bupo.tasks import TaskFiles
 
 LOCK = "tasks.lock"
@@ -102,7 +103,8 @@ def make_engine(
 def build_task(config: Config, sources: Sources) -> None:
     """Makes the task's weights once, if the configuration names a task and no other model."""
     if sources.files is not None and sources.model == str(sources.files.model):
-        with waited_for(cache_dir() / LOCK):
+        wait = Display().waiting(f"warm start of {config.task}")
+        with waited_for(cache_dir() / LOCK), wait:
             _task(config).build(config.task_options, sources.files)
 
 

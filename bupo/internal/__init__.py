@@ -8,7 +8,7 @@ from bupo.internal.decomposition import DecompositionError, Layer, decomposed
 from bupo.internal.distances import Distances, distances, kl_between
 from bupo.internal.entropy_flow import EntropyFlow, entropy_flow
 from bupo.internal.lens import Lens, lens
-from bupo.internal.texts import Text
+from bupo.samples import Sample
 
 __all__ = [
     "Analysis",
@@ -21,7 +21,7 @@ __all__ = [
     "IdentityError",
     "Layer",
     "Lens",
-    "Text",
+    "Sample",
     "analyse",
     "boundary_layer",
     "convergence",

@@ -11,27 +11,6 @@ from numpy.typing import NDArray
 from bupo.samples import Sample
 
 
-class Text(Sample):
-    """A sample whose measured tokens are contiguous, like those of a response."""
-
-    def __init__(self, token_ids: list[int], start: int, end: int | None = None) -> None:
-        """Marks the tokens from position `start`, at least 1 (a token is predicted from the one
-        before it), up to but not including `end` (None: the end of the text) as measured. Raises
-        ValueError if these are not tokens of the text."""
-        length = len(token_ids)
-        if not 1 <= start < length:
-            raise ValueError(f"Text: start: expected a position in 1..{length - 1}, got {start}")
-        if end is not None and not start < end <= length:
-            raise ValueError(f"Text: end: expected a position in {start + 1}..{length}, got {end}")
-        behind = length if end is None else end
-        super().__init__(token_ids, [start <= place < behind for place in range(length)])
-
-    @property
-    def start(self) -> int:
-        """The position of the first measured token"""
-        return self.loss_mask.index(True)
-
-
 @dataclass
 class Tokens:
     """The measured tokens of all texts, concatenated."""

@@ -18,6 +18,8 @@ from bupo.report.palette import GREY, GRID, INK
 
 Style = dict[str, Any]
 WIDTH = 10
+LABEL = 200
+"""Longest label of a line, in characters; a legend shortens it further"""
 SETTINGS: Style = {
     "svg.fonttype": "none",  # text stays text, small and searchable
     "svg.hashsalt": "bupo",  # the same figure has the same bytes
@@ -73,13 +75,15 @@ def short(name: object, most: int) -> str:
 
 
 def legend(fig: Figure, axes: Sequence[Axes], extra: Sequence[Any] = ()) -> None:
-    """Adds a legend below the figure with each label of the axes once, followed by extra."""
+    """Adds a legend below the figure with each label of the axes once, followed by extra. Labels
+    are shortened here and not before, so that two runs with similar names both appear."""
     handles = [handle for ax in axes for handle in ax.get_legend_handles_labels()[0]]
-    shown = {short(handle.get_label(), 40): handle for handle in [*handles, *extra]}
-    lengths = [8 + len(label) for label in shown]  # in characters, with the handle
+    shown = {str(handle.get_label()): handle for handle in [*handles, *extra]}
+    labels = [short(label, 40) for label in shown]
+    lengths = [8 + len(label) for label in labels]  # in characters, with the handle
     columns = len(shown) if sum(lengths) < 125 else 125 // max(lengths)
     if shown:
-        fig.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns)
+        fig.legend(shown.values(), labels, loc="outside lower center", ncols=columns)
 
 
 def spread(n: int, most: int = 9) -> NDArray[np.int_]:

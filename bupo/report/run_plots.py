@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from bupo.report.drawing import Style, figure, legend, logarithmic, short
+from bupo.report.drawing import LABEL, Style, figure, legend, logarithmic, short
 from bupo.report.palette import BLUE, GREY, INK, ORANGE, SERIES
 from bupo.report.run_files import Row, Run, number, plus_minus
 
@@ -93,7 +93,7 @@ def _line(
         mean = np.convolve(y, window, "same") / np.convolve(np.ones(len(x)), window, "same")
         look: Style = {"linewidth": 1.2, "linestyle": "--"} if dashed else {"linewidth": 2}
         look |= {"marker": "o" if len(x) == 1 else "", "markersize": 3}
-        name = (short(run.name, 40) if color else phase.policy) if label is None else label
+        name = (short(run.name, LABEL) if color else phase.policy) if label is None else label
         if not dashed:
             ax.plot(x, y, color=hue, linewidth=0.8, alpha=0.4)
         ax.plot(x, mean, color=hue, label=name, **look)
@@ -156,7 +156,7 @@ def draw_pass_at_k(curves: Sequence[tuple[Row, str, Style]]) -> Figure | None:
         ks = pass_ks([row for row, _, _ in mine])
         for row, label, look in mine:
             y, error = ([number(row.get(f"pass@{k}{end}")) for k in ks] for end in ("", "_se"))
-            ax.errorbar(ks, y, error, marker="o", capsize=2.5, label=short(label, 40), **look)
+            ax.errorbar(ks, y, error, marker="o", capsize=2.5, label=short(label, LABEL), **look)
         ax.set_title(short(dataset, 30))
         ax.set_xscale("log", base=2)
         ax.set_xticks(ks, [str(k) for k in ks])

@@ -23,11 +23,11 @@ class SourceReward:
     def __call__(self, rollouts: Sequence[Rollout]) -> Grades:
         rewards = [math.nan] * len(rollouts)
         grades, each = Grades([]), self._each()
-        for number, reward in enumerate(each):
+        for reward, shown in zip(each, progress.parts(len(each))):
             mine = [i for i, r in enumerate(rollouts) if self._rewards[r.prompt.source] is reward]
             if not mine:
                 continue
-            with progress.part(number / len(each), (number + 1) / len(each)):
+            with shown:
                 grades = reward([rollouts[i] for i in mine]).with_failures(grades)
             for i, value in zip(mine, grades.rewards):
                 rewards[i] = value

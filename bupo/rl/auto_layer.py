@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.config import Config, RunError
-from bupo.internal import Text, boundary_layer, entropy_flow
+from bupo.internal import boundary_layer, entropy_flow
 from bupo.runlog.display import Display
 from bupo.runlog.run_directory import replace_text
 from bupo.types import Prompt, RolloutEngine
@@ -62,7 +62,7 @@ def _measure(
     with display.waiting("auto_layer: rollouts of the initial model", alive):
         seed = f"{config.seed}/auto_layer"
         rollouts = engine.generate(prompts[:PROMPTS], 1, seed, lambda: False)
-    texts = [Text(r.token_ids, len(r.prompt.token_ids)) for r in rollouts if r.count]
+    texts = [r for r in rollouts if r.count]
     with display.waiting(f"auto_layer: entropies of {len(texts)} responses", alive):
         flow = entropy_flow(model, texts, config.rollout.temperature)
     tolerance = config.bupo.auto_layer

@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from bupo.config import Config, RunError
-from bupo.internal import Text, distances
+from bupo.internal import Sample, distances
 from bupo.rl.schedule import Schedule
 from bupo.runlog.recorder import Recorder
 from bupo.runlog.run_directory import read_rows, replace_text
@@ -46,7 +46,7 @@ class Diagnostics:
         self._schedule, self._recorder = schedule, recorder
         self._rows = read_rows(out / FILE)
         self._anchor = max(schedule.layers(), default=None)
-        self._texts: list[Text] = []
+        self._texts: list[Sample] = []
 
     def begin(
         self,
@@ -78,9 +78,7 @@ class Diagnostics:
                     "diagnostics: all probes are empty; diagnostics.every=0 runs without them"
                 )
             replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-        self._texts = [
-            Text([*row["prompt"], *row["response"]], len(row["prompt"])) for row in read_rows(file)
-        ]
+        self._texts = [Sample.of(row["prompt"], row["response"]) for row in read_rows(file)]
 
     def due(self, step: int) -> bool:
         """Whether to measure after a step; 0 stands for the state before the first step."""

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bupo import progress
 from bupo.config import ConfigError
 from bupo.tasks import TaskFiles, check_width, save_model, task_options
-from bupo.terminal import TERMINAL
 
 SYMBOLS = "0123456789+=;#"
 NOISE = 0.2
@@ -146,22 +145,13 @@ def build(options: dict[str, Any], files: TaskFiles) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings["warm_lr"], total_steps=settings["warm_steps"], pct_start=0.1
     )
-    begin = shown = time.monotonic()
     for step, (ids, labels) in enumerate(_demonstrations(settings), start=1):
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if time.monotonic() - shown > 3 or step == settings["warm_steps"]:
-            shown = time.monotonic()
-            left = (shown - begin) * (settings["warm_steps"] / step - 1)
-            print(
-                f"warm start {step}/{settings['warm_steps']} | loss {loss.item():.3f} | "
-                f"ETA {left:.0f} s",
-                file=TERMINAL,
-                flush=True,
-            )
+        progress.report(step / settings["warm_steps"])
     save_model(model, files.model)
 
 
