@@ -27,7 +27,7 @@ ROOMS = {
     "runlog": {"config", "types", "terminal", "progress"},
     "evaluation": {"config", "types", "progress"},
     "report": {"internal", "runlog"},
-    "tasks": {"config", "hub", "terminal", "runlog"},
+    "tasks": {"config", "hub", "progress"},
 }
 """A file or folder of bupo/, and what of the others it may import. Those that are not named, rl and
 the commands, are made of all of these."""
