@@ -38,7 +38,8 @@ def build_info() -> dict[str, Any]:
     Keys: ``version``; ``cuda``, the build mode (OFF, CHECK, ON); ``archs``, the CUDA architectures;
     ``torch_target``, the oldest torch it runs on; ``devices``, those with an implementation;
     ``cpu_products``, for float32 and bfloat16: "block" (oneDNN's block product, which needs AVX-512
-    and, for bfloat16, AVX512_BF16 or AMX) or "library" (torch's BLAS in fp32, slower);
+    and, for bfloat16, AVX512_BF16; bfloat16 calls with an odd width do not use it) or "library"
+    (torch's BLAS in float32, slower);
     ``cpu_vectors``, the vector width in bits of the other CPU code; ``workspace_bytes``, see
     :func:`set_workspace_bytes`, 0 for its default; ``cuda_kernels``, see :func:`set_cuda_kernels`.
     """
