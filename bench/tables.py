@@ -154,6 +154,26 @@ def internal_table(rows: list[Row]) -> str:
     )
 
 
+def rollouts_table(rows: list[Row]) -> str:
+    """Rollouts by vLLM on the CPU, a table for each model that was measured."""
+    tables = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        run = mine[0]
+        cells: list[Cells] = [
+            [row["name"], *figures(row, ".0f", "tokens_per_second"), *figures(row, ".2f", "x_bare")]
+            for row in mine
+        ]
+        tables.append(
+            f"{table((None, 'tokens/s', 'x `LLM.generate`'), cells)}\n\n"
+            f"{model}: {run['prompts']} prompts of {run['prompt_tokens'][0]} to "
+            f"{run['prompt_tokens'][1]} tokens, at most {run['new_tokens']} new tokens each, "
+            f"{run['batch_size']} at a time; float32, {run['threads']} threads of {run['cpu']}, "
+            f"torch {run['torch']}, {run['date'][:10]}; medians."
+        )
+    return "\n\n".join(tables)
+
+
 MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "cpu": ("cpu", cpu_table),
     "cpu_avx2": ("cpu_avx2", cpu_table),
@@ -162,6 +182,7 @@ MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "models": ("models_cuda", models_table),
     "train_step": ("train_step_cpu", train_step_table),
     "internal": ("internal_cpu", internal_table),
+    "rollouts": ("rollouts_cpu", rollouts_table),
 }
 """By the name of a table: the file of its results, and what makes it of their rows"""
 

@@ -44,6 +44,10 @@ class RolloutConfig(Group, prefix="rollout."):
     batch_size: int = setting(256, at_least=1)
     """Number of responses that are generated at once. vllm gets all of a step and works on this
     many (max_num_seqs) at a time: one that ends makes room for the next."""
+    deterministic: bool = True
+    """For vllm: whether each response has its own random numbers, so that the same seed gives the
+    same responses and a resumed run is exact. false: vLLM draws for all responses at once, which is
+    faster; a resumed run is then as good as the first, but not the same."""
     max_logprob_gap: float | None = setting(None, above=0)
     """The run stops when log-probs of the engine and of the trainer differ by more than this (nats,
     mean over tokens). null: a few times the gap before the first update, when both have the same
@@ -51,7 +55,8 @@ class RolloutConfig(Group, prefix="rollout."):
     vllm: dict[str, Any] = field(default_factory=dict)
     """Arguments of vLLM's LLM, for example {tensor_parallel_size: 2}. They are added to the
     defaults: on a GPU {gpu_memory_utilization: 0.4, enable_sleep_mode: true}, which lends the
-    engine's memory to the update, and on a CPU {kv_cache_memory_bytes: 1073741824}."""
+    engine's memory to the update, and {hf_overrides: {head_dtype: float32}}, which keeps logits
+    unrounded as in training; on a CPU {kv_cache_memory_bytes: 1073741824}."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +80,11 @@ class RolloutConfig(Group, prefix="rollout."):
             "enable_chunked_prefill": False,
         }
         if gpu:
-            of_device = {"gpu_memory_utilization": 0.4, "enable_sleep_mode": True}
+            of_device = {
+                "gpu_memory_utilization": 0.4,
+                "enable_sleep_mode": True,
+                "hf_overrides": {"head_dtype": "float32"},
+            }
         everywhere = {"enable_prefix_caching": True, "disable_log_stats": True}
         return everywhere | of_device | self.vllm
 

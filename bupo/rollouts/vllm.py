@@ -187,7 +187,7 @@ class VllmEngine:
                 temperature=temperature,
                 top_p=self._config.top_p if temperature else 1.0,
                 max_tokens=self._config.max_new_tokens,
-                seed=seed_of(seed, group, k),
+                seed=seed_of(seed, group, k) if self._config.deterministic else None,
                 stop_token_ids=self._decoder.eos,
                 logprobs=0,  # only that of the sampled token
                 detokenize=False,

@@ -1,0 +1,163 @@
+"""Tokens per second of rollouts by bupo's vLLM engine, against a bare LLM.generate of the same
+requests by the same engine, on a CPU. Protocol: bench/README.md.
+
+    python bench/bench_rollouts.py --model FOLDER         (real_models.py makes a real one)
+
+A random Qwen3 whose head has padded rows is measured as well.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Timed, environment, milliseconds_of, time_rounds
+from real_models import random_qwen3
+from rows import Row, aligned, append, bar, print_run
+from tables import rollouts_table
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from bupo.config import RolloutConfig
+from bupo.rollouts.vllm import VllmEngine
+from bupo.types import Prompt
+
+OURS, FAST, BARE = "bupo", "bupo, deterministic=false", "LLM.generate"
+LISTS = "LLM.generate, allowed_token_ids"
+"""Keeps padded rows out by a list of the other rows in each request"""
+VOCAB, ROWS = 151669, 151936
+"""Tokens of Qwen3, and rows of its head"""
+LENGTHS = (16, 400)
+"""Tokens of the shortest prompt and of the longest; the others are spread evenly"""
+
+
+def padded_model(folder: Path) -> None:
+    """Writes a small Qwen3 with a head as large as that of the real one."""
+    random_qwen3(2, 256, ROWS, eos_token_id=None).save_pretrained(folder)
+    words = {f"t{n}": n for n in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t1").save_pretrained(folder)
+
+
+class Way(Timed):
+    """One way to generate the same responses."""
+
+    def __init__(self, name: str, run: Callable[[], int]) -> None:
+        super().__init__(name, torch.device("cpu"))
+        self.run, self.tokens = run, 0
+
+    def run_once(self, turn: int) -> float:
+        def run() -> None:
+            self.tokens = self.run()
+
+        return milliseconds_of(run, self.device)
+
+
+def ways(engine: VllmEngine, prompts: list[Prompt], with_lists: bool) -> list[Way]:
+    """The engine's own parameters are those of the bare calls: they are taken from a call."""
+    llm, config = engine._llm, engine._config
+    sent: list[Any] = []
+    enqueue = llm.enqueue
+    llm.enqueue = lambda *given, **named: sent.append(given) or enqueue(*given, **named)
+    engine.generate(prompts, 1, "seed", lambda: False)
+    llm.enqueue = enqueue
+    requests, parameters = sent[0]
+
+    def ours(deterministic: bool) -> int:
+        config.deterministic = deterministic
+        return sum(r.count for r in engine.generate(prompts, 1, "seed", lambda: False))
+
+    def bare(**changed: object) -> int:
+        given = [p.clone() for p in parameters]
+        for one in given:
+            for name, value in changed.items():
+                setattr(one, name, value)
+        outputs = llm.generate(requests, given, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    found = [
+        Way(BARE, bare),
+        Way(OURS, lambda: ours(True)),
+        Way(FAST, lambda: ours(False)),
+    ]
+    if with_lists:
+        found.append(Way(LISTS, lambda: bare(allowed_token_ids=list(range(VOCAB)))))
+    return found
+
+
+def rows_of(found: list[Way]) -> list[Row]:
+    """Milliseconds, tokens per second, and the ratio of the latter to that of the bare call."""
+    rows: list[Row] = []
+    for way in found:
+        row = {"name": way.label, "tokens": way.tokens, **way.times()}
+        row["tokens_per_second"] = 1e3 * row["tokens"] / row["ms"]
+        rows.append(row)
+    for row in rows:
+        row["x_bare"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+    return rows
+
+
+def bars(rows: list[Row]) -> list[str]:
+    by_name = {row["name"]: row["x_bare"] for row in rows}
+    lines = [bar(f"{OURS}, x_bare", by_name[OURS], 0.95, least=True)]
+    if LISTS in by_name:
+        lines.append(bar(f"{OURS} over {LISTS}", by_name[OURS] / by_name[LISTS], 3, least=True))
+    return lines
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="a model directory")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=16, help="max_num_seqs of vLLM")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="append a line per way")
+    return parser.parse_args()
+
+
+def measure(folder: Path, args: argparse.Namespace) -> list[Row]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    lengths = torch.linspace(*LENGTHS, args.prompts).long().tolist()
+    random = torch.Generator().manual_seed(0)
+    prompts = [
+        Prompt(n, "", "", torch.randint(5, len(tokenizer), (k,), generator=random).tolist(), "")
+        for n, k in enumerate(lengths)
+    ]
+    config = RolloutConfig("vllm", max_new_tokens=args.new_tokens, batch_size=args.batch_size)
+    engine = VllmEngine(str(folder), tokenizer, config, max(lengths), "float32", 0)
+    found = ways(engine, prompts, with_lists=len(tokenizer) == VOCAB)
+    time_rounds(found, args.rounds)
+    engine.close()
+    if failed := [f"{way.label}: {way.failed}" for way in found if way.failed]:
+        raise SystemExit("; ".join(failed))
+    return rows_of(found)
+
+
+def main() -> int:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    keys = ("prompts", "new_tokens", "batch_size", "rounds")
+    run = environment("cpu", args.threads) | {key: getattr(args, key) for key in keys}
+    run["prompt_tokens"] = list(LENGTHS)
+    print_run(run)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as made:
+        padded_model(Path(made))
+        models = {"a random Qwen3 with a padded head": Path(made)}
+        if args.model:
+            models = {args.model.name: args.model} | models
+        for name, folder in models.items():
+            found = measure(folder, args)
+            print(f"{name}:\n" + "\n".join(bars(found)), flush=True)
+            rows += [{"model": name, **row} for row in found]
+    print(aligned(rollouts_table([run | row for row in rows])))
+    append(args.json, run, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
