@@ -41,6 +41,10 @@ BAD = {
         ["rollout.prompts=6", "optimizer.updates_per_step=4"],
         "rollout.prompts (6) must be a multiple of optimizer.updates_per_step (4)",
     ),
+    "mini-batch": (
+        ["rollout.prompts=6", "optimizer.mini_batch_prompts=4"],
+        "rollout.prompts (6) must be a multiple of optimizer.mini_batch_prompts (4)",
+    ),
     "too many prompts": (["rollout.prompts=100000"], "exceeds the number of training prompts"),
     "no layer": (["bupo.layer=null"], "bupo.layer is not set: name the layer whose policy"),
     "no layer, internal": (["bupo.layer=null", "algorithm=internal"], "bupo.auto_layer=0.1"),

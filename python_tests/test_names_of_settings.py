@@ -122,9 +122,9 @@ def test_names_of_other_trainers(typed: str, expected: str) -> None:
 
 
 def test_a_file_of_another_trainer(tmp_path: Path) -> None:
-    file = given(tmp_path, "actor_rollout_ref: {model: {x: 1}, actor: {ppo_mini_batch_size: 8}}\n")
+    file = given(tmp_path, "actor_rollout_ref: {model: {x: 1}, actor: {ppo_micro_batch_size: 8}}\n")
     start = (
-        "unknown key actor_rollout_ref.actor.ppo_mini_batch_size; rollout.prompts and optimizer."
+        "unknown key actor_rollout_ref.actor.ppo_micro_batch_size; rollout.prompts and optimizer."
     )
     assert message(file=file).startswith(start)
 

@@ -169,6 +169,9 @@ class OptimizerConfig(Group, prefix="optimizer."):
     """Largest norm of the gradient; a longer one is scaled down to it. inf: no limit."""
     updates_per_step: int = setting(4, at_least=1)
     """Number of mini-batches that the prompts of a step are split into; each is one update."""
+    mini_batch_prompts: int | None = setting(None, at_least=1)
+    """The same as a number of prompts in each mini-batch; it replaces updates_per_step. null: that
+    number counts."""
     epochs: int = setting(1, at_least=1)
     """Number of passes over the mini-batches of a step: updates_per_step * epochs updates."""
     micro_batch_tokens: int = setting(16384, at_least=1)

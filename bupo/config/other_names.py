@@ -39,6 +39,7 @@ OTHER_NAMES = {
     "optimizer.betas": "optimizer.beta adam_beta1 adam_beta2",
     "optimizer.micro_batch_tokens": "ppo_max_token_len_per_gpu",
     "optimizer.grad_clip": "max_grad_norm",
+    "optimizer.mini_batch_prompts": "ppo_mini_batch_size",
     "optimizer.epochs": "num_iterations ppo_epochs",
     "eval.files": "val_files",
     "eval.every": "eval_steps test_freq",
@@ -50,9 +51,8 @@ OTHER_NAMES = {
 
 INSTEAD = {
     "rollout.prompts and optimizer.updates_per_step decide how many prompts an update has, and "
-    "optimizer.micro_batch_tokens how many tokens a forward pass has": "ppo_mini_batch_size "
+    "optimizer.micro_batch_tokens how many tokens a forward pass has": "ppo_micro_batch_size "
     "per_device_train_batch_size gradient_accumulation_steps steps_per_generation "
-    "ppo_micro_batch_size "
     "ppo_micro_batch_size_per_gpu log_prob_micro_batch_size_per_gpu",
     "bupo always writes files for TensorBoard; wandb=PROJECT also sends everything to W&B": (
         "report_to"

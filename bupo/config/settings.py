@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from bupo.config.errors import ConfigError
+from bupo.config.errors import ConfigError, require
 from bupo.config.inputs import DataConfig, ModelConfig
 from bupo.config.limits import Group, setting
 from bupo.config.objective import (
@@ -119,6 +119,13 @@ class Config(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (prompts := self.optimizer.mini_batch_prompts) is not None:
+            require(
+                self.rollout.prompts % prompts == 0,
+                f"rollout.prompts ({self.rollout.prompts}) must be a multiple of "
+                f"optimizer.mini_batch_prompts ({prompts})",
+            )
+            self.optimizer.updates_per_step = self.rollout.prompts // prompts
         for message in (*self._contradictions(), *self._wrong_phases()):
             raise ConfigError(message)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ from bupo.rl.collect import Collected, collect
 from bupo.rl.critic import Critic
 from bupo.rl.diagnostics import Diagnostics
 from bupo.rl.evaluator import Evaluator
-from bupo.rl.forward import Forward
+from bupo.rl.forward import Forward, TokenStats
 from bupo.rl.losses import drop, mean_kl, with_importance_weights
-from bupo.rl.optimise import Updates
 from bupo.rl.schedule import Schedule
-from bupo.rl.update import Trainer
+from bupo.rl.update import PolicyUpdates, Trainer
 from bupo.rl.weight_sync import GapLimit, WeightSync, gap, probes_of
 from bupo.runlog.monitor import Monitor, Stopped, Stopwatch
 from bupo.runlog.recorder import Recorder
@@ -179,6 +178,10 @@ class Run:
         self.monitor.check_stop()
         self.updating = True
         updates = self._update(rollouts, policy, step, watch)
+        if updates.old is not None:
+            found["policy/entropy"] = updates.old.mean_entropy()
+            if policy.layer is None:
+                found |= self._compared_with_engine(rollouts, updates.old)
         self._count_bad_steps(step, updates.skipped)
         if policy.layer is not None and self.schedule.begins_with(step):
             entropy = found["policy/entropy"]
@@ -248,32 +251,32 @@ class Run:
         self, rollouts: list[Rollout], policy: Policy
     ) -> tuple[list[Rollout], dict[str, float]]:
         """Adds the log-probs that the loss, the advantages and the critic need, as streams, and
-        returns metrics of them. Raises SyncError if the engine has sampled from other weights."""
+        returns metrics of them. Raises SyncError if the engine has sampled from other weights.
+
+        The stream `old` is left to the update if that can compute it, and nothing else needs it.
+        """
         loss, forward = self.config.loss, self.trainer.forward
+        everywhere = bool(loss.tis_cap or loss.max_sequence_gap)
+        before = not self.trainer.updates_once or everywhere or self.reference is not None
         layers, others = policy.layer is not None, (self.reference, self.critic)
-        passes = progress.parts(1 + layers + sum(other is not None for other in others))
-        with next(passes):
-            old = forward.token_stats(rollouts, policy)
-        rollouts = with_streams(rollouts, "old", old.logprobs)
+        passes = progress.parts(before + layers + sum(other is not None for other in others))
+        final, compared, found = None, rollouts, dict[str, float]()
+        if before:
+            with next(passes):
+                final = old = forward.token_stats(rollouts, policy)
+            rollouts = compared = with_streams(rollouts, "old", old.logprobs)
+            found["policy/entropy"] = old.mean_entropy()
         # The engine samples from the final policy, which phase 1 does not train. Its log-probs of
         # some rollouts are then enough, unless a setting needs them for every token.
-        final, compared = old, rollouts
-        everywhere = bool(loss.tis_cap or loss.max_sequence_gap)
         if layers:
             wanted = max(FINAL_ROLLOUTS, len(rollouts) // FINAL_FRACTION)
             compared = rollouts if everywhere else rollouts[:: max(1, len(rollouts) // wanted)]
             with next(passes):
                 final = forward.token_stats(compared, Policy(None))
-        mismatch = gap([r.stream("engine") for r in compared], final.logprobs)
-        if self.config.rollout.top_p == 1 or not self.engine.samples_from_nucleus:
-            self.rollout_limit.check(mismatch, "log-probs of sampled tokens")
-        if everywhere:
-            rollouts = with_streams(rollouts, "final", final.logprobs)
-        found = {
-            "policy/entropy": old.mean_entropy(),
-            "final/entropy": final.mean_entropy(),
-            "rollout/logprob_gap": mismatch,
-        }
+        if final is not None:
+            found |= self._compared_with_engine(compared, final)
+            if everywhere:
+                rollouts = with_streams(rollouts, "final", final.logprobs)
         if self.reference:
             with next(passes):
                 reference = self.reference.token_stats(rollouts, policy)
@@ -283,6 +286,15 @@ class Run:
             with next(passes):
                 rollouts = self.critic.evaluate(rollouts)
         return rollouts, found
+
+    def _compared_with_engine(
+        self, rollouts: Sequence[Rollout], final: TokenStats
+    ) -> dict[str, float]:
+        """Returns metrics of the final policy. Raises SyncError if it is not the engine's."""
+        mismatch = gap([r.stream("engine") for r in rollouts], final.logprobs)
+        if self.config.rollout.top_p == 1 or not self.engine.samples_from_nucleus:
+            self.rollout_limit.check(mismatch, "log-probs of sampled tokens")
+        return {"final/entropy": final.mean_entropy(), "rollout/logprob_gap": mismatch}
 
     def _with_advantages(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Adds the advantages that the update uses, and marks the responses that it leaves out."""
@@ -298,15 +310,18 @@ class Run:
 
     def _update(
         self, rollouts: Sequence[Rollout], policy: Policy, step: int, watch: Stopwatch
-    ) -> Updates:
+    ) -> PolicyUpdates:
         """Updates the weights of the policy and of the critic."""
         with self.monitor.stage("update", step, watch):
             updates = self.trainer.update(rollouts, policy, step)
         if self.critic:
             with self.monitor.stage("critic", step, watch):
                 of_critic = self.critic.update(rollouts, step)
-            metrics = updates.metrics | of_critic.metrics
-            updates = Updates(metrics, updates.changed, updates.skipped + of_critic.skipped)
+            updates = replace(
+                updates,
+                metrics=updates.metrics | of_critic.metrics,
+                skipped=updates.skipped + of_critic.skipped,
+            )
         return updates
 
     def _diagnose(self, step: int, watch: Stopwatch) -> dict[str, float]:

@@ -37,10 +37,11 @@ class AdamW(torch.optim.AdamW):
             lr=lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
+            fused=True,
         )
         for parameter in parameters.values():
             self.state[parameter] = {
-                "step": torch.tensor(0.0),
+                "step": torch.tensor(0.0, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
