@@ -5,10 +5,12 @@ This module imports fast.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from bupo.config import first_line
 
@@ -48,3 +50,12 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+
+
+def base_of(folder: str) -> str | None:
+    """Returns folder or hub name of the model that the LoRA adapters in a folder belong to, or None
+    if it holds no adapters."""
+    file = Path(folder) / "adapter_config.json"
+    if not file.is_file():
+        return None
+    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])

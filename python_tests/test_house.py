@@ -19,6 +19,7 @@ ROOMS = {
     "config": set(),
     "ops": set(),
     "hub": {"config"},
+    "adapters": {"config"},
     "policy": {"ops"},
     "internal": {"policy", "ops", "samples", "progress"},
     "data": {"config", "types", "hub", "progress"},

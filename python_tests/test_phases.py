@@ -220,11 +220,10 @@ def test_two_updates_in_plain_torch(policy):
 
 def test_learning_rate_warms_up_and_stays():
     model, rollouts = small_model(), random_rollouts()
-    trainer = make_trainer(model, lr=1e-3, warmup_steps=4)
-    old = trainer.forward.token_stats(rollouts, FINAL).logprobs
+    old = make_trainer(model).forward.token_stats(rollouts, FINAL).logprobs
     for step, expected in ((1, 2.5e-4), (2, 5e-4), (4, 1e-3), (5, 1e-3), (100, 1e-3)):
         model.load_state_dict(small_model().state_dict())
-        trainer.optimizer.state.clear()
+        trainer = make_trainer(model, lr=1e-3, warmup_steps=4)
         start = parameters(model)
         metrics = update(trainer, rollouts, old, FINAL, step).metrics
         assert metrics["policy/lr"] == pytest.approx(expected)

@@ -341,10 +341,9 @@ def test_optimizer_state_of_another_model_is_refused() -> None:
     def optimizer(model: torch.nn.Module) -> AdamW:
         return AdamW(dict(model.named_parameters()), {}, settings, settings.lr)
 
-    saved = optimizer(one).flat_state(dict(one.named_parameters()))
-    parameters = dict(other.named_parameters())
+    saved = optimizer(one).flat_state()
     with pytest.raises(ValueError, match=r"has shape \[2, 3\], but its parameter \[2, 2\]"):
-        optimizer(other).load_flat_state(parameters, saved)
+        optimizer(other).load_flat_state(saved)
     del saved[next(iter(saved))]
     with pytest.raises(ValueError, match="missing or belongs to no parameter"):
-        optimizer(one).load_flat_state(dict(one.named_parameters()), saved)
+        optimizer(one).load_flat_state(saved)

@@ -68,7 +68,7 @@ def read_model(config: Config, model: str) -> ModelFacts:
 
     try:
         with hub.quiet(), Display().waiting(f"reading the configuration of {model}"):
-            model_config = AutoConfig.from_pretrained(model)
+            model_config = AutoConfig.from_pretrained(hub.base_of(model) or model)
             tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # each family raises its own kinds
         raise ConfigError(f"model.path={model} cannot be read: {_reason(model, error)}") from None
@@ -102,8 +102,8 @@ def _check_causal(model: str, model_config: Any) -> None:
 
 
 def load_model(config: Config, source: str) -> Any:
-    """Loads the causal LM of a folder or hub name in float32, onto the GPU if there is one. Raises
-    ConfigError, or BrokenError if files are damaged or do not hold the whole model."""
+    """Loads the causal LM of a folder or hub name, onto the GPU if there is one. Raises ConfigError
+    or BrokenError if files are damaged or do not hold the whole model."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -113,7 +113,7 @@ def load_model(config: Config, source: str) -> Any:
         with hub.quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
-                dtype=torch.float32,
+                dtype=getattr(torch, config.model.parameter_dtype),
                 attn_implementation=config.model.attn_implementation,
                 ignore_mismatched_sizes=True,  # reported in `found`
                 output_loading_info=True,

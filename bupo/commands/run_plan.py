@@ -103,7 +103,7 @@ def make_plan(config: Config) -> RunPlan:
     measured = config.bupo.auto_layer is not None
     schedule = None if measured else Schedule(config)
     if schedule is not None:
-        schedule.check(layers, sources.model, facts.tied)
+        schedule.check(layers, sources.model, facts.tied, config.lora.rank is not None)
     with Display().waiting("reading prompts"):
         prompts, dropped = load_prompts(sources.train, tokenizer, config.data, config.data.limit)
     prompts_hash = _hash_of(prompts, bool(config.reward.by_source))

@@ -89,7 +89,7 @@ def measure(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with hub.quiet():
-        shape = AutoConfig.from_pretrained(source)
+        shape = AutoConfig.from_pretrained(hub.base_of(source) or source)
     without_data = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with without_data, hub.quiet():

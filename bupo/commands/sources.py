@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bupo import hub
 from bupo.commands.models import check_place, load_model
 from bupo.commands.run_lock import check_one_process, waited_for
 from bupo.config import Config, ConfigError, shipped
@@ -88,6 +89,7 @@ def make_engine(
 ) -> Any:
     """Starts the configured rollout engine for these prompts. model: the trainer's model, or None
     without a trainer. out: the directory for the engine's output, engine.log."""
+    from bupo import adapters
     from bupo.rollouts.hf import HFEngine
     from bupo.rollouts.vllm import VllmEngine
 
@@ -97,7 +99,13 @@ def make_engine(
     longest = max(len(p.token_ids) for p in prompts)
     dtype = config.model.compute_dtype
     log = out / "engine.log"
-    return VllmEngine(source, tokenizer, config.rollout, longest, dtype, config.seed, log)
+    base = hub.base_of(source)
+    if base:
+        model = load_model(config, source)
+    engine = VllmEngine(base or source, tokenizer, config.rollout, longest, dtype, config.seed, log)
+    if model is not None and (trained := adapters.parameters(model)):
+        engine.load(adapters.merged(model, trained))
+    return engine
 
 
 def build_task(config: Config, sources: Sources) -> None:

@@ -38,6 +38,7 @@ def _model_to_train(config: Config, source: str) -> Any:
 
 def _policy(plan: RunPlan, source: str) -> Any:
     """Loads the model to train. Raises ConfigError if it cannot be trained."""
+    from bupo import adapters
     from bupo.policy import check_internal_policy
     from bupo.rl import checkpoint
     from bupo.rl.schedule import Schedule
@@ -46,8 +47,16 @@ def _policy(plan: RunPlan, source: str) -> Any:
     if plan.resume_from is not None:
         with Display().waiting(f"checking {source}"):
             checkpoint.verify(plan.resume_from)
-    with checkpoint.reading(plan.resume_from), Display().waiting(f"loading {source}"):
-        model = _model_to_train(plan.config, source)
+    config, lora = plan.config, plan.config.lora
+    if lora.rank is None:
+        with checkpoint.reading(plan.resume_from), Display().waiting(f"loading {source}"):
+            model = _model_to_train(config, source)
+    else:
+        with Display().waiting(f"loading {source}"):
+            model = _model_to_train(config, source)
+        _check_start(plan, model, "lora.rank")
+        with checkpoint.reading(plan.resume_from):
+            adapters.add(model, lora, source, config.seed, plan.resume_from)
     measured = plan.config.bupo.auto_layer is not None
     trained = None if measured else Schedule(plan.config).layers() or plan.layers
     try:
@@ -58,21 +67,31 @@ def _policy(plan: RunPlan, source: str) -> Any:
     return model
 
 
-def _reference(plan: RunPlan, pad: int) -> Any:
-    """Loads a frozen copy of the policy that the run began with from its original place, since no
-    checkpoint holds it. Raises ConfigError if the weights there have changed."""
+def _check_start(plan: RunPlan, model: Any, key: str) -> None:
+    """Records a checksum of the weights that the run begins with, which no checkpoint holds but
+    setting `key` needs. In a resumed run, raises ConfigError if the weights have changed."""
     from bupo.rl import checkpoint
-    from bupo.rl.forward import Forward
+    from bupo.runlog.run_directory import replace_text
 
-    model = load_model(plan.config, plan.sources.model)
     found, file = checkpoint.fingerprint(model), plan.out / "reference.sha256"
     if plan.resume_from is None:
-        file.write_text(found + "\n", encoding="utf-8")
+        replace_text(file, found + "\n")
     elif not file.is_file() or file.read_text(encoding="utf-8").strip() != found:
         raise ConfigError(
-            f"loss.kl_coef: {plan.sources.model} no longer holds the weights that the run started "
+            f"{key}: {plan.sources.model} no longer holds the weights that the run started "
             f"with (their checksum is in {file}); restore them"
         )
+
+
+def _reference(plan: RunPlan, trainer: Any, pad: int) -> Any:
+    """Returns the policy that the run began with: the trainer's model without its adapters or, if
+    it has none, a frozen copy from the original place. Raises ConfigError if that has changed."""
+    from bupo.rl.forward import Forward, WithoutAdapters
+
+    if plan.config.lora.rank is not None:
+        return WithoutAdapters(trainer.forward)
+    model = load_model(plan.config, plan.sources.model)
+    _check_start(plan, model, "loss.kl_coef")
     return Forward(model.eval().requires_grad_(False), plan.config, pad)
 
 
@@ -119,12 +138,14 @@ def _train(plan: RunPlan) -> int | None:
     config, tokenizer = plan.config, plan.tokenizer
     build_task(config, plan.sources)
     source = str(plan.resume_from or plan.sources.model)
+    if config.lora.rank is not None:  # a checkpoint holds the adapters only
+        source = plan.sources.model
     model = _policy(plan, source)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer, state = Trainer(model, config, pad), {"step": 0, "drawn": 0}
     if plan.resume_from is not None:
         state = checkpoint.load_state(plan.resume_from)
-        checkpoint.load_optimizer(plan.resume_from, model, trainer.optimizer)
+        checkpoint.load_optimizer(plan.resume_from, trainer.optimizer)
     with ExitStack() as parts:
         reward = make_reward(config.reward)
         parts.callback(reward.close)
@@ -135,7 +156,7 @@ def _train(plan: RunPlan) -> int | None:
         parts.callback(watchdog.close)
         prompts = [*plan.train_prompts, *plan.eval_prompts]
         # These are loaded before the engine, which takes the memory that is left.
-        reference = _reference(plan, pad) if config.loss.kl_coef else None
+        reference = _reference(plan, trainer, pad) if config.loss.kl_coef else None
         critic = _critic(plan, pad) if config.advantage == "ppo" else None
         start = f"starting {config.rollout.engine} for rollouts"
         with watchdog.stage(start), Display().waiting(start, watchdog.alive):

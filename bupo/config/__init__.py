@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bupo.config.analysis_settings import AnalysisConfig
 from bupo.config.errors import BrokenError, ConfigError, RunError, first_line, readable
-from bupo.config.inputs import DataConfig, ModelConfig
+from bupo.config.inputs import DataConfig, LoraConfig, ModelConfig
 from bupo.config.objective import (
     ADVANTAGES,
     BupoConfig,

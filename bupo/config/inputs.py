@@ -16,7 +16,11 @@ class ModelConfig(Group, prefix="model."):
     null: the model that the task makes."""
     compute_dtype: str = setting("float32", choices=("float32", "bfloat16"))
     """Type that the forward pass computes in: float32 (fp32), or bfloat16 (bf16), which runs it
-    under autocast. The parameters are float32 in both."""
+    under autocast."""
+    parameter_dtype: str = setting("float32", choices=("float32", "bfloat16"))
+    """Type of parameters and gradients: float32, or bfloat16, which takes half their memory. AdamW
+    then updates float32 copies, of which the parameters are rounded values (optimizer.place). Needs
+    compute_dtype=bfloat16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for about a third more time."""
     attn_implementation: str = "sdpa"
@@ -25,7 +29,26 @@ class ModelConfig(Group, prefix="model."):
     def __post_init__(self) -> None:
         in_full = {"fp32": "float32", "bf16": "bfloat16"}
         self.compute_dtype = in_full.get(self.compute_dtype, self.compute_dtype)
+        self.parameter_dtype = in_full.get(self.parameter_dtype, self.parameter_dtype)
         super().__post_init__()
+        require(
+            self.parameter_dtype == "float32" or self.compute_dtype == "bfloat16",
+            "model.parameter_dtype=bfloat16 needs model.compute_dtype=bfloat16, got "
+            f"{self.compute_dtype}",
+        )
+
+
+@dataclass
+class LoraConfig(Group, prefix="lora."):
+    rank: int | None = setting(None, at_least=1)
+    """Rank of LoRA adapters, which are then trained in place of the parameters of the layers (needs
+    the package peft); embedding, norms and head stay as they are. null: all parameters are
+    trained."""
+    alpha: float = setting(32.0, above=0)
+    """The product of an adapter's matrices is multiplied by alpha / rank."""
+    targets: list[str] = field(default_factory=list)
+    """Names of the linear layers that get an adapter, for example [q_proj, v_proj]. Empty: all of
+    them but the head."""
 
 
 @dataclass

@@ -12,6 +12,9 @@ OTHER_NAMES = {
     "steps": "max_steps total_training_steps",
     "model.path": "model_name_or_path",
     "model.gradient_checkpointing": "enable_gradient_checkpointing",
+    "lora.rank": "lora.r lora_r lora_rank model.lora_rank peft_config.r",
+    "lora.alpha": "lora_alpha",
+    "lora.targets": "lora_target_modules target_modules",
     "data.train": "dataset_name train_files",
     "data.max_prompt_tokens": "max_prompt_length",
     "rollout.engine": "use_vllm rollout.name",
@@ -60,9 +63,7 @@ INSTEAD = {
     "AdamW's epsilon is always 1e-8": "optimizer.epsilon adam_epsilon",
     "bupo counts steps of rollout.prompts prompts, not epochs: set steps": "num_train_epochs "
     "total_epochs",
-    "bupo does not support LoRA yet: it trains all parameters that phases[].lr does not freeze": (
-        "lora.r lora.rank lora_r lora_rank lora_alpha use_peft"
-    ),
+    "lora.rank=16 trains LoRA adapters": "use_peft",
     "bupo trains on one device; rollout.vllm={tensor_parallel_size: N} generates on several": (
         "n_gpus_per_node nnodes deepspeed"
     ),

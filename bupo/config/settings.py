@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bupo.config.errors import ConfigError, require
-from bupo.config.inputs import DataConfig, ModelConfig
+from bupo.config.inputs import DataConfig, LoraConfig, ModelConfig
 from bupo.config.limits import Group, setting
 from bupo.config.objective import (
     ADVANTAGES,
@@ -31,7 +31,7 @@ MAY_CHANGE = (
     *("eval.", "checkpoint.", "reward.workers", "reward.timeout", "rollout.max_logprob_gap"),
     # How the same sums are computed: what an out-of-memory error is cured with
     *("optimizer.micro_batch_tokens", "model.gradient_checkpointing", "model.attn_implementation"),
-    *("rollout.batch_size", "rollout.vllm"),
+    *("rollout.batch_size", "rollout.vllm", "optimizer.place"),
     # Places; the weights come from the checkpoint, and the prompts are compared by their contents
     *("model.path", "data.train", "data.chat_template"),
 )
@@ -105,6 +105,7 @@ class Config(Group):
     task_options: dict[str, Any] = field(default_factory=dict)
     """Options of the task."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -60,7 +60,7 @@ def save(
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     (partial / OPTIMIZER).parent.mkdir()
-    save_file(optimizer.flat_state(dict(model.named_parameters())), partial / OPTIMIZER)
+    save_file(optimizer.flat_state(), partial / OPTIMIZER)
     if critic is not None:
         critic.save(partial / CRITIC)
     (partial / "trainer.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
@@ -157,12 +157,11 @@ def load_step(checkpoint: Path) -> int:
     return load_state(checkpoint)["step"]
 
 
-def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: AdamW) -> None:
+def load_optimizer(checkpoint: Path, optimizer: AdamW) -> None:
     """Restores the moments of every parameter. Missing or surplus moments also count as damage,
     because a checkpoint holds the moments of all parameters in every phase."""
     with reading(checkpoint):
-        moments = load_file(checkpoint / OPTIMIZER)
-        optimizer.load_flat_state(dict(model.named_parameters()), moments)
+        optimizer.load_flat_state(load_file(checkpoint / OPTIMIZER))
 
 
 def fingerprint(model: nn.Module) -> str:

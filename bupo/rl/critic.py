@@ -32,7 +32,8 @@ class Critic:
         self.forward = Forward(model, config, pad)
         self._config = config
         weight = unembedding(model).weight
-        self.head = nn.Linear(weight.shape[1], 1).to(weight)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.head = nn.Linear(weight.shape[1], 1).to(weight.device, dtype)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
         self.optimizer = AdamW(self.parameters(), {}, config.optimizer, config.critic.lr)
@@ -48,9 +49,13 @@ class Critic:
     def evaluate(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """Returns the rollouts with the stream `value`: V of the state before each token."""
         values = [torch.empty(0)] * len(rollouts)
-        for batch in self.forward.batches(rollouts):
-            for i, part in zip(batch.members, batch.split(self._values(batch).cpu())):
-                values[i] = part
+
+        def run() -> None:
+            for batch in self.forward.batches(rollouts):
+                for i, part in zip(batch.members, batch.split(self._values(batch).cpu())):
+                    values[i] = part
+
+        self.forward.in_memory(run)
         return with_streams(rollouts, "value", values)
 
     def update(self, rollouts: Sequence[Rollout], step: int) -> Updates:
@@ -68,7 +73,7 @@ class Critic:
             self.parameters(),
             self.optimizer,
             mini_batches(rollouts, settings.updates_per_step) * settings.epochs,
-            self.forward.batches,
+            self.forward,
             self._loss,
             settings.grad_clip,
         )
@@ -101,7 +106,7 @@ class Critic:
         folder.mkdir()
         named = {n: p.detach().contiguous() for n, p in self.parameters().items()}
         save_file(named, folder / "critic.safetensors")
-        save_file(self.optimizer.flat_state(self.parameters()), folder / "moments.safetensors")
+        save_file(self.optimizer.flat_state(), folder / "moments.safetensors")
 
     def load(self, folder: Path) -> None:
         """Reads what save() wrote. Raises ValueError if something is missing or left over."""
@@ -111,7 +116,7 @@ class Critic:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
-        self.optimizer.load_flat_state(parameters, load_file(folder / "moments.safetensors"))
+        self.optimizer.load_flat_state(load_file(folder / "moments.safetensors"))
 
 
 def explained_variance(rollouts: Sequence[Rollout]) -> float:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bupo import ops, progress
-from bupo.config import Config
+from bupo import adapters, ops, progress
+from bupo.config import Config, RunError, first_line
 from bupo.policy import hidden_states, internal_policy, unembedding
 from bupo.samples import Batch, Sample, micro_batches
+from bupo.terminal import say
 from bupo.types import Policy
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class Forward:
         self.device = next(model.parameters()).device
         self._half = config.model.compute_dtype == "bfloat16"
         self._cast: tuple[Tensor, int, Tensor] | None = None
+        self._tokens = config.optimizer.micro_batch_tokens
+        self._shape = 0, 0
+        """Number of sequences and of tokens in the newest micro-batch"""
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
@@ -67,19 +74,49 @@ class Forward:
         at the sampling temperature unless another is given."""
         empty = torch.empty(0)
         stats = TokenStats([empty] * len(samples), [empty] * len(samples))
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def run() -> None:
             for batch in self.batches(samples):
                 hidden, head = self.hidden(batch, policy), self.head(temperature)
                 out = ops.lm_head_logprobs(hidden, targets=batch.targets, **head)
                 parts = batch.split(out.logprobs.cpu()), batch.split(out.entropy.cpu())
                 for i, logprobs, entropy in zip(batch.members, *parts):
                     stats.logprobs[i], stats.entropy[i] = logprobs, entropy
+
+        self.in_memory(run)
         return stats
+
+    def in_memory(self, run: Callable[[], Result]) -> Result:
+        """Returns run(), a pass over batches(). If that runs out of memory, runs it again, and all
+        later passes, with micro-batches of half as many tokens. Raises RunError if the micro-batch
+        was a single sequence."""
+        while True:
+            try:
+                return run()
+            except torch.OutOfMemoryError as error:
+                reason = first_line(error)
+            sequences, tokens = self._shape
+            if sequences <= 1:
+                raise RunError(
+                    f"out of memory with one sequence in a micro-batch ({reason}); the plan lists "
+                    "what takes memory, and docs/memory.md what makes it less"
+                )
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._tokens = tokens // 2
+            say(
+                f"out of memory with {tokens} tokens in a micro-batch; from now on it has at most "
+                f"{self._tokens} (optimizer.micro_batch_tokens={self._tokens} spares the next run "
+                "this)"
+            )
 
     def batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:
         """Yields the micro-batches of one pass over the samples, and reports the progress."""
-        budget, done = self._config.optimizer.micro_batch_tokens, 0
-        for batch in micro_batches(samples, budget, self.device, pad=self._pad):
+        done = 0
+        for batch in micro_batches(samples, self._tokens, self.device, pad=self._pad):
+            self._shape = len(batch.members), batch.input_ids.numel()
             yield batch
             done += len(batch.members)
             progress.report(done / len(samples))
@@ -114,3 +151,15 @@ class Forward:
             self._cast = cached
         cast: Tensor = _CachedCast.apply(weight, cached[2])  # type: ignore[no-untyped-call]
         return cast
+
+
+class WithoutAdapters:
+    """The policy of a model without its adapters, which is the one that training began with."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+
+    def token_stats(self, samples: Sequence[Sample], policy: Policy) -> TokenStats:
+        """Does the same as Forward.token_stats."""
+        with adapters.left_out(self._forward.model):
+            return self._forward.token_stats(samples, policy)

@@ -24,7 +24,7 @@ from bupo.rl.collect import Collected, collect
 from bupo.rl.critic import Critic
 from bupo.rl.diagnostics import Diagnostics
 from bupo.rl.evaluator import Evaluator
-from bupo.rl.forward import Forward, TokenStats
+from bupo.rl.forward import Forward, TokenStats, WithoutAdapters
 from bupo.rl.losses import drop, mean_kl, with_importance_weights
 from bupo.rl.schedule import Schedule
 from bupo.rl.update import PolicyUpdates, Trainer
@@ -63,7 +63,7 @@ class Parts:
     engine: RolloutEngine
     reward: Reward
     trainer: Trainer
-    reference: Forward | None = None
+    reference: Forward | WithoutAdapters | None = None
     """The frozen model that the run began with, if a KL term needs it. Its policy of the layer that
     is trained is the reference, so a KL term of phase 1 has no gradient above that layer."""
     critic: Critic | None = None

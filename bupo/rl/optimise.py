@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
 from typing import Protocol
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bupo import progress
 from bupo.finite import first_bad
+from bupo.rl.forward import Forward
 from bupo.rl.optimizer import AdamW, clip_gradients
 from bupo.samples import Batch
 from bupo.types import Rollout
@@ -63,7 +64,7 @@ def optimise(
     parameters: Mapping[str, nn.Parameter],
     optimizer: AdamW,
     parts: Sequence[Sequence[Rollout]],
-    batches: Callable[[Sequence[Rollout]], Iterator[Batch]],
+    forward: Forward,
     loss: LossOfBatch,
     grad_clip: float,
 ) -> Updates:
@@ -72,31 +73,17 @@ def optimise(
     An update whose loss or gradient norm is not finite is skipped, and the first tensor that is not
     finite is named. No micro-batch waits for a GPU: losses and metrics are read only after a part.
     """
-    sums: dict[str, Tensor] = {}
-    largest: dict[str, Tensor] = {}
+    found = [_Sums()]
     losses: list[float] = []
     norms: list[float] = []
     changed: set[str] = set()
     skipped: list[str] = []
-    all_tokens = 0
     for number, (part, shown) in enumerate(zip(parts, progress.parts(len(parts))), start=1):
-        tokens = sum(rollout.count for rollout in part)
-        part_losses: list[Tensor] = []
+        of_batch = partial(loss, tokens=sum(rollout.count for rollout in part))
         with shown:
-            for batch in batches(part):
-                out = loss(batch, tokens)
-                out.loss.backward()
-                part_losses.append(out.loss.detach().double())
-                for name, value in out.metrics.items():
-                    value = value.detach().double()
-                    if name.endswith("_max"):
-                        before = largest.get(name, torch.zeros_like(value))
-                        largest[name] = torch.fmax(before, value)  # ignores nan
-                    else:
-                        sums[name] = sums.get(name, 0.0) + value * len(batch.targets)
-                del out  # frees its hidden states before the next micro-batch
-        all_tokens += tokens
-        total = sum(torch.stack(part_losses).tolist()) if part_losses else 0.0
+            sums = forward.in_memory(partial(_accumulated, optimizer, forward, part, of_batch))
+        found.append(sums)
+        total = sum(torch.stack(sums.losses).tolist()) if sums.losses else 0.0
         norm = clip_gradients(parameters.values(), grad_clip)
         if math.isfinite(total) and math.isfinite(norm):
             optimizer.step()
@@ -105,18 +92,71 @@ def optimise(
             norms.append(norm)
         else:
             with progress.part(number / len(parts), number / len(parts)):  # a second pass
-                bad = _first_bad(parameters, batches(part), partial(loss, tokens=tokens), total)
+                bad = _first_bad(parameters, forward.batches(part), of_batch, total)
             bad = bad or f"loss {total:g}, gradient norm {norm:g}"
             skipped.append(f"update {number} of {len(parts)}: {bad}")
-        optimizer.zero_grad(set_to_none=True)  # AdamW skips a parameter whose gradient is None
-    metrics = {name: float(x) / max(all_tokens, 1) for name, x in sums.items()}
-    metrics |= {name: float(x) for name, x in largest.items()}
-    metrics |= {
+        optimizer.zero_grad()  # AdamW skips a parameter whose gradient is None
+    metrics = _Sums.metrics(found) | {
         "loss": fmean(losses) if losses else math.nan,
         "grad_norm": fmean(norms) if norms else math.nan,
         "skipped_updates": len(skipped),
     }
     return Updates(metrics, frozenset(changed), skipped)
+
+
+@dataclass
+class _Sums:
+    """The losses and metrics of an update's micro-batches, on the device."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    """Sums over tokens"""
+    largest: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+    def add(self, out: BatchLoss, tokens: int) -> None:
+        self.losses.append(out.loss.detach().double())
+        self.tokens += tokens
+        for name, value in out.metrics.items():
+            value = value.detach().double()
+            if name.endswith("_max"):
+                before = self.largest.get(name, torch.zeros_like(value))
+                self.largest[name] = torch.fmax(before, value)  # ignores nan
+            else:
+                before = self.totals.get(name, torch.zeros_like(value))
+                self.totals[name] = before + value * tokens
+
+    @staticmethod
+    def metrics(updates: Sequence[_Sums]) -> dict[str, float]:
+        """Returns the means over all tokens of several updates, and the maxima."""
+        tokens = max(sum(each.tokens for each in updates), 1)
+        names = dict.fromkeys(name for each in updates for name in each.totals)
+        found = {
+            name: sum(float(each.totals[name]) for each in updates if name in each.totals) / tokens
+            for name in names
+        }
+        maxima = dict.fromkeys(name for each in updates for name in each.largest)
+        return found | {
+            name: max(float(each.largest[name]) for each in updates if name in each.largest)
+            for name in maxima
+        }
+
+
+def _accumulated(
+    optimizer: AdamW,
+    forward: Forward,
+    part: Sequence[Rollout],
+    loss: Callable[[Batch], BatchLoss],
+) -> _Sums:
+    """Adds up the gradients of the micro-batches, and returns their losses and metrics."""
+    optimizer.zero_grad()  # the gradients of a pass that has run out of memory
+    sums = _Sums()
+    for batch in forward.batches(part):
+        out = loss(batch)
+        out.loss.backward()
+        sums.add(out, len(batch.targets))
+        del out  # frees its hidden states before the next micro-batch
+    return sums
 
 
 def _first_bad(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from bupo.config import Config, OptimizerConfig
 
@@ -14,12 +16,17 @@ Place = int | None
 """A value of bupo.policy.parameter_layers"""
 
 
-class AdamW(torch.optim.AdamW):
-    """AdamW with one parameter group for each place.
+class AdamW(torch.optim.Optimizer):
+    """torch's fused AdamW with one parameter group for each place.
 
     Every parameter has zero state from the start, as AdamW would create it at the first gradient. A
     checkpoint therefore holds the state of all parameters in every phase, and missing state is an
     error rather than a sign that a parameter was never updated.
+
+    The groups hold the parameters themselves or, for a parameter in bfloat16 or with
+    optimizer.place=host, a float32 copy of it where the state is. An update then moves the copy,
+    and the parameter is the copy, rounded. All gradients are sent to the host at once, and each
+    place is updated and sent back while those of other places are still on their way.
     """
 
     def __init__(
@@ -32,18 +39,20 @@ class AdamW(torch.optim.AdamW):
         members: dict[Place, list[nn.Parameter]] = {}
         for name, parameter in parameters.items():
             members.setdefault(places.get(name), []).append(parameter)
+        self._named = dict(parameters)
+        self._of = {p: _copy_of(p, settings.place == "host") for p in parameters.values()}
         super().__init__(
-            [{"params": some, "place": place} for place, some in members.items()],
-            lr=lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
+            [
+                {"params": [self._of[p] for p in some], "place": place, "trained": some}
+                for place, some in members.items()
+            ],
+            {"lr": lr, "betas": settings.betas, "weight_decay": settings.weight_decay},
         )
-        for parameter in parameters.values():
-            self.state[parameter] = {
-                "step": torch.tensor(0.0, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+        for kept in self._of.values():
+            self.state[kept] = {
+                "step": torch.tensor(0.0, device=kept.device),
+                "exp_avg": torch.zeros_like(kept, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(kept, requires_grad=False),
             }
 
     def set_rates(self, lr: float, factor: Callable[[Place], float]) -> None:
@@ -52,38 +61,118 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             rate = factor(group["place"])
             group["lr"] = lr * rate
-            for parameter in group["params"]:
+            for parameter in group["trained"]:
                 parameter.requires_grad_(rate != 0)
 
-    def flat_state(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Returns the state of named parameters, with keys of the form name/field."""
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates every parameter that has a gradient."""
+        sent = [[self._sent(p) for p in group["trained"]] for group in self.param_groups]
+        for group, gradients in zip(self.param_groups, sent):
+            moved = [(p, g) for p, g in zip(group["trained"], gradients) if g is not None]
+            if not moved:
+                continue
+            for _, gradient in moved:
+                if gradient.arrived is not None:
+                    gradient.arrived.synchronize()
+            kept = [self._of[p] for p, _ in moved]
+            states = [self.state[each] for each in kept]
+            adamw(
+                kept,
+                [gradient.values.to(each.dtype) for (_, gradient), each in zip(moved, kept)],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=1e-8,
+                maximize=False,
+            )
+            for (parameter, _), each in zip(moved, kept):
+                if each is not parameter:
+                    parameter.copy_(each, non_blocking=True)
+
+    def _sent(self, parameter: nn.Parameter) -> _Sent | None:
+        """Returns the gradient where the state is, perhaps still on its way there."""
+        gradient, kept = parameter.grad, self._of[parameter]
+        if gradient is None:
+            return None
+        if gradient.device == kept.device:
+            return _Sent(gradient, None)
+        host = torch.empty_like(gradient, device=kept.device, pin_memory=True)
+        host.copy_(gradient, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return _Sent(host, arrived)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Removes the gradients of the model's parameters; a step skips a parameter without one."""
+        for parameter in self._of:
+            parameter.grad = None
+
+    def flat_state(self) -> dict[str, Tensor]:
+        """Returns the state of all parameters, with keys of the form name/field. The field
+        `float32` is the copy of a parameter that is less exact."""
+        fields = {name: dict(self.state[self._of[p]]) for name, p in self._named.items()}
+        for name, p in self._named.items():
+            if self._of[p].dtype != p.dtype:
+                fields[name]["float32"] = self._of[p].detach()
         return {
             f"{name}/{field}": value.contiguous()
-            for name, parameter in parameters.items()
-            for field, value in self.state[parameter].items()
+            for name, state in fields.items()
+            for field, value in state.items()
         }
 
-    def load_flat_state(
-        self, parameters: Mapping[str, nn.Parameter], flat: Mapping[str, Tensor]
-    ) -> None:
+    @torch.no_grad()
+    def load_flat_state(self, flat: Mapping[str, Tensor]) -> None:
         """Restores a flat_state(). Raises ValueError if it does not match the parameters."""
-        expected = self.flat_state(parameters)
+        expected = self.flat_state()
         if wrong := sorted(expected.keys() ^ flat.keys()):
             raise ValueError(f"optimizer state is missing or belongs to no parameter: {wrong}")
         shapes = {key: list(old.shape) for key, old in expected.items()}
         if wrong := [key for key, shape in shapes.items() if list(flat[key].shape) != shape]:
             was, now = list(flat[wrong[0]].shape), shapes[wrong[0]]
             raise ValueError(f"optimizer state {wrong[0]} has shape {was}, but its parameter {now}")
+        for parameter, kept in self._of.items():
+            kept.copy_(parameter)  # the model may have been loaded after the optimizer was made
         for key, old in expected.items():
-            name, _, field = key.rpartition("/")
-            self.state[parameters[name]][field] = flat[key].to(old.device)
+            old.copy_(flat[key])
+
+
+class _Sent(NamedTuple):
+    """A gradient where the state is."""
+
+    values: Tensor
+    arrived: torch.cuda.Event | None
+
+
+def _copy_of(parameter: nn.Parameter, on_host: bool) -> Tensor:
+    """Returns the tensor that AdamW updates: the parameter or a copy in float32."""
+    device = torch.device("cpu") if on_host else parameter.device
+    if parameter.dtype.itemsize >= 4 and parameter.device == device:
+        return parameter
+    copy = parameter.detach().to(device, _exact(parameter.dtype), copy=True)
+    return copy.pin_memory() if device != parameter.device else copy
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """Returns float32, or the type itself if that is more exact."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
     """Scales the gradients to a norm of at most `limit`, and returns the norm before that. If this
     is not finite, the gradients stay as they are: scaling would spread nan and hide its source."""
     parameters = list(parameters)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # In float32 at least: get_total_norm would round the norm of each gradient to its own type.
+    norms = [torch.linalg.vector_norm(g, dtype=_exact(g.dtype)) for g in gradients]
+    norm = nn.utils.get_total_norm(norms)
     if math.isfinite(float(norm)):
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return float(norm)

@@ -86,9 +86,10 @@ class Schedule:
         """Returns the layers of the internal policies of the run, lowest first."""
         return sorted({p.layer for p in self._policies if p.layer is not None})
 
-    def check(self, depth: int, model: str, tied: bool = False) -> None:
+    def check(self, depth: int, model: str, tied: bool = False, lora: bool = False) -> None:
         """Raises ConfigError for settings that do not fit a model of `depth` layers, whose head may
-        be tied to the embedding, and for a phase that would train nothing."""
+        be tied to the embedding, and for a phase that would train nothing. lora: whether adapters
+        in the layers are trained, and nothing else."""
         for (key, phase), policy in zip(self._phases, self._policies):
             if phase.layer is not None and phase.layer > depth:
                 raise ConfigError(
@@ -103,7 +104,13 @@ class Schedule:
                 raise ConfigError(
                     f"{key}.lr.head: the head of {model} is its embedding; set {key}.lr.embedding"
                 )
-            places = [*range((policy.layer or depth + 1) + 1), *([] if tied else [None])]
+            for part in ("embedding", "head"):
+                if lora and part in phase.lr:
+                    raise ConfigError(
+                        f"{key}.lr.{part}: lora.rank trains adapters in the layers and nothing else"
+                    )
+            places: list[int | None] = [*range((policy.layer or depth + 1) + 1)]
+            places = places[1:] if lora else [*places, *([] if tied else [None])]
             if not any(policy.rates.factor(place) for place in places):
                 of = "the final policy" if policy.layer is None else f"pi^{policy.layer}"
                 raise ConfigError(f"{key}.lr freezes all of {of}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bupo import ops, progress
+from bupo import adapters, ops, progress
 from bupo.config import GPU_WORKSPACE, Config, LossConfig
 from bupo.policy import parameter_layers
 from bupo.rl.forward import Forward, TokenStats
@@ -37,8 +37,9 @@ class Trainer:
         self.model, self._config = model, config
         ops.set_workspace_bytes(GPU_WORKSPACE)
         self.forward = Forward(model, config, pad)
-        parameters, places = dict(model.named_parameters()), parameter_layers(model)
-        self.optimizer = AdamW(parameters, places, config.optimizer, config.optimizer.lr)
+        self.parameters = adapters.parameters(model) or dict(model.named_parameters())
+        places = parameter_layers(model)
+        self.optimizer = AdamW(self.parameters, places, config.optimizer, config.optimizer.lr)
 
     @property
     def updates_once(self) -> bool:
@@ -87,10 +88,10 @@ class Trainer:
 
         with next(passes):
             updates = optimise(
-                dict(self.model.named_parameters()),
+                self.parameters,
                 self.optimizer,
                 parts * settings.epochs,
-                self.forward.batches,
+                self.forward,
                 loss,
                 settings.grad_clip,
             )

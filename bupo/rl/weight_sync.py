@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from bupo import adapters
 from bupo.config import RunError
 from bupo.samples import Sample
 from bupo.types import Prompt, RolloutEngine
@@ -42,7 +43,11 @@ class SyncError(RunError):
 
 def changed_tensors(model: nn.Module, changed: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     """Yields the name and value of every changed parameter. A tied parameter appears under each of
-    its names, because an engine that keeps a copy for the head needs both."""
+    its names, because an engine that keeps a copy for the head needs both. For adapters, yields the
+    weights with them."""
+    if adapters.parameters(model):
+        yield from adapters.merged(model, changed)
+        return
     named = dict(model.named_parameters())
     identities = {id(named[name]) for name in changed}
     for name, parameter in model.named_parameters(remove_duplicate=False):
