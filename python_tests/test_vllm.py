@@ -20,8 +20,8 @@ import torch
 from rl_samples import data_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bupo import progress
-from bupo.config import Config, ConfigError, RolloutConfig, RunError
+from bupo import adapters, progress
+from bupo.config import Config, ConfigError, LoraConfig, RolloutConfig, RunError
 from bupo.config.sampling import OWN
 from bupo.rl.update import Trainer
 from bupo.rl.weight_sync import (
@@ -113,6 +113,30 @@ def test_log_probs_are_those_of_the_sampled_policy(engine, model, prompts, parts
     rollouts = engine.generate(prompts, 4, "seed", never)
     assert [r.group for r in rollouts] == [n for n in range(3) for _ in range(4)]
     assert_sampled_from(model, rollouts, len(parts[2]))
+
+
+def test_adapters_arrive_merged(engine, model, prompts):
+    changed = copy.deepcopy(model)
+    adapters.add(changed, LoraConfig(rank=4), "a/model", seed=0)
+    for name, parameter in adapters.parameters(changed).items():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    engine.load(changed_tensors(changed, adapters.parameters(changed)))
+    rollouts = engine.generate(prompts, 2, "seed", never)
+    theirs = trainer_of(changed).forward.token_stats(rollouts, Policy(None), temperature=1.0)
+    assert gap(engine.score(rollouts), theirs.logprobs) < NEAR
+    before = trainer_of(model).forward.token_stats(rollouts, Policy(None), temperature=1.0)
+    assert gap(theirs.logprobs, before.logprobs) > 0.01
+
+
+def test_the_fast_sampler_gives_responses_of_the_same_policy(engine, model, prompts, parts):
+    engine._config.deterministic = False
+    try:
+        first, second = (engine.generate(prompts, 4, "seed", never) for _ in range(2))
+    finally:
+        engine._config.deterministic = True
+    assert_sampled_from(model, [*first, *second], len(parts[2]))
+    assert [r.token_ids for r in first] != [r.token_ids for r in second]
 
 
 def test_scores_are_the_trainers_log_probs(engine, model, prompts):

@@ -36,7 +36,8 @@ if command -v nvcc >/dev/null; then
 else
   skipped+=("nvcc not found: CUDA sources not compiled")
 fi
-check "pytest" python -m pytest python_tests -q --durations=10 "$@"
+check "pytest" python -m pytest python_tests -q -n "${TEST_PROCESSES:-2}" --dist worksteal \
+  --durations=10 "$@"
 
 printf '\n== %d s in all\n' "$SECONDS"
 for reason in "${skipped[@]}"; do printf 'skipped: %s\n' "$reason"; done

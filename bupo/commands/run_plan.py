@@ -8,10 +8,14 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bupo import config as configuration
+from bupo.commands.fit import memory_of_card, verdict
 from bupo.commands.models import read_model
 from bupo.commands.sizes import Sizes, measure
 from bupo.commands.sources import Sources, check_engine, check_out, find_sources
@@ -38,8 +42,17 @@ class RunPlan:
     """Hash of the training prompts and their order"""
     dropped: int
     """Number of prompts that are too long"""
+    fit: str
+    """Whether the run fits the memory of its card; empty if there is no card"""
     warnings: list[str]
     """Settings that are allowed, but probably not intended"""
+
+    @property
+    def weights(self) -> str:
+        """Folder or hub name of the weights that are loaded. A checkpoint of LoRA adapters does not
+        hold the rest of the model."""
+        resumed = self.resume_from is not None and self.config.lora.rank is None
+        return str(self.resume_from) if resumed else self.sources.model
 
     def describe(self) -> str:
         """Returns the summary that --dry_run shows and that every run prints first."""
@@ -50,6 +63,7 @@ class RunPlan:
         sizes, optimizer = self.sizes, config.optimizer
         parts = optimizer.updates_per_step
         twice = f" x {optimizer.epochs} epochs" if optimizer.epochs > 1 else ""
+        share = self._share_of_evaluation(responses)
         evaluated = {config.eval.samples_of(p.source) for p in self.eval_prompts}
         samples = " or ".join(map(str, sorted(evaluated or {config.eval.samples})))
         trained = f" ({sizes.internal / sizes.parameters:.0%} of the parameters)"
@@ -70,18 +84,40 @@ class RunPlan:
             f"prompts), at most {size.max_new_tokens} new tokens each\n"
             f"  data     {len(self.train_prompts)} training prompts, {len(self.eval_prompts)} for "
             f"evaluation x {samples}, {self.dropped} dropped for length\n"
-            f"  memory   {sizes.memory_line()}\n"
-            f"  rollouts {sizes.engine_line(config)}\n"
-            f"  disk     {sizes.disk_line(config)}\n"
+            + (f"  rollouts {share:.0%} of all responses are for evaluations\n" if share else "")
+            + self._time_line()
+            + f"  memory   {sizes.memory_line()}\n"
+            f"  engine   {sizes.engine_line(config)}\n"
+            + (f"  card     {self.fit}\n" if self.fit else "")
+            + f"  disk     {sizes.disk_line(config)}\n"
             f"  out      {self.out}"
             + (f" (continues {self.resume_from})" if self.resume_from else "")
             + "".join(f"\n  warning  {text}" for text in self.warnings)
         )
 
+    def _share_of_evaluation(self, responses: int) -> float:
+        """Returns the share of the run's responses that evaluations generate, about."""
+        config, switches = self.config, int(self.config.policy == "bupo")
+        each = sum(config.eval.samples_of(p.source) for p in self.eval_prompts)
+        times = 2 + switches + (config.steps // config.eval.every if config.eval.every else 0)
+        return times * each / (times * each + config.steps * responses)
 
-def make_plan(config: Config) -> RunPlan:
+    def _time_line(self) -> str:
+        """Returns the time of the steps that are left, if the run has done some before."""
+        from bupo.runlog.run_directory import read_rows
+
+        rows = read_rows(self.out / "metrics.jsonl") if self.resume_from else []
+        if not rows:
+            return ""
+        seconds = median(row["time/step"] for row in rows)
+        left = timedelta(seconds=round(seconds * (self.config.steps - len(rows))))
+        return f"  time     {seconds:.3g} s a step so far; without evaluations, {left} are left\n"
+
+
+def make_plan(config: Config, card: str | None = None) -> RunPlan:
     """Checks paths, model configuration, layer, tokenizer and prompts, and writes nothing except a
-    task's cached files. Raises ConfigError with one line."""
+    task's cached files. card: the card to plan for; None: the GPU of this machine, if it has one.
+    Raises ConfigError with one line."""
     now = time.strftime("%Y%m%d-%H%M%S")
     out = Path(config.out or f"runs/{config.name}-{config.algorithm}-{now}")
     check_out(out)
@@ -107,13 +143,8 @@ def make_plan(config: Config) -> RunPlan:
     with Display().waiting("reading prompts"):
         prompts, dropped = load_prompts(sources.train, tokenizer, config.data, config.data.limit)
     prompts_hash = _hash_of(prompts, bool(config.reward.by_source))
-    earlier = out / PROMPTS_FILE
-    if resume_from and earlier.is_file() and earlier.read_text().strip() != prompts_hash:
-        raise ConfigError(
-            f"resume=auto: the run in out={out} started with different training prompts: "
-            "data.train, the tokenizer or the chat template has changed; restore it or choose "
-            "another out"
-        )
+    if resume_from:
+        _check_prompts(out, prompts_hash)
     PromptOrder(prompts, config.rollout.prompts, config.seed, config.data.weights)
     eval_prompts, eval_dropped = (
         load_prompts(sources.held_out, tokenizer, config.data, config.eval.limit, apart=True)
@@ -123,6 +154,14 @@ def make_plan(config: Config) -> RunPlan:
     check_sources(config.reward, [*prompts, *eval_prompts])
     config.eval.check_sources({p.source for p in eval_prompts})
     facts.check([*prompts, *eval_prompts], config.rollout.max_new_tokens)
+    memory = _memory_of_this_gpu() if card is None else memory_of_card(card)
+    sizes_of = partial(
+        measure,
+        source=sources.model,
+        longest_prompt=max(len(p.token_ids) for p in prompts),
+        internal_layer=max(schedule.layers(), default=None) if schedule is not None else None,
+        gpu=memory is not None,
+    )
     return RunPlan(
         config=config,
         out=out,
@@ -130,18 +169,33 @@ def make_plan(config: Config) -> RunPlan:
         sources=sources,
         tokenizer=tokenizer,
         layers=layers,
-        sizes=measure(
-            config,
-            sources.model,
-            max(len(p.token_ids) for p in prompts),
-            max(schedule.layers(), default=None) if schedule is not None else None,
-        ),
+        sizes=sizes_of(config),
+        fit="" if memory is None else verdict(config, memory, sizes_of),
         train_prompts=prompts,
         eval_prompts=eval_prompts,
         prompts_hash=prompts_hash,
         dropped=dropped + eval_dropped,
         warnings=_warnings(config, tokenizer, [*prompts, *eval_prompts]),
     )
+
+
+def _check_prompts(out: Path, found: str) -> None:
+    """Raises ConfigError if the run in `out` started with prompts that have another hash."""
+    earlier = out / PROMPTS_FILE
+    if earlier.is_file() and earlier.read_text().strip() != found:
+        raise ConfigError(
+            f"resume=auto: the run in out={out} started with different training prompts: "
+            "data.train, the tokenizer or the chat template has changed; restore it or choose "
+            "another out"
+        )
+
+
+def _memory_of_this_gpu() -> int | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def _hash_of(prompts: Sequence[Any], by_source: bool) -> str:

@@ -6,12 +6,15 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from bupo import hub
 from bupo.config import GPU_WORKSPACE, Config, ConfigError, first_line
 
 GIB = 1 << 30
+TEMPORARY = ("gradients", "activations", "LM head", "bfloat16 weights")
+"""Contents of the trainer's memory that an update needs and rollouts do not"""
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,23 @@ class Sizes:
     internal: int
     """Parameters of the internal policy: embedding, layers 1..l, head; 0 if none is trained"""
     memory: dict[str, int]
-    """Bytes of the trainer, by content; an estimate, and a rough one for the activations"""
+    """Bytes of the trainer on its device, by content; temporary ones last for an update only"""
+    host: int
+    """Bytes of the optimizer on the host, with optimizer.place=host"""
     engine: int
     """Bytes of the rollout engine; 0 if a setting reserves its memory"""
+    engine_weights: int
+    longest: int
+    """Tokens of the longest sequence: prompt and response"""
+    cache_of_sequence: int
+    """Bytes of the keys and values of a sequence of full length"""
     checkpoint: int
     """Bytes on disk"""
+
+    @property
+    def resident(self) -> int:
+        """Bytes of the trainer between updates."""
+        return sum(size for name, size in self.memory.items() if name not in TEMPORARY)
 
     def model_line(self) -> str:
         head = "tied head" if self.tied else "untied head"
@@ -44,8 +59,10 @@ class Sizes:
         parts = ", ".join(
             f"{name} {_size(x) if x else 'not known for this family'}"
             for name, x in self.memory.items()
+            if x or name == "activations"
         )
-        return f"about {_size(sum(self.memory.values()))}: {parts}"
+        host = f"; on the host {_size(self.host)}" if self.host else ""
+        return f"about {_size(sum(self.memory.values()))}: {parts}{host}"
 
     def engine_line(self, config: Config) -> str:
         if self.engine:
@@ -77,13 +94,66 @@ def _size(n: int) -> str:
 
 
 def measure(
-    config: Config, source: str, longest_prompt: int, internal_layer: int | None = None
+    config: Config,
+    source: str,
+    longest_prompt: int,
+    internal_layer: int | None = None,
+    gpu: bool = False,
 ) -> Sizes:
-    """Measures a model without loading weights. Raises ConfigError if the model cannot be built.
+    """Measures a model without loading weights. Raises ConfigError if the model cannot be built, or
+    if it does not have a layer that lora.targets names.
 
     source: folder or hub name of the model. longest_prompt: in tokens. internal_layer: the highest
-    layer whose internal policy is trained, counted from 1, or None.
+    layer whose internal policy is trained, counted from 1, or None. gpu: whether it is trained on a
+    GPU.
     """
+    settings = config.model
+    shapes = _shapes(source, settings.compute_dtype, settings.gradient_checkpointing)
+    text, counts = shapes.text, shapes.counts
+    total, layer = sum(counts.values()), internal_layer or 0
+    internal = sum(n for name, n in counts.items() if _layer(name) < layer)
+    adapters = _adapters(config, shapes)
+    memory, host = _memory(config, shapes, adapters, longest_prompt, gpu)
+    element = 2 if settings.compute_dtype == "bfloat16" else 4
+    cache = 2 * text.num_hidden_layers * _cache_width(text) * element
+    trained = 12 * adapters or (2 * total if settings.parameter_dtype == "bfloat16" else 0)
+    checkpoint = trained + (0 if adapters else 12 * total)
+    return Sizes(
+        family=str(text.model_type),
+        layers=text.num_hidden_layers,
+        width=shapes.head[1],
+        vocabulary=shapes.head[0],
+        tied=shapes.tied,
+        parameters=total,
+        internal=internal if layer else 0,
+        memory=memory,
+        host=host,
+        engine=_engine(config, text, total, longest_prompt, gpu),
+        engine_weights=element * total,
+        longest=longest_prompt + config.rollout.max_new_tokens,
+        cache_of_sequence=cache * (longest_prompt + config.rollout.max_new_tokens),
+        checkpoint=checkpoint + (12 * total if config.advantage == "ppo" else 0),
+    )
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """The facts about a model that need it built, without data."""
+
+    text: Any
+    """The configuration of its decoder"""
+    counts: dict[str, int]
+    """Numbers of values by parameter"""
+    linear: dict[str, tuple[int, int]]
+    """Outputs and inputs of each linear layer but the head, by name"""
+    head: tuple[int, int]
+    tied: bool
+    saved: tuple[float, float]
+    """As _saved returns it"""
+
+
+@lru_cache(maxsize=4)  # to find what fits, the same model is measured with many settings
+def _shapes(source: str, compute_dtype: str, checkpointing: bool) -> _Shapes:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -98,31 +168,39 @@ def measure(
         raise ConfigError(
             f"{source} cannot be built from its config.json: {first_line(error)}"
         ) from None
-    saved = _saved(model, without_data, config)
+    half = compute_dtype == "bfloat16"
+    saved = _saved(model, without_data, half, checkpointing)
     if not any(saved):  # without data, grouped products of experts only run in bfloat16
         with without_data, hub.quiet():
-            half: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).train()
-        of_token, of_pair = _saved(half, without_data, config)
+            in_half: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).train()
+        of_token, of_pair = _saved(in_half, without_data, half, checkpointing)
         saved = 2 * of_token, 2 * of_pair  # an upper bound
-    text = shape.get_text_config(decoder=True)
-    counts = {name: p.numel() for name, p in model.named_parameters()}
-    total = sum(counts.values())
-    layer = internal_layer or 0
-    internal = sum(n for name, n in counts.items() if _layer(name) < layer)
-    head = model.get_output_embeddings().weight
-    gpu = torch.cuda.is_available()
-    return Sizes(
-        family=str(text.model_type),
-        layers=text.num_hidden_layers,
-        width=head.shape[1],
-        vocabulary=head.shape[0],
-        tied=model.get_input_embeddings().weight is head,
-        parameters=total,
-        internal=internal if layer else 0,
-        memory=_memory(config, saved, total, head.shape, longest_prompt, gpu),
-        engine=_engine(config, text, total, longest_prompt, gpu),
-        checkpoint=(24 if config.advantage == "ppo" else 12) * total,
+    head = model.get_output_embeddings()
+    modules = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    return _Shapes(
+        text=shape.get_text_config(decoder=True),
+        counts={name: p.numel() for name, p in model.named_parameters()},
+        linear={n: (m.out_features, m.in_features) for n, m in modules if m is not head},
+        head=tuple(head.weight.shape),
+        tied=model.get_input_embeddings().weight is head.weight,
+        saved=saved,
     )
+
+
+def _adapters(config: Config, shapes: _Shapes) -> int:
+    """Returns the number of values in the LoRA adapters."""
+    rank, targets = config.lora.rank, config.lora.targets
+    if rank is None:
+        return 0
+    names = sorted({name.rpartition(".")[2] for name in shapes.linear})
+    for target in targets:
+        if target not in names:
+            raise ConfigError(
+                f"lora.targets: expected linear layers of the model ({', '.join(names)}), got "
+                f"{target}"
+            )
+    sizes = [sum(x) for n, x in shapes.linear.items() if n.rpartition(".")[2] in (targets or names)]
+    return rank * sum(sizes)
 
 
 def _layer(parameter: str) -> int:
@@ -131,7 +209,7 @@ def _layer(parameter: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _saved(model: Any, without_data: Any, config: Config) -> tuple[float, float]:
+def _saved(model: Any, without_data: Any, half: bool, checkpointing: bool) -> tuple[float, float]:
     """Returns the bytes that a forward keeps for its backward for each token, and for each pair of
     tokens of one sequence (the mask of a padded batch, the probabilities of eager attention).
 
@@ -151,7 +229,6 @@ def _saved(model: Any, without_data: Any, config: Config) -> tuple[float, float]
             seen[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
             return x
 
-        half = config.model.compute_dtype == "bfloat16"
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
         with without_data, hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
             ids = torch.zeros(1, tokens, dtype=torch.long)
@@ -168,7 +245,7 @@ def _saved(model: Any, without_data: Any, config: Config) -> tuple[float, float]
     errors.setLevel(logging.CRITICAL)
     try:
         of_token, of_pair = coefficients()
-        if config.model.gradient_checkpointing:
+        if checkpointing:
             layers = num_layers(model)
             model.gradient_checkpointing_enable({"use_reentrant": False})
             token, pair = coefficients()
@@ -181,38 +258,39 @@ def _saved(model: Any, without_data: Any, config: Config) -> tuple[float, float]
 
 
 def _memory(
-    config: Config,
-    saved: tuple[float, float],
-    total: int,
-    head: tuple[int, int],
-    prompt: int,
-    gpu: bool,
-) -> dict[str, int]:
-    """Returns the peak memory of an update of the final policy, in bytes by content. Phase 1 takes
-    less, since fewer parameters have gradients and moments."""
+    config: Config, shapes: _Shapes, adapters: int, prompt: int, gpu: bool
+) -> tuple[dict[str, int], int]:
+    """Returns the peak memory of an update of the final policy, in bytes by content, and the bytes
+    on the host. Phase 1 takes less, since fewer parameters have gradients and moments."""
     # A micro-batch holds at most the tokens of an update, and at least one longest response.
     longest = prompt + config.rollout.max_new_tokens
     responses = config.rollout.prompts * config.rollout.samples
     update = responses // config.optimizer.updates_per_step * longest
     tokens = max(min(config.optimizer.micro_batch_tokens, update), longest)
-    vocabulary, width = head
+    vocabulary, width = shapes.head
     # On the CPU the LM head holds a block of logits of about 64 MiB, 128 to 2048 tokens.
     block = min(max((64 << 20) // (4 * vocabulary), 128), 2048) * 4 * vocabulary
     workspace = GPU_WORKSPACE if gpu else block
+    total, of_token, of_pair = sum(shapes.counts.values()), *shapes.saved
+    element = 2 if config.model.parameter_dtype == "bfloat16" else 4
+    moments = 8 * (adapters or total) + (4 * total if element == 2 and not adapters else 0)
+    on_host = config.optimizer.place == "host" and gpu
+    kept_in_host = moments + (4 * (adapters or total) if element == 4 or adapters else 0)
     memory = {
-        "weights": 4 * total,
-        "gradients": 4 * total,
-        "AdamW": 8 * total,
-        "activations": int(tokens * (saved[0] + saved[1] * longest)),
-        "LM head": 4 * vocabulary * width + workspace,
+        "weights": element * total + 4 * adapters,
+        "gradients": 4 * adapters or element * total,
+        "AdamW": 0 if on_host else moments,
+        "activations": int(tokens * (of_token + of_pair * longest)),
+        "LM head": (0 if adapters else 4 * vocabulary * width) + workspace,
     }
-    if config.model.compute_dtype == "bfloat16":
+    if config.model.compute_dtype == "bfloat16" and element == 4:
         memory["bfloat16 weights"] = 2 * total
-    if config.loss.kl_coef:
-        memory["reference"] = 4 * total
+    if config.loss.kl_coef and not adapters:
+        memory["reference"] = element * total
     if config.advantage == "ppo":
-        memory["critic"] = 16 * total
-    return memory
+        critic = (4 * element + (0 if element == 4 else 8)) * total
+        memory["critic"] = critic - (moments if on_host and not adapters else 0)
+    return memory, kept_in_host if on_host else 0
 
 
 def _attention_width(text: Any) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 from bupo import config as configuration
 from bupo.commands.command import Command, keys_and_defaults, user_paths
+from bupo.commands.fit import CARDS
 from bupo.commands.models import check_deterministic, load_model, silence_noise
 from bupo.commands.run_lock import locked
 from bupo.commands.run_plan import PROMPTS_FILE, RunPlan, make_plan, resume_point
@@ -137,10 +138,7 @@ def _train(plan: RunPlan) -> int | None:
 
     config, tokenizer = plan.config, plan.tokenizer
     build_task(config, plan.sources)
-    source = str(plan.resume_from or plan.sources.model)
-    if config.lora.rank is not None:  # a checkpoint holds the adapters only
-        source = plan.sources.model
-    model = _policy(plan, source)
+    model = _policy(plan, plan.weights)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer, state = Trainer(model, config, pad), {"step": 0, "drawn": 0}
     if plan.resume_from is not None:
@@ -160,7 +158,7 @@ def _train(plan: RunPlan) -> int | None:
         critic = _critic(plan, pad) if config.advantage == "ppo" else None
         start = f"starting {config.rollout.engine} for rollouts"
         with watchdog.stage(start), Display().waiting(start, watchdog.alive):
-            engine = make_engine(config, source, model, tokenizer, prompts, plan.out)
+            engine = make_engine(config, plan.weights, model, tokenizer, prompts, plan.out)
         parts.callback(engine.close)
         if config.bupo.auto_layer is not None:
             with watchdog.stage("auto_layer"):
@@ -189,9 +187,19 @@ def _train(plan: RunPlan) -> int | None:
         return run.train()
 
 
-def _settings(arguments: argparse.Namespace) -> Config:
+def _settings(arguments: argparse.Namespace) -> tuple[Config, str | None]:
     overrides = arguments.overrides + ([f"out={arguments.out}"] if arguments.out else [])
-    return configuration.load(arguments.config or shipped("arithmetic.yaml"), overrides)
+    config = configuration.load(arguments.config or shipped("arithmetic.yaml"), overrides)
+    return config, arguments.card
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--for",
+        dest="card",
+        metavar="CARD",
+        help=f"plan for the memory of another card: {', '.join(CARDS)}, or a size such as 48GiB",
+    )
 
 
 def _kept(out: Path | None) -> str:
@@ -220,7 +228,8 @@ main = Command(
     description=str(__doc__),
     epilog=keys_and_defaults(Config),
     settings=_settings,
-    make_plan=make_plan,
+    make_plan=lambda settings: make_plan(*settings),
+    add_arguments=_add_arguments,
     execute=_train_and_report,
     kept=_kept,
     stopped=_stopped,
