@@ -160,13 +160,24 @@ def test(job: Job) -> str:
     return "; ".join(found)
 
 
+TRAINED = {
+    "float32": ("model.compute_dtype=float32",),
+    "bfloat16": ("model.compute_dtype=bfloat16",),
+    "bfloat16, AdamW on the host": (
+        *("model.compute_dtype=bfloat16", "model.parameter_dtype=bfloat16"),
+        "optimizer.place=host",
+    ),
+}
+"""The settings of the runs of the train stage, by name"""
+
+
 def train(job: Job, out: Path, settings: tuple[str, ...] = ()) -> str:
     """Writes the metrics, with peak memory on a GPU, to train.jsonl."""
     said, results = [], new_file(job, out / "train.jsonl")
-    for dtype in ("float32", "bfloat16"):
-        run = SCRATCH / f"train-{dtype}"
+    for number, (name, own) in enumerate(TRAINED.items()):
+        run = SCRATCH / f"train-{number}"
         shutil.rmtree(run, ignore_errors=True)
-        command = [PYTHON, "-m", "bupo.run", "--out", str(run), f"model.compute_dtype={dtype}"]
+        command = [PYTHON, "-m", "bupo.run", "--out", str(run), *own]
         command += ["rollout.engine=hf", "bupo.steps=2", "eval.every=0"]
         # Any other schedule depends on `steps`, which the second run extends.
         command += ["optimizer.schedule=constant", *settings]
@@ -175,14 +186,14 @@ def train(job: Job, out: Path, settings: tuple[str, ...] = ()) -> str:
         if job.dry_run:
             continue
         steps = read(run / "metrics.jsonl")
-        append(results, {"compute_dtype": dtype}, steps)
+        append(results, {"run": name}, steps)
         if [step["step"] for step in steps] != list(range(1, 7)):
-            raise Failed(f"{dtype}: steps {[step['step'] for step in steps]}, expected 1 to 6")
+            raise Failed(f"{name}: steps {[step['step'] for step in steps]}, expected 1 to 6")
         if len({step["phase"] for step in steps}) != 2:
-            raise Failed(f"{dtype}: not both phases")
+            raise Failed(f"{name}: not both phases")
         peak = max(step.get("memory/gpu_peak_mib", 0.0) for step in steps)
         reward = steps[-1]["reward/mean"]
-        said.append(f"{dtype}: reward {reward:.3f}, peak {peak:.0f} MiB of the GPU")
+        said.append(f"{name}: reward {reward:.3f}, peak {peak:.0f} MiB of the GPU")
     return "; ".join(said)
 
 

@@ -119,6 +119,9 @@ def test_each_setting_takes_what_it_says(tmp_path: Path) -> None:
     assert some.memory["gradients"] == 4 * 6 * 8 * 1024
     with pytest.raises(ConfigError, match=r"lora.targets: expected linear layers.*q_proj.*got w1"):
         small(tmp_path, "lora.rank=8", "lora.targets=[w1]")
+    AutoConfig.for_model("gpt2", n_layer=1, n_embd=64, n_head=2).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ConfigError, match=r"lora.rank: expected a model with linear layers, got g"):
+        sizes.measure(config.load(None, [*BASE, "lora.rank=8"]), str(tmp_path / "gpt2"), 32)
 
 
 def test_what_does_not_fit_names_the_fewest_settings_that_make_it_fit(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from sample_inputs import OPS, Sample
 from torch import Tensor
 
 import bupo.ops as ops
+from bupo.config import OptimizerConfig
+from bupo.rl.optimizer import AdamW
 
 pytestmark = needs_gpu
 SIZE = (1030, 264, 4099)
@@ -45,6 +47,32 @@ def other_numbers(call: Sample, turn: int) -> dict[str, Tensor]:
     named = {k: x for k, x in call.arguments.items() if isinstance(x, Tensor)}
     moved = {k: x if k == "weight" else x.roll(7 + turn, 0) for k, x in named.items()}
     return moved | {k: moved[k].roll(1, 1) for k in ("hidden", "weight")}
+
+
+# ---- the optimizer on the host ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adamw_on_the_host_does_what_it_does_on_the_gpu(dtype: torch.dtype) -> None:
+    """Also when the gradients of several layers are on their way at once."""
+    found = []
+    for place in ("device", "host"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(6)))
+        model.to("cuda", dtype)
+        settings = OptimizerConfig(place=place, lr=1e-2)
+        places = {name: int(name[0]) for name, _ in model.named_parameters()}
+        adamw = AdamW(dict(model.named_parameters()), places, settings, settings.lr)
+        assert {x.device.type for x in adamw.flat_state().values()} == (
+            {"cpu"} if place == "host" else {"cuda"}
+        )
+        for _ in range(3):
+            model(torch.ones(8, 1024, device="cuda", dtype=dtype)).square().mean().backward()
+            adamw.step()
+            adamw.zero_grad()
+        found.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
 
 
 # ---- CUDA graphs -------------------------------------------------------------------------------

@@ -193,6 +193,11 @@ def _adapters(config: Config, shapes: _Shapes) -> int:
     if rank is None:
         return 0
     names = sorted({name.rpartition(".")[2] for name in shapes.linear})
+    if not names:
+        raise ConfigError(
+            f"lora.rank: expected a model with linear layers, got {shapes.text.model_type}, which "
+            "has none but the head; lora.rank=null trains all parameters"
+        )
     for target in targets:
         if target not in names:
             raise ConfigError(
