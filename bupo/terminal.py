@@ -72,6 +72,12 @@ class _Log(io.TextIOBase):
 TERMINAL, _LOG = _Terminal(), _Log()
 
 
+def printable(text: str) -> str:
+    """Returns the text with line breaks and terminal control codes, which data and names may hold,
+    as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def say(text: str) -> None:
     """Prints a line on TERMINAL that stays there, also while a live display is drawn."""
     if TERMINAL.above is not None:

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from bupo import config as configuration
 from bupo.config import ConfigError, RunError, first_line
-from bupo.terminal import TERMINAL
+from bupo.terminal import TERMINAL, printable
 
 
 class Plan(Protocol):
@@ -92,9 +92,7 @@ class Command(Generic[AnyPlan]):
         except KeyboardInterrupt:
             print(f"\n{self.stopped(out)}", file=TERMINAL)
             return 130
-        # Data and names may hold line breaks or terminal control codes: print these as escapes.
-        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-        print(f"{self.program}: {shown}", file=TERMINAL)
+        print(f"{self.program}: {printable(line)}", file=TERMINAL)
         return status
 
 

@@ -27,7 +27,7 @@ from bupo.commands.evaluation_plan import EvaluationPlan, make_plan
 from bupo.commands.run_lock import locked
 from bupo.commands.sources import build_task, make_engine
 from bupo.config import Config, ConfigError
-from bupo.terminal import TERMINAL
+from bupo.terminal import TERMINAL, printable
 from bupo.types import EvalResult, Prompt
 
 
@@ -96,7 +96,7 @@ def print_table(results: Sequence[EvalResult]) -> None:
     table = [["data set", "problems", "n", "Avg@n", *(f"Pass@{k}" for k in ks), "maj@n"]]
     table[0] += ["tokens", "truncated", "not graded"]
     for r in results:
-        name = "".join(c if c.isprintable() else repr(c)[1:-1] for c in r.dataset)
+        name = printable(r.dataset)
         figures = [(r.avg, r.avg_se), *r.pass_k.values(), r.maj]
         cells = ["-" if p is None else " ± ".join(map(_digits, p)) for p in figures]
         shares = [f"{r.length:.0f}", f"{r.truncated:.1%}", f"{r.ungraded:.1%}"]

@@ -1,7 +1,8 @@
 """The LM-head ops in eager torch, for tests and as the shortest documentation.
 
 They have the signatures and results of bupo.ops, but store [tokens, vocab] several times. In
-float64 they are the reference for the accuracy of the fused ops.
+float64 they are the reference for the accuracy of the fused ops. loss_of_logprobs, the loss without
+the head, also trains: losses of whole responses are computed with it.
 """
 
 from __future__ import annotations
