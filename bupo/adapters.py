@@ -33,7 +33,6 @@ def add(model: Any, config: LoraConfig, source: str, seed: int, saved: Path | No
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number will do
         target_modules=config.targets or "all-linear",
-        base_model_name_or_path=source,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
@@ -41,7 +40,8 @@ def add(model: Any, config: LoraConfig, source: str, seed: int, saved: Path | No
         try:
             model.add_adapter(settings)
         except ValueError as error:
-            raise ConfigError(f"lora.targets: {first_line(error)}") from None
+            raise ConfigError(f"lora: {first_line(error)}") from None
+    model.peft_config["default"].base_model_name_or_path = source  # peft has put another there
     for parameter in model.parameters():
         if parameter.requires_grad:  # not rounded as the model may be
             parameter.data = parameter.data.float()
@@ -53,17 +53,46 @@ def add(model: Any, config: LoraConfig, source: str, seed: int, saved: Path | No
             raise ValueError(f"{WEIGHTS} has {found.unexpected_keys[0]}, which the model lacks")
 
 
-def merged(model: nn.Module, changed: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yields name and value of the weights that have an adapter among the parameters `changed`, as
-    in a model without adapters."""
-    modules = {name.partition(".lora_")[0] for name in changed}
+def merged(
+    model: nn.Module, changed: Collection[str], half: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields name and value of the weights whose adapters are among the parameters `changed`, as in
+    a model without adapters. Their linear neighbours (k_proj of q_proj) follow unchanged, because
+    vLLM fuses these and loads a fused layer as a whole.
+
+    half: whether the receiver holds them in bfloat16. Each sum is then rounded up or down, with the
+    probabilities that keep its mean: rounded to the nearest, most small changes would vanish.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    parents = {name.partition(".lora_")[0].rpartition(".")[0] for name in changed}
     for name, module in model.named_modules():
-        if name in modules:
-            layer: Any = module
-            weight = layer.get_base_layer().weight.detach()
+        layer: Any = module
+        if name.rpartition(".")[0] not in parents:
+            continue
+        if isinstance(module, BaseTunerLayer):
+            base = layer.get_base_layer()
             with torch.no_grad():
-                delta = layer.get_delta_weight(layer.active_adapters[0])
-            yield f"{name}.weight", (weight + delta.to(weight.device)).to(weight.dtype)
+                delta = layer.get_delta_weight(layer.active_adapters[0]).to(base.weight.device)
+                weight = base.weight.to(torch.promote_types(base.weight.dtype, torch.float32))
+                total = _dithered(weight + delta) if half else weight + delta
+            yield f"{name}.weight", total.to(base.weight.dtype)
+        elif isinstance(module, nn.Linear):
+            base = layer
+            yield f"{name}.weight", base.weight.detach()
+        else:
+            continue
+        if base.bias is not None:
+            yield f"{name}.bias", base.bias.detach()
+
+
+def _dithered(values: Tensor) -> Tensor:
+    """Rounds float32 values to ones that bfloat16 has. The random numbers are the same at every
+    call, so an entry moves when its sum has moved far enough."""
+    generator = torch.Generator(values.device).manual_seed(0)
+    noise = torch.empty(values.shape, dtype=torch.int32, device=values.device)
+    noise.random_(0, 1 << 16, generator=generator)
+    return ((values.float().view(torch.int32) + noise) & ~0xFFFF).view(torch.float32)
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:

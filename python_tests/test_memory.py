@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from update_samples import FINAL, make_trainer, parameters, update
 
 from bupo import adapters, evaluate
-from bupo.config import LoraConfig, RunError
+from bupo.config import LoraConfig, OptimizerConfig, RunError
 from bupo.policy import parameter_layers
 from bupo.rl import optimizer
 from bupo.rl.critic import Critic
@@ -123,7 +123,52 @@ def test_merged_weights_are_those_of_the_model_with_adapters():
     ids = torch.randint(3, 40, (2, 9))
     torch.testing.assert_close(plain(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
     some = [name for name in trainer.parameters if ".layers.0.self_attn.q_proj." in name]
-    assert list(dict(changed_tensors(model, some))) == ["model.layers.0.self_attn.q_proj.weight"]
+    names = {name.split(".")[4] for name in dict(changed_tensors(model, some))}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}, "vLLM loads what it fuses as a whole"
+
+
+def test_changes_below_the_precision_of_bfloat16_reach_the_engine_on_average():
+    model = small_model(dtype=torch.bfloat16)
+    adapters.add(model, LoraConfig(rank=8, alpha=8), "a/model", seed=0)
+    layer = model.model.layers[0].mlp.up_proj
+    start, name = layer.get_base_layer().weight.float(), "model.layers.0.mlp.up_proj"
+    sent = dict(adapters.merged(model, [f"{name}.lora_A.default.weight"], half=True))
+    assert torch.equal(sent[f"{name}.weight"].float(), start), "nothing has changed"
+    with torch.no_grad():  # a tenth of the last bit of a weight of 0.1
+        layer.lora_A.default.weight.fill_(1 / 8)
+        layer.lora_B.default.weight.fill_(5e-5)
+    sent = dict(adapters.merged(model, [f"{name}.lora_A.default.weight"], half=True))
+    moved = (sent[f"{name}.weight"].float() - start).mean()
+    assert float(moved) == pytest.approx(5e-5, rel=0.25)
+
+
+def test_the_distance_to_float32_is_that_of_parameters_in_bfloat16(in_bfloat16):
+    """Sync limits follow it; the parameters are the same bits afterwards."""
+    rollouts, forward = random_rollouts(), in_bfloat16.forward
+    before = parameters(in_bfloat16.model)
+    rounded = torch.cat(forward.token_stats(rollouts, FINAL).logprobs)
+    with forward.in_float32():
+        exact = torch.cat(forward.token_stats(rollouts, FINAL).logprobs)
+    assert 1e-4 < (rounded - exact).abs().mean() < 0.1
+    assert torch.equal(rounded, torch.cat(forward.token_stats(rollouts, FINAL).logprobs))
+    for name, parameter in in_bfloat16.model.named_parameters():
+        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, before[name])
+    assert_follows(losses(in_bfloat16, FINAL), losses(make_trainer(small_model()), FINAL), 0.1)
+
+
+def test_state_of_a_transposed_parameter_is_restored():
+    model = torch.nn.Linear(3, 5)
+    model.weight = torch.nn.Parameter(torch.randn(3, 5).T)
+    settings = OptimizerConfig()
+
+    def adamw():
+        return optimizer.AdamW(dict(model.named_parameters()), {}, settings, settings.lr)
+
+    first, second = adamw(), adamw()
+    model(torch.ones(2, 3)).sum().backward()
+    first.step()
+    second.load_flat_state({name: x.clone() for name, x in first.flat_state().items()})
+    assert second.flat_state()["weight/exp_avg"].any()
 
 
 def test_the_reference_is_the_model_without_its_adapters():
@@ -178,6 +223,12 @@ def test_a_checkpoint_of_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(load_file(newest / "adapter_model.safetensors")) == 2 * 2 * 7
     model = AutoModelForCausalLM.from_pretrained(newest)
     assert adapters.parameters(model)
+    base = json.loads((newest / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(base).is_absolute() and (Path(base) / "config.json").is_file()
+    rows_file = next((out / "rollouts").iterdir())
+    data = ("task=null", f"data.train=[{rows_file}]", f"eval.files=[{rows_file}]")
+    assert run(tmp_path / "other", f"model.path={newest}", *data) == 2
+    assert "holds LoRA adapters of /" in capsys.readouterr().err
     settings = [f"model.path={newest}", f"--out={tmp_path / 'eval'}"]
     assert evaluate.main(["--config", str(out / "config.yaml"), *settings]) == 0
     last = [json.loads(line) for line in (out / "eval.jsonl").open()][-1]

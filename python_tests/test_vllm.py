@@ -115,9 +115,13 @@ def test_log_probs_are_those_of_the_sampled_policy(engine, model, prompts, parts
     assert_sampled_from(model, rollouts, len(parts[2]))
 
 
-def test_adapters_arrive_merged(engine, model, prompts):
+@pytest.mark.parametrize(
+    "targets", [[], ["q_proj", "v_proj"], ["q_proj", "up_proj"]], ids=["all", "qv", "q up"]
+)
+def test_adapters_arrive_merged(engine, model, prompts, targets):
+    """Also where only a part of what vLLM fuses has one."""
     changed = copy.deepcopy(model)
-    adapters.add(changed, LoraConfig(rank=4), "a/model", seed=0)
+    adapters.add(changed, LoraConfig(rank=4, targets=targets), "a/model", seed=0)
     for name, parameter in adapters.parameters(changed).items():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.1)

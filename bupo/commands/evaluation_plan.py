@@ -16,6 +16,7 @@ from bupo.types import Prompt
 TRAINING = (
     *("name", "out", "resume", "steps", "policy", "advantage", "phases", "max_bad_steps"),
     *("bupo.", "loss.", "critic.", "optimizer.", "checkpoint.", "watchdog.", "diagnostics."),
+    *("lora.", "model.gradient_checkpointing"),
     *("data.train", "data.weights", "data.limit", "rollout.prompts", "rollout.samples", "wandb"),
 )
 """Keys, or beginnings of keys, that no evaluation reads"""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain, combinations
 
 from bupo.commands.sizes import GIB, Sizes
 from bupo.config import Config, ConfigError
@@ -22,13 +23,15 @@ CARDS = {
 """GiB that a program can use"""
 OVERHEAD = 2 * GIB
 """Assumed, not measured: what CUDA, its libraries, fragmentation and a sleeping vLLM take"""
+WORK_OF_VLLM = GIB
+"""Assumed, not measured: what vLLM takes beside weights and cache"""
 
 
 def _rungs(config: Config, longest: int) -> list[tuple[str, Config]]:
     """Returns settings that take less memory, as they are typed, each with the configuration that
     has them: what costs little time first. longest: tokens of the longest sequence."""
     model, rollout = config.model, config.rollout
-    share = {"gpu_memory_utilization": 0.25}
+    share = min(0.25, rollout.vllm_options(gpu=True).get("gpu_memory_utilization", 0.25))
     return [
         (
             "model.gradient_checkpointing=true",
@@ -39,8 +42,11 @@ def _rungs(config: Config, longest: int) -> list[tuple[str, Config]]:
             replace(config, optimizer=replace(config.optimizer, micro_batch_tokens=longest)),
         ),
         (
-            "'rollout.vllm={gpu_memory_utilization: 0.25}'",
-            replace(config, rollout=replace(rollout, vllm=rollout.vllm | share)),
+            f"'rollout.vllm={{gpu_memory_utilization: {share}}}'",
+            replace(
+                config,
+                rollout=replace(rollout, vllm=rollout.vllm | {"gpu_memory_utilization": share}),
+            ),
         ),
         (
             "optimizer.place=host",
@@ -72,10 +78,13 @@ def _demands(config: Config, sizes: Sizes, card: int) -> tuple[int, int, int]:
     if config.rollout.engine == "vllm":
         options = config.rollout.vllm_options(gpu=True)
         if "kv_cache_memory_bytes" in options:
-            engine = sizes.engine_weights + int(options["kv_cache_memory_bytes"])
+            cache = int(options["kv_cache_memory_bytes"])
+            engine = sizes.engine_weights + WORK_OF_VLLM + cache
         else:
             engine = int(options["gpu_memory_utilization"] * card)
-        room = (engine - sizes.engine_weights) // sizes.cache_of_sequence
+        ranks = int(options.get("tensor_parallel_size", 1))
+        free = engine - sizes.engine_weights // ranks - WORK_OF_VLLM
+        room = free // (sizes.cache_of_sequence // ranks)
         sequences = min(config.rollout.batch_size, room)
         between = 0 if options.get("enable_sleep_mode") else engine
     update = sum(sizes.memory.values()) + between + OVERHEAD
@@ -100,24 +109,20 @@ def verdict(config: Config, card: int, sizes_of: Callable[[Config], Sizes]) -> s
         needs += f", with room for {max(sequences, 0)} sequences of full length at once"
     if _fits(config, sizes, card):
         return f"fits: {needs}"
-    changes = range(len(_rungs(config, sizes.longest)))
-    chosen: list[int] = []
-    for rung in changes:
-        chosen.append(rung)
-        changed, _ = _with(config, chosen, sizes.longest)
-        if _fits(changed, sizes_of(changed), card):
-            break
-    else:
-        return f"does not fit: {needs}; no setting makes it fit"
-    for rung in list(chosen):
-        fewer = [each for each in chosen if each != rung]
-        changed, _ = _with(config, fewer, sizes.longest)
-        if _fits(changed, sizes_of(changed), card):
-            chosen = fewer
-    return f"does not fit: {needs}; it fits with {_with(config, chosen, sizes.longest)[1]}"
+    # The fewest settings, and of those the ones that cost little time; all sizes are cheap to get.
+    numbers = range(len(_rungs(config, sizes.longest)))
+    for chosen in chain.from_iterable(combinations(numbers, n) for n in range(1, 1 + len(numbers))):
+        changed, typed = _with(config, chosen, sizes.longest)
+        try:
+            enough = _fits(changed, sizes_of(changed), card)
+        except ConfigError:  # a family without linear layers has no adapters
+            enough = False
+        if enough:
+            return f"does not fit: {needs}; it fits with {typed}"
+    return f"does not fit: {needs}; no setting makes it fit"
 
 
-def _with(config: Config, rungs: list[int], longest: int) -> tuple[Config, str]:
+def _with(config: Config, rungs: Sequence[int], longest: int) -> tuple[Config, str]:
     """Returns the configuration with these rungs, and how they are typed."""
     typed = []
     for rung in rungs:

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from bupo import config as configuration
+from bupo import hub
 from bupo.commands.fit import memory_of_card, verdict
 from bupo.commands.models import read_model
 from bupo.commands.sizes import Sizes, measure
@@ -78,7 +79,7 @@ class RunPlan:
             f"{config.name}: policy {config.policy}, {config.advantage} advantages, on "
             f"{self.sources.model}\n"
             f"  model    {sizes.model_line()}\n"
-            f"  phases   {phases}{trained if sizes.internal else ''}\n"
+            f"  phases   {phases}{trained if sizes.internal and config.lora.rank is None else ''}\n"
             f"  step     {size.prompts} prompts x {size.samples} responses = {responses}, "
             f"{parts} updates{twice} of {responses // parts} responses ({size.prompts // parts} "
             f"prompts), at most {size.max_new_tokens} new tokens each\n"
@@ -99,7 +100,8 @@ class RunPlan:
         """Returns the share of the run's responses that evaluations generate, about."""
         config, switches = self.config, int(self.config.policy == "bupo")
         each = sum(config.eval.samples_of(p.source) for p in self.eval_prompts)
-        times = 2 + switches + (config.steps // config.eval.every if config.eval.every else 0)
+        every = config.eval.every
+        times = 2 + switches + ((config.steps - 1) // every if every else 0)
         return times * each / (times * each + config.steps * responses)
 
     def _time_line(self) -> str:
@@ -110,7 +112,8 @@ class RunPlan:
         if not rows:
             return ""
         seconds = median(row["time/step"] for row in rows)
-        left = timedelta(seconds=round(seconds * (self.config.steps - len(rows))))
+        done = int(str(self.resume_from).rpartition("_")[2])
+        left = timedelta(seconds=round(seconds * (self.config.steps - done)))
         return f"  time     {seconds:.3g} s a step so far; without evaluations, {left} are left\n"
 
 
@@ -134,6 +137,7 @@ def make_plan(config: Config, card: str | None = None) -> RunPlan:
     from bupo.runlog.display import Display
 
     check_functions(config.reward)
+    _refuse_adapters(sources.model)
     facts = read_model(config, sources.model)
     tokenizer, layers = facts.tokenizer, facts.layers
     measured = config.bupo.auto_layer is not None
@@ -177,6 +181,15 @@ def make_plan(config: Config, card: str | None = None) -> RunPlan:
         dropped=dropped + eval_dropped,
         warnings=_warnings(config, tokenizer, [*prompts, *eval_prompts]),
     )
+
+
+def _refuse_adapters(model: str) -> None:
+    """Raises ConfigError if the folder of the model to train holds adapters instead of a model."""
+    if base := hub.base_of(model):
+        raise ConfigError(
+            f"model.path={model} holds LoRA adapters of {base}; merge them into the model before "
+            "you train it further (docs/memory.md)"
+        )
 
 
 def _check_prompts(out: Path, found: str) -> None:

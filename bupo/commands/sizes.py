@@ -13,7 +13,7 @@ from bupo import hub
 from bupo.config import GPU_WORKSPACE, Config, ConfigError, first_line
 
 GIB = 1 << 30
-TEMPORARY = ("gradients", "activations", "LM head", "bfloat16 weights")
+TEMPORARY = ("gradients", "activations", "LM head", "bfloat16 weights", "critic's gradients")
 """Contents of the trainer's memory that an update needs and rollouts do not"""
 
 
@@ -32,7 +32,7 @@ class Sizes:
     memory: dict[str, int]
     """Bytes of the trainer on its device, by content; temporary ones last for an update only"""
     host: int
-    """Bytes of the optimizer on the host, with optimizer.place=host"""
+    """Bytes on the host: those of the optimizer with optimizer.place=host, and a sleeping vLLM"""
     engine: int
     """Bytes of the rollout engine; 0 if a setting reserves its memory"""
     engine_weights: int
@@ -117,6 +117,7 @@ def measure(
     element = 2 if settings.compute_dtype == "bfloat16" else 4
     cache = 2 * text.num_hidden_layers * _cache_width(text) * element
     trained = 12 * adapters or (2 * total if settings.parameter_dtype == "bfloat16" else 0)
+    critic = (14 if settings.parameter_dtype == "bfloat16" else 12) * total
     checkpoint = trained + (0 if adapters else 12 * total)
     return Sizes(
         family=str(text.model_type),
@@ -132,7 +133,7 @@ def measure(
         engine_weights=element * total,
         longest=longest_prompt + config.rollout.max_new_tokens,
         cache_of_sequence=cache * (longest_prompt + config.rollout.max_new_tokens),
-        checkpoint=checkpoint + (12 * total if config.advantage == "ppo" else 0),
+        checkpoint=checkpoint + (critic if config.advantage == "ppo" else 0),
     )
 
 
@@ -278,13 +279,15 @@ def _memory(
     workspace = GPU_WORKSPACE if gpu else block
     total, of_token, of_pair = sum(shapes.counts.values()), *shapes.saved
     element = 2 if config.model.parameter_dtype == "bfloat16" else 4
-    moments = 8 * (adapters or total) + (4 * total if element == 2 and not adapters else 0)
     on_host = config.optimizer.place == "host" and gpu
-    kept_in_host = moments + (4 * (adapters or total) if element == 4 or adapters else 0)
+    # Bytes of each trained value: moments and, for a less exact parameter, its float32 copy
+    kept = 8 if element == 4 or adapters else 12
+    policy, critic = adapters or total, total if config.advantage == "ppo" else 0
+    of_critic = 12 if element == 2 else 8
     memory = {
         "weights": element * total + 4 * adapters,
         "gradients": 4 * adapters or element * total,
-        "AdamW": 0 if on_host else moments,
+        "AdamW": 0 if on_host else kept * policy,
         "activations": int(tokens * (of_token + of_pair * longest)),
         "LM head": (0 if adapters else 4 * vocabulary * width) + workspace,
     }
@@ -292,10 +295,19 @@ def _memory(
         memory["bfloat16 weights"] = 2 * total
     if config.loss.kl_coef and not adapters:
         memory["reference"] = element * total
-    if config.advantage == "ppo":
-        critic = (4 * element + (0 if element == 4 else 8)) * total
-        memory["critic"] = critic - (moments if on_host and not adapters else 0)
-    return memory, kept_in_host if on_host else 0
+    if critic:
+        memory["critic"] = element * critic + (0 if on_host else of_critic * critic)
+        memory["critic's gradients"] = element * critic
+    # On the host: moments, and a copy in pinned memory, whose blocks are powers of two
+    sizes = [4 * n for n in shapes.counts.values()]
+    pinned = sum(1 << (size - 1).bit_length() for size in sizes)
+    host = 8 * (policy + critic) + (8 * adapters or pinned) + (pinned if critic else 0)
+    asleep = 0
+    if gpu and config.rollout.engine == "vllm":
+        options = config.rollout.vllm_options(gpu=True)
+        half = config.model.compute_dtype == "bfloat16"
+        asleep = (2 if half else 4) * total if options.get("enable_sleep_mode") else 0
+    return memory, (host if on_host else 0) + asleep
 
 
 def _attention_width(text: Any) -> int:
@@ -316,5 +328,6 @@ def _engine(config: Config, text: Any, total: int, prompt: int, gpu: bool) -> in
         ranks = int(options.get("tensor_parallel_size", 1))
         return 0 if gpu else element * total + ranks * int(options["kv_cache_memory_bytes"])
     responses = min(rollout.batch_size, rollout.prompts * rollout.samples)
-    of_token = 2 * text.num_hidden_layers * _cache_width(text) * 4
+    element = 2 if config.model.compute_dtype == "bfloat16" else 4
+    of_token = 2 * text.num_hidden_layers * _cache_width(text) * element
     return int(responses * (prompt + rollout.max_new_tokens) * of_token)

@@ -101,10 +101,10 @@ def make_engine(
     log = out / "engine.log"
     base = hub.base_of(source)
     if base:
-        model = load_model(config, source)
+        model = load_model(config, source).cpu()  # the engine needs the memory of the device
     engine = VllmEngine(base or source, tokenizer, config.rollout, longest, dtype, config.seed, log)
     if model is not None and (trained := adapters.parameters(model)):
-        engine.load(adapters.merged(model, trained))
+        engine.load(adapters.merged(model, trained, dtype == "bfloat16"))
     return engine
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from bupo import hub
 from bupo.config import BrokenError, ConfigError, RunError, first_line
@@ -60,7 +60,7 @@ def save(
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     (partial / OPTIMIZER).parent.mkdir()
-    save_file(optimizer.flat_state(), partial / OPTIMIZER)
+    save_file(contiguous(optimizer.flat_state()), partial / OPTIMIZER)
     if critic is not None:
         critic.save(partial / CRITIC)
     (partial / "trainer.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
@@ -71,6 +71,11 @@ def save(
     os.replace(partial, final)
     _sync(folder)
     return final
+
+
+def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors as safetensors can write them."""
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def prune(run: Path, keep_last: int, keep_steps: Collection[int]) -> None:

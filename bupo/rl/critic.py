@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bupo.config import Config
 from bupo.policy import parameter_layers, unembedding
+from bupo.rl.checkpoint import contiguous
 from bupo.rl.forward import Forward
 from bupo.rl.optimise import BatchLoss, Updates, mini_batches, optimise
 from bupo.rl.optimizer import AdamW, learning_rate
@@ -36,7 +37,8 @@ class Critic:
         self.head = nn.Linear(weight.shape[1], 1).to(weight.device, dtype)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
-        self.optimizer = AdamW(self.parameters(), {}, config.optimizer, config.critic.lr)
+        places = {f"backbone.{n}": place for n, place in parameter_layers(model).items()}
+        self.optimizer = AdamW(self.parameters(), places, config.optimizer, config.critic.lr)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Returns what is trained: all but the unembedding, unless it is tied to the embedding."""
@@ -104,9 +106,8 @@ class Critic:
     def save(self, folder: Path) -> None:
         """Writes the parameters and the optimizer's moments to two files in one folder."""
         folder.mkdir()
-        named = {n: p.detach().contiguous() for n, p in self.parameters().items()}
-        save_file(named, folder / "critic.safetensors")
-        save_file(self.optimizer.flat_state(), folder / "moments.safetensors")
+        save_file(contiguous(self.parameters()), folder / "critic.safetensors")
+        save_file(contiguous(self.optimizer.flat_state()), folder / "moments.safetensors")
 
     def load(self, folder: Path) -> None:
         """Reads what save() wrote. Raises ValueError if something is missing or left over."""

@@ -62,10 +62,15 @@ class Forward:
     def in_float32(self) -> Iterator[None]:
         """Inside the context, the model computes in float32, regardless of model.compute_dtype."""
         half, self._half = self._half, False
+        rounded = [p for p in self.model.parameters() if p.dtype == torch.bfloat16]
+        for parameter in rounded:
+            parameter.data = parameter.data.float()
         try:
             yield
         finally:
-            self._half = half
+            self._half, self._cast = half, None
+            for parameter in rounded:
+                parameter.data = parameter.data.bfloat16()
 
     def token_stats(
         self, samples: Sequence[Sample], policy: Policy, temperature: float | None = None
@@ -100,7 +105,7 @@ class Forward:
             if sequences <= 1:
                 raise RunError(
                     f"out of memory with one sequence in a micro-batch ({reason}); the plan lists "
-                    "what takes memory, and docs/memory.md what makes it less"
+                    "what takes memory, and docs/memory.md says how to reduce it"
                 )
             gc.collect()
             if self.device.type == "cuda":
@@ -108,8 +113,8 @@ class Forward:
             self._tokens = tokens // 2
             say(
                 f"out of memory with {tokens} tokens in a micro-batch; from now on it has at most "
-                f"{self._tokens} (optimizer.micro_batch_tokens={self._tokens} spares the next run "
-                "this)"
+                f"{self._tokens}; set optimizer.micro_batch_tokens={self._tokens} to avoid this "
+                "next time"
             )
 
     def batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:

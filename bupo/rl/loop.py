@@ -181,7 +181,7 @@ class Run:
         if updates.old is not None:
             found["policy/entropy"] = updates.old.mean_entropy()
             if policy.layer is None:
-                found |= self._compared_with_engine(rollouts, updates.old)
+                found["final/entropy"] = found["policy/entropy"]
         self._count_bad_steps(step, updates.skipped)
         if policy.layer is not None and self.schedule.begins_with(step):
             entropy = found["policy/entropy"]
@@ -259,24 +259,25 @@ class Run:
         everywhere = bool(loss.tis_cap or loss.max_sequence_gap)
         before = not self.trainer.updates_once or everywhere or self.reference is not None
         layers, others = policy.layer is not None, (self.reference, self.critic)
-        passes = progress.parts(before + layers + sum(other is not None for other in others))
+        some = layers or not before
+        passes = progress.parts(before + some + sum(other is not None for other in others))
         final, compared, found = None, rollouts, dict[str, float]()
         if before:
             with next(passes):
                 final = old = forward.token_stats(rollouts, policy)
             rollouts = compared = with_streams(rollouts, "old", old.logprobs)
             found["policy/entropy"] = old.mean_entropy()
-        # The engine samples from the final policy, which phase 1 does not train. Its log-probs of
-        # some rollouts are then enough, unless a setting needs them for every token.
-        if layers:
+        # The engine samples from the final policy, of which phase 1 has no log-probs yet. Those of
+        # some rollouts are enough, unless a setting needs them for every token.
+        if some:
             wanted = max(FINAL_ROLLOUTS, len(rollouts) // FINAL_FRACTION)
             compared = rollouts if everywhere else rollouts[:: max(1, len(rollouts) // wanted)]
             with next(passes):
                 final = forward.token_stats(compared, Policy(None))
-        if final is not None:
-            found |= self._compared_with_engine(compared, final)
-            if everywhere:
-                rollouts = with_streams(rollouts, "final", final.logprobs)
+        assert final is not None
+        found |= self._compared_with_engine(compared, final)
+        if everywhere:
+            rollouts = with_streams(rollouts, "final", final.logprobs)
         if self.reference:
             with next(passes):
                 reference = self.reference.token_stats(rollouts, policy)

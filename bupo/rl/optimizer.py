@@ -25,8 +25,8 @@ class AdamW(torch.optim.Optimizer):
 
     The groups hold the parameters themselves or, for a parameter in bfloat16 or with
     optimizer.place=host, a float32 copy of it where the state is. An update then moves the copy,
-    and the parameter is the copy, rounded. All gradients are sent to the host at once, and each
-    place is updated and sent back while those of other places are still on their way.
+    and the parameter is the copy, rounded. While the host updates one place, the gradients of the
+    next are on their way to it.
     """
 
     def __init__(
@@ -67,8 +67,10 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Updates every parameter that has a gradient."""
-        sent = [[self._sent(p) for p in group["trained"]] for group in self.param_groups]
-        for group, gradients in zip(self.param_groups, sent):
+        groups = self.param_groups
+        following = [self._sent(p) for p in groups[0]["trained"]]
+        for group, after in zip(groups, [*groups[1:], {"trained": []}]):
+            gradients, following = following, [self._sent(p) for p in after["trained"]]
             moved = [(p, g) for p, g in zip(group["trained"], gradients) if g is not None]
             if not moved:
                 continue
@@ -123,7 +125,7 @@ class AdamW(torch.optim.Optimizer):
             if self._of[p].dtype != p.dtype:
                 fields[name]["float32"] = self._of[p].detach()
         return {
-            f"{name}/{field}": value.contiguous()
+            f"{name}/{field}": value
             for name, state in fields.items()
             for field, value in state.items()
         }

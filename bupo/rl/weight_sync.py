@@ -41,12 +41,14 @@ class SyncError(RunError):
     """The engine does not hold the trainer's weights."""
 
 
-def changed_tensors(model: nn.Module, changed: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+def changed_tensors(
+    model: nn.Module, changed: Collection[str], half: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Yields the name and value of every changed parameter. A tied parameter appears under each of
     its names, because an engine that keeps a copy for the head needs both. For adapters, yields the
-    weights with them."""
+    weights with them. half: whether the engine holds them in bfloat16."""
     if adapters.parameters(model):
-        yield from adapters.merged(model, changed)
+        yield from adapters.merged(model, changed, half)
         return
     named = dict(model.named_parameters())
     identities = {id(named[name]) for name in changed}
@@ -133,11 +135,11 @@ class WeightSync:
         """Loads what changed, then compares the log-probs of the probes. Returns the gap, or None
         if the engine shares the trainer's weights. Raises SyncError if weights did not arrive."""
         if self._before is None:
-            self._engine.load(changed_tensors(self._model, changed))
+            self._engine.load(changed_tensors(self._model, changed, self._exact is not None))
             return None
         trainer = self._trainer(self._probes)  # before the engine takes up memory
         rounding = self._rounding(trainer)
-        self._engine.load(changed_tensors(self._model, changed))
+        self._engine.load(changed_tensors(self._model, changed, self._exact is not None))
         scores = self._engine.score(self._probes)
         assert scores is not None, "an engine with weights of its own"
         now = self._together(scores, trainer)
