@@ -362,6 +362,17 @@ def test_bfloat16_stays_close(policy):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_the_head_in_bfloat16_is_that_of_the_newest_weights():
+    """It is cast once after each change; AdamW's fused kernel does not tell torch of one."""
+    trainer, rollouts = make_trainer(small_model(), dtype="bfloat16"), random_rollouts()
+    old = trainer.forward.token_stats(rollouts, FINAL).logprobs
+    before = trainer.forward.head()["weight"].clone()
+    update(trainer, rollouts, old, FINAL, 1)
+    now = trainer.forward.head()["weight"]
+    assert torch.equal(now, trainer.model.get_output_embeddings().weight.bfloat16())
+    assert not torch.equal(now, before)
+
+
 def test_epochs_are_passes_over_the_same_mini_batches():
     """Two epochs of two updates are the two updates twice, against the same old log-probs."""
     rollouts, policy = random_rollouts(), Policy(2)

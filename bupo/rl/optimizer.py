@@ -95,6 +95,8 @@ class AdamW(torch.optim.Optimizer):
                 eps=1e-8,
                 maximize=False,
             )
+            # The fused kernel does not count as a change, by which casts of the head are renewed.
+            torch.autograd.graph.increment_version(kept)
             for (parameter, _), each in zip(moved, kept):
                 if each is not parameter:
                     parameter.copy_(each, non_blocking=True)
