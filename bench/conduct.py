@@ -145,6 +145,8 @@ def conduct(
 ) -> list[Verdict]:
     """Runs all stages within `minutes` together. One that fails does not stop the others, unless
     they need it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # the shell's, for a job with &
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # else no command can be told
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
     verdicts: list[Verdict] = []

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -61,7 +62,9 @@ def test_a_failed_stage_stops_only_what_needs_it(tmp_path: Path) -> None:
 def test_a_stage_over_its_time_is_interrupted_then_killed_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the shell ignores SIGINT for a job in the background."""
     monkeypatch.setattr(conduct, "GRACE", 1.0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     pid = tmp_path / "pid"
     late = "import os, signal, time; signal.signal(2, signal.SIG_IGN); "
     late += f"open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"

@@ -111,7 +111,7 @@ def test_dry_run_of_the_papers_models(
     assert f"{parameters / 1e9:.3g} B parameters" in text
     in_half = loaded.model.parameter_dtype == "bfloat16"
     assert f"weights {(2 if in_half else 4) * parameters / 2**30:.1f} GiB" in text
-    assert "card     fits: of 79.2 GiB, an update takes about" in text
+    assert "card     fits: of 79.1 GiB, an update takes about" in text
     assert "of all responses are for evaluations" in text
     assert not (tmp_path / "run").exists()
 

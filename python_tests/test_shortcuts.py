@@ -10,6 +10,7 @@ from update_samples import FINAL, each_policy, make_trainer, parameters, update
 
 from bupo.config import load
 from bupo.rl import update as updates
+from bupo.rl.forward import Forward
 from bupo.rl.update import Trainer
 from bupo.samples import with_streams
 from bupo.types import Policy
@@ -115,10 +116,22 @@ def test_one_update_needs_no_earlier_pass(policy, kind):
 
 def test_a_run_with_one_update_per_step_measures_the_same(tmp_path, monkeypatch):
     """Both phases; without the shortcut, an earlier pass computes the same figures."""
-    options = ("optimizer.updates_per_step=1", "optimizer.lr=1e-3")
-    assert run_samples.run(tmp_path / "fast", *options) == 0
-    monkeypatch.setattr(Trainer, "updates_once", False)
-    assert run_samples.run(tmp_path / "slow", *options) == 0
+    options = ("optimizer.updates_per_step=1", "diagnostics.every=0", "eval.every=0")
+    read: dict[str, list[int]] = {"fast": [], "slow": []}
+    stats = Forward.token_stats
+    for name, sizes in read.items():
+        if name == "slow":
+            monkeypatch.setattr(Trainer, "updates_once", False)
+
+        def counted(self, samples, *arguments, sizes=sizes, **named):
+            sizes.append(len(samples))
+            return stats(self, samples, *arguments, **named)
+
+        monkeypatch.setattr(Forward, "token_stats", counted)
+        assert run_samples.run(tmp_path / name, *options) == 0
+    # Of 16: some for the comparison with the engine, then those that are not trained on.
+    assert read["fast"][::2] == [8] * 6 and max(read["fast"]) == 8
+    assert read["slow"].count(16) == 6
     fast, slow = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
         for name in ("fast", "slow")

@@ -35,12 +35,12 @@ def test_corrections_are_of_the_final_policy_in_both_phases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hf engine samples from the final policy itself, so its log-probs are the right ones."""
-    import bupo.rl.loop as loop
+    import bupo.rl.streams as streams
 
     seen: dict[str, list[float]] = {"drop": [], "with_importance_weights": []}
 
     def spied(name: str) -> Any:
-        right = getattr(loop, name)
+        right = getattr(streams, name)
 
         def spy(rollouts: Sequence[Rollout], *more: Any) -> Any:
             gaps = [float((r.stream("final") - r.stream("engine")).abs().max()) for r in rollouts]
@@ -50,7 +50,7 @@ def test_corrections_are_of_the_final_policy_in_both_phases(
         return spy
 
     for name in seen:
-        monkeypatch.setattr(loop, name, spied(name))
+        monkeypatch.setattr(streams, name, spied(name))
     settings = ("loss.tis_cap=2", "loss.max_sequence_gap=1")
     assert run_samples.run(tmp_path / "run", *SHORT, *settings) == 0
     assert [len(x) for x in seen.values()] == [2, 2]

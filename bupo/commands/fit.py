@@ -11,16 +11,17 @@ from bupo.commands.sizes import GIB, Sizes
 from bupo.config import Config, ConfigError
 
 CARDS = {
-    "A100-40GB": 39.4,
-    "A100-80GB": 79.2,
-    "H100-80GB": 79.2,
-    "H200": 139.8,
+    "A100-40GB": 39.3,
+    "A100-80GB": 79.1,
+    "H100-80GB": 79.1,
+    "H200": 139.7,
     "B200": 178.0,
-    "L40S": 44.5,
-    "RTX-4090": 23.5,
-    "RTX-5090": 31.4,
+    "L40S": 44.4,
+    "RTX-4090": 23.6,
+    "RTX-5090": 31.3,
 }
-"""GiB that a program can use"""
+"""GiB in all, about what torch reports for such cards. On the machine that has the card, what its
+own torch reports counts instead"""
 OVERHEAD = 2 * GIB
 """Assumed, not measured: what CUDA, its libraries, fragmentation and a sleeping vLLM take"""
 WORK_OF_VLLM = GIB

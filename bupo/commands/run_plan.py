@@ -106,14 +106,15 @@ class RunPlan:
 
     def _time_line(self) -> str:
         """Returns the time of the steps that are left, if the run has done some before."""
+        from bupo.rl.checkpoint import load_step
         from bupo.runlog.run_directory import read_rows
 
-        rows = read_rows(self.out / "metrics.jsonl") if self.resume_from else []
-        if not rows:
+        rows = read_rows(self.out / "metrics.jsonl")
+        if self.resume_from is None or not rows:
             return ""
         seconds = median(row["time/step"] for row in rows)
-        done = int(str(self.resume_from).rpartition("_")[2])
-        left = timedelta(seconds=round(seconds * (self.config.steps - done)))
+        steps = self.config.steps - load_step(self.resume_from)
+        left = timedelta(seconds=round(seconds * steps))
         return f"  time     {seconds:.3g} s a step so far; without evaluations, {left} are left\n"
 
 

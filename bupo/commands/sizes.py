@@ -114,8 +114,12 @@ def measure(
     internal = sum(n for name, n in counts.items() if _layer(name) < layer)
     adapters = _adapters(config, shapes)
     memory, host = _memory(config, shapes, adapters, longest_prompt, gpu)
+    longest = longest_prompt + config.rollout.max_new_tokens
     element = 2 if settings.compute_dtype == "bfloat16" else 4
-    cache = 2 * text.num_hidden_layers * _cache_width(text) * element
+    cache = 2 * text.num_hidden_layers * _cache_width(text) * element * longest
+    vllm = config.rollout.engine == "vllm"
+    if vllm and gpu and config.rollout.vllm_options(gpu).get("enable_sleep_mode"):
+        host += element * total  # where its weights sleep
     trained = 12 * adapters or (2 * total if settings.parameter_dtype == "bfloat16" else 0)
     critic = (14 if settings.parameter_dtype == "bfloat16" else 12) * total
     checkpoint = trained + (0 if adapters else 12 * total)
@@ -129,10 +133,10 @@ def measure(
         internal=internal if layer else 0,
         memory=memory,
         host=host,
-        engine=_engine(config, text, total, longest_prompt, gpu),
+        engine=_engine(config, element * total, cache, gpu),
         engine_weights=element * total,
-        longest=longest_prompt + config.rollout.max_new_tokens,
-        cache_of_sequence=cache * (longest_prompt + config.rollout.max_new_tokens),
+        longest=longest,
+        cache_of_sequence=cache,
         checkpoint=checkpoint + (critic if config.advantage == "ppo" else 0),
     )
 
@@ -267,7 +271,8 @@ def _memory(
     config: Config, shapes: _Shapes, adapters: int, prompt: int, gpu: bool
 ) -> tuple[dict[str, int], int]:
     """Returns the peak memory of an update of the final policy, in bytes by content, and the bytes
-    on the host. Phase 1 takes less, since fewer parameters have gradients and moments."""
+    of its optimizer on the host. Phase 1 takes less, since fewer parameters have gradients and
+    moments."""
     # A micro-batch holds at most the tokens of an update, and at least one longest response.
     longest = prompt + config.rollout.max_new_tokens
     responses = config.rollout.prompts * config.rollout.samples
@@ -302,12 +307,7 @@ def _memory(
     sizes = [4 * n for n in shapes.counts.values()]
     pinned = sum(1 << (size - 1).bit_length() for size in sizes)
     host = 8 * (policy + critic) + (8 * adapters or pinned) + (pinned if critic else 0)
-    asleep = 0
-    if gpu and config.rollout.engine == "vllm":
-        options = config.rollout.vllm_options(gpu=True)
-        half = config.model.compute_dtype == "bfloat16"
-        asleep = (2 if half else 4) * total if options.get("enable_sleep_mode") else 0
-    return memory, (host if on_host else 0) + asleep
+    return memory, host if on_host else 0
 
 
 def _attention_width(text: Any) -> int:
@@ -320,14 +320,12 @@ def _cache_width(text: Any) -> int:
     return _attention_width(text) // int(text.num_attention_heads) * int(heads)
 
 
-def _engine(config: Config, text: Any, total: int, prompt: int, gpu: bool) -> int:
+def _engine(config: Config, weights: int, cache: int, gpu: bool) -> int:
+    """Returns the bytes of the rollout engine, or 0 if a setting reserves its memory. weights,
+    cache: those of the model, and of a sequence of full length."""
     rollout = config.rollout
     if rollout.engine == "vllm":
-        element = 2 if config.model.compute_dtype == "bfloat16" else 4
         options = rollout.vllm_options(gpu)
         ranks = int(options.get("tensor_parallel_size", 1))
-        return 0 if gpu else element * total + ranks * int(options["kv_cache_memory_bytes"])
-    responses = min(rollout.batch_size, rollout.prompts * rollout.samples)
-    element = 2 if config.model.compute_dtype == "bfloat16" else 4
-    of_token = 2 * text.num_hidden_layers * _cache_width(text) * element
-    return int(responses * (prompt + rollout.max_new_tokens) * of_token)
+        return 0 if gpu else weights + ranks * int(options["kv_cache_memory_bytes"])
+    return min(rollout.batch_size, rollout.prompts * rollout.samples) * cache

@@ -13,22 +13,21 @@ from typing import Any
 from torch import Tensor
 
 from bupo import config as configuration
-from bupo import progress
 from bupo.config import Config, RunError
 from bupo.data.prompt_order import PromptOrder
 from bupo.finite import first_bad
 from bupo.report import write_report
 from bupo.rl import checkpoint
-from bupo.rl.advantages import estimate, flat_groups, penalise_length, with_kl_costs
+from bupo.rl.advantages import flat_groups
 from bupo.rl.collect import Collected, collect
 from bupo.rl.critic import Critic
 from bupo.rl.diagnostics import Diagnostics
 from bupo.rl.evaluator import Evaluator
-from bupo.rl.forward import Forward, TokenStats, WithoutAdapters
-from bupo.rl.losses import drop, mean_kl, with_importance_weights
+from bupo.rl.forward import Forward, WithoutAdapters
 from bupo.rl.schedule import Schedule
+from bupo.rl.streams import Streams
 from bupo.rl.update import PolicyUpdates, Trainer
-from bupo.rl.weight_sync import GapLimit, WeightSync, gap, probes_of
+from bupo.rl.weight_sync import GapLimit, WeightSync, probes_of
 from bupo.runlog.monitor import Monitor, Stopped, Stopwatch
 from bupo.runlog.recorder import Recorder
 from bupo.runlog.run_directory import checkpoints, read_rows
@@ -39,12 +38,8 @@ from bupo.runlog.step_metrics import (
     rollout_row,
     time_line,
 )
-from bupo.samples import Sample, with_streams
+from bupo.samples import Sample
 from bupo.types import Grades, Policy, Prompt, Reward, Rollout, RolloutEngine
-
-FINAL_ROLLOUTS, FINAL_FRACTION = 8, 16
-"""In phase 1, the final policy is evaluated on 1 / FINAL_FRACTION of the rollouts, and on at least
-FINAL_ROLLOUTS, for metrics and to check that the engine has its weights"""
 
 WILD_CLIP_FRACTION, WILD_RATIO = 0.1, 10.0
 """The first step of a phase causes a warning if it exceeds either of these"""
@@ -82,12 +77,14 @@ class Run:
         self.model, self.tokenizer, self.engine = parts.model, parts.tokenizer, parts.engine
         self.train_prompts, self.eval_prompts = parts.train_prompts, parts.eval_prompts
         self.reward, self.trainer = parts.reward, parts.trainer
-        self.reference, self.critic = parts.reference, parts.critic
+        self.critic = parts.critic
         self.start, self.drawn = parts.start, parts.drawn
         self.schedule = Schedule(config)
         size = config.rollout.prompts
         self.order = PromptOrder(parts.train_prompts, size, config.seed, config.data.weights)
-        self.rollout_limit = self._gap_limit(sampled=True)
+        self.streams = Streams(
+            config, parts.trainer, parts.reference, parts.critic, parts.engine.samples_from_nucleus
+        )
         settings = configuration.values(config)
         self.recorder = Recorder(self.out, self.start, config.wandb, self.out.name, settings)
         self.monitor = Monitor(config, self.out, self.start)
@@ -155,7 +152,7 @@ class Run:
                 self.model,
                 probes_of(self.train_prompts),
                 self._final_logprobs,
-                self._gap_limit(),
+                GapLimit(self.config.model.compute_dtype, self.config.rollout.max_logprob_gap),
                 self._exact_logprobs if self.config.model.compute_dtype == "bfloat16" else None,
             )
         with self.monitor.stage("probes", self.start):
@@ -173,8 +170,8 @@ class Run:
         collected = self._collect(step, watch)
         self.monitor.check_stop()
         with self.monitor.stage("old_logprobs", step, watch):
-            rollouts, found = self._with_logprobs(collected.rollouts, policy)
-        rollouts = self._with_advantages(rollouts)
+            rollouts, found = self.streams.with_logprobs(collected.rollouts, policy)
+        rollouts = self.streams.with_advantages(rollouts)
         self.monitor.check_stop()
         self.updating = True
         updates = self._update(rollouts, policy, step, watch)
@@ -247,68 +244,6 @@ class Run:
             )
         return collected
 
-    def _with_logprobs(
-        self, rollouts: list[Rollout], policy: Policy
-    ) -> tuple[list[Rollout], dict[str, float]]:
-        """Adds the log-probs that the loss, the advantages and the critic need, as streams, and
-        returns metrics of them. Raises SyncError if the engine has sampled from other weights.
-
-        The stream `old` is left to the update if that can compute it, and nothing else needs it.
-        """
-        loss, forward = self.config.loss, self.trainer.forward
-        everywhere = bool(loss.tis_cap or loss.max_sequence_gap)
-        before = not self.trainer.updates_once or everywhere or self.reference is not None
-        layers, others = policy.layer is not None, (self.reference, self.critic)
-        some = layers or not before
-        passes = progress.parts(before + some + sum(other is not None for other in others))
-        final, compared, found = None, rollouts, dict[str, float]()
-        if before:
-            with next(passes):
-                final = old = forward.token_stats(rollouts, policy)
-            rollouts = compared = with_streams(rollouts, "old", old.logprobs)
-            found["policy/entropy"] = old.mean_entropy()
-        # The engine samples from the final policy, of which phase 1 has no log-probs yet. Those of
-        # some rollouts are enough, unless a setting needs them for every token.
-        if some:
-            wanted = max(FINAL_ROLLOUTS, len(rollouts) // FINAL_FRACTION)
-            compared = rollouts if everywhere else rollouts[:: max(1, len(rollouts) // wanted)]
-            with next(passes):
-                final = forward.token_stats(compared, Policy(None))
-        assert final is not None
-        found |= self._compared_with_engine(compared, final)
-        if everywhere:
-            rollouts = with_streams(rollouts, "final", final.logprobs)
-        if self.reference:
-            with next(passes):
-                reference = self.reference.token_stats(rollouts, policy)
-            rollouts = with_streams(rollouts, "reference", reference.logprobs)
-            found["policy/kl"] = mean_kl(rollouts)
-        if self.critic:
-            with next(passes):
-                rollouts = self.critic.evaluate(rollouts)
-        return rollouts, found
-
-    def _compared_with_engine(
-        self, rollouts: Sequence[Rollout], final: TokenStats
-    ) -> dict[str, float]:
-        """Returns metrics of the final policy. Raises SyncError if it is not the engine's."""
-        mismatch = gap([r.stream("engine") for r in rollouts], final.logprobs)
-        if self.config.rollout.top_p == 1 or not self.engine.samples_from_nucleus:
-            self.rollout_limit.check(mismatch, "log-probs of sampled tokens")
-        return {"final/entropy": final.mean_entropy(), "rollout/logprob_gap": mismatch}
-
-    def _with_advantages(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """Adds the advantages that the update uses, and marks the responses that it leaves out."""
-        config, loss = self.config, self.config.loss
-        rollouts = drop(rollouts, loss.max_sequence_gap, loss.drop_truncated)
-        buffer = config.reward.overlong_buffer
-        rollouts = penalise_length(rollouts, config.rollout.max_new_tokens, buffer)
-        if self.reference and loss.kl_estimator == "k1_reward":
-            rollouts = with_kl_costs(rollouts, loss.kl_coef)
-        critic = config.critic
-        rollouts = estimate(rollouts, config.advantage, critic.gamma, critic.gae_lambda)
-        return rollouts if loss.tis_cap is None else with_importance_weights(rollouts, loss.tis_cap)
-
     def _update(
         self, rollouts: Sequence[Rollout], policy: Policy, step: int, watch: Stopwatch
     ) -> PolicyUpdates:
@@ -377,10 +312,6 @@ class Run:
         self, problems: Sequence[Prompt], samples: int, seed: str
     ) -> list[Rollout]:
         return self._generate(problems, samples, seed, self.config.eval.temperature)
-
-    def _gap_limit(self, sampled: bool = False) -> GapLimit:
-        dtype, fixed = self.config.model.compute_dtype, self.config.rollout.max_logprob_gap
-        return GapLimit(dtype, fixed, sampled)
 
     def _final_logprobs(self, samples: Sequence[Sample]) -> list[Tensor]:
         return self.trainer.forward.token_stats(samples, Policy(None), temperature=1.0).logprobs

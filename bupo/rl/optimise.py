@@ -73,7 +73,7 @@ def optimise(
     An update whose loss or gradient norm is not finite is skipped, and the first tensor that is not
     finite is named. No micro-batch waits for a GPU: losses and metrics are read only after a part.
     """
-    found = [_Sums()]
+    found: list[_Sums] = []
     losses: list[float] = []
     norms: list[float] = []
     changed: set[str] = set()

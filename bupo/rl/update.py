@@ -129,8 +129,8 @@ class _OldStats:
         policy: Policy,
     ) -> None:
         """Computes those of the rollouts that are not trained on."""
-        self._places = {id(r.token_ids): n for n, r in enumerate(rollouts)}
-        self._trained = [self._places[id(r.token_ids)] for r in trained]
+        places = {id(r.token_ids): n for n, r in enumerate(rollouts)}  # copies share this list
+        self._trained = [places[id(r.token_ids)] for r in trained]
         rest = sorted(set(range(len(rollouts))) - set(self._trained))
         stats = forward.token_stats([rollouts[n] for n in rest], policy)
         self._found = dict(zip(rest, zip(stats.logprobs, stats.entropy)))
