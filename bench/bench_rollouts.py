@@ -7,6 +7,7 @@ A random Qwen3 whose head has padded rows is measured as well.
 """
 
 import argparse
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,22 @@ LISTS = "LLM.generate, allowed_token_ids"
 """Keeps padded rows out by a list of the other rows in each request"""
 VOCAB, ROWS = 151669, 151936
 """Tokens of Qwen3, and rows of its head"""
-LENGTHS = (16, 400)
-"""Tokens of the shortest prompt and of the longest; the others are spread evenly"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """Requests that a model answers."""
+
+    prompts: int
+    prompt_tokens: tuple[int, int]
+    """of the shortest prompt and of the longest; the others are spread evenly"""
+    new_tokens: int
+
+    def requests(self, vocab: int) -> list[Prompt]:
+        random = torch.Generator().manual_seed(0)
+        lengths = torch.linspace(*self.prompt_tokens, self.prompts).long().tolist()
+        ids = [torch.randint(5, vocab, (length,), generator=random).tolist() for length in lengths]
+        return [Prompt(n, "", "", tokens, "") for n, tokens in enumerate(ids)]
 
 
 def padded_model(folder: Path) -> None:
@@ -99,19 +114,19 @@ def rows_of(found: list[Way]) -> list[Row]:
     return rows
 
 
-def bars(rows: list[Row]) -> list[str]:
+def verdict(rows: list[Row]) -> str:
+    """Whether the bar of a real model, or of one with a padded head, is met."""
     by_name = {row["name"]: row["x_bare"] for row in rows}
-    lines = [bar(f"{OURS}, x_bare", by_name[OURS], 0.95, least=True)]
     if LISTS in by_name:
-        lines.append(bar(f"{OURS} over {LISTS}", by_name[OURS] / by_name[LISTS], 3, least=True))
-    return lines
+        return bar(f"{OURS} over {LISTS}", by_name[OURS] / by_name[LISTS], 3, least=True)
+    return bar(f"{OURS}, x_bare", by_name[OURS], 0.95, least=True)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a model directory")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--new_tokens", type=int, default=32, help="of the real model")
     parser.add_argument("--batch_size", type=int, default=16, help="max_num_seqs of vLLM")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -119,40 +134,36 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(folder: Path, args: argparse.Namespace) -> list[Row]:
+def measure(folder: Path, load: Load, args: argparse.Namespace) -> list[Row]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    lengths = torch.linspace(*LENGTHS, args.prompts).long().tolist()
-    random = torch.Generator().manual_seed(0)
-    prompts = [
-        Prompt(n, "", "", torch.randint(5, len(tokenizer), (k,), generator=random).tolist(), "")
-        for n, k in enumerate(lengths)
-    ]
-    config = RolloutConfig("vllm", max_new_tokens=args.new_tokens, batch_size=args.batch_size)
-    engine = VllmEngine(str(folder), tokenizer, config, max(lengths), "float32", 0)
-    found = ways(engine, prompts, with_lists=len(tokenizer) == VOCAB)
+    config = RolloutConfig("vllm", max_new_tokens=load.new_tokens, batch_size=args.batch_size)
+    engine = VllmEngine(str(folder), tokenizer, config, load.prompt_tokens[1], "float32", 0)
+    padded = len(tokenizer) == VOCAB
+    found = ways(engine, load.requests(len(tokenizer)), with_lists=padded)
     time_rounds(found, args.rounds)
     engine.close()
     if failed := [f"{way.label}: {way.failed}" for way in found if way.failed]:
         raise SystemExit("; ".join(failed))
-    return rows_of(found)
+    return [dataclasses.asdict(load) | row for row in rows_of(found)]
 
 
 def main() -> int:
     args = parse()
     torch.set_num_threads(args.threads)
-    keys = ("prompts", "new_tokens", "batch_size", "rounds")
+    keys = ("batch_size", "rounds")
     run = environment("cpu", args.threads) | {key: getattr(args, key) for key in keys}
-    run["prompt_tokens"] = list(LENGTHS)
     print_run(run)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as made:
         padded_model(Path(made))
-        models = {"a random Qwen3 with a padded head": Path(made)}
+        # Two new tokens: the lists cost time when a request arrives.
+        loads = {"a random Qwen3 with a padded head": (Path(made), Load(args.prompts, (4, 16), 2))}
         if args.model:
-            models = {args.model.name: args.model} | models
-        for name, folder in models.items():
-            found = measure(folder, args)
-            print(f"{name}:\n" + "\n".join(bars(found)), flush=True)
+            real = Load(args.prompts, (16, 400), args.new_tokens)
+            loads = {args.model.name: (args.model, real)} | loads
+        for name, (folder, load) in loads.items():
+            found = measure(folder, load, args)
+            print(f"{name}:\n{verdict(found)}", flush=True)
             rows += [{"model": name, **row} for row in found]
     print(aligned(rollouts_table([run | row for row in rows])))
     append(args.json, run, rows)

@@ -86,6 +86,19 @@ def merged(
             yield f"{name}.bias", base.bias.detach()
 
 
+def all_weights(model: nn.Module, half: bool = False) -> dict[str, Tensor]:
+    """Returns all weights by name, as in a model without adapters. half: as for merged()."""
+    named = model.named_parameters(remove_duplicate=False)
+    found = {
+        name.replace(".base_layer.", "."): parameter.detach()
+        for name, parameter in named
+        if ".lora_" not in name
+    }
+    if trained := parameters(model):
+        found |= dict(merged(model, trained, half))
+    return found
+
+
 def _dithered(values: Tensor) -> Tensor:
     """Rounds float32 values to ones that bfloat16 has. The random numbers are the same at every
     call, so an entry moves when its sum has moved far enough."""

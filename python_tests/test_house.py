@@ -137,7 +137,7 @@ def needed_at_import(file: Path) -> set[str]:
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found.add(str(node.module).partition(".")[0])
-        elif not isinstance(node, ast.FunctionDef):
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             left += ast.iter_child_nodes(node)  # type: ignore[arg-type]
     return found - sys.stdlib_module_names - {"bupo"}
 
@@ -147,13 +147,14 @@ def test_what_is_imported_at_once_is_a_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.split(r"[<>=;\[ ]", text)[0] for text in project["dependencies"]}
     names = {"yaml": "pyyaml"}
-    by_vllm = ROOT / "bupo/rollouts/vllm_padding.py"  # vLLM loads it, and nothing else
-    assert not any(reaches(file, "bupo.rollouts.vllm_padding") for file in sources(""))
+    by_vllm = {f"bupo.rollouts.vllm_{name}" for name in ("padding", "plugin")}
+    assert not any(reaches(file, *by_vllm) for file in sources(""))
+    late = by_vllm | {"bupo.rollouts.vllm_transfer"}  # a server's engine imports it when it starts
     needed = {
         names.get(name, name): file
         for file in sources("")
         for name in needed_at_import(file)
-        if file != by_vllm
+        if f"bupo.rollouts.{file.stem}" not in late
     }
     assert {"torch", "numpy", "pyyaml"} <= needed.keys()
     assert not {name: file for name, file in needed.items() if name not in declared}
@@ -171,7 +172,7 @@ def test_torch_operators_are_named_in_ops_only() -> None:
             assert "torch.ops" not in file.read_text(encoding="utf-8"), file
 
 
-def test_vllm_is_imported_in_one_file() -> None:
+def test_vllm_is_imported_in_one_place() -> None:
     for file in sources(""):
         found = any(
             name.split(".")[0] == "vllm"
@@ -179,7 +180,7 @@ def test_vllm_is_imported_in_one_file() -> None:
             if isinstance(node, (ast.Import, ast.ImportFrom))
             for name in [getattr(node, "module", None) or "", *(a.name for a in node.names)]
         )
-        assert found == (file.parent.name == "rollouts" and file.name.startswith("vllm")), file
+        assert not found or (file.parent.name == "rollouts" and file.name.startswith("vllm")), file
 
 
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

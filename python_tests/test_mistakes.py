@@ -139,6 +139,18 @@ BAD = {
         ["rollout.vllm={gpu_memory_utilization: 40}"],
         "rollout.vllm.gpu_memory_utilization must be a share above 0 and below 1, got 40",
     ),
+    "servers of another engine": (
+        ["rollout.servers=[http://a:1]"],
+        "rollout.servers needs rollout.engine=vllm_server, got hf",
+    ),
+    "no address of a server": (
+        ["rollout.engine=vllm_server", "rollout.servers=[10.0.0.2:8000]"],
+        "rollout.servers must be addresses such as http://10.0.0.2:8000, got '10.0.0.2:8000'",
+    ),
+    "a server that is not there": (
+        ["rollout.engine=vllm_server", "rollout.servers=[http://127.0.0.1:9]"],
+        "rollout.servers: the vLLM server http://127.0.0.1:9 does not answer",
+    ),
     "vllm option that follows": (
         ["rollout.vllm={seed: 1}"], "rollout.vllm.seed: bupo sets it (seed)"
     ),

@@ -390,13 +390,17 @@ def test_its_memory_is_lent_between_rollouts_and_new_weights(parts, monkeypatch)
     assert told[3:] == [["kv_cache", "weights"], "sleep 1"]
 
 
-def run(out, *overrides):
-    """A program of its own."""
+def command(out, *overrides):
+    """A run in a program of its own, for subprocess."""
     sizes = "task_options={layers: 2, width: 128, warm_steps: 4, eval_problems: 4}"
     settings = [sizes, "rollout.engine=vllm", "optimizer.schedule=constant", "bupo.steps=1"]
-    command = [sys.executable, "-m", "bupo.run", *run_samples.arguments(out), *settings]
+    program = [sys.executable, "-m", "bupo.run", *run_samples.arguments(out), *settings]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([*command, *overrides], capture_output=True, text=True, env=environment)
+    return {"args": [*program, *overrides], "env": environment, "text": True}
+
+
+def run(out, *overrides):
+    done = subprocess.run(**command(out, *overrides), capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = 2 if "rollout.vllm={tensor_parallel_size: 2}" in overrides else 1
     assert f"tensor_parallel_size={ranks}," in (out / "engine.log").read_text()

@@ -12,7 +12,13 @@ from typing import Any
 from bupo import config as configuration
 from bupo.commands.models import ModelFacts, check_place, read_model
 from bupo.commands.sizes import Sizes, measure
-from bupo.commands.sources import Sources, check_engine, check_out, find_sources
+from bupo.commands.sources import (
+    Sources,
+    check_engine,
+    check_out,
+    check_servers,
+    find_sources,
+)
 from bupo.config import AnalysisConfig, Config, ConfigError
 
 ENTROPY_ROWS, LENS_ROWS = 8, 6
@@ -137,6 +143,7 @@ def make_plan(config: AnalysisConfig, out: Path) -> AnalysisPlan:
         for subject in subjects:
             own = tokenise(rows, config, subject.tokenizer, how) if subject.own_tokens else texts
             subject.facts.check(own, config.rollout.max_new_tokens)
+        check_servers(run, sources.model, subjects[0].tokenizer, texts)
     else:
         texts = subjects[0].measurable(texts)
         for other in subjects[1:]:

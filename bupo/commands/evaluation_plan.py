@@ -9,7 +9,13 @@ from typing import Any
 from bupo import config as configuration
 from bupo.commands.models import read_model
 from bupo.commands.sizes import Sizes, measure
-from bupo.commands.sources import Sources, check_engine, check_out, find_sources
+from bupo.commands.sources import (
+    Sources,
+    check_engine,
+    check_out,
+    check_servers,
+    find_sources,
+)
 from bupo.config import Config, ConfigError
 from bupo.types import Prompt
 
@@ -86,6 +92,7 @@ def make_plan(config: Config, out: Path) -> EvaluationPlan:
     check_sources(config.reward, prompts)
     config.eval.check_sources({p.source for p in prompts})
     facts.check(prompts, config.rollout.max_new_tokens)
+    check_servers(config, sources.model, facts.tokenizer, prompts)
     sizes = measure(config, sources.model, max(len(p.token_ids) for p in prompts))
     sets = by_dataset(prompts)
     return EvaluationPlan(config, out, sources, facts.tokenizer, sizes, sets, dropped)

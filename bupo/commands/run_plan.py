@@ -19,7 +19,13 @@ from bupo import hub
 from bupo.commands.fit import memory_of_card, verdict
 from bupo.commands.models import read_model
 from bupo.commands.sizes import Sizes, measure
-from bupo.commands.sources import Sources, check_engine, check_out, find_sources
+from bupo.commands.sources import (
+    Sources,
+    check_engine,
+    check_out,
+    check_servers,
+    find_sources,
+)
 from bupo.config import Config, ConfigError
 
 PROMPTS_FILE = "prompts.sha256"
@@ -141,8 +147,7 @@ def make_plan(config: Config, card: str | None = None) -> RunPlan:
     _refuse_adapters(sources.model)
     facts = read_model(config, sources.model)
     tokenizer, layers = facts.tokenizer, facts.layers
-    measured = config.bupo.auto_layer is not None
-    schedule = None if measured else Schedule(config)
+    schedule = None if config.bupo.auto_layer is not None else Schedule(config)
     if schedule is not None:
         schedule.check(layers, sources.model, facts.tied, config.lora.rank is not None)
     with Display().waiting("reading prompts"):
@@ -159,6 +164,7 @@ def make_plan(config: Config, card: str | None = None) -> RunPlan:
     check_sources(config.reward, [*prompts, *eval_prompts])
     config.eval.check_sources({p.source for p in eval_prompts})
     facts.check([*prompts, *eval_prompts], config.rollout.max_new_tokens)
+    check_servers(config, sources.model, tokenizer, [*prompts, *eval_prompts])
     memory = _memory_of_this_gpu() if card is None else memory_of_card(card)
     sizes_of = partial(
         measure,

@@ -65,6 +65,9 @@ class Sizes:
         return f"about {_size(sum(self.memory.values()))}: {parts}{host}"
 
     def engine_line(self, config: Config) -> str:
+        if config.rollout.engine == "vllm_server":
+            servers = ", ".join(config.rollout.servers)
+            return f"vLLM servers {servers}" if servers else "a vLLM server beside the trainer"
         if self.engine:
             return f"about {_size(self.engine)} for {config.rollout.engine}"
         options = config.rollout.vllm_options(gpu=True)
@@ -321,10 +324,12 @@ def _cache_width(text: Any) -> int:
 
 
 def _engine(config: Config, weights: int, cache: int, gpu: bool) -> int:
-    """Returns the bytes of the rollout engine, or 0 if a setting reserves its memory. weights,
-    cache: those of the model, and of a sequence of full length."""
+    """Returns the bytes of the rollout engine, or 0 if a setting reserves its memory or it is
+    on other devices. weights, cache: those of the model, and of a sequence of full length."""
     rollout = config.rollout
-    if rollout.engine == "vllm":
+    if rollout.engine == "vllm_server" and (gpu or rollout.servers):  # on devices of its own
+        return 0
+    if rollout.engine != "hf":
         options = rollout.vllm_options(gpu)
         ranks = int(options.get("tensor_parallel_size", 1))
         return 0 if gpu else weights + ranks * int(options["kv_cache_memory_bytes"])

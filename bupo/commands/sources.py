@@ -78,10 +78,28 @@ def check_engine(config: Config) -> None:
     """Raises ConfigError for an argument in rollout.vllm that vLLM does not have. If vLLM is not
     installed, the check is left to the engine."""
     rollout = config.rollout
-    if rollout.engine == "vllm" and rollout.vllm and importlib.util.find_spec("vllm"):
-        from bupo.rollouts.vllm import check_options
+    if rollout.engine != "hf" and rollout.vllm and importlib.util.find_spec("vllm"):
+        from bupo.rollouts.vllm_options import check_options
 
         check_options(rollout)
+
+
+def check_servers(config: Config, model: str, tokenizer: Any, prompts: Sequence[Any]) -> None:
+    """Raises ConfigError if one of rollout.servers cannot serve these prompts. model: the folder or
+    hub name of the weights."""
+    rollout, base = config.rollout, hub.base_of(model) or model
+    if rollout.engine != "vllm_server" or not rollout.servers:
+        return
+    import torch
+
+    from bupo.rollouts.vllm_options import arguments
+    from bupo.rollouts.vllm_serving import Server, check_server
+
+    longest, dtype = max(len(p.token_ids) for p in prompts), config.model.compute_dtype
+    gpu = torch.cuda.is_available()
+    given = arguments(base, len(tokenizer), rollout, longest, dtype, config.seed, gpu)
+    for url in rollout.servers:
+        check_server(Server(url), given)
 
 
 def make_engine(
@@ -92,19 +110,25 @@ def make_engine(
     from bupo import adapters
     from bupo.rollouts.hf import HFEngine
     from bupo.rollouts.vllm import VllmEngine
+    from bupo.rollouts.vllm_server import VllmServerEngine
 
     if config.rollout.engine == "hf":
         model = model or load_model(config, source)
         return HFEngine(model, tokenizer, config.rollout, config.model.compute_dtype)
     longest = max(len(p.token_ids) for p in prompts)
     dtype = config.model.compute_dtype
-    log = out / "engine.log"
+    server = config.rollout.engine == "vllm_server"
     base = hub.base_of(source)
-    if base:
+    if base or (server and model is None):
         model = load_model(config, source).cpu()  # the engine needs the memory of the device
-    engine = VllmEngine(base or source, tokenizer, config.rollout, longest, dtype, config.seed, log)
-    if model is not None and (trained := adapters.parameters(model)):
-        engine.load(adapters.merged(model, trained, dtype == "bfloat16"))
+    make = VllmServerEngine if server else VllmEngine
+    given = (base or source, tokenizer, config.rollout, longest, dtype, config.seed)
+    engine: Any = make(*given, out / "engine.log")
+    half = dtype == "bfloat16"
+    if server:  # it may hold any weights
+        engine.load(adapters.all_weights(model, half).items())
+    elif model is not None and (trained := adapters.parameters(model)):
+        engine.load(adapters.merged(model, trained, half))
     return engine
 
 

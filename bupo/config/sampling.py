@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,9 +26,13 @@ OWN = {
 
 @dataclass
 class RolloutConfig(Group, prefix="rollout."):
-    engine: str = setting("hf", choices=("hf", "vllm"))
-    """What generates the responses: hf, generate() of transformers, for any model; or vllm, which
-    is faster for all but the smallest models."""
+    engine: str = setting("hf", choices=("hf", "vllm", "vllm_server"))
+    """What generates the responses: hf, generate() of transformers, for any model; vllm, which is
+    faster for all but the smallest models; or vllm_server, vLLM in other processes, on GPUs or
+    machines of their own."""
+    servers: list[str] = field(default_factory=list)
+    """Addresses of the vLLM servers, for example [http://10.0.0.2:8000], which --dry_run tells how
+    to start. Empty: the run starts one itself, on the GPUs that follow its own."""
     prompts: int = setting(32, at_least=1)
     """Number of prompts in a step."""
     samples: int = setting(8, at_least=1)
@@ -62,6 +67,15 @@ class RolloutConfig(Group, prefix="rollout."):
         super().__post_init__()
         for key in self.vllm:
             require(key not in OWN, f"rollout.vllm.{key}: bupo sets it ({OWN.get(key)})")
+        for url in self.servers:
+            require(
+                self.engine == "vllm_server",
+                f"rollout.servers needs rollout.engine=vllm_server, got {self.engine}",
+            )
+            require(
+                re.fullmatch(r"https?://[^/:]+(:\d+)?/?", url) is not None,
+                f"rollout.servers must be addresses such as http://10.0.0.2:8000, got {url!r}",
+            )
         share = self.vllm.get("gpu_memory_utilization", 0.4)
         if type(share) is not float or not 0 < share < 1:
             key = "rollout.vllm.gpu_memory_utilization"
@@ -80,11 +94,9 @@ class RolloutConfig(Group, prefix="rollout."):
             "enable_chunked_prefill": False,
         }
         if gpu:
-            of_device = {
-                "gpu_memory_utilization": 0.4,
-                "enable_sleep_mode": True,
-                "hf_overrides": {"head_dtype": "float32"},
-            }
+            shared = {"gpu_memory_utilization": 0.4, "enable_sleep_mode": True}
+            of_device = {"hf_overrides": {"head_dtype": "float32"}}
+            of_device |= shared if self.engine == "vllm" else {"gpu_memory_utilization": 0.9}
         everywhere = {"enable_prefix_caching": True, "disable_log_stats": True}
         return everywhere | of_device | self.vllm
 

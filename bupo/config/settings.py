@@ -31,7 +31,7 @@ MAY_CHANGE = (
     *("eval.", "checkpoint.", "reward.workers", "reward.timeout", "rollout.max_logprob_gap"),
     # How the same sums are computed: what an out-of-memory error is cured with
     *("optimizer.micro_batch_tokens", "model.gradient_checkpointing", "model.attn_implementation"),
-    *("rollout.batch_size", "rollout.vllm", "optimizer.place"),
+    *("rollout.batch_size", "rollout.vllm", "rollout.servers", "optimizer.place"),
     # Places; the weights come from the checkpoint, and the prompts are compared by their contents
     *("model.path", "data.train", "data.chat_template"),
 )
@@ -158,10 +158,10 @@ class Config(Group):
                 f"loss.tis_cap needs rollout.top_p=1, got {rollout.top_p}: the log-probs of a "
                 "nucleus belong to another distribution, so the weights would be biased"
             )
-        if rollout.top_p < 1 and loss.max_sequence_gap is not None and rollout.engine == "vllm":
+        if rollout.top_p < 1 and loss.max_sequence_gap is not None and rollout.engine != "hf":
             yield (
-                "loss.max_sequence_gap with rollout.engine=vllm needs rollout.top_p=1, got "
-                f"{rollout.top_p}: vLLM's log-probs are those of the nucleus"
+                f"loss.max_sequence_gap with rollout.engine={rollout.engine} needs "
+                f"rollout.top_p=1, got {rollout.top_p}: vLLM's log-probs are those of the nucleus"
             )
         if loss.kl_estimator == "k1_reward" and self.advantage not in TOKENWISE:
             yield f"loss.kl_estimator=k1_reward needs advantage={' or '.join(TOKENWISE)}"

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-from bupo.rollouts.vllm import SAMPLED_ROWS
+from bupo.rollouts.vllm_options import SAMPLED_ROWS
 
 
 class PaddingMask(LogitsProcessor):

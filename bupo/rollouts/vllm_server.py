@@ -1,0 +1,187 @@
+"""The engine that generates responses with vLLM servers: processes on this machine or on others."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bupo import progress
+from bupo.config import RolloutConfig, RunError, first_line
+from bupo.rollouts.engine import seed_of
+from bupo.rollouts.vllm_options import (
+    SCORING,
+    arguments,
+    check_options,
+    decoder_of,
+    imported,
+    sampling,
+)
+from bupo.rollouts.vllm_serving import LocalServer, Server, check_server
+from bupo.samples import Sample
+from bupo.types import Prompt, Rollout
+
+POLL = 0.5
+"""Seconds between looks at the stop request while responses are generated"""
+
+
+class VllmServerEngine:
+    """Generates with one vLLM server or several, each of which holds a copy of the weights.
+
+    A server batches requests as they arrive, and a batch of another size rounds differently. So the
+    same seed gives the same random numbers, but a run is repeated exactly only up to rounding.
+    """
+
+    samples_from_nucleus = True
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Any,
+        config: RolloutConfig,
+        max_prompt_tokens: int,
+        dtype: str,
+        seed: int,
+        log: Path | None = None,
+    ) -> None:
+        """model: folder or hub name of the weights that a server which this engine starts begins
+        with. log: the file for the output of that server. load() has to be called before anything
+        is generated, because a server may hold any weights."""
+        imported(config.engine)
+        check_options(config)
+        self._config, self._decoder = config, decoder_of(model, tokenizer)
+        vocab, gpu = self._decoder.vocab, torch.cuda.is_available()
+        given = arguments(model, vocab, config, max_prompt_tokens, dtype, seed, gpu)
+        self._limit: int = given["max_model_len"]
+        self._senders: list[Any] = []
+        self._servers = [Server(url) for url in config.servers] or [LocalServer(given, log)]
+        try:
+            self._connect(given, getattr(torch, dtype))
+        except BaseException:  # also Ctrl-C
+            self.close()
+            raise
+
+    def _connect(self, given: dict[str, Any], dtype: torch.dtype) -> None:
+        from bupo.rollouts.vllm_transfer import Sender
+
+        backends = [check_server(server, given) for server in self._servers]
+        with self._one_line("connecting"):
+            for server, backend in zip(self._servers, backends):
+                self._senders.append(Sender(server, backend, dtype))
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        seed: str,
+        stop: Callable[[], bool],
+        temperature: float | None = None,
+    ) -> list[Rollout]:
+        wanted = [(group, p, k) for group, p in enumerate(prompts) for k in range(samples)]
+        eos = self._decoder.eos
+        answers = self._ask(
+            [
+                {
+                    "token_ids": prompt.token_ids,
+                    "sampling_params": sampling(
+                        self._config, eos, seed_of(seed, group, k), temperature
+                    ),
+                }
+                for group, prompt, k in wanted
+            ],
+            stop,
+        )
+        rollouts: list[Rollout] = []
+        for (group, prompt, _), answer in zip(wanted, answers):
+            if answer is not None:
+                made = answer["choices"][0]
+                logprobs = [place["logprob"] for place in made["logprobs"]["content"]]
+                rollouts.append(self._decoder.rollout(group, prompt, made["token_ids"], logprobs))
+        return rollouts
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        weights = list(tensors)  # a transfer begins with the names and shapes of all
+        with self._one_line("loading weights"):
+            for sender in self._senders:
+                sender.send(weights)
+
+    def score(self, samples: Sequence[Sample]) -> list[Tensor]:
+        # One token is generated, so the last token of a full context is left out.
+        limit = self._limit - 1
+        answers = self._ask(
+            [{"token_ids": s.token_ids[:limit], "sampling_params": SCORING} for s in samples]
+        )
+        return [
+            torch.tensor(
+                [
+                    answer["prompt_logprobs"][place][str(sample.token_ids[place])]["logprob"]
+                    for place in sample.positions
+                    if place < limit
+                ]
+            )
+            for sample, answer in zip(samples, answers)
+        ]
+
+    def close(self) -> None:
+        for sender in self._senders:
+            with contextlib.suppress(Exception):  # the server may be gone
+                sender.close()
+        for server in self._servers:
+            server.close()
+
+    def _ask(
+        self, bodies: Sequence[dict[str, Any]], stop: Callable[[], bool] = lambda: False
+    ) -> list[Any]:
+        """The answer to each request, None for those that stop() has left unfinished. The servers
+        get all of them at once, in turn."""
+        return asyncio.run(self._answers(bodies, stop))
+
+    async def _answers(
+        self, bodies: Sequence[dict[str, Any]], stop: Callable[[], bool]
+    ) -> list[Any]:
+        answers: list[Any] = [None] * len(bodies)
+        async with Server.session() as session:
+            places = {
+                asyncio.create_task(self._answer(session, place, body)): place
+                for place, body in enumerate(bodies)
+            }
+            pending = set(places)
+            try:
+                while pending:
+                    done, pending = await asyncio.wait(
+                        pending, timeout=POLL, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    for task in done:
+                        answers[places[task]] = task.result()
+                        progress.report(1 - len(pending) / len(bodies))
+                    if stop():
+                        break
+            finally:  # a closed connection makes the server drop its request
+                for task in pending:
+                    task.cancel()
+                await asyncio.gather(*places, return_exceptions=True)
+        return answers
+
+    async def _answer(self, session: Any, place: int, body: dict[str, Any]) -> Any:
+        server = self._servers[place % len(self._servers)]
+        answer = await server.ask(session, "inference/v1/generate", body)
+        server.check_weights(answer)
+        return answer
+
+    @contextmanager
+    def _one_line(self, doing: str) -> Iterator[None]:
+        """Inside, an exception becomes a RunError of one line."""
+        try:
+            yield
+        except RunError:
+            raise
+        except Exception as error:  # of gloo or NCCL
+            raise RunError(
+                f"rollout.engine=vllm_server failed while {doing}: {first_line(error)}"
+            ) from error
