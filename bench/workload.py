@@ -1,14 +1,16 @@
-"""What bench_train_step.py trains: a random Qwen3 and its tokenizer, prompts and a reward; and how
-it measures a step.
+"""What bench_train_step.py trains: a random Qwen3 and its tokenizer, or a real model; prompts and a
+reward; and how it measures a step.
 
-No response ends before its last token: one entry of the hidden states is the same positive number
-for every token, and only the head's row of the end of sequence reads it, so that its logit is far
-below all others.
+No response ends before its last token. In the random model, one entry of the hidden states is the
+same positive number for every token, and only the head's row of the end of sequence reads it, so
+that its logit is far below all others. The real model is told to end at a token that it never uses.
 """
 
 import dataclasses
 import json
+import os
 import random
+import string
 import time
 import zlib
 from collections.abc import Sequence
@@ -19,9 +21,11 @@ from measure import ResidentMemory
 from real_models import random_qwen3
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 PAD, EOS = 0, 1
+UNUSED = "<repo_name>"
+"""A token of SmolLM2 that marks places in code"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Size:
     updates: int = 2  # optimiser updates a step
     micro_rollouts: int = 8  # of the longest prompts, a micro-batch
     lr: float = 1e-6
+    model: str = "random Qwen3"
+    engine: str = "hf"
 
     @property
     def rollouts(self) -> int:
@@ -58,7 +64,10 @@ def prompts(size: Size) -> list[str]:
     rng = random.Random(0)
     short, long = size.prompt_tokens
     lengths = [short + (long - short) * n // max(size.prompts - 1, 1) for n in range(size.prompts)]
-    return [" ".join(f"w{rng.randrange(2, size.vocab)}" for _ in range(n)) for n in lengths]
+    words = [f"w{n}" for n in range(2, size.vocab)]
+    if size.model != Size.model:
+        words = list(string.ascii_lowercase)  # a token each
+    return [" ".join(rng.choices(words, k=n)) for n in lengths]
 
 
 def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -67,13 +76,31 @@ def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
 
 
 def write(size: Size, folder: Path) -> None:
-    """Writes model and tokenizer, and the prompts in bupo's format."""
+    """Writes a random model and its tokenizer, and the prompts in bupo's format."""
     words = ["<pad>", "<eos>", *(f"w{n}" for n in range(2, size.vocab))]
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "eos_token": "<eos>"}
     PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
     _model(size).save_pretrained(folder)
+    _write_prompts(size, folder)
+
+
+def write_real(real: Path, size: Size, folder: Path) -> Size:
+    """Writes the same with the SmolLM2 of a folder. Returns its size."""
+    os.symlink((real / "model.safetensors").resolve(), folder / "model.safetensors")
+    tokenizer, config = AutoTokenizer.from_pretrained(real), AutoConfig.from_pretrained(real)
+    tokenizer.eos_token = UNUSED
+    config.eos_token_id = tokenizer.eos_token_id
+    for part in (tokenizer, config, GenerationConfig.from_model_config(config)):
+        part.save_pretrained(folder)
+    shape = {"layers": config.num_hidden_layers, "width": config.hidden_size}
+    size = dataclasses.replace(size, model=real.name, vocab=config.vocab_size, **shape)
+    _write_prompts(size, folder)
+    return size
+
+
+def _write_prompts(size: Size, folder: Path) -> None:
     rows = [
         {"prompt": text, "data_source": "bench", "reward_model": {"ground_truth": ""}}
         for text in prompts(size)

@@ -32,7 +32,15 @@ def test_a_small_run_without_trl(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     options = [f"--{k}={getattr(SMALL, k)}" for k in ("layers", "width", "vocab", "prompts")]
     options += [f"--{k}={getattr(SMALL, k)}" for k in ("samples", "new_tokens", "micro_rollouts")]
-    options += ["--prompt_tokens", "3", "6", "--rounds=1", "--steps=1", f"--trl_path={tmp_path}"]
+    options += [
+        "--prompt_tokens",
+        "3",
+        "6",
+        "--engines=hf",
+        "--rounds=1",
+        "--steps=1",
+        f"--trl_path={tmp_path}",
+    ]
     command = [sys.executable, "bench/bench_train_step.py", f"--json={file}", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -81,10 +89,11 @@ def test_ratios_and_bars() -> None:
     bench.add_ratios(rows)
     assert rows[1]["x_bupo_step"] == 1.5 and rows[1]["x_bupo_without_rollout"] == 2.0
     verdicts = [line.strip().split(":")[0] for line in bench.bars(rows)]
-    assert verdicts == ["met", "met", "NOT MET"]
-    rows = [row_of(bench.OURS, 4.0), row_of(bench.PEER, 4.9)]
+    assert verdicts == ["met", "NOT MET", "NOT MET"]
+    rows = [row_of(bench.OURS, 4.0), row_of(bench.PEER, 4.9), row_of("phase 1", 3.1, layer=1)]
     bench.add_ratios(rows)
-    assert "NOT MET: without_rollout, TRL / bupo = 1.45, bar >= 1.5" in bench.bars(rows)
+    assert "NOT MET: without_rollout, TRL / bupo = 1.45, bar >= 2" in bench.bars(rows)
+    assert "NOT MET: without_rollout, phase 1 / bupo = 0.55, bar <= 0.5" in bench.bars(rows)
     for broken in (0, 1):
         rows = [row_of(bench.OURS, 4.0), row_of(bench.PEER, 6.0)]
         rows[broken] = {"name": rows[broken]["name"], "layer": None, "failed": "out of memory"}
