@@ -129,6 +129,7 @@ def _train_step_table(rows: list[Row]) -> str:
             ratios = figures(row, ".2f", *(f"x_bupo_{key}" for key in (*totals, "peak_mib")))
             cells.append([f"{row['name']} / bupo", *[None] * len(stages), *ratios])
     titles = ["seconds", *stages, "step", "all but rollout", "CPU seconds", "peak MiB"]
+    spared = "; TRL hands no new weights to vLLM" if run["engine"] == "vllm" else ""
     return (
         f"{table(titles, cells)}\n\n"
         f"{run['model']}, rollouts by {run['engine']}: {run['layers']} layers of width "
@@ -137,7 +138,7 @@ def _train_step_table(rows: list[Row]) -> str:
         f"tokens x {run['samples']} rollouts of {run['new_tokens']} tokens, {run['updates']} "
         f"updates, {run['micro_rollouts']} rollouts a micro-batch; float32, {run['threads']} "
         f"threads of {run['cpu']}; torch {run['torch']}, transformers {run['transformers']}, TRL "
-        f"{run['trl']}, {run['date'][:10]}; medians."
+        f"{run['trl']}, {run['date'][:10]}; medians{spared}."
     )
 
 

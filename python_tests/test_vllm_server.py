@@ -133,13 +133,21 @@ def test_a_server_for_another_run_is_refused(parts):
     assert vllm_serving.check_server(Server(url), right) == vllm_serving.GLOO
     other = right | {"additional_config": {options.SHAPE: "llama with 2 layers"}}
     for changed, message in (
-        (other, "serves qwen3 with 3 layers of width 128 .*, but the run needs llama with 2 lay"),
+        (
+            other,
+            "serves qwen3 with 3 layers of width 128 and 259 of .*, but the run needs llama with 2",
+        ),
         (arguments(longest=401), "takes 412 tokens, but prompt and response have up to 413; start"),
-        (arguments(dtype="bfloat16"), "has dtype=float32, but the run needs bfloat16; start it by"),
+        (
+            arguments(dtype="bfloat16"),
+            "has dtype=float32, but the run needs bfloat16; start it with",
+        ),
     ):
         with pytest.raises(ConfigError, match=rf"^rollout.servers: {url} {message}"):
             vllm_serving.check_server(Server(url), changed)
-    with pytest.raises(ConfigError, match=r"does not answer .* start it by: VLLM_SERVER_DEV_MODE"):
+    with pytest.raises(
+        ConfigError, match=r"does not answer .* start it with: VLLM_SERVER_DEV_MODE"
+    ):
         vllm_serving.check_server(Server("http://127.0.0.1:9"), right)
 
 
@@ -153,7 +161,7 @@ def test_a_server_that_was_lost(parts, prompts, monkeypatch, tmp_path):
     config = dataclasses.replace(SERVER, servers=[url])
     with pytest.raises(ConfigError) as refused:
         VllmServerEngine(folder, tokenizer, config, *given[2:])
-    line = str(refused.value).partition("start it by: ")[2]
+    line = str(refused.value).partition("start it with: ")[2]
     line = line.replace("python", sys.executable, 1).replace("0.0.0.0", "127.0.0.1")
 
     def start():
@@ -176,7 +184,9 @@ def test_a_server_that_was_lost(parts, prompts, monkeypatch, tmp_path):
         engine.load(adapters.all_weights(model).items())
         killed = threading.Timer(1, os.killpg, (server.pid, signal.SIGKILL))
         killed.start()
-        with pytest.raises(RunError, match=f"server {url} does not answer .*; tried for 0 s"):
+        with pytest.raises(
+            RunError, match=f"server {url} does not answer .* for 0 s; start it again, then resume"
+        ):
             while True:
                 engine.generate(prompts, 64, "seed", never)
         server.wait()

@@ -108,7 +108,7 @@ def make_plan(config: AnalysisConfig, out: Path) -> AnalysisPlan:
     Raises ConfigError with one line."""
     check_out(out)
     if (out / "config.yaml").is_file():
-        changed = configuration.changes_since(out / "config.yaml", config, ())
+        changed = configuration.changes_since(out / "config.yaml", config, ("rollout.servers",))
         if changed:
             raise ConfigError(
                 f"out={out} holds an analysis with different settings ({'; '.join(changed)}); "

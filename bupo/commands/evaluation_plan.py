@@ -24,6 +24,7 @@ TRAINING = (
     *("bupo.", "loss.", "critic.", "optimizer.", "checkpoint.", "watchdog.", "diagnostics."),
     *("lora.", "model.gradient_checkpointing"),
     *("data.train", "data.weights", "data.limit", "rollout.prompts", "rollout.samples", "wandb"),
+    "rollout.servers",
 )
 """Keys, or beginnings of keys, that no evaluation reads"""
 

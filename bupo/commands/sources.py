@@ -88,18 +88,21 @@ def check_servers(config: Config, model: str, tokenizer: Any, prompts: Sequence[
     """Raises ConfigError if one of rollout.servers cannot serve these prompts. model: the folder or
     hub name of the weights."""
     rollout, base = config.rollout, hub.base_of(model) or model
-    if rollout.engine != "vllm_server" or not rollout.servers:
+    if rollout.engine != "vllm_server":
         return
     import torch
 
-    from bupo.rollouts.vllm_options import arguments
-    from bupo.rollouts.vllm_serving import Server, check_server
+    from bupo.rollouts.vllm_options import arguments, imported
+    from bupo.rollouts.vllm_serving import Server, check_server, gpus
 
+    imported(rollout.engine)
     longest, dtype = max(len(p.token_ids) for p in prompts), config.model.compute_dtype
     gpu = torch.cuda.is_available()
     given = arguments(base, len(tokenizer), rollout, longest, dtype, config.seed, gpu)
     for url in rollout.servers:
         check_server(Server(url), given)
+    if not rollout.servers:
+        gpus(given)
 
 
 def make_engine(
@@ -125,10 +128,14 @@ def make_engine(
     given = (base or source, tokenizer, config.rollout, longest, dtype, config.seed)
     engine: Any = make(*given, out / "engine.log")
     half = dtype == "bfloat16"
-    if server:  # it may hold any weights
-        engine.load(adapters.all_weights(model, half).items())
-    elif model is not None and (trained := adapters.parameters(model)):
-        engine.load(adapters.merged(model, trained, half))
+    try:
+        if server:  # it may hold any weights
+            engine.load(adapters.all_weights(model, half).items())
+        elif model is not None and (trained := adapters.parameters(model)):
+            engine.load(adapters.merged(model, trained, half))
+    except BaseException:  # also Ctrl-C
+        engine.close()
+        raise
     return engine
 
 

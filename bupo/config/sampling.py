@@ -31,8 +31,9 @@ class RolloutConfig(Group, prefix="rollout."):
     faster for all but the smallest models; or vllm_server, vLLM in other processes, on GPUs or
     machines of their own."""
     servers: list[str] = field(default_factory=list)
-    """Addresses of the vLLM servers, for example [http://10.0.0.2:8000], which --dry_run tells how
-    to start. Empty: the run starts one itself, on the GPUs that follow its own."""
+    """Addresses of the vLLM servers, for example [http://10.0.0.2:8000]; --dry_run prints the
+    command that starts one which does not answer. Empty: the run starts a server itself, on the
+    next GPU, or the next n with rollout.vllm={tensor_parallel_size: n}."""
     prompts: int = setting(32, at_least=1)
     """Number of prompts in a step."""
     samples: int = setting(8, at_least=1)
@@ -51,17 +52,19 @@ class RolloutConfig(Group, prefix="rollout."):
     many (max_num_seqs) at a time: one that ends makes room for the next."""
     deterministic: bool = True
     """For vllm: whether each response has its own random numbers, so that the same seed gives the
-    same responses and a resumed run is exact. false: vLLM draws for all responses at once, which is
-    faster; a resumed run is then as good as the first, but not the same."""
+    same responses and a resumed run is exact (with vllm_server, except for rounding). false: vLLM
+    draws for all responses at once, which is faster; a resumed run is then as good as the first,
+    but not the same."""
     max_logprob_gap: float | None = setting(None, above=0)
     """The run stops when log-probs of the engine and of the trainer differ by more than this (nats,
     mean over tokens). null: a few times the gap before the first update, when both have the same
     weights."""
     vllm: dict[str, Any] = field(default_factory=dict)
     """Arguments of vLLM's LLM, for example {tensor_parallel_size: 2}. They are added to the
-    defaults: on a GPU {gpu_memory_utilization: 0.4, enable_sleep_mode: true}, which lends the
-    engine's memory to the update, and {hf_overrides: {head_dtype: float32}}, which keeps logits
-    unrounded as in training; on a CPU {kv_cache_memory_bytes: 1073741824}."""
+    defaults: on a GPU {hf_overrides: {head_dtype: float32}}, which keeps logits unrounded as in
+    training, and {gpu_memory_utilization: 0.4, enable_sleep_mode: true}, which lends the engine's
+    memory to the update, or {gpu_memory_utilization: 0.9} for vllm_server; on a CPU
+    {kv_cache_memory_bytes: 1073741824}."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

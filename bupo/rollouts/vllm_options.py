@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import os
 import warnings
 from typing import Any
@@ -21,6 +23,9 @@ SAMPLED_ROWS = "bupo_sampled_rows"
 """Key of vLLM's additional_config: the number of rows of the head that have a token"""
 SHAPE = "bupo_shape"
 """Key of the same: the shape of the model, by which a server for another one is recognised"""
+
+UNCOMPARED = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""Entries of config.json that models of the same shape may differ in"""
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so no weights are sent
@@ -47,7 +52,7 @@ def check_version(version: str) -> None:
     """Warns of a version of vLLM that was not tested: engine calls of bupo may have changed."""
     if not version.startswith(f"{TESTED}."):
         warnings.warn(
-            f"rollout.engine=vllm: bupo was tested with vLLM {TESTED}, not with {version}; if the "
+            f"bupo was tested with vLLM {TESTED}, not with {version}; if the "
             "engine fails or sync/logprob_gap is large, install the tested version",
             stacklevel=3,
         )
@@ -92,7 +97,7 @@ def refuse_experts(shape: Any) -> None:
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     if any((getattr(shape, name, None) or 0) > 1 for name in names):
         raise ConfigError(
-            f"rollout.engine=vllm on a CPU cannot load new weights into a mixture of experts "
+            f"vLLM on a CPU cannot load new weights into a mixture of experts "
             f"({shape.model_type}); use rollout.engine=hf, or a GPU"
         )
 
@@ -111,9 +116,11 @@ def arguments(
     shape, padding = shape_of(model), {}
     if shape.vocab_size > vocab:
         padding = {"logits_processors": ["bupo.rollouts.vllm_padding:PaddingMask"]}
+    facts = {k: v for k, v in shape.to_diff_dict().items() if k not in UNCOMPARED}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     text = (
         f"{shape.model_type} with {shape.num_hidden_layers} layers of width {shape.hidden_size} "
-        f"and a vocabulary of {shape.vocab_size}"
+        f"and {vocab} of {shape.vocab_size} tokens (configuration {digest[:8]})"
     )
     return {
         "model": model,

@@ -1,4 +1,5 @@
-"""Tells vLLM of the transfer engine for CPUs; loaded in each of its processes (pyproject.toml)."""
+"""Registers the transfer engine for CPUs with vLLM, which loads this in each of its processes
+(entry point in pyproject.toml)."""
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 

@@ -50,8 +50,8 @@ class VllmServerEngine:
         seed: int,
         log: Path | None = None,
     ) -> None:
-        """model: folder or hub name of the weights that a server which this engine starts begins
-        with. log: the file for the output of that server. load() has to be called before anything
+        """model: folder or hub name of the weights with which a server begins that this engine
+        starts. log: the file for the output of that server. load() has to be called before anything
         is generated, because a server may hold any weights."""
         imported(config.engine)
         check_options(config)
@@ -95,6 +95,7 @@ class VllmServerEngine:
                 }
                 for group, prompt, k in wanted
             ],
+            [group for group, _, _ in wanted],
             stop,
         )
         rollouts: list[Rollout] = []
@@ -115,7 +116,8 @@ class VllmServerEngine:
         # One token is generated, so the last token of a full context is left out.
         limit = self._limit - 1
         answers = self._ask(
-            [{"token_ids": s.token_ids[:limit], "sampling_params": SCORING} for s in samples]
+            [{"token_ids": s.token_ids[:limit], "sampling_params": SCORING} for s in samples],
+            range(len(samples)),
         )
         return [
             torch.tensor(
@@ -136,20 +138,23 @@ class VllmServerEngine:
             server.close()
 
     def _ask(
-        self, bodies: Sequence[dict[str, Any]], stop: Callable[[], bool] = lambda: False
+        self,
+        bodies: Sequence[dict[str, Any]],
+        groups: Sequence[int],
+        stop: Callable[[], bool] = lambda: False,
     ) -> list[Any]:
-        """The answer to each request, None for those that stop() has left unfinished. The servers
-        get all of them at once, in turn."""
-        return asyncio.run(self._answers(bodies, stop))
+        """The answer to each request, None for those that stop() has left unfinished. groups: the
+        server depends on the group, so that each prompt is read by one server."""
+        return asyncio.run(self._answers(bodies, groups, stop))
 
     async def _answers(
-        self, bodies: Sequence[dict[str, Any]], stop: Callable[[], bool]
+        self, bodies: Sequence[dict[str, Any]], groups: Sequence[int], stop: Callable[[], bool]
     ) -> list[Any]:
         answers: list[Any] = [None] * len(bodies)
-        async with Server.session() as session:
+        async with Server.session(at_once=2 * self._config.batch_size) as session:
             places = {
-                asyncio.create_task(self._answer(session, place, body)): place
-                for place, body in enumerate(bodies)
+                asyncio.create_task(self._answer(session, group, body)): place
+                for place, (group, body) in enumerate(zip(groups, bodies))
             }
             pending = set(places)
             try:
@@ -168,10 +173,10 @@ class VllmServerEngine:
                 await asyncio.gather(*places, return_exceptions=True)
         return answers
 
-    async def _answer(self, session: Any, place: int, body: dict[str, Any]) -> Any:
-        server = self._servers[place % len(self._servers)]
+    async def _answer(self, session: Any, group: int, body: dict[str, Any]) -> Any:
+        server = self._servers[group % len(self._servers)]
         answer = await server.ask(session, "inference/v1/generate", body)
-        server.check_weights(answer)
+        server.check(answer)
         return answer
 
     @contextmanager
@@ -179,9 +184,11 @@ class VllmServerEngine:
         """Inside, an exception becomes a RunError of one line."""
         try:
             yield
-        except RunError:
-            raise
+        except RunError as error:
+            way = "" if "resume" in str(error) else "; start it again, then resume the run"
+            raise RunError(f"{error}{way}") from None
         except Exception as error:  # of gloo or NCCL
             raise RunError(
-                f"rollout.engine=vllm_server failed while {doing}: {first_line(error)}"
+                f"rollout.engine=vllm_server failed while {doing}: {first_line(error)}; start the "
+                "servers again, then resume the run"
             ) from error

@@ -1,18 +1,19 @@
-"""Carries the trainer's weights to vLLM servers, by vLLM's interface for the transfer of weights.
+"""Sends the trainer's weights to vLLM servers through vLLM's API for the transfer of weights.
 
-Servers with GPUs receive them by NCCL (vLLM's transfer engine `nccl`). vLLM has none for a CPU, so
-this module adds one, which broadcasts by gloo over TCP. vLLM finds it by the entry point in
-pyproject.toml and loads this module in each of its processes.
+Servers with GPUs receive them by NCCL (vLLM's transfer engine `nccl`). vLLM has no transfer engine
+for CPUs, so this module adds one, which broadcasts by gloo over TCP. vLLM finds it by the entry
+point in pyproject.toml and loads this module in each of its processes.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from threading import Thread
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import torch
@@ -28,6 +29,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
+from bupo.config import RunError
 from bupo.rollouts.vllm_serving import NCCL, Server
 
 TIMEOUT = timedelta(minutes=2)
@@ -105,43 +107,84 @@ class GlooWeightTransferEngine(NCCLWeightTransferEngine):
             _broadcast(self._group, tensor)
             model.load_weights([(name, tensor)])
 
+    def shutdown(self) -> None:
+        self._group = None
+
 
 class GlooSender:
     """The side of the trainer, with the methods of vLLM's TrainerWeightTransferEngine."""
 
-    def __init__(self, client: Any, source: Source, address: str, world_size: int) -> None:
-        self._client, self._source = client, source
+    def __init__(self, server: Server, source: Source, address: str, world_size: int) -> None:
+        self._server, self._source = server, source
         # Port 0: any that is free.
         self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-        init = asdict(GlooInit(address, self._store.port, world_size))
-        with ThreadPoolExecutor(1) as thread:  # the workers wait for this side to join
-            answer = thread.submit(client.init_weight_transfer_engine, init)
-            self._group = _gloo(self._store, 0, address, world_size)
-            answer.result()
+        init = GlooInit(address, self._store.port, world_size)
+        joining = _beside(lambda: _gloo(self._store, 0, address, world_size))
+        try:
+            server.init_weight_transfer_engine(asdict(init))
+        except RunError as error:
+            raise RunError(
+                f"{error}; the server has to reach this machine at {address}, at port {init.port} "
+                "and those that gloo chooses: does a firewall stop it?"
+            ) from None
+        self._group = joining.result()
 
     def send_weights(self) -> None:
-        """Sends the weights of the source and returns when the server computes with them."""
+        """Sends the weights of the source, and returns once the server uses them."""
         described = self._source.metadata()
         update = NCCLWeightTransferUpdateInfo(
             names=[m.name for m in described],
             dtype_names=[str(m.dtype).removeprefix("torch.") for m in described],
             shapes=[list(m.shape) for m in described],
         )
-        self._client.start_weight_update()
-        with ThreadPoolExecutor(1) as thread:
-            answer = thread.submit(self._client.update_weights, asdict(update))
-            for _, tensor in self._source:
-                if answer.done():  # it has refused them, so nobody would receive the next one
-                    break
-                _broadcast(self._group, tensor)
-            answer.result()
-        self._client.finish_weight_update()
+        self._server.start_weight_update()
+        sending = _beside(self._broadcast_all)
+        self._server.update_weights(asdict(update))
+        sending.result()
+        self._server.finish_weight_update()
+
+    def _broadcast_all(self) -> None:
+        for _, tensor in self._source:
+            _broadcast(self._group, tensor)
 
     def shutdown(self) -> None:
         self._group.shutdown()
 
 
-def _nccl_sender(client: Any, source: Source, address: str, world_size: int) -> Any:
+def _beside(work: Callable[[], Any]) -> Future[Any]:
+    """Starts work that needs the server to do its part at the same time. If the server refuses, the
+    thread is left behind, and does not keep the program from ending."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
+
+
+class _NcclServer:
+    """A server as NCCL's sender needs it: if an update fails there, the broadcast here, which would
+    wait for ever, is aborted."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.sender = server, cast(Any, None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.server, name)
+
+    def update_weights(self, update_info: Any) -> None:
+        try:
+            self.server.update_weights(update_info)
+        except RunError:
+            self.sender.shutdown()
+            raise
+
+
+def _nccl_sender(server: Server, source: Source, address: str, world_size: int) -> Any:
     """Returns vLLM's own sender for servers with GPUs."""
     from vllm.distributed.weight_transfer.nccl_engine import (
         NCCLTrainerInitInfo,
@@ -152,9 +195,15 @@ def _nccl_sender(client: Any, source: Source, address: str, world_size: int) -> 
         free.bind((address, 0))
         port = free.getsockname()[1]
     init = NCCLTrainerInitInfo(
-        master_address=address, master_port=port, world_size=world_size, rank=0
+        master_address=address,
+        master_port=port,
+        world_size=world_size,
+        packed_buffer_size_bytes=128 << 20,
+        rank=0,
     )
-    return NCCLTrainerWeightTransferEngine.trainer_init(init, client=client, source=source)
+    client: Any = _NcclServer(server)
+    client.sender = NCCLTrainerWeightTransferEngine.trainer_init(init, client=client, source=source)
+    return client.sender
 
 
 class Sender:
@@ -171,11 +220,14 @@ class Sender:
         self._sender: Any = make(server, self._source, address, world_size)
 
     def send(self, weights: list[tuple[str, Tensor]]) -> None:
-        """Sends weights and returns when the server computes with them."""
+        """Sends weights, and returns once the server uses them."""
         self._source.weights = weights
+        if torch.cuda.is_available():  # NCCL's streams do not wait for the one that made them
+            torch.cuda.current_stream().synchronize()
         self._sender.send_weights()
         self._source.weights = []
 
     def close(self) -> None:
+        if not self._server.ended():
+            self._server.disconnect()
         self._sender.shutdown()
-        self._server.call("shutdown_weight_transfer_engine", {})
