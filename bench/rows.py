@@ -27,10 +27,18 @@ def read(file: Path) -> list[Row]:
 
 
 def newest(file: Path) -> list[Row]:
-    """The rows of the last run in a file; none without the file."""
+    """The rows of the last run of each case in a file, the case of the last run at the end; none
+    without the file. A case is a model and an engine, where rows name them."""
     rows = read(file) if file.exists() else []
-    last = max((row["date"] for row in rows), default="")
-    return [row for row in rows if row["date"] == last]
+    last: dict[tuple[str | None, ...], str] = {}
+    for row in sorted(rows, key=lambda row: str(row["date"])):
+        last[_case(row)] = row["date"]
+    named = {case: date for case, date in last.items() if any(case)} or last
+    return [row for row in rows if named.get(_case(row)) == row["date"]]
+
+
+def _case(row: Row) -> tuple[str | None, ...]:
+    return row.get("model"), row.get("engine")
 
 
 def append(file: Path | None, run: Row, rows: Iterable[Row]) -> None:
