@@ -6,13 +6,16 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from bupo import ranks
+
 
 def first_bad(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
     """Returns `NAME: 3 of 4096 values are not finite` for the first such tensor, or None."""
     for name, tensor in tensors:
         if tensor is None:
             continue
-        bad = tensor.numel() - int(tensor.detach().isfinite().sum())
+        rows = ranks.local(tensor.detach())
+        bad = rows.numel() - int(rows.isfinite().sum())
         if bad:
             return f"{name}: {bad} of {tensor.numel()} values are not finite"
     return None

@@ -121,11 +121,19 @@ def micro_batches(
     *,
     pad: int = 0,
     equal_lengths: bool = False,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
     """Yields batches of samples of similar length, the longest last. A batch has at most `tokens`
     tokens with padding, or one sample. equal_lengths: only samples of the same length share a
-    batch, so that nothing is padded."""
+    batch, so that nothing is padded.
+
+    rank, world: yields the share of this rank, every world-th batch. All ranks get the same number
+    of batches, about equally many tokens, and the last batch may be an empty one.
+    """
     lengths = [len(sample.token_ids) for sample in samples]
+    if world > 1 and samples:
+        tokens = min(tokens, max(max(lengths), -(-sum(lengths) // world)))
     groups: list[list[int]] = []
     for i in sorted(range(len(samples)), key=lambda i: (lengths[i], i)):
         fits = bool(groups) and (len(groups[-1]) + 1) * lengths[i] <= tokens
@@ -133,8 +141,18 @@ def micro_batches(
             groups[-1].append(i)
         else:
             groups.append([i])
-    for members in groups:
-        yield _batch([samples[i] for i in members], members, device, pad)
+    for place in range(rank, -(-len(groups) // world) * world, world):
+        if place < len(groups):
+            members = groups[place]
+            yield _batch([samples[i] for i in members], members, device, pad)
+        else:
+            yield _batch([_empty(samples[0])], [], device, pad)
+
+
+def _empty(sample: Sample) -> Sample:
+    """Returns a short sample without counted tokens that has the same streams."""
+    ids, streams = sample.token_ids[:2], {name: x[:0] for name, x in sample.streams.items()}
+    return replace(sample, token_ids=ids, loss_mask=[False] * len(ids), streams=streams)
 
 
 def _batch(

@@ -20,6 +20,8 @@ from typing import TextIO
 class _Terminal(io.TextIOBase):
     """Standard error, as it was before any redirection."""
 
+    muted = False
+    """Whether nothing is printed, because another rank speaks for this one"""
     aside: TextIO | None = None
     """The stream that reaches it while libraries' output is redirected"""
     above: Callable[[str], object] | None = None
@@ -30,6 +32,8 @@ class _Terminal(io.TextIOBase):
         """Held while `aside` is used or changed, because a live display has a thread of its own"""
 
     def write(self, text: str) -> int:
+        if self.muted:
+            return len(text)
         with self.lock, self._if_someone_listens(stream := self.aside or sys.stderr):
             stream.write(text)
         return len(text)

@@ -140,9 +140,11 @@ class RolloutEngine(Protocol):
         seed: str,
         stop: Callable[[], bool],
         temperature: float | None = None,
+        groups: Sequence[int] | None = None,
     ) -> list[Rollout]:
         """Returns `samples` responses of the final policy to every prompt, grouped by prompt.
 
+        groups: the number of each prompt, on which the seeds depend; None: 0, 1, ...
         temperature: replaces rollout.temperature; at 0 the likeliest token is taken, and log-probs
         are those at temperature 1. The result depends only on weights, prompts and seed. Once
         stop() is true, returns early with the responses that it has. Calls progress.report.

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from rl_samples import random_rollouts, small_model
+from safetensors.torch import load_file, save_file
 from update_samples import with_empty_response
 
 from bupo.config import Config, CriticConfig, OptimizerConfig, RolloutConfig
+from bupo.rl.checkpoint import contiguous
 from bupo.rl.critic import Critic, explained_variance
 from bupo.samples import with_streams
 
@@ -197,7 +199,9 @@ def test_saved_and_loaded(tmp_path, tied):
     rollouts = prepared()
     critic = make_critic(small_model(tied=tied), lr=1e-3)
     critic.update(rollouts, 1)
-    critic.save(tmp_path / "critic")
+    (tmp_path / "critic").mkdir()
+    for file, tensors in critic.whole_state().items():
+        save_file(contiguous(tensors), tmp_path / "critic" / file)
     again = make_critic(small_model(tied=tied), lr=1e-3)
     again.load(tmp_path / "critic")
     for step in (2, 3):
@@ -205,8 +209,6 @@ def test_saved_and_loaded(tmp_path, tied):
     for (name, a), b in zip(critic.parameters().items(), again.parameters().values()):
         assert torch.equal(a, b), name
     torn = tmp_path / "critic/critic.safetensors"
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(torn)
     tensors.pop("head.bias")
     save_file(tensors, torn)

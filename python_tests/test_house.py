@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ROOMS = {
     "types": {"samples"},
-    "finite": set(),
+    "finite": {"ranks"},
+    "ranks": {"config"},
     "samples": set(),
     "progress": set(),
     "terminal": set(),
@@ -25,7 +26,7 @@ ROOMS = {
     "data": {"config", "types", "hub", "progress"},
     "rewards": {"config", "types", "progress"},
     "rollouts": {"config", "types", "samples", "policy", "terminal", "progress"},
-    "runlog": {"config", "types", "terminal", "progress"},
+    "runlog": {"config", "types", "terminal", "progress", "ranks"},
     "evaluation": {"config", "types", "progress"},
     "report": {"internal", "runlog"},
     "tasks": {"config", "hub", "progress"},

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
+import re
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +15,8 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from bupo import config as configuration
+from bupo import ranks
+from bupo.commands.run_lock import check_one_process
 from bupo.config import ConfigError, RunError, first_line
 from bupo.terminal import TERMINAL, printable
 
@@ -49,6 +55,8 @@ class Command(Generic[AnyPlan]):
     """Says the same after Ctrl-C"""
     config_help: str
     out_help: str
+    several: bool = False
+    """Whether it can be started by torchrun"""
     add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
     """Adds options that only this command has"""
 
@@ -74,6 +82,16 @@ class Command(Generic[AnyPlan]):
         cannot go on (nan, a full disk, a violated identity); 2 for unusable settings; 130 after
         Ctrl-C."""
         arguments = self.arguments(argv)
+        try:
+            if not self.several:
+                check_one_process(self.program)
+            with ranks.joined(MINUTES):
+                TERMINAL.muted = not ranks.is_first()
+                return self._executed(arguments)
+        except ConfigError as error:  # of torchrun's variables
+            return self._failed(2, str(error))
+
+    def _executed(self, arguments: argparse.Namespace) -> int:
         out: Path | None = None
         try:
             with user_paths():
@@ -84,7 +102,7 @@ class Command(Generic[AnyPlan]):
         except ConfigError as error:
             status, line = 2, str(error)
         except RunError as error:
-            status, line = 1, str(error)
+            status, line = 1, _with_stage(error)
         except OSError as error:
             if error.errno not in _DISK:
                 raise
@@ -92,11 +110,48 @@ class Command(Generic[AnyPlan]):
         except KeyboardInterrupt:
             print(f"\n{self.stopped(out)}", file=TERMINAL)
             return 130
-        print(f"{self.program}: {printable(line)}", file=TERMINAL)
+        except Exception as error:
+            if ranks.world() == 1:
+                raise
+            if not (isinstance(error, RuntimeError) and _LOST.search(str(error))):
+                traceback.print_exc()
+            elif ranks.someone_spoke("failures"):
+                _end_rank(1)
+            line = f"{_with_stage(error)} (another rank has ended or hangs); {self.kept(out)}"
+            status = 1
+        return self._failed(status, line)
+
+    def _failed(self, status: int, line: str) -> int:
+        """Prints why the command has failed, on one rank if all fail alike."""
+        ranks.speaks_first("failures")
+        if ranks.speaks_first(line):
+            TERMINAL.muted = False
+            rank = f"rank {ranks.rank()}: " if ranks.world() > 1 else ""
+            print(f"{self.program}: {rank}{printable(line)}", file=TERMINAL)
+        if ranks.world() > 1:
+            _end_rank(status)
         return status
 
 
+MINUTES = 60
+"""For which ranks wait for each other"""
+_LOST = re.compile("closed by peer|reset by peer|Broken pipe|[Tt]imed out|NCCL")
+"""Part of what torch says if a rank has ended"""
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def _end_rank(status: int) -> None:
+    """Ends this process at once: at an orderly end, gloo and NCCL would wait for ranks that are no
+    longer there."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
+
+def _with_stage(error: Exception) -> str:
+    """Returns the first line of an error and, with several ranks, the stage in which it came."""
+    stages = getattr(error, "__notes__", ())[:1] if ranks.world() > 1 else ()
+    return ": ".join([*stages, first_line(error)])
 
 
 def keys_and_defaults(schema: type) -> str:

@@ -7,22 +7,33 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from bupo import ranks
 from bupo.config import ConfigError
 
 FILE = "run.lock"
 
 
-def check_one_process() -> None:
+def check_one_process(program: str) -> None:
     """Raises ConfigError under torchrun, where every process would do the whole work."""
     world = os.environ.get("WORLD_SIZE", "1")
     if world not in ("", "1"):
         raise ConfigError(
-            f"WORLD_SIZE={world}: bupo cannot train with several processes yet; start it with "
-            "python -m, without torchrun"
+            f"WORLD_SIZE={world}: {program} works in a single process; start it with python -m, "
+            "without torchrun"
         )
+
+
+@contextmanager
+def locked_by_first(folder: Path) -> Iterator[None]:
+    """Inside, rank 0 holds the lock of a directory; raises the ConfigError of locked() on all.
+    Waits until all ranks are here, with their plans made."""
+    ranks.gathered(None)
+    with ExitStack() as held:
+        ranks.from_first(lambda: held.enter_context(locked(folder)))
+        yield
 
 
 @contextmanager

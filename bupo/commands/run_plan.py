@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from bupo import config as configuration
-from bupo import hub
+from bupo import hub, ranks
 from bupo.commands.fit import memory_of_card, verdict
 from bupo.commands.models import read_model
 from bupo.commands.sizes import Sizes, measure
@@ -119,17 +119,19 @@ class RunPlan:
         if self.resume_from is None or not rows:
             return ""
         seconds = median(row["time/step"] for row in rows)
-        steps = self.config.steps - load_step(self.resume_from)
+        try:
+            steps = self.config.steps - load_step(self.resume_from)
+        except ConfigError:  # damaged, or removed by a run that has the lock, which will be told
+            return ""
         left = timedelta(seconds=round(seconds * steps))
         return f"  time     {seconds:.3g} s a step so far; without evaluations, {left} are left\n"
 
 
-def make_plan(config: Config, card: str | None = None) -> RunPlan:
+def make_plan(config: Config, card: str | None = None, world: int | None = None) -> RunPlan:
     """Checks paths, model configuration, layer, tokenizer and prompts, and writes nothing except a
-    task's cached files. card: the card to plan for; None: the GPU of this machine, if it has one.
-    Raises ConfigError with one line."""
-    now = time.strftime("%Y%m%d-%H%M%S")
-    out = Path(config.out or f"runs/{config.name}-{config.algorithm}-{now}")
+    task's cached files. card, world: the card and the number of ranks to plan for; None: the GPU of
+    this machine, if it has one, and the ranks that there are. Raises ConfigError with one line."""
+    out = Path(config.out or f"runs/{config.name}-{config.algorithm}-{_now()}")
     check_out(out)
     resume_from = resume_point(config, out)
     sources = find_sources(config)
@@ -172,6 +174,7 @@ def make_plan(config: Config, card: str | None = None) -> RunPlan:
         longest_prompt=max(len(p.token_ids) for p in prompts),
         internal_layer=max(schedule.layers(), default=None) if schedule is not None else None,
         gpu=memory is not None,
+        world=world or ranks.world(),
     )
     return RunPlan(
         config=config,
@@ -188,6 +191,11 @@ def make_plan(config: Config, card: str | None = None) -> RunPlan:
         dropped=dropped + eval_dropped,
         warnings=_warnings(config, tokenizer, [*prompts, *eval_prompts]),
     )
+
+
+def _now() -> str:
+    """Returns the time of rank 0."""
+    return ranks.from_first(lambda: time.strftime("%Y%m%d-%H%M%S"))
 
 
 def _refuse_adapters(model: str) -> None:

@@ -13,8 +13,13 @@ from bupo import hub
 from bupo.config import GPU_WORKSPACE, Config, ConfigError, first_line
 
 GIB = 1 << 30
-TEMPORARY = ("gradients", "activations", "LM head", "bfloat16 weights", "critic's gradients")
+TEMPORARY = (
+    *("gradients", "activations", "LM head", "bfloat16 weights", "critic's gradients"),
+    "gathered",
+)
 """Contents of the trainer's memory that an update needs and rollouts do not"""
+DIVIDED = ("weights", "gradients", "AdamW", "reference", "critic", "critic's gradients")
+"""Contents of which each rank has its part"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Sizes:
     internal: int
     """Parameters of the internal policy: embedding, layers 1..l, head; 0 if none is trained"""
     memory: dict[str, int]
-    """Bytes of the trainer on its device, by content; temporary ones last for an update only"""
+    """Bytes of the trainer on the device of a rank, by content; temporary ones last for an update
+    only"""
     host: int
     """Bytes on the host: those of the optimizer with optimizer.place=host, and a sleeping vLLM"""
     engine: int
@@ -102,13 +108,14 @@ def measure(
     longest_prompt: int,
     internal_layer: int | None = None,
     gpu: bool = False,
+    world: int = 1,
 ) -> Sizes:
     """Measures a model without loading weights. Raises ConfigError if the model cannot be built, or
     if it does not have a layer that lora.targets names.
 
     source: folder or hub name of the model. longest_prompt: in tokens. internal_layer: the highest
     layer whose internal policy is trained, counted from 1, or None. gpu: whether it is trained on a
-    GPU.
+    GPU. world: number of ranks.
     """
     settings = config.model
     shapes = _shapes(source, settings.compute_dtype, settings.gradient_checkpointing)
@@ -117,6 +124,8 @@ def measure(
     internal = sum(n for name, n in counts.items() if _layer(name) < layer)
     adapters = _adapters(config, shapes)
     memory, host = _memory(config, shapes, adapters, longest_prompt, gpu)
+    if world > 1:
+        memory, host = _of_rank(config, memory, shapes.counts, world), host // world
     longest = longest_prompt + config.rollout.max_new_tokens
     element = 2 if settings.compute_dtype == "bfloat16" else 4
     cache = 2 * text.num_hidden_layers * _cache_width(text) * element * longest
@@ -311,6 +320,23 @@ def _memory(
     pinned = sum(1 << (size - 1).bit_length() for size in sizes)
     host = 8 * (policy + critic) + (8 * adapters or pinned) + (pinned if critic else 0)
     return memory, host if on_host else 0
+
+
+def _of_rank(
+    config: Config, memory: dict[str, int], counts: dict[str, int], world: int
+) -> dict[str, int]:
+    """Returns the bytes on one of several ranks. Gathered are what is outside of the layers and two
+    layers, of which one comes while the other computes, with their gradients."""
+    layers: dict[int, int] = {}
+    for name, n in counts.items():
+        layers[_layer(name)] = layers.get(_layer(name), 0) + n
+    outside = layers.pop(-1, 0)
+    element = 2 if config.model.parameter_dtype == "bfloat16" else 4
+    found = {name: size // world if name in DIVIDED else size for name, size in memory.items()}
+    found["gathered"] = 2 * element * (outside + 2 * max(layers.values(), default=0))
+    if config.model.gradient_checkpointing:  # else each layer's cast is kept for its backward
+        found.pop("bfloat16 weights", None)
+    return found
 
 
 def _attention_width(text: Any) -> int:

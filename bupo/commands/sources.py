@@ -6,13 +6,14 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bupo import hub
+from bupo import hub, ranks
 from bupo.commands.models import check_place, load_model
-from bupo.commands.run_lock import check_one_process, waited_for
+from bupo.commands.run_lock import waited_for
 from bupo.config import Config, ConfigError, shipped
 from bupo.data import data_files
 from bupo.runlog.display import Display
@@ -78,6 +79,8 @@ def check_engine(config: Config) -> None:
     """Raises ConfigError for an argument in rollout.vllm that vLLM does not have. If vLLM is not
     installed, the check is left to the engine."""
     rollout = config.rollout
+    if ranks.world() > 1 and rollout.engine == "vllm_server":
+        raise ConfigError("rollout.engine=vllm_server works in a single process only, so far")
     if rollout.engine != "hf" and rollout.vllm and importlib.util.find_spec("vllm"):
         from bupo.rollouts.vllm_options import check_options
 
@@ -111,13 +114,16 @@ def make_engine(
     """Starts the configured rollout engine for these prompts. model: the trainer's model, or None
     without a trainer. out: the directory for the engine's output, engine.log."""
     from bupo import adapters
+    from bupo.rl import sharding
+    from bupo.rl.weight_sync import load
     from bupo.rollouts.hf import HFEngine
     from bupo.rollouts.vllm import VllmEngine
     from bupo.rollouts.vllm_server import VllmServerEngine
 
     if config.rollout.engine == "hf":
         model = model or load_model(config, source)
-        return HFEngine(model, tokenizer, config.rollout, config.model.compute_dtype)
+        dtype = config.model.compute_dtype
+        return HFEngine(model, tokenizer, config.rollout, dtype, sharding.gathered)
     longest = max(len(p.token_ids) for p in prompts)
     dtype = config.model.compute_dtype
     server = config.rollout.engine == "vllm_server"
@@ -132,7 +138,7 @@ def make_engine(
         if server:  # it may hold any weights
             engine.load(adapters.all_weights(model, half).items())
         elif model is not None and (trained := adapters.parameters(model)):
-            engine.load(adapters.merged(model, trained, half))
+            load(engine, model, trained, half)
     except BaseException:  # also Ctrl-C
         engine.close()
         raise
@@ -142,9 +148,9 @@ def make_engine(
 def build_task(config: Config, sources: Sources) -> None:
     """Makes the task's weights once, if the configuration names a task and no other model."""
     if sources.files is not None and sources.model == str(sources.files.model):
-        wait = Display().waiting(f"warm start of {config.task}")
-        with waited_for(cache_dir() / LOCK), wait:
-            _task(config).build(config.task_options, sources.files)
+        files, wait = sources.files, Display().waiting(f"warm start of {config.task}")
+        with waited_for(cache_dir() / LOCK) if ranks.is_first() else nullcontext(), wait:
+            ranks.from_first(lambda: _task(config).build(config.task_options, files))
 
 
 def _task(config: Config) -> Any:
@@ -159,7 +165,6 @@ def _task(config: Config) -> Any:
 
 def check_out(out: Path) -> None:
     """Raises ConfigError unless this process, as the only one, can make a run directory there."""
-    check_one_process()
     there = out.absolute()
     while not there.exists() and there != there.parent:
         there = there.parent

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from bupo import config as configuration
+from bupo import ranks
 from bupo.commands.command import Command, keys_and_defaults, user_paths
 from bupo.commands.fit import CARDS
 from bupo.commands.models import check_deterministic, load_model, silence_noise
-from bupo.commands.run_lock import locked
+from bupo.commands.run_lock import locked_by_first
 from bupo.commands.run_plan import PROMPTS_FILE, RunPlan, make_plan, resume_point
 from bupo.commands.sources import build_task, make_engine
 from bupo.config import Config, ConfigError, shipped
@@ -87,12 +88,16 @@ def _check_start(plan: RunPlan, model: Any, key: str) -> None:
 def _reference(plan: RunPlan, trainer: Any, pad: int) -> Any:
     """Returns the policy that the run began with: the trainer's model without its adapters or, if
     it has none, a frozen copy from the original place. Raises ConfigError if that has changed."""
+    from bupo.policy import unembedding
+    from bupo.rl import sharding
     from bupo.rl.forward import Forward, WithoutAdapters
 
     if plan.config.lora.rank is not None:
         return WithoutAdapters(trainer.forward)
     model = load_model(plan.config, plan.sources.model)
     _check_start(plan, model, "loss.kl_coef")
+    unembedding(model)  # measures the head while it is whole
+    sharding.shard(model)
     return Forward(model.eval().requires_grad_(False), plan.config, pad)
 
 
@@ -114,7 +119,7 @@ def execute(plan: RunPlan) -> int | None:
     with user_paths():
         plan.out.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(plan.out):
+        with locked_by_first(plan.out):
             if resume_point(plan.config, plan.out) != plan.resume_from:
                 raise ConfigError(
                     f"out={plan.out}: another process has used it since this one checked it; "
@@ -122,8 +127,9 @@ def execute(plan: RunPlan) -> int | None:
                 )
             return _train(plan)
     finally:
-        with suppress(OSError):  # it is not empty
-            plan.out.rmdir()
+        if ranks.is_first():
+            with suppress(OSError):  # it is not empty
+                plan.out.rmdir()
 
 
 def _train(plan: RunPlan) -> int | None:
@@ -187,10 +193,10 @@ def _train(plan: RunPlan) -> int | None:
         return run.train()
 
 
-def _settings(arguments: argparse.Namespace) -> tuple[Config, str | None]:
+def _settings(arguments: argparse.Namespace) -> tuple[Config, str | None, int | None]:
     overrides = arguments.overrides + ([f"out={arguments.out}"] if arguments.out else [])
     config = configuration.load(arguments.config or shipped("arithmetic.yaml"), overrides)
-    return config, arguments.card
+    return config, arguments.card, arguments.ranks
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,6 +206,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CARD",
         help=f"plan for the memory of another card: {', '.join(CARDS)}, or a size such as 48GiB",
     )
+    parser.add_argument(
+        "--ranks", type=_number_of_ranks, help="plan for this number of processes, one per card"
+    )
+
+
+def _number_of_ranks(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def _kept(out: Path | None) -> str:
@@ -231,6 +246,7 @@ main = Command(
     make_plan=lambda settings: make_plan(*settings),
     add_arguments=_add_arguments,
     execute=_train_and_report,
+    several=True,
     kept=_kept,
     stopped=_stopped,
     config_help="YAML file; default: the arithmetic recipe",

@@ -9,7 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from bupo.config.analysis_settings import AnalysisConfig
-from bupo.config.errors import BrokenError, ConfigError, RunError, first_line, readable
+from bupo.config.errors import (
+    AgreedError,
+    BrokenError,
+    ConfigError,
+    RunError,
+    first_line,
+    readable,
+)
 from bupo.config.inputs import DataConfig, LoraConfig, ModelConfig
 from bupo.config.objective import (
     ADVANTAGES,

@@ -18,6 +18,10 @@ class RunError(RuntimeError):
     """Ends a run with a message of one line, after everything that can be saved has been saved."""
 
 
+class AgreedError(RunError):
+    """Raised on all ranks at the same place, so that they can still save their state together."""
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)

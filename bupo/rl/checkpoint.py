@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bupo import hub
+from bupo import hub, ranks
 from bupo.config import BrokenError, ConfigError, RunError, first_line
+from bupo.rl import sharding
 from bupo.rl.optimizer import AdamW
 from bupo.runlog.run_directory import CHECKPOINT, checkpoints
 
@@ -47,29 +48,36 @@ def save(
 ) -> Path:
     """Writes the state after state["step"] steps and returns its folder. state: the numbers for
     trainer.json. critic: a bupo.rl.critic.Critic, or None."""
-    folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"{CHECKPOINT}{state['step']:06d}"
-    if (final / "trainer.json").is_file():
+    final = run / "checkpoints" / f"{CHECKPOINT}{state['step']:06d}"
+    if ranks.from_first((final / "trainer.json").is_file):
         return final
-    partial = folder / f".{final.name}.{os.getpid()}"
-    for leftover in folder.glob(".*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    shutil.rmtree(final, ignore_errors=True)
-    with hub.quiet():
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    (partial / OPTIMIZER).parent.mkdir()
-    save_file(contiguous(optimizer.flat_state()), partial / OPTIMIZER)
-    if critic is not None:
-        critic.save(partial / CRITIC)
-    (partial / "trainer.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
-    sums = json.dumps(_checksums(partial), indent=0) + "\n"
-    (partial / CHECKSUMS).write_text(sums, encoding="utf-8")
-    for file in (*partial.rglob("*"), *run.glob("*.jsonl")):  # rows reach the disk first
-        _sync(file)
-    os.replace(partial, final)
-    _sync(folder)
+    weights, moments = sharding.whole_state(model), optimizer.whole_state()
+    of_critic = None if critic is None else critic.whole_state()
+
+    def write() -> None:
+        folder, partial = final.parent, final.with_name(f".{final.name}.{os.getpid()}")
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
+        with hub.quiet():
+            model.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
+        (partial / OPTIMIZER).parent.mkdir()
+        save_file(contiguous(moments), partial / OPTIMIZER)
+        if of_critic is not None:
+            (partial / CRITIC).mkdir()
+            for name, tensors in of_critic.items():
+                save_file(contiguous(tensors), partial / CRITIC / name)
+        (partial / "trainer.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
+        sums = json.dumps(_checksums(partial), indent=0) + "\n"
+        (partial / CHECKSUMS).write_text(sums, encoding="utf-8")
+        for file in (*partial.rglob("*"), *run.glob("*.jsonl")):  # rows reach the disk first
+            _sync(file)
+        os.replace(partial, final)
+        _sync(folder)
+
+    ranks.from_first(write)
     return final
 
 

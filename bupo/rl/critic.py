@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bupo import ranks
 from bupo.config import Config
 from bupo.policy import parameter_layers, unembedding
-from bupo.rl.checkpoint import contiguous
+from bupo.rl import sharding
 from bupo.rl.forward import Forward
 from bupo.rl.optimise import BatchLoss, Updates, mini_batches, optimise
 from bupo.rl.optimizer import AdamW, learning_rate
@@ -19,6 +20,8 @@ from bupo.samples import Batch, with_streams
 from bupo.types import Policy, Rollout
 
 _FINAL = Policy(None)
+PARAMETERS, MOMENTS = "critic.safetensors", "moments.safetensors"
+"""Files of a checkpoint"""
 
 
 class Critic:
@@ -29,7 +32,10 @@ class Critic:
     """
 
     def __init__(self, model: nn.Module, config: Config, pad: int) -> None:
-        """model: a causal LM that is not shared with the policy; its unembedding is not used."""
+        """model: a causal LM that is not shared with the policy; its unembedding is not used. All
+        ranks divide it."""
+        unembedding(model)  # measures it while it is whole
+        sharding.shard(model)
         self.forward = Forward(model, config, pad)
         self._config = config
         weight = unembedding(model).weight
@@ -37,11 +43,16 @@ class Critic:
         self.head = nn.Linear(weight.shape[1], 1).to(weight.device, dtype)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
+        sharding.shard_head(self.head)
         places = {f"backbone.{n}": place for n, place in parameter_layers(model).items()}
-        self.optimizer = AdamW(self.parameters(), places, config.optimizer, config.critic.lr)
+        self._parameters = self._trained()
+        self.optimizer = AdamW(self._parameters, places, config.optimizer, config.critic.lr)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Returns what is trained: all but the unembedding, unless it is tied to the embedding."""
+        return self._parameters
+
+    def _trained(self) -> dict[str, nn.Parameter]:
         backbone = self.forward.model
         head_only = {n for n, place in parameter_layers(backbone).items() if place is None}
         named = [(f"backbone.{n}", p) for n, p in backbone.named_parameters() if n not in head_only]
@@ -50,15 +61,13 @@ class Critic:
     @torch.no_grad()
     def evaluate(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """Returns the rollouts with the stream `value`: V of the state before each token."""
-        values = [torch.empty(0)] * len(rollouts)
 
-        def run() -> None:
-            for batch in self.forward.batches(rollouts):
-                for i, part in zip(batch.members, batch.split(self._values(batch).cpu())):
-                    values[i] = part
+        def values(batch: Batch) -> tuple[list[Tensor]]:
+            return (batch.split(self._values(batch).cpu()),)
 
-        self.forward.in_memory(run)
-        return with_streams(rollouts, "value", values)
+        found = self.forward.per_sample(rollouts, values, 1)
+        sharding.reshard(self.head)
+        return with_streams(rollouts, "value", found[0])
 
     def update(self, rollouts: Sequence[Rollout], step: int) -> Updates:
         """Makes optimiser updates over the same mini-batches as the policy. V_old and R are the
@@ -103,21 +112,24 @@ class Critic:
         metrics = {"clip_fraction": clipped.sum() / max(len(clipped), 1)}
         return BatchLoss(loss, metrics, {"returns": returns, "values": old})
 
-    def save(self, folder: Path) -> None:
-        """Writes the parameters and the optimizer's moments to two files in one folder."""
-        folder.mkdir()
-        save_file(contiguous(self.parameters()), folder / "critic.safetensors")
-        save_file(contiguous(self.optimizer.flat_state()), folder / "moments.safetensors")
+    def whole_state(self) -> dict[str, dict[str, Tensor]]:
+        """Returns the contents of the files of a checkpoint: the parameters and the optimizer's
+        moments. On ranks other than 0, nothing is in them."""
+        return {
+            PARAMETERS: ranks.all_on_first(self._parameters),
+            MOMENTS: self.optimizer.whole_state(),
+        }
 
     def load(self, folder: Path) -> None:
-        """Reads what save() wrote. Raises ValueError if something is missing or left over."""
-        saved, parameters = load_file(folder / "critic.safetensors"), self.parameters()
+        """Reads these files. Raises ValueError if something is missing or left over."""
+        saved, parameters = load_file(folder / PARAMETERS), self.parameters()
         if wrong := sorted(saved.keys() ^ parameters.keys()):
             raise ValueError(f"{folder}: parameters are missing or belong to no module: {wrong}")
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
-        self.optimizer.load_flat_state(load_file(folder / "moments.safetensors"))
+                rows = ranks.rows_of(saved[name], parameter)
+                ranks.local(parameter).copy_(rows)
+        self.optimizer.load_flat_state(load_file(folder / MOMENTS))
 
 
 def explained_variance(rollouts: Sequence[Rollout]) -> float:

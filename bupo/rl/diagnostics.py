@@ -22,11 +22,13 @@ from typing import Any
 
 from torch import nn
 
+from bupo import ranks
 from bupo.config import Config, RunError
 from bupo.internal import Sample, distances
+from bupo.rl import sharding
 from bupo.rl.schedule import Schedule
 from bupo.runlog.recorder import Recorder
-from bupo.runlog.run_directory import read_rows, replace_text
+from bupo.runlog.run_directory import replace_text, shared_rows
 from bupo.types import Prompt, Rollout
 
 PROBES, PROBE_TOKENS = 32, 128
@@ -44,7 +46,7 @@ class Diagnostics:
     ) -> None:
         self._config, self._out, self._model = config, out, model
         self._schedule, self._recorder = schedule, recorder
-        self._rows = read_rows(out / FILE)
+        self._rows = shared_rows(out / FILE)
         self._anchor = max(schedule.layers(), default=None)
         self._texts: list[Sample] = []
 
@@ -61,12 +63,13 @@ class Diagnostics:
         if not self._config.diagnostics.every and not watched:
             return
         file = self._out / PROBES_FILE
-        if start and watched and not file.is_file():
+        there = ranks.from_first(file.is_file)
+        if start and watched and not there:
             raise RunError(
                 f"bupo.auto_stop: {file}, which holds the probes of this run, is missing; restore "
                 "it, or start a new run"
             )
-        if not start and not (self._rows and file.is_file()):
+        if not start and not (self._rows and there):
             chosen = prompts[:: max(1, len(prompts) // PROBES)][:PROBES]
             rows = [
                 {"prompt": r.prompt.token_ids, "response": r.response_ids[:PROBE_TOKENS]}
@@ -78,7 +81,7 @@ class Diagnostics:
                     "diagnostics: all probes are empty; diagnostics.every=0 runs without them"
                 )
             replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-        self._texts = [Sample.of(row["prompt"], row["response"]) for row in read_rows(file)]
+        self._texts = [Sample.of(row["prompt"], row["response"]) for row in shared_rows(file)]
 
     def due(self, step: int) -> bool:
         """Whether to measure after a step; 0 stands for the state before the first step."""
@@ -105,6 +108,7 @@ class Diagnostics:
             temperature=config.rollout.temperature,
             final_norm=config.bupo.final_norm,
         )
+        sharding.reshard(self._model)
         row: dict[str, Any] = {"step": step, "anchor": self._anchor, **asdict(found)}
         self._rows.append(row)
         row["ends_phase"] = self._ends_phase(step)

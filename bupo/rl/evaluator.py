@@ -12,7 +12,7 @@ from bupo.evaluation import estimates as evaluation
 from bupo.rl.schedule import Schedule
 from bupo.runlog.monitor import Monitor
 from bupo.runlog.recorder import Recorder
-from bupo.runlog.run_directory import read_rows
+from bupo.runlog.run_directory import shared_rows
 from bupo.types import Prompt, Reward, Rollout
 
 
@@ -46,7 +46,7 @@ class Evaluator:
         """Returns the step with the highest Avg@n, averaged over data sets; the first one of
         equals. Only steps from 1 on with a result on every data set count; None without any."""
         found: dict[int, list[float]] = {}
-        for row in read_rows(self.out / "eval.jsonl"):
+        for row in shared_rows(self.out / "eval.jsonl"):
             found.setdefault(row["step"], []).append(row["avg"])
         sets = len(evaluation.by_dataset(self.problems))
         whole = {step: fmean(avg) for step, avg in found.items() if step and len(avg) == sets}
@@ -57,7 +57,7 @@ class Evaluator:
         when = self.due(step)
         if when is None:
             return
-        rows = read_rows(self.out / "eval.jsonl")
+        rows = shared_rows(self.out / "eval.jsonl")
         recorded = {row["dataset"] for row in rows if row["step"] == step}
         for dataset, problems in evaluation.by_dataset(self.problems).items():
             if dataset in recorded:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bupo import adapters, ops, progress
+from bupo import adapters, ops, progress, ranks
 from bupo.config import Config, RunError, first_line
 from bupo.policy import hidden_states, internal_policy, unembedding
+from bupo.rl import sharding
 from bupo.samples import Batch, Sample, micro_batches
 from bupo.terminal import say
 from bupo.types import Policy
@@ -76,21 +77,35 @@ class Forward:
         self, samples: Sequence[Sample], policy: Policy, temperature: float | None = None
     ) -> TokenStats:
         """Returns log-probs and entropies of the counted tokens under a policy, without gradient,
-        at the sampling temperature unless another is given."""
-        empty = torch.empty(0)
-        stats = TokenStats([empty] * len(samples), [empty] * len(samples))
+        at the sampling temperature unless another is given. Each rank computes its share."""
+
+        def values(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+            hidden, head = self.hidden(batch, policy), self.head(temperature)
+            out = ops.lm_head_logprobs(hidden, targets=batch.targets, **head)
+            return batch.split(out.logprobs.cpu()), batch.split(out.entropy.cpu())
+
+        return TokenStats(*self.per_sample(samples, values, 2))
+
+    def per_sample(
+        self,
+        samples: Sequence[Sample],
+        values: Callable[[Batch], Sequence[list[Tensor]]],
+        kinds: int,
+    ) -> list[list[Tensor]]:
+        """Returns tensors for each sample, of so many kinds, which values(batch) computes without
+        gradient for the members of a batch."""
+        found: dict[int, tuple[Tensor, ...]] = {}
 
         @torch.no_grad()
         def run() -> None:
             for batch in self.batches(samples):
-                hidden, head = self.hidden(batch, policy), self.head(temperature)
-                out = ops.lm_head_logprobs(hidden, targets=batch.targets, **head)
-                parts = batch.split(out.logprobs.cpu()), batch.split(out.entropy.cpu())
-                for i, logprobs, entropy in zip(batch.members, *parts):
-                    stats.logprobs[i], stats.entropy[i] = logprobs, entropy
+                found.update(zip(batch.members, zip(*values(batch))))
 
         self.in_memory(run)
-        return stats
+        sharding.reshard(self.model)
+        for part in ranks.gathered(found):
+            found |= part
+        return [[found[n][kind] for n in range(len(samples))] for kind in range(kinds)]
 
     def in_memory(self, run: Callable[[], Result]) -> Result:
         """Returns run(), a pass over batches(). If that runs out of memory, runs it again, and all
@@ -102,6 +117,11 @@ class Forward:
             except torch.OutOfMemoryError as error:
                 reason = first_line(error)
             sequences, tokens = self._shape
+            if ranks.world() > 1:  # the others are in the middle of the pass
+                raise RunError(
+                    f"out of memory with {tokens} tokens in a micro-batch ({reason}); lower "
+                    f"optimizer.micro_batch_tokens to {tokens // 2} or less and resume the run"
+                )
             if sequences <= 1:
                 raise RunError(
                     f"out of memory with one sequence in a micro-batch ({reason}); the plan lists "
@@ -120,20 +140,31 @@ class Forward:
     def batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:
         """Yields the micro-batches of one pass over the samples, and reports the progress."""
         done = 0
-        for batch in micro_batches(samples, self._tokens, self.device, pad=self._pad):
+        if ranks.world() > 1:
+            self._cast = None  # gathering the head anew does not count as a change
+        rank, world = ranks.rank(), ranks.world()
+        for batch in micro_batches(
+            samples, self._tokens, self.device, pad=self._pad, rank=rank, world=world
+        ):
             self._shape = len(batch.members), batch.input_ids.numel()
             yield batch
-            done += len(batch.members)
-            progress.report(done / len(samples))
+            done += len(batch.members) * world
+            progress.report(min(done / len(samples), 1))
 
     def hidden(self, batch: Batch, policy: Policy) -> Tensor:
         """Returns the hidden states [T, D] from which the policy predicts the counted tokens. The
         hidden states of other tokens are discarded here."""
-        autocast = torch.autocast(self.device.type, torch.bfloat16) if self._half else nullcontext()
-        with autocast, internal_policy(self.model, policy.layer, policy.final_norm):
+        with self._autocast(), internal_policy(self.model, policy.layer, policy.final_norm):
             hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask)
         hidden = batch.pick(hidden)
         return hidden.to(torch.bfloat16) if self._half else hidden
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if not self._half:
+            return nullcontext()
+        # The cache would hold a copy of all layers, of which a rank has only its rows.
+        whole = ranks.world() == 1
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=whole)
 
     def head(self, temperature: float | None = None) -> dict[str, Any]:
         """Returns the arguments of the LM-head ops that describe the head, at the sampling

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from bupo import config as configuration
-from bupo.config import Config, RunError
+from bupo import ranks
+from bupo.config import AgreedError, Config, RunError
 from bupo.data.prompt_order import PromptOrder
 from bupo.finite import first_bad
 from bupo.report import write_report
@@ -25,12 +26,13 @@ from bupo.rl.diagnostics import Diagnostics
 from bupo.rl.evaluator import Evaluator
 from bupo.rl.forward import Forward, WithoutAdapters
 from bupo.rl.schedule import Schedule
+from bupo.rl.spread_reward import SpreadReward
 from bupo.rl.streams import Streams
 from bupo.rl.update import PolicyUpdates, Trainer
 from bupo.rl.weight_sync import GapLimit, WeightSync, probes_of
 from bupo.runlog.monitor import Monitor, Stopped, Stopwatch
 from bupo.runlog.recorder import Recorder
-from bupo.runlog.run_directory import checkpoints, read_rows
+from bupo.runlog.run_directory import checkpoints, read_rows, shared_rows
 from bupo.runlog.step_metrics import (
     bad_steps_at_end,
     gpu_memory,
@@ -76,7 +78,7 @@ class Run:
         config, self.config, self.out = parts.config, parts.config, parts.out
         self.model, self.tokenizer, self.engine = parts.model, parts.tokenizer, parts.engine
         self.train_prompts, self.eval_prompts = parts.train_prompts, parts.eval_prompts
-        self.reward, self.trainer = parts.reward, parts.trainer
+        self.reward, self.trainer = SpreadReward(parts.reward), parts.trainer
         self.critic = parts.critic
         self.start, self.drawn = parts.start, parts.drawn
         self.schedule = Schedule(config)
@@ -95,7 +97,7 @@ class Run:
         self.diagnostics = Diagnostics(config, self.out, self.model, self.schedule, self.recorder)
         for step in self.diagnostics.ended_phases():
             self.schedule.end_phase(step)
-        self.bad_steps = bad_steps_at_end(read_rows(self.out / "metrics.jsonl"))
+        self.bad_steps = bad_steps_at_end(shared_rows(self.out / "metrics.jsonl"))
         self.saved, self.saved_at = self.start, time.monotonic()
         self.failure, self.updating = "", False
 
@@ -104,18 +106,19 @@ class Run:
         state is saved in both cases."""
         try:
             done = self._steps()
-            if done > self.saved or not checkpoints(self.out):
+            if done > self.saved or not ranks.from_first(lambda: checkpoints(self.out)):
                 self._save(done)
         finally:
             self.monitor.release()
             self.recorder.close()
         rows = [r for r in read_rows(self.out / "metrics.jsonl") if r["step"] > self.start]
-        if rows:
-            self.monitor.display.say(time_line(rows))
-        write_report(self.out)
+        if ranks.is_first():
+            if rows:
+                self.monitor.display.say(time_line(rows))
+            write_report(self.out)
         if self.failure:
             raise RunError(self.failure)
-        return self.monitor.stop.signal
+        return max(ranks.gathered(self.monitor.stop.signal or 0)) or None
 
     def _steps(self) -> int:
         """Runs all steps, or those before a stop, and returns how many are done."""
@@ -134,13 +137,14 @@ class Run:
                 self.evaluator.after(step)
                 if "best" in self.config.checkpoint.keep and self.evaluator.best_step() == step:
                     self._save(step)
-                if self.monitor.stop():
+                if self.monitor.stopping():
                     break
         except Stopped:
             pass
-        except Exception:
-            if not self.updating and done > self.saved:  # the state is that of a complete step
-                self._save(done)
+        except Exception as error:
+            together = ranks.world() == 1 or isinstance(error, AgreedError)
+            if together and not self.updating and done > self.saved:
+                self._save(done)  # the state is that of a complete step
             raise
         return done
 
@@ -237,7 +241,7 @@ class Run:
                 f"The first failure: {grades.first_failure}"
             )
         if 2 * lost > responses:
-            raise RunError(
+            raise AgreedError(
                 f"step {step}: {lost} of {responses} responses cannot be graded (first "
                 f"failure: {grades.first_failure}); the state after step {step - 1} is saved "
                 f"in {self.out}"
@@ -304,9 +308,14 @@ class Run:
         seed: str,
         temperature: float | None = None,
     ) -> list[Rollout]:
-        rollouts = self.engine.generate(prompts, samples, seed, self.monitor.stop, temperature)
+        stop, several = self.monitor.stop, ranks.world() > 1
+        numbers = ranks.share(range(len(prompts)))
+        mine = [prompts[number] for number in numbers]
+        groups = {"groups": numbers} if several else {}
+        rollouts = self.engine.generate(mine, samples, seed, stop, temperature, **groups)
         self.monitor.check_stop()
-        return rollouts
+        together = [rollout for part in ranks.gathered(rollouts) for rollout in part]
+        return sorted(together, key=lambda rollout: rollout.group)
 
     def _generate_for_evaluation(
         self, problems: Sequence[Prompt], samples: int, seed: str
@@ -322,16 +331,19 @@ class Run:
 
     def _checkpoint_is_due(self, step: int) -> bool:
         settings = self.config.checkpoint
+        late = settings.minutes and time.monotonic() >= self.saved_at + 60 * settings.minutes
         return (
             bool(settings.every and step % settings.every == 0)
-            or bool(settings.minutes and time.monotonic() >= self.saved_at + 60 * settings.minutes)
+            or ranks.any_of(bool(late))
             or ("switch" in settings.keep and self.schedule.switches_after(step))
         )
 
     def _save(self, step: int) -> None:
         critic = self.critic.parameters().items() if self.critic else ()
-        bad = first_bad((*self.model.named_parameters(), *((f"critic {n}", p) for n, p in critic)))
-        if bad:
+        broken = first_bad(
+            (*self.model.named_parameters(), *((f"critic {n}", p) for n, p in critic))
+        )
+        if bad := ranks.first_of(broken):
             earlier = f"the one of step {self.saved} is kept"
             kept = earlier if self.saved else "there is no earlier one"
             raise RunError(
@@ -346,4 +358,5 @@ class Run:
         steps = set(self.schedule.switches()) if "switch" in settings.keep else set()
         if "best" in settings.keep and best is not None:
             steps.add(best)
-        checkpoint.prune(self.out, settings.keep_last, steps)
+        if ranks.is_first():
+            checkpoint.prune(self.out, settings.keep_last, steps)

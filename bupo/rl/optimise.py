@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bupo import progress
+from bupo import progress, ranks
 from bupo.finite import first_bad
+from bupo.rl import sharding
 from bupo.rl.forward import Forward
 from bupo.rl.optimizer import AdamW, clip_gradients
 from bupo.samples import Batch
@@ -72,6 +73,7 @@ def optimise(
 
     An update whose loss or gradient norm is not finite is skipped, and the first tensor that is not
     finite is named. No micro-batch waits for a GPU: losses and metrics are read only after a part.
+    Each rank takes its share of the micro-batches, and all ranks return the same.
     """
     found: list[_Sums] = []
     losses: list[float] = []
@@ -82,8 +84,9 @@ def optimise(
         of_batch = partial(loss, tokens=sum(rollout.count for rollout in part))
         with shown:
             sums = forward.in_memory(partial(_accumulated, optimizer, forward, part, of_batch))
-        found.append(sums)
-        total = sum(torch.stack(sums.losses).tolist()) if sums.losses else 0.0
+        shares = ranks.gathered(sums.on_host() if ranks.world() > 1 else sums)
+        found += shares
+        total = sum(sum(torch.stack(s.losses).tolist()) for s in shares if s.losses)
         norm = clip_gradients(parameters.values(), grad_clip)
         if math.isfinite(total) and math.isfinite(norm):
             optimizer.step()
@@ -93,6 +96,7 @@ def optimise(
         else:
             with progress.part(number / len(parts), number / len(parts)):  # a second pass
                 bad = _first_bad(parameters, forward.batches(part), of_batch, total)
+            sharding.reshard(forward.model)
             bad = bad or f"loss {total:g}, gradient norm {norm:g}"
             skipped.append(f"update {number} of {len(parts)}: {bad}")
         optimizer.zero_grad()  # AdamW skips a parameter whose gradient is None
@@ -126,6 +130,15 @@ class _Sums:
                 before = self.totals.get(name, torch.zeros_like(value))
                 self.totals[name] = before + value * tokens
 
+    def on_host(self) -> _Sums:
+        """Returns the same values in memory of the host, so that they can be sent."""
+        losses = torch.stack(self.losses).cpu().unbind() if self.losses else ()
+        totals, largest = (
+            dict(zip(some, torch.stack(list(some.values())).cpu().unbind())) if some else {}
+            for some in (self.totals, self.largest)
+        )
+        return _Sums(list(losses), totals, largest, self.tokens)
+
     @staticmethod
     def metrics(updates: Sequence[_Sums]) -> dict[str, float]:
         """Returns the means over all tokens of several updates, and the maxima."""
@@ -153,8 +166,9 @@ def _accumulated(
     sums = _Sums()
     for batch in forward.batches(part):
         out = loss(batch)
-        out.loss.backward()
-        sums.add(out, len(batch.targets))
+        (out.loss * ranks.world()).backward()  # FSDP averages the gradients over the ranks
+        if batch.members:
+            sums.add(out, len(batch.targets))
         del out  # frees its hidden states before the next micro-batch
     return sums
 
@@ -167,12 +181,17 @@ def _first_bad(
 ) -> str | None:
     """Returns where a loss or a gradient that is not finite comes from. The skipped update has
     changed nothing, so its micro-batches give the same losses again."""
-    if bad := first_bad((f"parameter {name}", p) for name, p in parameters.items()):
+    broken = first_bad((f"parameter {name}", p) for name, p in parameters.items())
+    if bad := ranks.first_of(broken):
         return bad
     if not math.isfinite(total):
         with torch.no_grad():
             for batch in batches:
                 out = loss(batch)
+                bad = None
                 if not bool(out.loss.isfinite()):
-                    return first_bad(out.made_of.items()) or "loss"
-    return first_bad((f"gradient of {name}", p.grad) for name, p in parameters.items())
+                    bad = first_bad(out.made_of.items()) or "loss"
+                if bad := ranks.first_of(bad):
+                    return bad
+    broken = first_bad((f"gradient of {name}", p.grad) for name, p in parameters.items())
+    return ranks.first_of(broken)

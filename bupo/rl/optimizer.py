@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from bupo import ranks
 from bupo.config import Config, OptimizerConfig
 
 Place = int | None
@@ -26,7 +27,8 @@ class AdamW(torch.optim.Optimizer):
     The groups hold the parameters themselves or, for a parameter in bfloat16 or with
     optimizer.place=host, a float32 copy of it where the state is. An update then moves the copy,
     and the parameter is the copy, rounded. While the host updates one place, the gradients of the
-    next are on their way to it.
+    next are on their way to it. Of parameters that are divided among ranks, each rank updates its
+    rows.
     """
 
     def __init__(
@@ -98,14 +100,17 @@ class AdamW(torch.optim.Optimizer):
             # The fused kernel does not count as a change, by which casts of the head are renewed.
             torch.autograd.graph.increment_version(kept)
             for (parameter, _), each in zip(moved, kept):
-                if each is not parameter:
-                    parameter.copy_(each, non_blocking=True)
+                if self._is_copy(parameter):
+                    ranks.local(parameter).copy_(each, non_blocking=True)
+
+    def _is_copy(self, parameter: nn.Parameter) -> bool:
+        return self._of[parameter].data_ptr() != ranks.local(parameter).data_ptr()
 
     def _sent(self, parameter: nn.Parameter) -> _Sent | None:
         """Returns the gradient where the state is, perhaps still on its way there."""
-        gradient, kept = parameter.grad, self._of[parameter]
-        if gradient is None:
+        if parameter.grad is None:
             return None
+        gradient, kept = ranks.local(parameter.grad), self._of[parameter]
         if gradient.device == kept.device:
             return _Sent(gradient, None)
         host = torch.empty_like(gradient, device=kept.device, pin_memory=True)
@@ -121,7 +126,8 @@ class AdamW(torch.optim.Optimizer):
 
     def flat_state(self) -> dict[str, Tensor]:
         """Returns the state of all parameters, with keys of the form name/field. The field
-        `float32` is the copy of a parameter that is less exact."""
+        `float32` is the copy of a parameter that is less exact. Of a divided parameter, this is the
+        state of the rows that this rank holds."""
         fields = {name: dict(self.state[self._of[p]]) for name, p in self._named.items()}
         for name, p in self._named.items():
             if self._of[p].dtype != p.dtype:
@@ -132,18 +138,30 @@ class AdamW(torch.optim.Optimizer):
             for field, value in state.items()
         }
 
+    def whole_state(self) -> dict[str, Tensor]:
+        """Returns flat_state() of all rows, on rank 0; on other ranks, nothing."""
+        return ranks.all_on_first(
+            {key: ranks.like(rows, self._parameter(key)) for key, rows in self.flat_state().items()}
+        )
+
+    def _parameter(self, key: str) -> nn.Parameter:
+        return self._named[key.rpartition("/")[0]]
+
     @torch.no_grad()
     def load_flat_state(self, flat: Mapping[str, Tensor]) -> None:
-        """Restores a flat_state(). Raises ValueError if it does not match the parameters."""
+        """Restores the state of all rows. Raises ValueError if it does not match the parameters."""
         expected = self.flat_state()
         if wrong := sorted(expected.keys() ^ flat.keys()):
             raise ValueError(f"optimizer state is missing or belongs to no parameter: {wrong}")
+        flat = {k: ranks.rows_of(x, self._parameter(k)) for k, x in flat.items()}
         shapes = {key: list(old.shape) for key, old in expected.items()}
         if wrong := [key for key, shape in shapes.items() if list(flat[key].shape) != shape]:
             was, now = list(flat[wrong[0]].shape), shapes[wrong[0]]
             raise ValueError(f"optimizer state {wrong[0]} has shape {was}, but its parameter {now}")
         for parameter, kept in self._of.items():
-            kept.copy_(parameter)  # the model may have been loaded after the optimizer was made
+            kept.copy_(
+                ranks.local(parameter)
+            )  # the model may have been loaded after the optimizer was made
         for key, old in expected.items():
             old.copy_(flat[key])
 
@@ -158,9 +176,10 @@ class _Sent(NamedTuple):
 def _copy_of(parameter: nn.Parameter, on_host: bool) -> Tensor:
     """Returns the tensor that AdamW updates: the parameter or a copy in float32."""
     device = torch.device("cpu") if on_host else parameter.device
+    rows = ranks.local(parameter.detach())
     if parameter.dtype.itemsize >= 4 and parameter.device == device:
-        return parameter
-    copy = parameter.detach().to(device, _exact(parameter.dtype), copy=True)
+        return parameter if ranks.local(parameter) is parameter else rows
+    copy = rows.to(device, _exact(parameter.dtype), copy=True)
     return copy.pin_memory() if device != parameter.device else copy
 
 
@@ -172,6 +191,8 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
     """Scales the gradients to a norm of at most `limit`, and returns the norm before that. If this
     is not finite, the gradients stay as they are: scaling would spread nan and hide its source."""
+    if ranks.world() > 1:
+        return _clip_rows([ranks.local(p.grad) for p in parameters if p.grad is not None], limit)
     parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
     # In float32 at least: get_total_norm would round the norm of each gradient to its own type.
@@ -180,6 +201,18 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
     if math.isfinite(float(norm)):
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return float(norm)
+
+
+def _clip_rows(gradients: Sequence[Tensor], limit: float) -> float:
+    """Does the same to gradients that are divided among the ranks."""
+    norms = [torch.linalg.vector_norm(g, dtype=_exact(g.dtype)).double() for g in gradients]
+    device = gradients[0].device if gradients else torch.device("cpu")
+    squares = torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
+    norm = float(ranks.total(squares).sqrt())
+    if math.isfinite(norm) and norm > limit:
+        for gradient in gradients:
+            gradient.mul_(limit / (norm + 1e-6))
+    return norm
 
 
 def learning_rate(config: Config, step: int, peak: float) -> float:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bupo import adapters, ops, progress
+from bupo import adapters, ops, progress, ranks
 from bupo.config import GPU_WORKSPACE, Config, LossConfig
-from bupo.policy import parameter_layers
+from bupo.policy import parameter_layers, unembedding
+from bupo.rl import sharding
 from bupo.rl.forward import Forward, TokenStats
 from bupo.rl.losses import LOSSES, with_weights
 from bupo.rl.optimise import BatchLoss, Updates, mini_batches, optimise
@@ -34,6 +35,9 @@ class Trainer:
     """Holds the model, its forward pass for rollouts, and its optimizer."""
 
     def __init__(self, model: nn.Module, config: Config, pad: int) -> None:
+        """model: all ranks divide it."""
+        unembedding(model)  # measures the head while it is whole
+        sharding.shard(model)
         self.model, self._config = model, config
         ops.set_workspace_bytes(GPU_WORKSPACE)
         self.forward = Forward(model, config, pad)
@@ -144,5 +148,7 @@ class _OldStats:
         return replace(batch, streams=batch.streams | {"old": out.logprobs})
 
     def stats(self) -> TokenStats:
+        for part in ranks.gathered({n: (a.cpu(), b.cpu()) for n, (a, b) in self._found.items()}):
+            self._found |= part
         found = [self._found[n] for n in range(len(self._found))]
         return TokenStats(*([x.cpu() for x in some] for some in zip(*found)))

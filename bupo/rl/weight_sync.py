@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from bupo import adapters
+from bupo import adapters, ranks
 from bupo.config import RunError
+from bupo.rl import sharding
 from bupo.samples import Sample
 from bupo.types import Prompt, RolloutEngine
 
@@ -54,7 +56,16 @@ def changed_tensors(
     identities = {id(named[name]) for name in changed}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in identities:
-            yield name, parameter.detach()
+            yield name, ranks.whole(parameter.detach())
+
+
+def load(
+    engine: RolloutEngine, model: nn.Module, changed: Collection[str], half: bool = False
+) -> None:
+    """Loads what changed into an engine; all ranks load it into theirs. half: as above."""
+    merges = bool(adapters.parameters(model))  # sums of whole matrices
+    with sharding.gathered(model) if merges else nullcontext():
+        engine.load(changed_tensors(model, changed, half))
 
 
 def gap(engine: Sequence[Tensor], trainer: Sequence[Tensor]) -> float:
@@ -135,11 +146,11 @@ class WeightSync:
         """Loads what changed, then compares the log-probs of the probes. Returns the gap, or None
         if the engine shares the trainer's weights. Raises SyncError if weights did not arrive."""
         if self._before is None:
-            self._engine.load(changed_tensors(self._model, changed, self._exact is not None))
+            load(self._engine, self._model, changed, self._exact is not None)
             return None
         trainer = self._trainer(self._probes)  # before the engine takes up memory
         rounding = self._rounding(trainer)
-        self._engine.load(changed_tensors(self._model, changed, self._exact is not None))
+        load(self._engine, self._model, changed, self._exact is not None)
         scores = self._engine.score(self._probes)
         assert scores is not None, "an engine with weights of its own"
         now = self._together(scores, trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bupo.types import Prompt, Rollout
@@ -12,6 +13,13 @@ def seed_of(*parts: object) -> int:
     """Returns a 63-bit seed made from any values; nearby values give unrelated seeds."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def numbered(
+    prompts: Sequence[Prompt], groups: Sequence[int] | None
+) -> Iterator[tuple[int, Prompt]]:
+    """Yields the number of each prompt's group, and the prompt."""
+    return zip(range(len(prompts)) if groups is None else groups, prompts)
 
 
 class Decoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from bupo import progress
 from bupo.config import RolloutConfig, RunError
 from bupo.policy import half_precision
 from bupo.rollouts.decoding import Sampler, decode, rows_can_move
-from bupo.rollouts.engine import Decoder, seed_of
+from bupo.rollouts.engine import Decoder, numbered, seed_of
 from bupo.samples import Sample
 from bupo.types import Prompt, Rollout
 
@@ -35,10 +35,17 @@ class HFEngine:
     samples_from_nucleus = False
 
     def __init__(
-        self, model: Any, tokenizer: Any, config: RolloutConfig, compute_dtype: str = "float32"
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: RolloutConfig,
+        compute_dtype: str = "float32",
+        gathered: Callable[[Any], AbstractContextManager[None]] = lambda model: nullcontext(),
     ) -> None:
         """compute_dtype: that of training (model.compute_dtype), so that the policy that samples is
-        the one that is trained."""
+        the one that is trained. gathered(model): inside, a model that is divided among ranks is
+        whole, so that each rank may call it as often as it likes."""
+        self._gathered = gathered
         self._half = compute_dtype == "bfloat16"
         self._model, self._config = model, config
         self._decoder = Decoder(tokenizer, model.generation_config.eos_token_id)
@@ -63,27 +70,36 @@ class HFEngine:
         seed: str,
         stop: Callable[[], bool],
         temperature: float | None = None,
+        groups: Sequence[int] | None = None,
     ) -> list[Rollout]:
         temperature = self._config.temperature if temperature is None else temperature
-        wanted = [(group, k, p) for group, p in enumerate(prompts) for k in range(samples)]
+        wanted = [(group, k, p) for group, p in numbered(prompts, groups) for k in range(samples)]
         wanted.sort(key=lambda w: len(w[2].token_ids))  # stable: a group stays together
-        made: dict[tuple[int, int], Rollout] = {}
-        size = self._config.batch_size
         training, shipped = self._model.training, self._model.generation_config
         self._model.generation_config = GenerationConfig()
         self._model.eval()
         try:
-            for start in range(0, len(wanted), size):
-                if stop():
-                    break
-                batch = wanted[start : start + size]
-                with progress.part(start / len(wanted), (start + len(batch)) / len(wanted)):
-                    rollouts = self._batch(batch, seed, temperature)
-                made |= {(group, k): r for (group, k, _), r in zip(batch, rollouts)}
+            with self._gathered(self._model):
+                made = self._batches(wanted, seed, stop, temperature)
         finally:
             self._model.train(training)
             self._model.generation_config = shipped
         return [made[place] for place in sorted(made)]
+
+    def _batches(
+        self, wanted: Sequence[Wanted], seed: str, stop: Callable[[], bool], temperature: float
+    ) -> dict[tuple[int, int], Rollout]:
+        """Returns the responses by group and number, or those that were made before stop()."""
+        made: dict[tuple[int, int], Rollout] = {}
+        size = self._config.batch_size
+        for start in range(0, len(wanted), size):
+            if stop():
+                break
+            batch = wanted[start : start + size]
+            with progress.part(start / len(wanted), (start + len(batch)) / len(wanted)):
+                rollouts = self._batch(batch, seed, temperature)
+            made |= {(group, k): r for (group, k, _), r in zip(batch, rollouts)}
+        return made
 
     @torch.no_grad()
     def _batch(self, wanted: Sequence[Wanted], seed: str, temperature: float) -> list[Rollout]:

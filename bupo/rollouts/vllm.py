@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bupo import progress
 from bupo.config import ConfigError, RolloutConfig, RunError
-from bupo.rollouts.engine import seed_of
+from bupo.rollouts.engine import numbered, seed_of
 from bupo.rollouts.vllm_options import (
     SCORING,
     arguments,
@@ -90,9 +90,10 @@ class VllmEngine:
         seed: str,
         stop: Callable[[], bool],
         temperature: float | None = None,
+        groups: Sequence[int] | None = None,
     ) -> list[Rollout]:
         self._wake("weights", "kv_cache")
-        wanted = [(group, p, k) for group, p in enumerate(prompts) for k in range(samples)]
+        wanted = [(group, p, k) for group, p in numbered(prompts, groups) for k in range(samples)]
         eos = self._decoder.eos
         parameters = [
             self._parameters(**sampling(self._config, eos, seed_of(seed, group, k), temperature))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bupo import progress
 from bupo.config import RolloutConfig, RunError, first_line
-from bupo.rollouts.engine import seed_of
+from bupo.rollouts.engine import numbered, seed_of
 from bupo.rollouts.vllm_options import (
     SCORING,
     arguments,
@@ -82,8 +82,9 @@ class VllmServerEngine:
         seed: str,
         stop: Callable[[], bool],
         temperature: float | None = None,
+        groups: Sequence[int] | None = None,
     ) -> list[Rollout]:
-        wanted = [(group, p, k) for group, p in enumerate(prompts) for k in range(samples)]
+        wanted = [(group, p, k) for group, p in numbered(prompts, groups) for k in range(samples)]
         eos = self._decoder.eos
         answers = self._ask(
             [

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from bupo import ranks
 from bupo.config import Config
 from bupo.runlog.display import Display
 from bupo.runlog.stop import StopRequest
@@ -57,11 +58,19 @@ class Monitor:
     def watched(self, name: str, shown: str) -> Iterator[None]:
         """name: the name for the watchdog. shown: the text for the terminal."""
         with self._watchdog.stage(name), self.display.waiting(shown, self._watchdog.alive):
-            yield
+            try:
+                yield
+            except Exception as error:
+                error.add_note(name)
+                raise
+
+    def stopping(self) -> bool:
+        """Returns whether a stop was requested, on any rank."""
+        return ranks.any_of(self.stop())
 
     def check_stop(self) -> None:
-        """Raises Stopped if a stop was requested."""
-        if self.stop():
+        """Raises Stopped if a stop was requested, on any rank."""
+        if self.stopping():
             raise Stopped
 
     def release(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bupo import ranks
 from bupo.types import finite_or_none
 
 CHECKPOINT = "step_"
@@ -34,6 +35,11 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def shared_rows(file: Path) -> list[dict[str, Any]]:
+    """Returns the rows that rank 0 reads, on all ranks."""
+    return ranks.from_first(lambda: read_rows(file))
+
+
 def json_lines(rows: Sequence[dict[str, Any]], ascii_only: bool = True) -> str:
     """Returns strict JSON, one line per row, with null for every number that is not finite."""
     dumped = (json.dumps(_plain(r), ensure_ascii=ascii_only, allow_nan=False) for r in rows)
@@ -49,13 +55,19 @@ def _plain(value: Any) -> Any:
 
 
 def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Appends rows to a JSON lines file and hands them to the operating system at once."""
+    """Appends rows to a JSON lines file and hands them to the operating system at once. Only rank 0
+    writes."""
+    if not ranks.is_first():
+        return
     with file.open("a", encoding="utf-8") as out:
         out.write(json_lines(rows))
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Replaces a file's content as a whole: after a kill or a full disk, the old one remains."""
+    """Replaces a file's content as a whole: after a kill or a full disk, the old one remains. Only
+    rank 0 writes."""
+    if not ranks.is_first():
+        return
     partial = file.with_name(f".{file.name}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bupo import ranks
 from bupo.terminal import say
 
 FILE = "stalls.txt"
@@ -28,8 +29,9 @@ class Watchdog:
     """
 
     def __init__(self, run: Path, seconds: float, kill: bool = False) -> None:
-        self._path, self._seconds, self._kill = run / FILE, seconds, kill
-        self._armed = self._path if kill else run / f".{FILE}"
+        name = FILE if ranks.is_first() else f"rank_{ranks.rank()}_{FILE}"
+        self._path, self._seconds, self._kill = run / name, seconds, kill
+        self._armed = self._path if kill else run / f".{name}"
         self._stage = ""
         self._alive = 0.0
         self._told = True

@@ -1,0 +1,216 @@
+"""The processes of a run: a single one, or ranks 0, 1, ... that torchrun has started.
+
+Control is replicated and work is divided: all ranks hold the same rollouts and take the same
+decisions, and each generates, grades and computes its share. So all of them must call the functions
+below in the same order. In a single process, each function returns what it is given.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from bupo.config import ConfigError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Set by torchrun"""
+
+
+def world() -> int:
+    """Returns the number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this is the rank that writes files and speaks to people."""
+    return rank() == 0
+
+
+@contextmanager
+def joined(minutes: float) -> Iterator[None]:
+    """Inside, this process is a rank if torchrun has started it. minutes: how long a rank waits for
+    the others before it gives up. Raises ConfigError if a variable of torchrun is missing."""
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1") or dist.is_initialized():
+        yield
+        return
+    if missing := [name for name in VARIABLES if not os.environ.get(name)]:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start "
+            "several processes with torchrun, or unset WORLD_SIZE"
+        )
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if network := _interface(os.environ["MASTER_ADDR"]):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
+    # Python objects travel by gloo, parameters and gradients of a GPU by NCCL.
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    yield
+    if dist.is_initialized():  # vLLM destroys it as well; after an error, the others may be gone
+        dist.destroy_process_group()
+
+
+def _interface(host: str) -> str:
+    """Returns the network interface by which this machine reaches a host, if it is found. Gloo
+    would take that of this machine's own name, which is often one that others do not reach."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing
+        except OSError:
+            return ""
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                request = struct.pack("256s", name.encode())
+                found = fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24]  # SIOCGIFADDR
+                if socket.inet_ntoa(found) == address:
+                    return name
+    return ""
+
+
+def speaks_first(about: str) -> bool:
+    """Returns whether this rank is the first one with something to say about a subject."""
+    if world() == 1:
+        return True
+    try:
+        return int(_store().add(f"bupo/{about}", 1)) == 1
+    except RuntimeError:  # the store has ended with its rank
+        return True
+
+
+def someone_spoke(about: str) -> bool:
+    """Returns whether a rank has said something about a subject."""
+    try:
+        return int(_store().add(f"bupo/{about}", 0)) > 0
+    except RuntimeError:
+        return False
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+# ---- objects -----------------------------------------------------------------------------------
+
+
+def gathered(mine: Item) -> list[Item]:
+    """Returns what each rank has, in the order of the ranks."""
+    if world() == 1:
+        return [mine]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def share(items: Sequence[Item]) -> list[Item]:
+    """Returns the items that this rank works on: every world-th."""
+    return list(items[rank() :: world()])
+
+
+def spread(items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]]) -> list[Result]:
+    """Returns work(items), of which each rank does its share. work: gives a result for each."""
+    parts = gathered(list(work(share(items))))
+    return [parts[place % world()][place // world()] for place in range(len(items))]
+
+
+def any_of(flag: bool) -> bool:
+    """Returns whether the flag is set on some rank."""
+    return any(gathered(flag))
+
+
+def first_of(value: Result | None) -> Result | None:
+    """Returns the value of the first rank on which it is not None."""
+    return next((found for found in gathered(value) if found is not None), None)
+
+
+def from_first(make: Callable[[], Result]) -> Result:
+    """Returns what rank 0 makes. An exception there is raised on all ranks."""
+    if world() == 1:
+        return make()
+    made: list[Any] = [None, None]
+    if is_first():
+        try:
+            made[0] = make()
+        except Exception as error:
+            made[1] = error
+    dist.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
+    result: Result = made[0]
+    return result
+
+
+# ---- tensors -----------------------------------------------------------------------------------
+
+
+def total(value: Tensor) -> Tensor:
+    """Returns the sum of a tensor over the ranks."""
+    if world() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns the rows of a divided tensor that this rank holds, or the tensor if it is whole. Both
+    have the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns all rows of a divided tensor, or the tensor if it is whole."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def all_on_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors, whole, in the memory of the host on rank 0, and nothing on other ranks.
+    In a single process, returns them as they are."""
+    if world() == 1:
+        return dict(tensors)
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor.detach())
+        if is_first():
+            found[name] = value.cpu()
+    return found
+
+
+def like(rows: Tensor, divided: Tensor) -> Tensor:
+    """Returns the tensor that is divided like another one and of which this rank holds these rows,
+    or the rows if the other one is whole."""
+    if not isinstance(divided, DTensor):
+        return rows
+    where = divided.device_mesh, divided.placements
+    # Of a scalar, such as a counter of steps, every rank has a copy.
+    if not rows.dim():
+        return rows
+    rows = rows.to(divided.device)
+    return DTensor.from_local(rows, *where, shape=divided.shape, stride=divided.stride())
+
+
+def rows_of(values: Tensor, divided: Tensor) -> Tensor:
+    """Returns the rows of a whole tensor that this rank holds of one that is divided."""
+    if not isinstance(divided, DTensor) or not values.dim():
+        return values
+    chunks = values.chunk(divided.device_mesh.size())
+    mine = divided.device_mesh.get_local_rank()
+    return chunks[mine] if mine < len(chunks) else values[:0]

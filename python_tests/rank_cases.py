@@ -1,0 +1,30 @@
+"""Runs some cases one after the other, on the ranks that torchrun has started or in one process:
+`python rank_cases.py FOLDER CASE ...`"""
+
+import sys
+from pathlib import Path
+
+import run_samples
+
+from bupo import ranks
+
+CASES = {
+    "bupo": ["algorithm=bupo"],
+    "ppo": ["algorithm=ppo"],
+    "reinforce_pp": [
+        "algorithm=reinforce_pp", "loss.kl_coef=0.01", "loss.kl_estimator=k1_reward",
+    ],
+    "gspo": ["loss.type=gspo", "loss.kl_coef=0.01", "loss.kl_estimator=k3"],
+    "dynamic": ["reward.function=run_samples:often_flat", "rollout.refills=2"],
+    "one_update": ["optimizer.updates_per_step=1", "loss.type=cispo"],
+    "adapters": ["lora.rank=4"],
+    "bfloat16": ["model.parameter_dtype=bfloat16", "model.compute_dtype=bfloat16"],
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    folder, *names = sys.argv[1:]
+    with ranks.joined(minutes=5):
+        for name in names:
+            if status := run_samples.run(Path(folder) / name, *CASES[name]):
+                sys.exit(status)

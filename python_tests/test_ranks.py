@@ -1,0 +1,220 @@
+"""Several processes, started by torchrun, equal one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import run_samples
+from rank_cases import CASES
+from safetensors.torch import load_file
+
+from bupo.commands import run_lock
+
+HERE = Path(__file__).parent
+
+
+LAUNCHER = ["-m", "torch.distributed.run"]
+
+
+def started(world: int, *program: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """A program with so many ranks; prefix: a command that runs it elsewhere."""
+    launcher = [*LAUNCHER, "--standalone", f"--nproc_per_node={world}"]
+    command = [*prefix, sys.executable, *(launcher if world > 1 else []), *program]
+    environment = os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parent}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def run_of(world: int, out: Path, *overrides: str) -> subprocess.Popen[str]:
+    return started(world, "-m", "bupo.run", *run_samples.arguments(out, *overrides))
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    said, _ = process.communicate()
+    assert process.returncode == 0, said[-4000:]
+
+
+def rows(out: Path) -> list[dict[str, float]]:
+    return run_samples.rows(out / "metrics.jsonl")
+
+
+def assert_equal(one: Path, several: Path) -> None:
+    """Same responses and rewards; losses and parameters but for the order of sums."""
+    assert_near(one, several, 1e-4)
+    for a, b in zip(rows(one), rows(several), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            if isinstance(value, float):
+                limit = 1e-3 if key.startswith("diagnostics") else 1e-4
+                assert b[key] == pytest.approx(value, abs=limit, rel=1e-3), (a["step"], key)
+            else:
+                assert b[key] == value, (a["step"], key)
+    for file in sorted((one / "rollouts").iterdir()):
+        texts = [
+            [json.loads(line)["response"] for line in (x / "rollouts" / file.name).open()]
+            for x in (one, several)
+        ]
+        assert texts[0] == texts[1], file.name
+
+
+def assert_near(one: Path, several: Path, limit: float) -> None:
+    """The newest checkpoints have the same files, tensors and, up to the limit, values."""
+    newest = [sorted((x / "checkpoints").iterdir())[-1] for x in (one, several)]
+    files = sorted(x.relative_to(newest[0]) for x in newest[0].rglob("*.safetensors"))
+    assert files == sorted(x.relative_to(newest[1]) for x in newest[1].rglob("*.safetensors"))
+    for file in files:
+        a, b = (load_file(x / file) for x in newest)
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert (value - b[name]).abs().max() <= limit, (file, name)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the cases in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    finish(started(1, f"{HERE}/rank_cases.py", str(folder), *CASES))
+    return folder
+
+
+@pytest.mark.parametrize(("world", "names"), [(2, [*CASES]), (4, ["bupo", "ppo"])])
+def test_ranks_equal_one_process(world: int, names: list[str], one: Path, tmp_path: Path) -> None:
+    """Of four ranks, some have no rollouts of an update, and rows are divided unevenly."""
+    finish(started(world, f"{HERE}/rank_cases.py", str(tmp_path), *names))
+    for name in names:
+        if name == "bfloat16":  # micro-batches of other sizes are rounded differently
+            assert_near(one / name, tmp_path / name, 0.02)
+        else:
+            assert_equal(one / name, tmp_path / name)
+
+
+VLLM = ["rollout.engine=vllm", "task_options={layers: 2, width: 128, warm_steps: 4}"]
+
+
+@pytest.mark.parametrize("lora", ["lora.rank=null", "lora.rank=4"])
+def test_each_rank_has_its_vllm(lora: str, tmp_path: Path) -> None:
+    finish(run_of(2, tmp_path / "two", *VLLM, lora, "eval.every=0", "steps=3", "bupo.steps=1"))
+    found = rows(tmp_path / "two")
+    assert len(found) == 3
+    assert all(r["sync/logprob_gap"] < 1e-5 and r["rollout/logprob_gap"] < 1e-5 for r in found)
+
+
+def rank_of(launcher: subprocess.Popen[str], rank: int) -> int:
+    """The process ID of a rank."""
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], **TEXT)
+    for pid in children.stdout.split():
+        if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0"):
+            return int(pid)
+    raise AssertionError(children)
+
+
+TEXT: dict[str, Any] = {"capture_output": True, "text": True}
+
+
+def wait_for(file: Path, launcher: subprocess.Popen[str]) -> None:
+    while not file.exists():
+        assert launcher.poll() is None, launcher.communicate()[0][-4000:]
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+def test_a_rank_that_ends_ends_the_run(number: signal.Signals, tmp_path: Path) -> None:
+    """One message; and the resumed run equals one that was not disturbed, bit for bit."""
+    disturbed, whole = tmp_path / "disturbed", tmp_path / "whole"
+    plain = ["eval.every=0", "diagnostics.every=0", "optimizer.schedule=constant"]
+    watched = ["watchdog.seconds=5", "watchdog.kill=true"]
+    launcher = run_of(2, disturbed, "steps=400", *plain, *watched)
+    wait_for(disturbed / "checkpoints/step_000004", launcher)
+    began, pid = time.monotonic(), rank_of(launcher, 1)
+    os.kill(pid, number)
+    said = launcher.communicate()[0]
+    assert launcher.returncode != 0 and time.monotonic() - began < 60
+    lines = [line for line in said.splitlines() if "bupo.run: rank " in line]
+    if number == signal.SIGKILL:
+        assert len(lines) == 1 and "another rank has ended" in lines[0], said[-3000:]
+        assert "rank 0: step " in lines[0] and "resume=auto" in lines[0]
+    elif number == signal.SIGTERM:
+        assert "stopped; continue with" in said
+    else:
+        assert "has made no progress for 5 s" in said
+    done = len(rows(disturbed)) + 1
+    settings = [*plain, f"steps={done}"]
+    finish(run_of(2, disturbed, *settings, "resume=auto"))
+    finish(run_of(2, whole, *settings))
+    assert rows(disturbed) == rows(whole)
+    assert run_samples.state(disturbed) == run_samples.state(whole)
+
+
+def test_another_number_of_ranks_continues(tmp_path: Path) -> None:
+    settings = ["eval.every=0", "diagnostics.every=0", "optimizer.schedule=constant"]
+    finish(run_of(2, tmp_path / "parts", *settings, "steps=4"))
+    finish(run_of(3, tmp_path / "parts", *settings, "resume=auto"))
+    finish(run_of(1, tmp_path / "whole", *settings))
+    assert_equal(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_what_all_ranks_refuse_is_said_once(tmp_path: Path) -> None:
+    launcher = run_of(2, tmp_path / "run", "bupo.layer=7")
+    said = launcher.communicate()[0]
+    assert launcher.returncode != 0 and said.count("bupo.layer=7 is out of range") == 1
+    with run_lock.locked(tmp_path):
+        said = run_of(2, tmp_path).communicate()[0]
+    assert said.count("is in use by process") == 1
+
+
+@pytest.fixture
+def two_machines() -> Iterator[list[list[str]]]:
+    """Prefixes of commands that run them on two machines: here, and in a network of its own."""
+    ip, there = shutil.which("ip"), f"bupo{os.getpid()}"
+    if ip is None or os.geteuid():
+        pytest.skip("needs root and iproute2")
+    inside, near, far = [ip, "netns", "exec", there], f"n{os.getpid()}", f"f{os.getpid()}"
+    subprocess.run([ip, "netns", "add", there], check=True)
+    try:
+        for command in (
+            [ip, "link", "add", near, "type", "veth", "peer", "name", far, "netns", there],
+            [ip, "addr", "add", "10.77.0.1/24", "dev", near],
+            [ip, "link", "set", near, "up"],
+            [*inside, ip, "addr", "add", "10.77.0.2/24", "dev", far],
+            [*inside, ip, "link", "set", far, "up"],
+            [*inside, ip, "link", "set", "lo", "up"],
+        ):
+            subprocess.run(command, check=True)
+        yield [[], inside, [ip, "link", "set", near, "down"]]
+    finally:
+        subprocess.run([ip, "netns", "delete", there], check=True)
+
+
+def test_two_machines_until_their_link_is_cut(
+    two_machines: list[list[str]], tmp_path: Path
+) -> None:
+    """In the middle of a step; both end, and one of them has saved what can be resumed."""
+    *prefixes, cut = two_machines
+    settings = ["optimizer.schedule=constant", "eval.every=0", "diagnostics.every=0"]
+    watched = ["steps=400", "watchdog.seconds=20", "watchdog.kill=true"]
+    program = ["-m", "bupo.run", *run_samples.arguments(tmp_path, *settings, *watched)]
+    nodes = [
+        started(0, *_node(number), *program, prefix=prefix)
+        for number, prefix in enumerate(prefixes)
+    ]
+    wait_for(tmp_path / "checkpoints/step_000004", nodes[0])
+    subprocess.run(cut, check=True)
+    began = time.monotonic()
+    said = [node.communicate()[0] for node in nodes]
+    assert time.monotonic() - began < 60 and all(node.returncode for node in nodes), said
+    done = len(rows(tmp_path))
+    finish(run_of(1, tmp_path, *settings, f"steps={done + 1}", "resume=auto"))
+
+
+def _node(number: int) -> list[str]:
+    where = ["--master_addr=10.77.0.1", "--master_port=29571"]
+    return [*LAUNCHER, "--nnodes=2", f"--node_rank={number}", "--nproc_per_node=1", *where]
