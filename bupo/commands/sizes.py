@@ -4,6 +4,7 @@ the model is built from tensors without data and run over some tokens."""
 from __future__ import annotations
 
 import logging
+import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -145,7 +146,7 @@ def measure(
         internal=internal if layer else 0,
         memory=memory,
         host=host,
-        engine=_engine(config, element * total, cache, gpu),
+        engine=_engine(config, element * total, cache, math.prod(shapes.head), gpu),
         engine_weights=element * total,
         longest=longest,
         cache_of_sequence=cache,
@@ -349,9 +350,10 @@ def _cache_width(text: Any) -> int:
     return _attention_width(text) // int(text.num_attention_heads) * int(heads)
 
 
-def _engine(config: Config, weights: int, cache: int, gpu: bool) -> int:
+def _engine(config: Config, weights: int, cache: int, head: int, gpu: bool) -> int:
     """Returns the bytes of the rollout engine, or 0 if a setting reserves its memory or it is
-    on other devices. weights, cache: those of the model, and of a sequence of full length."""
+    on other devices. weights, cache: those of the model, and of a sequence of full length. head:
+    its number of values, which the hf engine holds in float32 to sum bfloat16 products exactly."""
     rollout = config.rollout
     if rollout.engine == "vllm_server" and (gpu or rollout.servers):  # on devices of its own
         return 0
@@ -359,4 +361,5 @@ def _engine(config: Config, weights: int, cache: int, gpu: bool) -> int:
         options = rollout.vllm_options(gpu)
         ranks = int(options.get("tensor_parallel_size", 1))
         return 0 if gpu else weights + ranks * int(options["kv_cache_memory_bytes"])
-    return min(rollout.batch_size, rollout.prompts * rollout.samples) * cache
+    responses = min(rollout.batch_size, rollout.prompts * rollout.samples) * cache
+    return responses + (4 * head if config.model.compute_dtype == "bfloat16" else 0)
