@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pickle
 import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from bupo.config import ConfigError
+from bupo.config import ConfigError, RunError, first_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -57,9 +58,14 @@ def joined(minutes: float) -> Iterator[None]:
             "several processes with torchrun, or unset WORLD_SIZE"
         )
     gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if network := _interface(os.environ["MASTER_ADDR"]):
+    if gpu:  # its GPU becomes the only one, as libraries such as vLLM take the first that they see
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        local = int(os.environ["LOCAL_RANK"])
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
+        torch.cuda.set_device(0)
+    network = _interface(os.environ["MASTER_ADDR"])
+    here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if network and (here or network != "lo"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
     # Python objects travel by gloo, parameters and gradients of a GPU by NCCL.
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
@@ -150,13 +156,22 @@ def from_first(make: Callable[[], Result]) -> Result:
     if is_first():
         try:
             made[0] = make()
-        except Exception as error:
-            made[1] = error
+        except BaseException as error:
+            made[1] = error if _travels(error) else RunError(first_line(error))
     dist.broadcast_object_list(made)
     if made[1] is not None:
         raise made[1]
     result: Result = made[0]
     return result
+
+
+def _travels(error: BaseException) -> bool:
+    """Whether an exception can be sent to other ranks."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 # ---- tensors -----------------------------------------------------------------------------------
@@ -181,13 +196,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def all_on_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def all_on_first(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Returns the tensors, whole, in the memory of the host on rank 0, and nothing on other ranks.
     In a single process, returns them as they are."""
     if world() == 1:
         return dict(tensors)
     found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:  # one after the other, as `like` brings each to the device
         value = whole(tensor.detach())
         if is_first():
             found[name] = value.cpu()

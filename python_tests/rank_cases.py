@@ -18,6 +18,7 @@ CASES = {
     "dynamic": ["reward.function=run_samples:often_flat", "rollout.refills=2"],
     "one_update": ["optimizer.updates_per_step=1", "loss.type=cispo"],
     "adapters": ["lora.rank=4"],
+    "checkpointing": ["model.gradient_checkpointing=true", "bupo.auto_stop=1.0"],
     "bfloat16": ["model.parameter_dtype=bfloat16", "model.compute_dtype=bfloat16"],
 }  # fmt: skip
 

@@ -133,6 +133,9 @@ def measure(
     vllm = config.rollout.engine == "vllm"
     if vllm and gpu and config.rollout.vllm_options(gpu).get("enable_sleep_mode"):
         host += element * total  # where its weights sleep
+    engine = _engine(config, element * total, cache, math.prod(shapes.head), gpu)
+    if world > 1 and config.rollout.engine == "hf":  # the whole model, while a rank generates
+        engine += (2 if settings.parameter_dtype == "bfloat16" else 4) * total
     trained = 12 * adapters or (2 * total if settings.parameter_dtype == "bfloat16" else 0)
     critic = (14 if settings.parameter_dtype == "bfloat16" else 12) * total
     checkpoint = trained + (0 if adapters else 12 * total)
@@ -146,7 +149,7 @@ def measure(
         internal=internal if layer else 0,
         memory=memory,
         host=host,
-        engine=_engine(config, element * total, cache, math.prod(shapes.head), gpu),
+        engine=engine,
         engine_weights=element * total,
         longest=longest,
         cache_of_sequence=cache,

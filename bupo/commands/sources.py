@@ -81,6 +81,11 @@ def check_engine(config: Config) -> None:
     rollout = config.rollout
     if ranks.world() > 1 and rollout.engine == "vllm_server":
         raise ConfigError("rollout.engine=vllm_server works in a single process only, so far")
+    if ranks.world() > 1 and config.bupo.auto_layer is not None:
+        raise ConfigError(
+            "bupo.auto_layer works in a single process only, so far: find the layer there, and set "
+            "bupo.layer"
+        )
     if rollout.engine != "hf" and rollout.vllm and importlib.util.find_spec("vllm"):
         from bupo.rollouts.vllm_options import check_options
 

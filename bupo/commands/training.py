@@ -120,6 +120,11 @@ def execute(plan: RunPlan) -> int | None:
         plan.out.mkdir(parents=True, exist_ok=True)
     try:
         with locked_by_first(plan.out):
+            if len(seen := {str(each) for each in ranks.gathered(plan.resume_from)}) > 1:
+                raise ConfigError(
+                    f"out={plan.out}: ranks see different checkpoints ({', '.join(sorted(seen))}); "
+                    "all machines need the same file system there; start again"
+                )
             if resume_point(plan.config, plan.out) != plan.resume_from:
                 raise ConfigError(
                     f"out={plan.out}: another process has used it since this one checked it; "

@@ -116,7 +116,7 @@ class Critic:
         """Returns the contents of the files of a checkpoint: the parameters and the optimizer's
         moments. On ranks other than 0, nothing is in them."""
         return {
-            PARAMETERS: ranks.all_on_first(self._parameters),
+            PARAMETERS: ranks.all_on_first(self._parameters.items()),
             MOMENTS: self.optimizer.whole_state(),
         }
 

@@ -109,6 +109,7 @@ class Diagnostics:
             final_norm=config.bupo.final_norm,
         )
         sharding.reshard(self._model)
+        found = ranks.gathered(found)[0]  # it may end the phase, and GPUs round differently
         row: dict[str, Any] = {"step": step, "anchor": self._anchor, **asdict(found)}
         self._rows.append(row)
         row["ends_phase"] = self._ends_phase(step)

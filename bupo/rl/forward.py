@@ -103,6 +103,8 @@ class Forward:
 
         self.in_memory(run)
         sharding.reshard(self.model)
+        if ranks.world() > 1:  # a view would be sent with the values of the whole batch
+            found = {n: tuple(x.clone() for x in some) for n, some in found.items()}
         for part in ranks.gathered(found):
             found |= part
         return [[found[n][kind] for n in range(len(samples))] for kind in range(kinds)]

@@ -140,8 +140,9 @@ class AdamW(torch.optim.Optimizer):
 
     def whole_state(self) -> dict[str, Tensor]:
         """Returns flat_state() of all rows, on rank 0; on other ranks, nothing."""
+        state = self.flat_state().items()
         return ranks.all_on_first(
-            {key: ranks.like(rows, self._parameter(key)) for key, rows in self.flat_state().items()}
+            (key, ranks.like(rows, self._parameter(key))) for key, rows in state
         )
 
     def _parameter(self, key: str) -> nn.Parameter:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from bupo import ranks
+from bupo import adapters, ranks
 from bupo.policy import decoder_stack
 
 
@@ -68,6 +68,10 @@ def gathered(model: Any) -> Iterator[None]:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """Returns the whole state_dict() of a divided model on rank 0, on the host, and an empty one on
-    the others; None for a model that is whole."""
-    return ranks.all_on_first(model.state_dict()) if is_sharded(model) else None
+    """Returns what a checkpoint of a divided model holds, its state_dict() or that of its adapters,
+    on the host of rank 0; nothing on the others; None for a model that is whole."""
+    if not is_sharded(model):
+        return None
+    adapted = bool(adapters.parameters(model))
+    state = model.state_dict().items()
+    return ranks.all_on_first((n, x) for n, x in state if not adapted or ".lora_" in n)
