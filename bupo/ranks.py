@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pickle
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -149,29 +148,28 @@ def first_of(value: Result | None) -> Result | None:
 
 
 def from_first(make: Callable[[], Result]) -> Result:
-    """Returns what rank 0 makes. An exception there is raised on all ranks."""
+    """Returns what rank 0 makes. An exception there is raised on all ranks, on the others
+    perhaps as a RunError."""
     if world() == 1:
         return make()
     made: list[Any] = [None, None]
+    failure: BaseException | None = None
     if is_first():
         try:
             made[0] = make()
         except BaseException as error:
-            made[1] = error if _travels(error) else RunError(first_line(error))
+            failure = made[1] = error
+            if not isinstance(
+                error, OSError | ConfigError | RunError
+            ):  # others may not be sendable
+                made[1] = RunError(first_line(error))
     dist.broadcast_object_list(made)
+    if failure is not None:
+        raise failure
     if made[1] is not None:
         raise made[1]
     result: Result = made[0]
     return result
-
-
-def _travels(error: BaseException) -> bool:
-    """Whether an exception can be sent to other ranks."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return False
-    return True
 
 
 # ---- tensors -----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from bupo import ranks
@@ -45,6 +45,9 @@ class Monitor:
         self._watchdog = Watchdog(out, config.watchdog.seconds, config.watchdog.kill)
         self.display = Display(config.steps, start)
         self.stop = StopRequest()
+        self._between = ExitStack()
+        if ranks.world() > 1:  # another rank may hang while this one waits between its stages
+            self._between.enter_context(self._watchdog.stage("waiting between stages"))
 
     @contextmanager
     def stage(self, name: str, step: int, watch: Stopwatch | None = None) -> Iterator[None]:
@@ -74,6 +77,7 @@ class Monitor:
             raise Stopped
 
     def release(self) -> None:
+        self._between.close()
         self.stop.release()
         self.display.end()
         self._watchdog.close()
