@@ -178,7 +178,8 @@ def two_machines() -> Iterator[list[list[str]]]:
     if ip is None or os.geteuid():
         pytest.skip("needs root and iproute2")
     inside, near, far = [ip, "netns", "exec", there], f"n{os.getpid()}", f"f{os.getpid()}"
-    subprocess.run([ip, "netns", "add", there], check=True)
+    if subprocess.run([ip, "netns", "add", there], capture_output=True).returncode:
+        pytest.skip("network namespaces are not allowed here")
     try:
         for command in (
             [ip, "link", "add", near, "type", "veth", "peer", "name", far, "netns", there],
