@@ -24,7 +24,7 @@ from rows import (
     table,
 )
 
-DOCUMENTS = ("README.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/scaling.md")
 PRODUCTS = {"block": "block products, AVX-512", "library": "torch's BLAS"}
 """What build_info() calls the products of a CPU, in words"""
 
@@ -187,6 +187,39 @@ def rollouts_table(rows: list[Row]) -> str:
     return "\n\n".join(tables)
 
 
+def ranks_time_table(rows: list[Row]) -> str:
+    """Seconds of a step in one process and in several ranks on the CPU."""
+    run, rows = rows[0], [row for row in rows if "ranks" in row]
+    stages = {"rollout": "rollout", "old log-probs": "old_logprobs", "updates": "update"}
+    stages["step"] = "step"
+    cells: list[Cells] = [
+        [
+            f"{row['ranks']} rank" + "s" * (row["ranks"] > 1),
+            *figures(row, ".2f", *stages.values(), "x_one_update"),
+        ]
+        for row in rows
+    ]
+    return (
+        f"{table(['seconds', *stages, 'updates / those of 1 rank'], cells)}\n\n"
+        f"{run['layers']} layers of width {run['width']}, vocabulary {run['vocab']}; "
+        f"{run['prompts']} prompts of {run['prompt_tokens'][0]} to {run['prompt_tokens'][1]} "
+        f"tokens x {run['samples']} rollouts of {run['new_tokens']} tokens, {run['updates']} "
+        f"updates; float32; all ranks together have {run['threads']} threads of {run['cpu']}; "
+        f"torch {run['torch']}, {run['date'][:10]}; medians."
+    )
+
+
+def ranks_memory_table(rows: list[Row]) -> str:
+    """GiB of an update on each rank, as the plan computes them."""
+    rows = [row for row in rows if "planned" in row]
+    worlds = [key.removeprefix("host_") for key in rows[0] if key.startswith("host_")]
+    cells: list[Cells] = [
+        [row["planned"], *(f"{row[f'device_{n}']:.0f} / {row[f'host_{n}']:.0f}" for n in worlds)]
+        for row in rows
+    ]
+    return table(["model", *(f"{n} GPU" + "s" * (n != "1") for n in worlds)], cells)
+
+
 MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "cpu": ("cpu", cpu_table),
     "cpu_avx2": ("cpu_avx2", cpu_table),
@@ -196,6 +229,8 @@ MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "train_step": ("train_step_cpu", train_step_table),
     "internal": ("internal_cpu", internal_table),
     "rollouts": ("rollouts_cpu", rollouts_table),
+    "ranks_time": ("ranks_cpu", ranks_time_table),
+    "ranks_memory": ("ranks_cpu", ranks_memory_table),
 }
 """By the name of a table: the file of its results, and what makes it of their rows"""
 

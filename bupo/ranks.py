@@ -158,11 +158,8 @@ def from_first(make: Callable[[], Result]) -> Result:
         try:
             made[0] = make()
         except BaseException as error:
-            failure = made[1] = error
-            if not isinstance(
-                error, OSError | ConfigError | RunError
-            ):  # others may not be sendable
-                made[1] = RunError(first_line(error))
+            failure, simple = error, isinstance(error, OSError | ConfigError | RunError)
+            made[1] = error if simple else RunError(first_line(error))  # not all can be sent
     dist.broadcast_object_list(made)
     if failure is not None:
         raise failure

@@ -151,47 +151,61 @@ def test_a_server_for_another_run_is_refused(parts):
         vllm_serving.check_server(Server("http://127.0.0.1:9"), right)
 
 
-def test_a_server_that_was_lost(parts, prompts, monkeypatch, tmp_path):
-    """It is started as the message tells; killed; and started again, with other weights."""
-    _, model, tokenizer, (folder, *given) = parts
+def free_url():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    monkeypatch.setattr(vllm_serving, "RETRY_AFTER", (0.1, 0.1))
-    config = dataclasses.replace(SERVER, servers=[url])
-    with pytest.raises(ConfigError) as refused:
-        VllmServerEngine(folder, tokenizer, config, *given[2:])
-    line = str(refused.value).partition("start it with: ")[2]
-    line = line.replace("python", sys.executable, 1).replace("0.0.0.0", "127.0.0.1")
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
 
-    def start():
+
+def test_two_servers_of_which_one_is_lost(parts, prompts, monkeypatch, tmp_path):
+    """They are started as the message tells; one is killed, and started again with other weights;
+    the next run gives both its weights."""
+    _, model, tokenizer, (folder, *given) = parts
+    urls = [free_url(), free_url()]
+    monkeypatch.setattr(vllm_serving, "RETRY_AFTER", (0.1, 0.1))
+    config = dataclasses.replace(SERVER, servers=urls)
+
+    def start(url):
+        alone = dataclasses.replace(SERVER, servers=[url])
+        with pytest.raises(ConfigError) as refused:
+            VllmServerEngine(folder, tokenizer, alone, *given[2:])
+        line = str(refused.value).partition("start it with: ")[2]
+        line = line.replace("python", sys.executable, 1).replace("0.0.0.0", "127.0.0.1")
         with open(tmp_path / "log", "a") as log:
-            started = subprocess.Popen(
+            return subprocess.Popen(
                 line, shell=True, start_new_session=True, stdout=log, stderr=log,
                 env=os.environ | options.ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
             )  # fmt: skip
+
+    def wait(url, started):
         while True:
             try:
-                Server(url).call("health")
-                return started
+                return Server(url).call("health")
             except RunError:
                 assert started.poll() is None, (tmp_path / "log").read_text()[-2000:]
                 time.sleep(1)
 
-    server = start()
+    servers = {url: start(url) for url in urls}
     try:
+        for url, server in servers.items():
+            wait(url, server)
+        perturb(model)
         engine = VllmServerEngine(folder, tokenizer, config, *given[2:])
         engine.load(adapters.all_weights(model).items())
-        killed = threading.Timer(1, os.killpg, (server.pid, signal.SIGKILL))
+        rollouts = engine.generate(prompts, 2, "seed", never)  # groups 0 and 2 are for the first
+        assert [r.group for r in rollouts] == [0, 0, 1, 1, 2, 2]
+        assert_sampled_from(model, rollouts, len(tokenizer))
+        killed = threading.Timer(1, os.killpg, (servers[urls[1]].pid, signal.SIGKILL))
         killed.start()
         with pytest.raises(
             RunError,
-            match=rf"server {url} does not answer .* for \d+ s; start it again, then resume",
+            match=rf"server {urls[1]} does not answer .* for \d+ s; start it again, then resume",
         ):
             while True:
                 engine.generate(prompts, 64, "seed", never)
-        server.wait()
-        server = start()
+        servers[urls[1]].wait()
+        servers[urls[1]] = start(urls[1])
+        wait(urls[1], servers[urls[1]])
         with pytest.raises(RunError, match="does not hold the weights of this run: it was started"):
             engine.generate(prompts, 1, "seed", never)
         again = VllmServerEngine(folder, tokenizer, config, *given[2:])
@@ -199,7 +213,34 @@ def test_a_server_that_was_lost(parts, prompts, monkeypatch, tmp_path):
         assert_sampled_from(model, again.generate(prompts, 1, "seed", never), len(tokenizer))
         again.close()
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        for server in servers.values():
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def test_a_server_gets_the_gpus_after_the_first(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert vllm_serving.gpus({}) == {"CUDA_VISIBLE_DEVICES": "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,6")
+    assert vllm_serving.gpus({"tensor_parallel_size": 2}) == {"CUDA_VISIBLE_DEVICES": "7,6"}
+    with pytest.raises(ConfigError, match="needs 4 more GPUs than the trainer's, found 2"):
+        vllm_serving.gpus({"tensor_parallel_size": 2, "pipeline_parallel_size": 2})
+
+
+def test_an_answer_that_is_no_response_of_this_run(parts):
+    """Aborted by somebody, or without or with other weights."""
+    server = Server("http://there:1")
+    server._weights = "mine"
+    whole = {"finish_reason": "stop", "weight_versions": [{"version": "mine"}]}
+    server.check({"choices": [whole]})
+    for wrong, message in (
+        ({"finish_reason": "abort"}, "another program has made the vLLM server http://there:1 end"),
+        ({"weight_versions": [{"version": "mine"}, {"version": "theirs"}]}, "does not hold"),
+        ({"weight_versions": None}, "does not hold the weights of this run"),
+    ):
+        with pytest.raises(RunError, match=message):
+            server.check({"choices": [whole | wrong]})
 
 
 def test_a_run_starts_a_server_and_resumes_without_it(tmp_path):

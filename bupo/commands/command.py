@@ -113,12 +113,14 @@ class Command(Generic[AnyPlan]):
         except Exception as error:
             if ranks.world() == 1:
                 raise
+            status, line, why = 1, _with_stage(error), ""
             if not (isinstance(error, RuntimeError) and _LOST.search(str(error))):
                 traceback.print_exc()
             elif ranks.someone_spoke("failures"):
-                _end_rank(1)
-            line = f"{_with_stage(error)} (another rank has ended or hangs); {self.kept(out)}"
-            status = 1
+                _end_rank(status)
+            else:
+                why = " (another rank has ended or hangs)"
+            line = f"{line}{why}; {self.kept(out)}"
         return self._failed(status, line)
 
     def _failed(self, status: int, line: str) -> int:

@@ -26,7 +26,7 @@ TRAINING = (
     *("data.train", "data.weights", "data.limit", "rollout.prompts", "rollout.samples", "wandb"),
     "rollout.servers",
 )
-"""Keys, or beginnings of keys, that no evaluation reads"""
+"""Keys, or beginnings of keys, that do not change the result of an evaluation"""
 
 
 @dataclass

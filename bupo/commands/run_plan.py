@@ -17,7 +17,7 @@ from typing import Any
 from bupo import config as configuration
 from bupo import hub, ranks
 from bupo.commands.fit import memory_of_card, verdict
-from bupo.commands.models import read_model
+from bupo.commands.models import ModelFacts, read_model
 from bupo.commands.sizes import Sizes, measure
 from bupo.commands.sources import (
     Sources,
@@ -142,16 +142,13 @@ def make_plan(config: Config, card: str | None = None, world: int | None = None)
     from bupo.data.prompt_order import PromptOrder
     from bupo.data.prompts import load_prompts  # slow to import, so after the cheap checks
     from bupo.rewards.choice import check_functions, check_sources
-    from bupo.rl.schedule import Schedule
     from bupo.runlog.display import Display
 
     check_functions(config.reward)
     _refuse_adapters(sources.model)
     facts = read_model(config, sources.model)
     tokenizer, layers = facts.tokenizer, facts.layers
-    schedule = None if config.bupo.auto_layer is not None else Schedule(config)
-    if schedule is not None:
-        schedule.check(layers, sources.model, facts.tied, config.lora.rank is not None)
+    schedule = _schedule(config, facts)
     with Display().waiting("reading prompts"):
         prompts, dropped = load_prompts(sources.train, tokenizer, config.data, config.data.limit)
     prompts_hash = _hash_of(prompts, bool(config.reward.by_source))
@@ -191,6 +188,18 @@ def make_plan(config: Config, card: str | None = None, world: int | None = None)
         dropped=dropped + eval_dropped,
         warnings=_warnings(config, tokenizer, [*prompts, *eval_prompts]),
     )
+
+
+def _schedule(config: Config, facts: ModelFacts) -> Any:
+    """Returns the schedule of a run, or None if bupo.auto_layer is to measure its layer. Raises
+    ConfigError if it does not fit the model."""
+    from bupo.rl.schedule import Schedule
+
+    if config.bupo.auto_layer is not None:
+        return None
+    schedule, lora = Schedule(config), config.lora.rank is not None
+    schedule.check(facts.layers, facts.source, facts.tied, lora, several=ranks.world() > 1)
+    return schedule
 
 
 def _now() -> str:

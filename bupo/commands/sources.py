@@ -15,6 +15,7 @@ from bupo import hub, ranks
 from bupo.commands.models import check_place, load_model
 from bupo.commands.run_lock import waited_for
 from bupo.config import Config, ConfigError, shipped
+from bupo.config.errors import require
 from bupo.data import data_files
 from bupo.runlog.display import Display
 from bupo.tasks import TaskFiles
@@ -76,16 +77,16 @@ def find_sources(config: Config, training: bool = True) -> Sources:
 
 
 def check_engine(config: Config) -> None:
-    """Raises ConfigError for an argument in rollout.vllm that vLLM does not have. If vLLM is not
-    installed, the check is left to the engine."""
+    """Raises ConfigError for an argument in rollout.vllm that vLLM does not have (if vLLM is not
+    installed, the check is left to the engine), and for what needs a single process."""
     rollout = config.rollout
-    if ranks.world() > 1 and rollout.engine == "vllm_server":
-        raise ConfigError("rollout.engine=vllm_server works in a single process only, so far")
-    if ranks.world() > 1 and config.bupo.auto_layer is not None:
-        raise ConfigError(
-            "bupo.auto_layer works in a single process only, so far: find the layer there, and set "
-            "bupo.layer"
-        )
+    if ranks.world() > 1:
+        for key, used in (
+            ("rollout.engine=vllm_server", rollout.engine == "vllm_server"),
+            ("tensor_parallel_size in rollout.vllm", "tensor_parallel_size" in rollout.vllm),
+            ("bupo.auto_layer", config.bupo.auto_layer is not None),
+        ):
+            require(not used, f"{key} works in a single process only (docs/scaling.md)")
     if rollout.engine != "hf" and rollout.vllm and importlib.util.find_spec("vllm"):
         from bupo.rollouts.vllm_options import check_options
 

@@ -88,7 +88,6 @@ def _check_start(plan: RunPlan, model: Any, key: str) -> None:
 def _reference(plan: RunPlan, trainer: Any, pad: int) -> Any:
     """Returns the policy that the run began with: the trainer's model without its adapters or, if
     it has none, a frozen copy from the original place. Raises ConfigError if that has changed."""
-    from bupo.policy import unembedding
     from bupo.rl import sharding
     from bupo.rl.forward import Forward, WithoutAdapters
 
@@ -96,7 +95,6 @@ def _reference(plan: RunPlan, trainer: Any, pad: int) -> Any:
         return WithoutAdapters(trainer.forward)
     model = load_model(plan.config, plan.sources.model)
     _check_start(plan, model, "loss.kl_coef")
-    unembedding(model)  # measures the head while it is whole
     sharding.shard(model)
     return Forward(model.eval().requires_grad_(False), plan.config, pad)
 
@@ -217,9 +215,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _number_of_ranks(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a number of processes, got {text!r}")
+    return int(text)
 
 
 def _kept(out: Path | None) -> str:

@@ -34,7 +34,6 @@ class Critic:
     def __init__(self, model: nn.Module, config: Config, pad: int) -> None:
         """model: a causal LM that is not shared with the policy; its unembedding is not used. All
         ranks divide it."""
-        unembedding(model)  # measures it while it is whole
         sharding.shard(model)
         self.forward = Forward(model, config, pad)
         self._config = config

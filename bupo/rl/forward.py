@@ -59,9 +59,18 @@ class Forward:
         self._shape = 0, 0
         """Number of sequences and of tokens in the newest micro-batch"""
 
+    @property
+    def can_widen(self) -> bool:
+        """Whether in_float32() is possible: not if parameters in bfloat16 are divided among ranks,
+        because FSDP gathers them from memory of its own."""
+        return (
+            not sharding.is_sharded(self.model) or self._config.model.parameter_dtype != "bfloat16"
+        )
+
     @contextmanager
     def in_float32(self) -> Iterator[None]:
         """Inside the context, the model computes in float32, regardless of model.compute_dtype."""
+        assert self.can_widen
         half, self._half = self._half, False
         rounded = [p for p in self.model.parameters() if p.dtype == torch.bfloat16]
         for parameter in rounded:

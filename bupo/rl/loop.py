@@ -150,6 +150,8 @@ class Run:
 
     def _look_first(self) -> None:
         """Prepares the probes of weight sync and diagnostics, and measures them before step 1."""
+        half = self.config.model.compute_dtype == "bfloat16"
+        exact = half and self.trainer.forward.can_widen
         with self.monitor.stage("weights of the engine", self.start):
             self.sync = WeightSync(
                 self.engine,
@@ -157,7 +159,8 @@ class Run:
                 probes_of(self.train_prompts),
                 self._final_logprobs,
                 GapLimit(self.config.model.compute_dtype, self.config.rollout.max_logprob_gap),
-                self._exact_logprobs if self.config.model.compute_dtype == "bfloat16" else None,
+                self._exact_logprobs if exact else None,
+                half,
             )
         with self.monitor.stage("probes", self.start):
             prompts = self.eval_prompts or self.train_prompts
@@ -308,11 +311,9 @@ class Run:
         seed: str,
         temperature: float | None = None,
     ) -> list[Rollout]:
-        stop, several = self.monitor.stop, ranks.world() > 1
         numbers = ranks.share(range(len(prompts)))
-        mine = [prompts[number] for number in numbers]
-        groups = {"groups": numbers} if several else {}
-        rollouts = self.engine.generate(mine, samples, seed, stop, temperature, **groups)
+        mine, stop = [prompts[number] for number in numbers], self.monitor.stop
+        rollouts = self.engine.generate(mine, samples, seed, stop, temperature, numbers)
         self.monitor.check_stop()
         together = [rollout for part in ranks.gathered(rollouts) for rollout in part]
         return sorted(together, key=lambda rollout: rollout.group)

@@ -86,10 +86,18 @@ class Schedule:
         """Returns the layers of the internal policies of the run, lowest first."""
         return sorted({p.layer for p in self._policies if p.layer is not None})
 
-    def check(self, depth: int, model: str, tied: bool = False, lora: bool = False) -> None:
+    def check(
+        self,
+        depth: int,
+        model: str,
+        tied: bool = False,
+        lora: bool = False,
+        several: bool = False,
+    ) -> None:
         """Raises ConfigError for settings that do not fit a model of `depth` layers, whose head may
         be tied to the embedding, and for a phase that would train nothing. lora: whether adapters
-        in the layers are trained, and nothing else."""
+        in the layers are trained, and nothing else. several: whether there are several ranks, which
+        cannot train the head alone: FSDP adds up its gradient when that of the layers is there."""
         for (key, phase), policy in zip(self._phases, self._policies):
             if phase.layer is not None and phase.layer > depth:
                 raise ConfigError(
@@ -110,10 +118,11 @@ class Schedule:
                         f"{key}.lr.{part}: lora.rank trains adapters in the layers and nothing else"
                     )
             places: list[int | None] = [*range((policy.layer or depth + 1) + 1)]
-            places = places[1:] if lora else [*places, *([] if tied else [None])]
+            places = places[1:] if lora else [*places, *([] if tied or several else [None])]
             if not any(policy.rates.factor(place) for place in places):
                 of = "the final policy" if policy.layer is None else f"pi^{policy.layer}"
-                raise ConfigError(f"{key}.lr freezes all of {of}")
+                but = " but the head, which several ranks cannot train alone" if several else ""
+                raise ConfigError(f"{key}.lr freezes all of {of}{but}")
 
     def describe(self, depth: int) -> str:
         """Returns the phases in words, for the terminal."""

@@ -15,13 +15,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from bupo import adapters, ranks
-from bupo.policy import decoder_stack
+from bupo.policy import decoder_stack, unembedding
 
 
 def shard(model: nn.Module) -> None:
     """Divides a model among the ranks; all of them call this with equal models."""
     if ranks.world() == 1:
         return
+    unembedding(model)  # measures the head while it is whole
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (ranks.world(),))
     for layer in decoder_stack(model).layers:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bupo import adapters, ops, progress, ranks
 from bupo.config import GPU_WORKSPACE, Config, LossConfig
-from bupo.policy import parameter_layers, unembedding
+from bupo.policy import parameter_layers
 from bupo.rl import sharding
 from bupo.rl.forward import Forward, TokenStats
 from bupo.rl.losses import LOSSES, with_weights
@@ -36,7 +36,6 @@ class Trainer:
 
     def __init__(self, model: nn.Module, config: Config, pad: int) -> None:
         """model: all ranks divide it."""
-        unembedding(model)  # measures the head while it is whole
         sharding.shard(model)
         self.model, self._config = model, config
         ops.set_workspace_bytes(GPU_WORKSPACE)

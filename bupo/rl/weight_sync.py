@@ -130,11 +130,14 @@ class WeightSync:
         trainer: Callable[[Sequence[Sample]], list[Tensor]],
         limit: GapLimit,
         exact: Callable[[Sequence[Sample]], list[Tensor]] | None = None,
+        half: bool = False,
     ) -> None:
         """engine: holds the model's weights. trainer(samples): returns the trainer's log-probs at
-        temperature 1. exact(samples): returns these in float32; None if the trainer does so too."""
+        temperature 1. exact(samples): returns these in float32; None if the trainer does so too, or
+        if it cannot, which leaves the limit as it is at the beginning. half: whether the engine
+        holds weights in bfloat16."""
         self._engine, self._model, self._probes, self._trainer = engine, model, probes, trainer
-        self._limit, self._exact = limit, exact
+        self._limit, self._exact, self._half = limit, exact, half
         self._before: tuple[Tensor, Tensor] | None = None
         scores = engine.score(probes)
         if scores is not None:  # the engine holds a copy of the weights
@@ -146,11 +149,11 @@ class WeightSync:
         """Loads what changed, then compares the log-probs of the probes. Returns the gap, or None
         if the engine shares the trainer's weights. Raises SyncError if weights did not arrive."""
         if self._before is None:
-            load(self._engine, self._model, changed, self._exact is not None)
+            load(self._engine, self._model, changed, self._half)
             return None
         trainer = self._trainer(self._probes)  # before the engine takes up memory
         rounding = self._rounding(trainer)
-        load(self._engine, self._model, changed, self._exact is not None)
+        load(self._engine, self._model, changed, self._half)
         scores = self._engine.score(self._probes)
         assert scores is not None, "an engine with weights of its own"
         now = self._together(scores, trainer)
@@ -165,8 +168,8 @@ class WeightSync:
         return found
 
     def _rounding(self, trainer: Sequence[Tensor]) -> float:
-        """Returns the mean distance of the trainer's log-probs to those in float32, or 1 if the
-        trainer computes in float32."""
+        """Returns the mean distance of the trainer's log-probs to those in float32, or 1 without
+        these."""
         if self._exact is None:
             return 1.0
         here, exact = self._together(trainer, self._exact(self._probes))
