@@ -19,11 +19,13 @@ from real_models import random_qwen3
 from rows import Row, aligned, append, bar, print_run
 from tables import rollouts_table
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from bupo.config import RolloutConfig
+from bupo.config import Config, ModelConfig, RolloutConfig
+from bupo.rl.forward import Forward
+from bupo.rl.weight_sync import gap
 from bupo.rollouts.vllm import VllmEngine
-from bupo.types import Prompt
+from bupo.types import Policy, Prompt
 
 OURS, FAST, BARE = "bupo", "bupo, deterministic=false", "LLM.generate"
 LISTS = "LLM.generate, allowed_token_ids"
@@ -147,6 +149,32 @@ def measure(folder: Path, load: Load, args: argparse.Namespace) -> list[Row]:
     return [dataclasses.asdict(load) | row for row in rows_of(found)]
 
 
+def gap_rows(folder: Path, load: Load, args: argparse.Namespace) -> list[Row]:
+    """In bfloat16, the mean distance of vLLM's log-probs of its responses to those of training, in
+    nats: with the head's logits as vLLM computes them, and in float32."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    settings = Config(model=ModelConfig(path=str(folder), compute_dtype="bfloat16"))
+    trainer = Forward(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), settings, 0
+    )
+    prompts, rows = load.requests(len(tokenizer)), []
+    for head in ("bfloat16", "float32"):
+        config = RolloutConfig(
+            "vllm",
+            max_new_tokens=load.new_tokens,
+            batch_size=args.batch_size,
+            vllm={"hf_overrides": {"head_dtype": head}},
+        )
+        longest = load.prompt_tokens[1]
+        engine = VllmEngine(str(folder), tokenizer, config, longest, "bfloat16", 0)
+        rollouts = engine.generate(prompts, 1, "seed", lambda: False)
+        engine.close()
+        theirs = trainer.token_stats(rollouts, Policy(None))
+        found = gap([r.stream("engine") for r in rollouts], theirs.logprobs)
+        rows.append({**dataclasses.asdict(load), "head": head, "logprob_gap": found})
+    return rows
+
+
 def main() -> int:
     args = parse()
     torch.set_num_threads(args.threads)
@@ -164,6 +192,8 @@ def main() -> int:
         for name, (folder, load) in loads.items():
             found = measure(folder, load, args)
             print(f"{name}:\n{verdict(found)}", flush=True)
+            if folder == args.model:
+                found += gap_rows(folder, load, args)
             rows += [{"model": name, **row} for row in found]
     print(aligned(rollouts_table([run | row for row in rows])))
     append(args.json, run, rows)

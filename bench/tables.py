@@ -173,6 +173,8 @@ def rollouts_table(rows: list[Row]) -> str:
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
         run = mine[0]
+        gaps = {row["head"]: row["logprob_gap"] for row in mine if "head" in row}
+        mine = [row for row in mine if "head" not in row]
         cells: list[Cells] = [
             [row["name"], *figures(row, ".0f", "tokens_per_second"), *figures(row, ".2f", "x_bare")]
             for row in mine
@@ -184,6 +186,12 @@ def rollouts_table(rows: list[Row]) -> str:
             f"{run['batch_size']} at a time; float32, {run['threads']} threads of {run['cpu']}, "
             f"torch {run['torch']}, {run['date'][:10]}; medians."
         )
+        if gaps:
+            tables[-1] += (
+                " In bfloat16, vLLM's log-probs of these responses differ from those of training "
+                f"by {gaps['bfloat16']:.4f} nats on average, and with the head's logits in "
+                f"float32, as bupo sets it on a GPU, by {gaps['float32']:.4f}."
+            )
     return "\n\n".join(tables)
 
 
