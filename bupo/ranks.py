@@ -172,12 +172,16 @@ def from_first(make: Callable[[], Result]) -> Result:
 # ---- tensors -----------------------------------------------------------------------------------
 
 
-def total(value: Tensor) -> Tensor:
-    """Returns the sum of a tensor over the ranks."""
+def add_up(value: Tensor) -> None:
+    """Replaces a tensor by its sum over the ranks."""
     if world() > 1:
-        value = value.clone()
         dist.all_reduce(value)
-    return value
+
+
+def copies(tensor: Tensor) -> int:
+    """Returns the number of ranks that hold the same rows of a divided tensor."""
+    mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
+    return 1 if mesh is None else mesh.size() // mesh.size(-1)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -221,6 +225,6 @@ def rows_of(values: Tensor, divided: Tensor) -> Tensor:
     """Returns the rows of a whole tensor that this rank holds of one that is divided."""
     if not isinstance(divided, DTensor) or not values.dim():
         return values
-    chunks = values.chunk(divided.device_mesh.size())
-    mine = divided.device_mesh.get_local_rank()
+    chunks = values.chunk(divided.device_mesh.size(-1))
+    mine = divided.device_mesh.get_local_rank(divided.device_mesh.ndim - 1)
     return chunks[mine] if mine < len(chunks) else values[:0]

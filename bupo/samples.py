@@ -104,6 +104,8 @@ class Batch:
     """[T]: the tokens themselves"""
     streams: dict[str, Tensor]
     """[T] each: the streams that all members have"""
+    is_last: bool = True
+    """Whether it is the last one of a pass over the samples"""
 
     def pick(self, hidden: Tensor) -> Tensor:
         """[B, L, D] -> [T, D], at the positions from which counted tokens are predicted."""
@@ -141,12 +143,10 @@ def micro_batches(
             groups[-1].append(i)
         else:
             groups.append([i])
-    for place in range(rank, -(-len(groups) // world) * world, world):
-        if place < len(groups):
-            members = groups[place]
-            yield _batch([samples[i] for i in members], members, device, pad)
-        else:
-            yield _batch([_empty(samples[0])], [], device, pad)
+    for first in range(0, len(groups), world):
+        members = groups[first + rank] if first + rank < len(groups) else []
+        chosen = [samples[i] for i in members] or [_empty(samples[0])]
+        yield _batch(chosen, members, device, pad, is_last=first + world >= len(groups))
 
 
 def _empty(sample: Sample) -> Sample:
@@ -156,7 +156,11 @@ def _empty(sample: Sample) -> Sample:
 
 
 def _batch(
-    samples: Sequence[Sample], members: list[int], device: torch.device | str, pad: int
+    samples: Sequence[Sample],
+    members: list[int],
+    device: torch.device | str,
+    pad: int,
+    is_last: bool,
 ) -> Batch:
     width = max(len(sample.token_ids) for sample in samples)
     ids = torch.full((len(samples), width), pad)
@@ -181,6 +185,7 @@ def _batch(
         columns=_on(device, at[1]),
         targets=_on(device, ids[at[0], at[1] + 1]),
         streams={name: _on(device, values) for name, values in streams.items()},
+        is_last=is_last,
     )
 
 

@@ -1,5 +1,5 @@
 """Runs some cases one after the other, on the ranks that torchrun has started or in one process:
-`python rank_cases.py FOLDER CASE ...`"""
+`python rank_cases.py FOLDER CASE ... KEY=VALUE ...`"""
 
 import sys
 from pathlib import Path
@@ -24,8 +24,9 @@ CASES = {
 
 
 if __name__ == "__main__":
-    folder, *names = sys.argv[1:]
+    folder, *given = sys.argv[1:]
+    settings = [one for one in given if "=" in one]
     with ranks.joined(minutes=5):
-        for name in names:
-            if status := run_samples.run(Path(folder) / name, *CASES[name]):
+        for name in given[: len(given) - len(settings)]:
+            if status := run_samples.run(Path(folder) / name, *CASES[name], *settings):
                 sys.exit(status)

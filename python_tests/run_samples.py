@@ -63,7 +63,7 @@ def run(out: Path, *overrides: str, stop: int = 0) -> int:
 
 def rows(file: Path) -> list[dict[str, object]]:
     """Lines of a JSON lines file without what may differ between equal runs: times and memory."""
-    volatile = ("time/", "tokens_per_second", "memory/")
+    volatile = ("time/", "tokens_per_second", "memory/", "ranks/")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(volatile)} for line in lines]
 

@@ -88,10 +88,21 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("world", "names"), [(2, [*CASES]), (4, ["bupo", "ppo"])])
-def test_ranks_equal_one_process(world: int, names: list[str], one: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world", "parts", "names"),
+    [
+        (2, "null", [*CASES]),
+        (2, "1", ["bupo", "ppo", "gspo", "adapters", "bfloat16"]),
+        (4, "2", ["bupo", "ppo"]),
+        (4, "null", ["bupo"]),
+    ],
+)
+def test_ranks_equal_one_process(
+    world: int, parts: str, names: list[str], one: Path, tmp_path: Path
+) -> None:
     """Of four ranks, some have no rollouts of an update, and rows are divided unevenly."""
-    finish(started(world, f"{HERE}/rank_cases.py", str(tmp_path), *names))
+    program = [f"{HERE}/rank_cases.py", str(tmp_path), *names, f"model.shard_ranks={parts}"]
+    finish(started(world, *program))
     for name in names:
         if name == "bfloat16":  # micro-batches of other sizes are rounded differently
             assert_near(one / name, tmp_path / name, 0.02)

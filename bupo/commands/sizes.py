@@ -125,8 +125,8 @@ def measure(
     internal = sum(n for name, n in counts.items() if _layer(name) < layer)
     adapters = _adapters(config, shapes)
     memory, host = _memory(config, shapes, adapters, longest_prompt, gpu)
-    if world > 1:
-        memory, host = _of_rank(config, memory, shapes.counts, world), host // world
+    if (parts := settings.parts(world)) > 1:
+        memory, host = _of_rank(config, memory, shapes.counts, parts), host // parts
     longest = longest_prompt + config.rollout.max_new_tokens
     element = 2 if settings.compute_dtype == "bfloat16" else 4
     cache = 2 * text.num_hidden_layers * _cache_width(text) * element * longest
@@ -134,7 +134,7 @@ def measure(
     if vllm and gpu and config.rollout.vllm_options(gpu).get("enable_sleep_mode"):
         host += element * total  # where its weights sleep
     engine = _engine(config, element * total, cache, math.prod(shapes.head), gpu)
-    if world > 1 and config.rollout.engine == "hf":  # the whole model, while a rank generates
+    if parts > 1 and config.rollout.engine == "hf":  # the whole model, while a rank generates
         engine += (2 if settings.parameter_dtype == "bfloat16" else 4) * total
     trained = 12 * adapters or (2 * total if settings.parameter_dtype == "bfloat16" else 0)
     critic = (14 if settings.parameter_dtype == "bfloat16" else 12) * total
@@ -327,16 +327,17 @@ def _memory(
 
 
 def _of_rank(
-    config: Config, memory: dict[str, int], counts: dict[str, int], world: int
+    config: Config, memory: dict[str, int], counts: dict[str, int], parts: int
 ) -> dict[str, int]:
-    """Returns the bytes on one of several ranks. Gathered are what is outside of the layers and two
-    layers, of which one comes while the other computes, with their gradients."""
+    """Returns the bytes on one of so many ranks that divide a model. Gathered are what is outside
+    of the layers and two layers, of which one comes while the other computes, with their
+    gradients."""
     layers: dict[int, int] = {}
     for name, n in counts.items():
         layers[_layer(name)] = layers.get(_layer(name), 0) + n
     outside = layers.pop(-1, 0)
     element = 2 if config.model.parameter_dtype == "bfloat16" else 4
-    found = {name: size // world if name in DIVIDED else size for name, size in memory.items()}
+    found = {name: size // parts if name in DIVIDED else size for name, size in memory.items()}
     found["gathered"] = 2 * element * (outside + 2 * max(layers.values(), default=0))
     if config.model.gradient_checkpointing:  # else each layer's cast is kept for its backward
         found.pop("bfloat16 weights", None)

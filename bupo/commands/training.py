@@ -95,7 +95,7 @@ def _reference(plan: RunPlan, trainer: Any, pad: int) -> Any:
         return WithoutAdapters(trainer.forward)
     model = load_model(plan.config, plan.sources.model)
     _check_start(plan, model, "loss.kl_coef")
-    sharding.shard(model)
+    sharding.shard(model, plan.config.model)
     return Forward(model.eval().requires_grad_(False), plan.config, pad)
 
 

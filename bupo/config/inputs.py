@@ -26,6 +26,11 @@ class ModelConfig(Group, prefix="model."):
     attn_implementation: str = "sdpa"
     """Attention of the model, passed to transformers: sdpa, eager, flash_attention_2, ..."""
 
+    shard_ranks: int | None = setting(None, at_least=1)
+    """Of several ranks, the number that divide the model among them; each such group of consecutive
+    ranks has a copy of it. 8 gathers parameters within a machine of 8 GPUs only; 1 is for a model
+    that fits every GPU whole. null: all ranks divide it (docs/scaling.md)."""
+
     def __post_init__(self) -> None:
         in_full = {"fp32": "float32", "bf16": "bfloat16"}
         self.compute_dtype = in_full.get(self.compute_dtype, self.compute_dtype)
@@ -36,6 +41,15 @@ class ModelConfig(Group, prefix="model."):
             "model.parameter_dtype=bfloat16 needs model.compute_dtype=bfloat16, got "
             f"{self.compute_dtype}",
         )
+
+    def parts(self, world: int) -> int:
+        """Returns the number of ranks, of so many, that divide the model."""
+        size = self.shard_ranks or world
+        require(
+            world % size == 0,
+            f"model.shard_ranks={size}: expected a divisor of the number of ranks, got {world}",
+        )
+        return size
 
 
 @dataclass

@@ -12,6 +12,7 @@ OTHER_NAMES = {
     "steps": "max_steps total_training_steps",
     "model.path": "model_name_or_path",
     "model.gradient_checkpointing": "enable_gradient_checkpointing",
+    "model.shard_ranks": "fsdp_size data_parallel_shard_degree",
     "lora.rank": "lora.r lora_r lora_rank model.lora_rank peft_config.r",
     "lora.alpha": "lora_alpha",
     "lora.targets": "lora_target_modules target_modules",

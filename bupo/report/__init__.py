@@ -18,7 +18,14 @@ from bupo.report.layer_maps import draw_layers
 from bupo.report.page import Draw, write_page
 from bupo.report.palette import BLUE
 from bupo.report.run_files import Row, read_run, some_rollouts
-from bupo.report.run_plots import PANELS, draw_evaluations, draw_pass_at_k, draw_steps, pass_ks
+from bupo.report.run_plots import (
+    PANELS,
+    draw_evaluations,
+    draw_pass_at_k,
+    draw_steps,
+    draw_time,
+    pass_ks,
+)
 
 if TYPE_CHECKING:
     from bupo.internal.analysis import Analysis
@@ -40,6 +47,7 @@ def write_report(run_dir: Path, *others: Path, out_dir: Path | None = None) -> P
     draw: Draw = {name: partial(draw_steps, name, runs) for name in PANELS}
     draw |= {"pass_at_k": partial(draw_evaluations, runs)}
     draw |= {"layers": partial(draw_layers, runs[0])} if len(runs) == 1 else {}
+    draw |= {"time": partial(draw_time, runs)}
     named = [(f"{run.name}: " if len(runs) > 1 else "", run) for run in runs]
     return write_page(
         Path(out_dir or (Path(run_dir) / "comparison" if others else run_dir)),

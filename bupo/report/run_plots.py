@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from bupo.report.drawing import LABEL, Style, figure, legend, logarithmic, short
-from bupo.report.palette import BLUE, GREY, INK, ORANGE, SERIES
+from bupo.report.palette import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SERIES
 from bupo.report.run_files import Row, Run, number, plus_minus
 
 PANELS = {
@@ -28,6 +28,17 @@ PANELS = {
     },
 }
 """Keys of metrics.jsonl and their labels, by figure"""
+STAGES = {
+    "rollout": BLUE,
+    "reward": GREEN,
+    "old_logprobs": "#56b4e9",
+    "update": ORANGE,
+    "critic": PURPLE,
+    "sync": "#9a8700",
+    "diagnostics": "#d55e00",
+    "rest": GREY,
+}
+"""The stages of a step, and their colours"""
 WHEN = {"before": (GREY, ":"), "phase_switch": (ORANGE, "--"), "latest": (BLUE, "-")}
 """The colour for one run and the line style for several, by evaluation"""
 
@@ -61,6 +72,54 @@ def draw_steps(name: str, runs: Sequence[Run]) -> Figure | None:
     axes[-1].set_xlabel("training step")
     legend(fig, axes, markers)
     return fig
+
+
+def draw_time(runs: Sequence[Run]) -> Figure | None:
+    """Draws the seconds that each stage of a step takes, with a panel for each run. Returns None if
+    no run has recorded them."""
+    runs = [run for run in runs if np.isfinite(run.column("time/step")).any()]
+    if not runs:
+        return None
+    fig, axes = figure(len(runs), 1, 1 + 2.4 * len(runs))
+    for ax, run in zip(axes, runs):
+        edges = np.append(run.steps - 0.5, run.steps[-1] + 0.5)
+        seconds = {name: np.nan_to_num(run.column(f"time/{name}")) for name in STAGES}
+        named = np.sum(list(seconds.values()), axis=0)
+        seconds["rest"] = np.maximum(np.nan_to_num(run.column("time/step")) - named, 0)
+        below = np.zeros(len(run.steps))
+        for name, values in seconds.items():
+            if values.any():
+                look: Style = {"fill": True, "color": STAGES[name], "label": name}
+                ax.stairs(below + values, edges, baseline=below, **look)
+                below = below + values
+        ax.set_title(": ".join([short(run.name, LABEL)] * (len(runs) > 1) + [_speed(run)]))
+        ax.set_ylabel("seconds")
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+        ax.margins(x=0.015)
+    axes[-1].set_xlabel("training step")
+    legend(fig, axes)
+    return fig
+
+
+def _speed(run: Run) -> str:
+    """Says how fast a run generates and trains, and which of several ranks is slow."""
+    per_gpu, alone = run.column("ranks/tokens_per_second"), run.column("tokens_per_second")
+    tokens = per_gpu if np.isfinite(per_gpu).any() else alone
+    said = "Time of a step"
+    if np.isfinite(tokens).any():
+        said += f": {np.nanmedian(tokens):,.0f} response tokens per second and GPU"
+    ranks = run.column("ranks/slowest")
+    if (ranks := ranks[np.isfinite(ranks)]).size:
+        numbers, counts = np.unique(ranks, return_counts=True)
+        longest, shortest = (
+            np.nanmedian(run.column(f"ranks/rollout_{end}")) for end in ("max", "min")
+        )
+        said += (
+            f"; rank {numbers[counts.argmax()]:.0f} is most often the slowest to generate "
+            f"({counts.max() / ranks.size:.0%} of the steps), {longest:.3g} s for the slowest and "
+            f"{shortest:.3g} s for the fastest rank"
+        )
+    return said
 
 
 def _colors(runs: Sequence[Run]) -> list[str | None]:

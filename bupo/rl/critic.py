@@ -32,9 +32,9 @@ class Critic:
     """
 
     def __init__(self, model: nn.Module, config: Config, pad: int) -> None:
-        """model: a causal LM that is not shared with the policy; its unembedding is not used. All
-        ranks divide it."""
-        sharding.shard(model)
+        """model: a causal LM that is not shared with the policy; its unembedding is not used. It is
+        equal on all ranks, which divide it."""
+        sharding.shard(model, config.model)
         self.forward = Forward(model, config, pad)
         self._config = config
         weight = unembedding(model).weight
@@ -42,7 +42,7 @@ class Critic:
         self.head = nn.Linear(weight.shape[1], 1).to(weight.device, dtype)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
-        sharding.shard_head(self.head)
+        sharding.shard_head(self.head, config.model)
         places = {f"backbone.{n}": place for n, place in parameter_layers(model).items()}
         self._parameters = self._trained()
         self.optimizer = AdamW(self._parameters, places, config.optimizer, config.critic.lr)

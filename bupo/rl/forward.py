@@ -151,7 +151,7 @@ class Forward:
     def batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:
         """Yields the micro-batches of one pass over the samples, and reports the progress."""
         done = 0
-        if ranks.world() > 1:
+        if sharding.is_sharded(self.model):
             self._cast = None  # gathering the head anew does not count as a change
         rank, world = ranks.rank(), ranks.world()
         for batch in micro_batches(
@@ -174,7 +174,7 @@ class Forward:
         if not self._half:
             return nullcontext()
         # The cache would hold a copy of all layers, of which a rank has only its rows.
-        whole = ranks.world() == 1
+        whole = not sharding.is_sharded(self.model)
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=whole)
 
     def head(self, temperature: float | None = None) -> dict[str, Any]:

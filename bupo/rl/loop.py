@@ -208,6 +208,7 @@ class Run:
             **measured,
             **{f"time/{name}": seconds for name, seconds in watch.seconds.items()},
             "time/step": watch.total(),
+            **watch.rank_metrics(collected.tokens),
             "tokens_per_second": collected.tokens / watch.total(),
             "memory/peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             **gpu_memory(self.trainer.forward.device),
@@ -228,7 +229,7 @@ class Run:
         def generate(prompts: Sequence[Prompt], round_: int) -> list[Rollout]:
             with self.monitor.stage("rollout", step, watch):
                 of_round = f"{seed}/refill/{round_}" if round_ else seed
-                return self._generate(prompts, size.samples, of_round)
+                return self._generate(prompts, size.samples, of_round, watch=watch)
 
         def grade(rollouts: list[Rollout]) -> Grades:
             with self.monitor.stage("reward", step, watch):
@@ -310,12 +311,19 @@ class Run:
         samples: int,
         seed: str,
         temperature: float | None = None,
+        watch: Stopwatch | None = None,
     ) -> list[Rollout]:
-        numbers = ranks.share(range(len(prompts)))
+        """Returns the responses of all ranks. watch: gets the time of each rank."""
+        numbers, begin = ranks.share(range(len(prompts))), time.monotonic()
         mine, stop = [prompts[number] for number in numbers], self.monitor.stop
         rollouts = self.engine.generate(mine, samples, seed, stop, temperature, numbers)
+        seconds = time.monotonic() - begin
         self.monitor.check_stop()
-        together = [rollout for part in ranks.gathered(rollouts) for rollout in part]
+        together: list[Rollout] = []
+        for rank, (part, took) in enumerate(ranks.gathered((rollouts, seconds))):
+            together += part
+            if watch:
+                watch.of_ranks[rank] += took
         return sorted(together, key=lambda rollout: rollout.group)
 
     def _generate_for_evaluation(

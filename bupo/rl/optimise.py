@@ -84,6 +84,7 @@ def optimise(
         of_batch = partial(loss, tokens=sum(rollout.count for rollout in part))
         with shown:
             sums = forward.in_memory(partial(_accumulated, optimizer, forward, part, of_batch))
+            sharding.add_gradients(forward.model, parameters.values())
         shares = ranks.gathered(sums.on_host() if ranks.world() > 1 else sums)
         found += shares
         total = sum(sum(torch.stack(s.losses).tolist()) for s in shares if s.losses)
@@ -163,10 +164,13 @@ def _accumulated(
 ) -> _Sums:
     """Adds up the gradients of the micro-batches, and returns their losses and metrics."""
     optimizer.zero_grad()  # the gradients of a pass that has run out of memory
-    sums = _Sums()
+    sums, model = _Sums(), forward.model
+    # FSDP averages the gradients over the ranks.
+    factor = ranks.world() if sharding.is_sharded(model) else 1
     for batch in forward.batches(part):
         out = loss(batch)
-        (out.loss * ranks.world()).backward()  # FSDP averages the gradients over the ranks
+        sharding.prepare_backward(model, batch.is_last)
+        (out.loss * factor).backward()
         if batch.members:
             sums.add(out, len(batch.targets))
         del out  # frees its hidden states before the next micro-batch

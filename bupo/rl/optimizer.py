@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from bupo import ranks
@@ -192,10 +193,10 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
     """Scales the gradients to a norm of at most `limit`, and returns the norm before that. If this
     is not finite, the gradients stay as they are: scaling would spread nan and hide its source."""
-    if ranks.world() > 1:
-        return _clip_rows([ranks.local(p.grad) for p in parameters if p.grad is not None], limit)
     parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        return _clip_rows(gradients, limit)
     # In float32 at least: get_total_norm would round the norm of each gradient to its own type.
     norms = [torch.linalg.vector_norm(g, dtype=_exact(g.dtype)) for g in gradients]
     norm = nn.utils.get_total_norm(norms)
@@ -206,12 +207,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
 
 def _clip_rows(gradients: Sequence[Tensor], limit: float) -> float:
     """Does the same to gradients that are divided among the ranks."""
-    norms = [torch.linalg.vector_norm(g, dtype=_exact(g.dtype)).double() for g in gradients]
-    device = gradients[0].device if gradients else torch.device("cpu")
-    squares = torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
-    norm = float(ranks.total(squares).sqrt())
+    rows = [ranks.local(gradient) for gradient in gradients]
+    norms = [torch.linalg.vector_norm(g, dtype=_exact(g.dtype)).double() for g in rows]
+    squares = torch.stack(norms).square().sum()
+    ranks.add_up(squares)
+    norm = math.sqrt(float(squares) / ranks.copies(gradients[0]))
     if math.isfinite(norm) and norm > limit:
-        for gradient in gradients:
+        for gradient in rows:
             gradient.mul_(limit / (norm + 1e-6))
     return norm
 

@@ -2,43 +2,75 @@
 
 The parameters of a layer, and those outside of the layers, are gathered when a forward or backward
 needs them. Layers above that of an internal policy are not called, so they are never gathered.
+
+With model.shard_ranks, that many ranks divide the model, and each such group has a copy of it. With
+model.shard_ranks=1, each rank has the whole model, and only gradients are exchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from bupo import adapters, ranks
+from bupo.config import ModelConfig
 from bupo.policy import decoder_stack, unembedding
 
 
-def shard(model: nn.Module) -> None:
+def shard(model: nn.Module, settings: ModelConfig) -> None:
     """Divides a model among the ranks; all of them call this with equal models."""
-    if ranks.world() == 1:
+    mesh = _mesh(next(model.parameters()).device.type, settings)
+    if mesh is None:
         return
     unembedding(model)  # measures the head while it is whole
-    device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, (ranks.world(),))
     for layer in decoder_stack(model).layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def shard_head(head: nn.Linear) -> None:
+def shard_head(head: nn.Linear, settings: ModelConfig) -> None:
     """Divides a small layer that is called apart from its model."""
-    if ranks.world() > 1:
-        mesh = init_device_mesh(head.weight.device.type, (ranks.world(),))
+    if mesh := _mesh(head.weight.device.type, settings):
         fully_shard(head, mesh=mesh)
+
+
+def _mesh(device: str, settings: ModelConfig) -> DeviceMesh | None:
+    """Returns the arrangement of the ranks: all that divide a model in its last dimension, and its
+    copies in one before that, if there are any. None: the model stays whole."""
+    world = ranks.world()
+    size = settings.parts(world)
+    if size == 1:
+        return None
+    if size == world:
+        return init_device_mesh(device, (world,))
+    return init_device_mesh(device, (world // size, size), mesh_dim_names=("copies", "rows"))
 
 
 def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "reshard")
+
+
+def prepare_backward(model: Any, is_last: bool) -> None:
+    """Says whether the next backward of an update is its last one. Until then, what is outside of
+    the layers, such as the head, stays gathered and its gradients stay where they are, and no
+    gradients are added up over the copies of the model."""
+    if is_sharded(model):
+        model.set_requires_all_reduce(is_last)
+        model.set_requires_gradient_sync(is_last, recurse=False)
+        model.set_reshard_after_backward(is_last, recurse=False)
+
+
+def add_gradients(model: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """Adds up the gradients of all ranks, unless FSDP has done it."""
+    if ranks.world() > 1 and not is_sharded(model):
+        for parameter in parameters:
+            if parameter.grad is not None:
+                ranks.add_up(parameter.grad)
 
 
 def reshard(model: Any) -> None:

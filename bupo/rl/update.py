@@ -35,8 +35,8 @@ class Trainer:
     """Holds the model, its forward pass for rollouts, and its optimizer."""
 
     def __init__(self, model: nn.Module, config: Config, pad: int) -> None:
-        """model: all ranks divide it."""
-        sharding.shard(model)
+        """model: equal on all ranks, which divide it."""
+        sharding.shard(model, config.model)
         self.model, self._config = model, config
         ops.set_workspace_bytes(GPU_WORKSPACE)
         self.forward = Forward(model, config, pad)

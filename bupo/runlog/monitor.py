@@ -19,6 +19,8 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.of_ranks = [0.0] * ranks.world()
+        """Seconds that each rank took to generate its responses"""
         self._start = time.monotonic()
 
     @contextmanager
@@ -31,6 +33,19 @@ class Stopwatch:
 
     def total(self) -> float:
         return time.monotonic() - self._start
+
+    def rank_metrics(self, tokens: int) -> dict[str, float]:
+        """Returns the metrics of several ranks, or none in a single process. Updates keep all ranks
+        together, so only generation shows which one is slow. tokens: number of generated tokens."""
+        if len(self.of_ranks) == 1:
+            return {}
+        slowest = max(self.of_ranks)
+        return {
+            "ranks/tokens_per_second": tokens / self.total() / len(self.of_ranks),
+            "ranks/slowest": self.of_ranks.index(slowest),
+            "ranks/rollout_max": slowest,
+            "ranks/rollout_min": min(self.of_ranks),
+        }
 
 
 class Stopped(Exception):
