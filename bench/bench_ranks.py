@@ -49,13 +49,16 @@ PROMPT = 1024  # tokens
 WORLDS = (1, 8, 64)
 
 
-def seconds(size: Size, folder: Path, world: int, threads: int, steps: int) -> list[Row]:
+def seconds(
+    size: Size, folder: Path, world: int, parts: int, threads: int, steps: int
+) -> list[Row]:
     """The seconds of each stage, step by step, without the first one."""
     (folder / "config.yaml").write_text("name: bench\n")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
     program = [*(launcher if world > 1 else []), "-m", "bupo.run"]
     with tempfile.TemporaryDirectory() as out:
         settings = step_bupo.overrides(folder, size, steps + 1, None)
+        settings = [*settings, f"model.shard_ranks={parts}"]
         given = ["--config", str(folder / "config.yaml"), "--out", f"{out}/run", *settings]
         variables = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT / "bench")}
         done = subprocess.run(
@@ -72,17 +75,21 @@ def seconds(size: Size, folder: Path, world: int, threads: int, steps: int) -> l
 
 
 def time_rows(args: argparse.Namespace, size: Size) -> list[Row]:
-    """One process with all threads, and as many ranks as threads, in turns."""
-    cases = ((1, args.threads), (args.threads, 1))
-    found: dict[int, list[Row]] = {world: [] for world, _ in cases}
+    """One process with all threads, and as many ranks as threads, with a copy of the model each and
+    with their part of it, in turns."""
+    several = args.threads
+    cases = ((1, 1, several), (several, 1, 1), (several, several, 1))
+    found: dict[tuple[int, int], list[Row]] = {(world, parts): [] for world, parts, _ in cases}
     with tempfile.TemporaryDirectory() as folder:
         workload.write(size, Path(folder))
         for _ in range(args.rounds):
-            for world, threads in cases:
-                found[world] += seconds(size, Path(folder), world, threads, args.steps)
+            for world, parts, threads in cases:
+                taken = seconds(size, Path(folder), world, parts, threads, args.steps)
+                found[world, parts] += taken
     rows: list[Row] = [
-        {"ranks": world, **{stage: median(x[stage] for x in steps) for stage in STAGES}}
-        for world, steps in found.items()
+        {"ranks": world, "parts": parts}
+        | {stage: median(x[stage] for x in steps) for stage in STAGES}
+        for (world, parts), steps in found.items()
     ]
     for row in rows:
         row |= {f"x_one_{stage}": row[stage] / rows[0][stage] for stage in STAGES}
@@ -136,7 +143,7 @@ def main() -> int:
     rows = time_rows(args, size)
     for row in rows:
         print(", ".join(f"{key} {value:.3g}" for key, value in row.items()))
-    print(bar("x_one_update of the ranks", rows[-1]["x_one_update"], BAR), flush=True)
+    print(bar("x_one_update of ranks with copies", rows[1]["x_one_update"], BAR), flush=True)
     rows += memory_rows()
     append(args.json, run, rows)
     return 0

@@ -202,7 +202,7 @@ def ranks_time_table(rows: list[Row]) -> str:
     stages["step"] = "step"
     cells: list[Cells] = [
         [
-            f"{row['ranks']} rank" + "s" * (row["ranks"] > 1),
+            _ranks(row),
             *figures(row, ".2f", *stages.values(), "x_one_update"),
         ]
         for row in rows
@@ -215,6 +215,13 @@ def ranks_time_table(rows: list[Row]) -> str:
         f"updates; float32; all ranks together have {run['threads']} threads of {run['cpu']}; "
         f"torch {run['torch']}, {run['date'][:10]}; medians."
     )
+
+
+def _ranks(row: Row) -> str:
+    if row["ranks"] == 1:
+        return "1 rank"
+    with_ = "a copy of the model" if row.get("parts") == 1 else "its part of the model (FSDP)"
+    return f"{row['ranks']} ranks, each with {with_}"
 
 
 def ranks_memory_table(rows: list[Row]) -> str:

@@ -26,6 +26,8 @@ from bupo.config import ConfigError, RunError, first_line
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_MESSAGE = 16 << 20
+"""Number of values that are sent at once"""
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Set by torchrun"""
 
@@ -172,10 +174,23 @@ def from_first(make: Callable[[], Result]) -> Result:
 # ---- tensors -----------------------------------------------------------------------------------
 
 
-def add_up(value: Tensor) -> None:
-    """Replaces a tensor by its sum over the ranks."""
-    if world() > 1:
-        dist.all_reduce(value)
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Replaces each tensor by its sum over the ranks. Small ones are sent together."""
+    if world() == 1:
+        return
+    together: list[Tensor] = []
+    for tensor in (*tensors, None):
+        full = tensor is None or tensor.numel() >= _MESSAGE
+        if together and (full or sum(x.numel() for x in together) >= _MESSAGE):
+            sent = torch.cat([x.reshape(-1) for x in together])
+            dist.all_reduce(sent)
+            for x, values in zip(together, sent.split([x.numel() for x in together])):
+                x.copy_(values.view_as(x))
+            together = []
+        if tensor is not None and full:
+            dist.all_reduce(tensor)
+        elif tensor is not None:
+            together.append(tensor)
 
 
 def copies(tensor: Tensor) -> int:

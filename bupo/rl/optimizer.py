@@ -210,7 +210,7 @@ def _clip_rows(gradients: Sequence[Tensor], limit: float) -> float:
     rows = [ranks.local(gradient) for gradient in gradients]
     norms = [torch.linalg.vector_norm(g, dtype=_exact(g.dtype)).double() for g in rows]
     squares = torch.stack(norms).square().sum()
-    ranks.add_up(squares)
+    ranks.add_up([squares])
     norm = math.sqrt(float(squares) / ranks.copies(gradients[0]))
     if math.isfinite(norm) and norm > limit:
         for gradient in rows:

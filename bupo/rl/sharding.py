@@ -68,9 +68,7 @@ def prepare_backward(model: Any, is_last: bool) -> None:
 def add_gradients(model: Any, parameters: Iterable[nn.Parameter]) -> None:
     """Adds up the gradients of all ranks, unless FSDP has done it."""
     if ranks.world() > 1 and not is_sharded(model):
-        for parameter in parameters:
-            if parameter.grad is not None:
-                ranks.add_up(parameter.grad)
+        ranks.add_up(p.grad for p in parameters if p.grad is not None)
 
 
 def reshard(model: Any) -> None:
