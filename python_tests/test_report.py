@@ -21,7 +21,7 @@ from bupo.report import palette
 from bupo.report.drawing import style
 from bupo.report.layer_maps import draw_layers
 from bupo.report.run_files import read_run
-from bupo.report.run_plots import draw_evaluations, draw_steps
+from bupo.report.run_plots import draw_evaluations, draw_steps, draw_time
 
 PICTURES = {"reward", "entropy", "length", "pass_at_k"}
 HOSTILE = "<script>alert('x')</script> & </td> $\\frac{$ {{ 7*7 }}"
@@ -395,6 +395,27 @@ def test_comparison_of_directories_with_the_same_name(tmp_path):
     assert page == tmp_path / "out" / "report.html"
     assert "seed1/run" in text_of(page)
     assert "seed2/run" in text_of(page)
+
+
+def test_time_of_stages_and_ranks(tmp_path):
+    """Stages are stacked up to the time of a step; of several ranks, the slowest is named."""
+    times = {"time/rollout": 2.0, "time/update": 1.5, "time/step": 4.0}
+    ranks = {"tokens_per_second": 1234.0, "rollout_max": 2.0, "rollout_min": 1.0}
+    rows = [
+        row | times | {f"ranks/{key}": x for key, x in ranks.items()} | {"ranks/slowest": n % 3 > 0}
+        for n, row in enumerate(rows_of_run(9, 3))
+    ]
+    page = report.write_report(write_run(tmp_path / "run", metrics=rows))
+    said = (
+        "A rank processes 1,234 response tokens a second. To generate, the slowest rank takes 2 s"
+    )
+    assert f"{said} and the fastest 1 s; in 67% of the steps rank 1 is the slowest." in text_of(
+        page
+    )
+    assert "time" in figures(page)
+    (ax,) = drawn(draw_time, [read_run(tmp_path / "run", "run")])
+    tops = {patch.get_label(): set(patch.get_data().values) for patch in ax.patches}
+    assert tops == {"rollout": {2.0}, "update": {3.5}, "rest": {4.0}}
 
 
 def test_layer_maps_show_the_change_of_each_layer(tmp_path):

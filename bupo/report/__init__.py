@@ -54,7 +54,7 @@ def write_report(run_dir: Path, *others: Path, out_dir: Path | None = None) -> P
         "run_page.html.j2",
         draw,
         notes=[f"{name}{note}" for name, run in named for note in run.notes],
-        facts=[f"{name}{run.sentence}" for name, run in named],
+        facts=[f"{name}{run.sentence} {run.sentence_on_ranks}".strip() for name, run in named],
         runs=runs,
         rollouts=[some_rollouts(path, run) for path, run in zip(paths, runs)],
         pass_ks=pass_ks,

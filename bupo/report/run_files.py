@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Row = dict[str, Any]
+RANKS = ("tokens_per_second", "slowest", "rollout_max", "rollout_min")
+"""Metrics of several ranks"""
 ROLLOUTS_READ = 64
 """Number of rollouts read from each step's file, which can hold a thousand long responses"""
 
@@ -71,6 +73,21 @@ class Run:
         reward = [f"{value:.2f}" for value in self.column("reward/mean") if math.isfinite(value)]
         start = f"Mean reward {' → '.join(reward[:1] + reward[1:][-1:])} in " if reward else ""
         return f"{start}{n} step{'s' * (n > 1)} ({parts})."
+
+    @property
+    def sentence_on_ranks(self) -> str:
+        """A sentence on the speed of several ranks, or nothing about a single process"""
+        columns = (self.column(f"ranks/{key}") for key in RANKS)
+        tokens, numbers, longest, shortest = (x[np.isfinite(x)] for x in columns)
+        if not numbers.size:
+            return ""
+        slowest, counts = np.unique(numbers, return_counts=True)
+        return (
+            f"A rank processes {np.median(tokens):,.0f} response tokens a second. To generate, "
+            f"the slowest rank takes {np.median(longest):.3g} s and the fastest "
+            f"{np.median(shortest):.3g} s; in {counts.max() / numbers.size:.0%} of the steps rank "
+            f"{slowest[counts.argmax()]:.0f} is the slowest."
+        )
 
 
 def number(value: object) -> float:

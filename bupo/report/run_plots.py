@@ -92,34 +92,13 @@ def draw_time(runs: Sequence[Run]) -> Figure | None:
                 look: Style = {"fill": True, "color": STAGES[name], "label": name}
                 ax.stairs(below + values, edges, baseline=below, **look)
                 below = below + values
-        ax.set_title(": ".join([short(run.name, LABEL)] * (len(runs) > 1) + [_speed(run)]))
+        ax.set_title(short(run.name, LABEL) if len(runs) > 1 else "Time of a step")
         ax.set_ylabel("seconds")
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         ax.margins(x=0.015)
     axes[-1].set_xlabel("training step")
     legend(fig, axes)
     return fig
-
-
-def _speed(run: Run) -> str:
-    """Says how fast a run generates and trains, and which of several ranks is slow."""
-    per_gpu, alone = run.column("ranks/tokens_per_second"), run.column("tokens_per_second")
-    tokens = per_gpu if np.isfinite(per_gpu).any() else alone
-    said = "Time of a step"
-    if np.isfinite(tokens).any():
-        said += f": {np.nanmedian(tokens):,.0f} response tokens per second and GPU"
-    ranks = run.column("ranks/slowest")
-    if (ranks := ranks[np.isfinite(ranks)]).size:
-        numbers, counts = np.unique(ranks, return_counts=True)
-        longest, shortest = (
-            np.nanmedian(run.column(f"ranks/rollout_{end}")) for end in ("max", "min")
-        )
-        said += (
-            f"; rank {numbers[counts.argmax()]:.0f} is most often the slowest to generate "
-            f"({counts.max() / ranks.size:.0%} of the steps), {longest:.3g} s for the slowest and "
-            f"{shortest:.3g} s for the fastest rank"
-        )
-    return said
 
 
 def _colors(runs: Sequence[Run]) -> list[str | None]:
