@@ -1,4 +1,5 @@
-"""A short run as a process of its own, started from a process that has imported all it needs."""
+"""A short run as a process of its own, or as one of several ranks, started from a process that has
+imported all it needs."""
 
 import os
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import run_samples
+import torch
 import torch.utils.tensorboard  # noqa: F401  # slow to import: once, before processes are forked
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
@@ -29,8 +31,13 @@ def arguments(out: Path) -> list[str]:
     return run_samples.arguments(out, *SETTINGS, "resume=auto")
 
 
-def run(out: Path) -> None:
+def run(out: Path, rank: int, world: int, port: int) -> None:
     bupo.rl.diagnostics.stopped_helping = enough
+    if world > 1:  # as torchrun starts it
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ |= {name: str(n) for name, n in (numbers | {"MASTER_PORT": port}).items()}
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        torch.set_num_threads(1)
     with (out.parent / f"{out.name}.log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import random
 import shutil
+import socket
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import kill_samples
@@ -30,8 +32,16 @@ def saving(out: Path) -> list[str]:
     return [p.name for p in (out / "checkpoints").glob(".step_*")]
 
 
-def test_killed_twenty_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every other time while a checkpoint is being written, else at a random moment."""
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_twenty_times(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other time while a checkpoint is being written, else at a random moment. Of two ranks,
+    a random one is killed, and the other one ends by itself."""
     # The server that processes are forked from has to find the module that it imports first.
     places = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
@@ -40,31 +50,38 @@ def test_killed_twenty_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     rng = random.Random(0)
     out, whole = tmp_path / "killed", tmp_path / "whole"
 
-    def start(where: Path) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=kill_samples.run, args=(where,))
-        process.start()
-        return process
+    def start(where: Path) -> list[BaseProcess]:
+        port = free_port()
+        ranks = [
+            context.Process(target=kill_samples.run, args=(where, rank, world, port))
+            for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        return [*ranks]
 
-    process = start(whole)
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "whole.log").read_text()
+    def finish(where: Path) -> None:
+        for process in start(where):
+            process.join()
+            assert process.exitcode == 0, where.with_suffix(".log").read_text()
+
+    finish(whole)
 
     killed = torn = 0
     highest = 0
     while killed < KILLS:
-        process = start(out)
-        before, deadline = (
-            saving(out),
-            time.monotonic() + (20 if killed % 2 else rng.uniform(0, 1.8)),
-        )
-        while process.is_alive() and time.monotonic() < deadline:
+        ranks, before = start(out), saving(out)
+        deadline = time.monotonic() + (20 if killed % 2 else rng.uniform(0, 1.8 * world))
+        while ranks[0].is_alive() and time.monotonic() < deadline:
             if killed % 2 and set(saving(out)) - set(before):
                 time.sleep(rng.choice([0, 0, 0.005, 0.02]))  # a save takes from 10 ms on
                 break
             time.sleep(0.0005)
-        process.kill()
-        process.join()
-        assert process.exitcode in (0, -9), (tmp_path / "killed.log").read_text()
+        rng.choice(ranks).kill()
+        for process in ranks:
+            process.join(60)
+        ends = {process.exitcode for process in ranks}
+        assert ends <= {0, -9, 1}, (ends, (tmp_path / "killed.log").read_text())
         killed += 1
         torn += bool(saving(out))
         steps = metric_steps(out)
@@ -76,9 +93,7 @@ def test_killed_twenty_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         if highest >= STEPS - 2:  # through too early on a fast machine: once more from the start
             shutil.rmtree(out)
             highest = 0
-    process = start(out)
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "killed.log").read_text()
+    finish(out)
     print(f"{torn} of {killed} kills left a checkpoint half written")
     assert torn >= 3, f"only {torn} of {killed} kills hit a checkpoint being written"
     phases = [json.loads(line)["phase"] for line in (out / "metrics.jsonl").open()]
