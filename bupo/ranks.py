@@ -11,14 +11,17 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import device_mesh
 from torch.distributed.tensor import DTensor
 
 from bupo.config import ConfigError, RunError, first_line
@@ -26,6 +29,7 @@ from bupo.config import ConfigError, RunError, first_line
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_thread = threading.local()
 _MESSAGE = 16 << 20
 """Number of values that are sent at once"""
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -119,12 +123,33 @@ def _store() -> Any:
 # ---- objects -----------------------------------------------------------------------------------
 
 
+def new_group() -> Any:
+    """Returns a way for all ranks to exchange objects beside the usual one; None for a single
+    process."""
+    return dist.new_group(backend="gloo") if world() > 1 else None
+
+
+@contextmanager
+def by_way_of(other: Any) -> Iterator[None]:
+    """Inside, objects that this thread exchanges take a way that new_group() has returned."""
+    _thread.group = other
+    try:
+        yield
+    finally:
+        _thread.group = None
+
+
+def group() -> Any:
+    """Returns the process group by which this thread exchanges objects; None: the usual one."""
+    return getattr(_thread, "group", None)
+
+
 def gathered(mine: Item) -> list[Item]:
     """Returns what each rank has, in the order of the ranks."""
     if world() == 1:
         return [mine]
     found: list[Any] = [None] * world()
-    dist.all_gather_object(found, mine)
+    dist.all_gather_object(found, mine, group=group())
     return found
 
 
@@ -162,7 +187,7 @@ def from_first(make: Callable[[], Result]) -> Result:
         except BaseException as error:
             failure, simple = error, isinstance(error, OSError | ConfigError | RunError)
             made[1] = error if simple else RunError(first_line(error))  # not all can be sent
-    dist.broadcast_object_list(made)
+    dist.broadcast_object_list(made, group=group())
     if failure is not None:
         raise failure
     if made[1] is not None:
@@ -216,7 +241,7 @@ def all_on_first(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     if world() == 1:
         return dict(tensors)
     found: dict[str, Tensor] = {}
-    for name, tensor in tensors:  # one after the other, as `like` brings each to the device
+    for name, tensor in tensors:
         value = whole(tensor.detach())
         if is_first():
             found[name] = value.cpu()
@@ -225,21 +250,24 @@ def all_on_first(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 def like(rows: Tensor, divided: Tensor) -> Tensor:
     """Returns the tensor that is divided like another one and of which this rank holds these rows,
-    or the rows if the other one is whole."""
-    if not isinstance(divided, DTensor):
-        return rows
-    where = divided.device_mesh, divided.placements
+    or the rows if the other one is whole. The rows may be on the host."""
     # Of a scalar, such as a counter of steps, every rank has a copy.
-    if not rows.dim():
+    if not isinstance(divided, DTensor) or not rows.dim():
         return rows
-    rows = rows.to(divided.device)
-    return DTensor.from_local(rows, *where, shape=divided.shape, stride=divided.stride())
+    mesh = divided.device_mesh
+    if rows.device.type != mesh.device_type:
+        mesh = _mesh_of(rows.device.type, tuple(mesh.shape), mesh.mesh_dim_names)
+    shape, stride = divided.shape, divided.stride()
+    return DTensor.from_local(rows, mesh, divided.placements, shape=shape, stride=stride)
 
 
-def rows_of(values: Tensor, divided: Tensor) -> Tensor:
-    """Returns the rows of a whole tensor that this rank holds of one that is divided."""
-    if not isinstance(divided, DTensor) or not values.dim():
-        return values
-    chunks = values.chunk(divided.device_mesh.size(-1))
-    mine = divided.device_mesh.get_local_rank(divided.device_mesh.ndim - 1)
-    return chunks[mine] if mine < len(chunks) else values[:0]
+def copied_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns copies in the memory of the host, divided in the same way."""
+    return {n: like(local(x).to("cpu", copy=True), x) for n, x in tensors.items()}
+
+
+@lru_cache
+def _mesh_of(
+    device: str, shape: tuple[int, ...], names: tuple[str, ...] | None
+) -> device_mesh.DeviceMesh:
+    return device_mesh.init_device_mesh(device, shape, mesh_dim_names=names)

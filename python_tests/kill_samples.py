@@ -8,7 +8,7 @@ from typing import Any
 
 import run_samples
 import torch
-import torch.utils.tensorboard  # noqa: F401  # slow to import: once, before processes are forked
+import torch.utils.tensorboard  # slow to import: once, before processes are forked
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
 import bupo.rl.diagnostics
@@ -27,8 +27,9 @@ def enough(rows: list[dict[str, Any]], layer: int, limit: float) -> str:
     return "enough" if len(rows) == 7 else ""
 
 
-def arguments(out: Path) -> list[str]:
-    return run_samples.arguments(out, *SETTINGS, "resume=auto")
+def arguments(out: Path, in_background: bool) -> list[str]:
+    background = f"checkpoint.in_background={in_background}"
+    return run_samples.arguments(out, *SETTINGS, "resume=auto", background)
 
 
 def run(out: Path, rank: int, world: int, port: int) -> None:
@@ -41,4 +42,4 @@ def run(out: Path, rank: int, world: int, port: int) -> None:
     with (out.parent / f"{out.name}.log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        sys.exit(main(arguments(out)))
+        sys.exit(main(arguments(out, in_background=world > 1)))

@@ -68,13 +68,15 @@ def rows(file: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in line.items() if not k.startswith(volatile)} for line in lines]
 
 
-def state(out: Path) -> dict[str, bytes]:
-    """Model and optimizer of the newest checkpoint, as bytes."""
-    newest = sorted((out / "checkpoints").iterdir())[-1]
-    return {
-        name: (newest / name).read_bytes()
-        for name in ("model.safetensors", "optimizer/state.safetensors")
-    }
+def state(out: Path) -> dict[str, object]:
+    """Header and bytes of each file of tensors of the newest checkpoint."""
+    newest, found = sorted((out / "checkpoints").iterdir())[-1], {}
+    for file in sorted(newest.rglob("*.safetensors")):
+        content = file.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end])  # the order of its metadata is random
+        found[str(file.relative_to(newest))] = header, content[end:]
+    return found
 
 
 def assert_same_run(a: Path, b: Path) -> None:

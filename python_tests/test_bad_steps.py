@@ -276,7 +276,9 @@ def file_size_limit() -> Iterator[Any]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.parametrize("thread", ["false", "true"])
 def test_a_full_disk_loses_nothing(
+    thread: str,
     whole: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -284,23 +286,23 @@ def test_a_full_disk_loses_nothing(
     file_size_limit: Any,
 ) -> None:
     no_evaluation(monkeypatch)
-    out = tmp_path / "run"
-    original = checkpoint.save
+    out, background = tmp_path / "run", f"checkpoint.in_background={thread}"
+    original = checkpoint.Writer.save
 
-    def full_at_four(run: Path, state: dict[str, int], *more: Any) -> Path:
+    def full_at_four(writer: checkpoint.Writer, state: dict[str, int], *more: Any) -> None:
         if state["step"] == 4:
             file_size_limit(20_000)  # less than the model has, more than the other files
-        return original(run, state, *more)
+        original(writer, state, *more)
 
-    monkeypatch.setattr(checkpoint, "save", full_at_four)
-    assert run(out, "checkpoint.every=2") == 1
+    monkeypatch.setattr(checkpoint.Writer, "save", full_at_four)
+    assert run(out, "checkpoint.every=2", background) == 1
     file_size_limit(resource.RLIM_INFINITY)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("bupo.run: the checkpoint of step 4 cannot be written to "), last
     assert "File too large" in last and "without it); complete ones there: step_000002;" in last
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000002"], "no leftovers"
-    monkeypatch.setattr(checkpoint, "save", original)
-    assert run(out, "checkpoint.every=2", "resume=auto") == 0
+    monkeypatch.setattr(checkpoint.Writer, "save", original)
+    assert run(out, "checkpoint.every=2", background, "resume=auto") == 0
     assert_same_run(whole, out)
 
 

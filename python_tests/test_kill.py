@@ -40,8 +40,8 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_twenty_times(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every other time while a checkpoint is being written, else at a random moment. Of two ranks,
-    a random one is killed, and the other one ends by itself."""
+    """Every other time while a checkpoint is being written, else at a random moment. Two
+    ranks write checkpoints in the background; a random one is killed, and the other one ends."""
     # The server that processes are forked from has to find the module that it imports first.
     places = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))

@@ -20,6 +20,7 @@ from bupo.commands.models import check_deterministic
 from bupo.commands.training import _model_to_train
 from bupo.config import RewardConfig, load
 from bupo.rewards.choice import MathReward
+from bupo.rl import state_files
 from bupo.rl.forward import Forward
 from bupo.rl.optimizer import AdamW
 from bupo.rl.update import Trainer
@@ -334,16 +335,18 @@ def test_the_math_reward_says_how_far_it_is() -> None:
     assert told == [0.25, 0.5, 0.75, 1]
 
 
-def test_optimizer_state_of_another_model_is_refused() -> None:
+def test_optimizer_state_of_another_model_is_refused(tmp_path: Path) -> None:
     one, other = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
     settings = load(None, []).optimizer
 
     def optimizer(model: torch.nn.Module) -> AdamW:
         return AdamW(dict(model.named_parameters()), {}, settings, settings.lr)
 
-    saved = optimizer(one).flat_state()
+    saved = optimizer(one).divided_state()
+    state_files.write(tmp_path / "whole", saved)
     with pytest.raises(ValueError, match=r"has shape \[2, 3\], but its parameter \[2, 2\]"):
-        optimizer(other).load_flat_state(saved)
+        state_files.read(tmp_path / "whole", optimizer(other).divided_state())
     del saved[next(iter(saved))]
-    with pytest.raises(ValueError, match="missing or belongs to no parameter"):
-        optimizer(one).load_flat_state(saved)
+    state_files.write(tmp_path / "less", saved)
+    with pytest.raises(ValueError, match="missing or belong to no parameter"):
+        state_files.read(tmp_path / "less", optimizer(one).divided_state())

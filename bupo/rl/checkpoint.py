@@ -1,10 +1,10 @@
 """Saves and loads everything that a run needs to continue as if it had not stopped.
 
 checkpoints/step_000010/ holds the model as save_pretrained writes it (with the tokenizer, so that
-other programs can load it), optimizer/state.safetensors and trainer.json. Prompt order and sampling
-are functions of the seed and of the numbers in trainer.json, so no random state is saved. A
-checkpoint is written to a hidden folder and then renamed, so any that exists is complete; checksums
-show whether its files have changed since. No pickle is read or written.
+other programs can load it), the optimizer's state and trainer.json. Prompt order and sampling are
+functions of the seed and of the numbers in trainer.json, so no random state is saved. A checkpoint
+is written to a hidden folder and then renamed, so any that exists is complete; checksums show
+whether its files have changed since.
 """
 
 from __future__ import annotations
@@ -13,77 +13,134 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bupo import hub, ranks
 from bupo.config import BrokenError, ConfigError, RunError, first_line
-from bupo.rl import sharding
+from bupo.rl import sharding, state_files
 from bupo.rl.optimizer import AdamW
 from bupo.runlog.run_directory import CHECKPOINT, checkpoints
 
 CHECKSUMS = "checksums.json"
 CRITIC = "critic"
 """Folder of PPO's critic"""
-OPTIMIZER = "optimizer/state.safetensors"
-"""In a separate folder, because loaders such as vLLM's read every *.safetensors file next to the
-model as a part of the model."""
+OPTIMIZER = "optimizer"
+"""Folder of the optimizer's state. It is apart because loaders such as vLLM's read every
+*.safetensors file next to the model as a part of the model"""
 
 
-def save(
+class Writer:
+    """Writes the checkpoints of a run. All ranks call each method."""
+
+    def __init__(self, run: Path, in_background: bool) -> None:
+        """in_background: save() only copies the state, and a thread writes it."""
+        self._run, self._group = run, ranks.new_group() if in_background else None
+        self._thread = ThreadPoolExecutor(1) if in_background else None
+        self._writing: Future[None] | None = None
+
+    def save(
+        self,
+        state: dict[str, int],
+        model: Any,
+        tokenizer: Any,
+        optimizer: AdamW,
+        critic: Any,
+        keep_last: int,
+        keep_steps: Collection[int],
+    ) -> None:
+        """Writes the state after state["step"] steps, unless that has been done, and removes older
+        checkpoints except for the newest `keep_last` and those of the steps `keep_steps`.
+
+        state: the numbers for trainer.json. critic: a bupo.rl.critic.Critic, or None. Raises
+        RunError if this checkpoint, or one before it in the background, cannot be written.
+        """
+        self.finish()
+        final = self._run / "checkpoints" / f"{CHECKPOINT}{state['step']:06d}"
+        if ranks.from_first((final / "trainer.json").is_file):
+            return
+        later = self._thread is not None
+        weights = sharding.whole_state(model, copy=later)
+        parts = {OPTIMIZER: optimizer.divided_state()}
+        if critic is not None:
+            parts[CRITIC] = critic.divided_state()
+        if later:
+            parts = {name: ranks.copied_to_host(tensors) for name, tensors in parts.items()}
+
+        def write() -> None:
+            with writing(self._run, state["step"]):
+                _write(self._run, final, state, model, tokenizer, weights, parts)
+            if ranks.is_first():
+                prune(self._run, keep_last, keep_steps)
+
+        if self._thread is None:
+            write()
+        else:
+            self._writing = self._thread.submit(_by_way_of, self._group, write)
+
+    def finish(self) -> None:
+        """Waits until everything is written. Raises RunError if it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Waits for the thread; an error in it is not raised."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+
+def _by_way_of(group: Any, write: Callable[[], None]) -> None:
+    with ranks.by_way_of(group):
+        write()
+
+
+def _write(
     run: Path,
-    state: dict[str, int],
+    final: Path,
+    state: Mapping[str, int],
     model: Any,
     tokenizer: Any,
-    optimizer: AdamW,
-    critic: Any,
-) -> Path:
-    """Writes the state after state["step"] steps and returns its folder. state: the numbers for
-    trainer.json. critic: a bupo.rl.critic.Critic, or None."""
-    final = run / "checkpoints" / f"{CHECKPOINT}{state['step']:06d}"
-    if ranks.from_first((final / "trainer.json").is_file):
-        return final
-    weights, moments = sharding.whole_state(model), optimizer.whole_state()
-    of_critic = None if critic is None else critic.whole_state()
+    weights: Mapping[str, Tensor],
+    parts: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Writes a checkpoint. parts: tensors of which each rank writes its rows, by folder."""
+    partial = final.with_name(f".{final.name}.{ranks.from_first(os.getpid)}")
 
-    def write() -> None:
-        folder, partial = final.parent, final.with_name(f".{final.name}.{os.getpid()}")
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*"):
+    def write_model() -> None:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in final.parent.glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.rmtree(final, ignore_errors=True)
         with hub.quiet():
-            model.save_pretrained(partial, state_dict=weights)
+            model.save_pretrained(partial, state_dict=dict(weights))
             tokenizer.save_pretrained(partial)
-        (partial / OPTIMIZER).parent.mkdir()
-        save_file(contiguous(moments), partial / OPTIMIZER)
-        if of_critic is not None:
-            (partial / CRITIC).mkdir()
-            for name, tensors in of_critic.items():
-                save_file(contiguous(tensors), partial / CRITIC / name)
         (partial / "trainer.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
-        sums = json.dumps(_checksums(partial), indent=0) + "\n"
-        (partial / CHECKSUMS).write_text(sums, encoding="utf-8")
+
+    ranks.from_first(write_model)
+    for name, tensors in parts.items():
+        state_files.write(partial / name, tensors)
+    mine = [x for x in _files(partial) if state_files.writer_of(x) == ranks.rank()]
+    sums = {
+        name: x for part in ranks.gathered(_checksums(partial, mine)) for name, x in part.items()
+    }
+
+    def complete() -> None:
+        text = json.dumps(sums, indent=0, sort_keys=True) + "\n"
+        (partial / CHECKSUMS).write_text(text, encoding="utf-8")
         for file in (*partial.rglob("*"), *run.glob("*.jsonl")):  # rows reach the disk first
             _sync(file)
         os.replace(partial, final)
-        _sync(folder)
+        _sync(final.parent)
 
-    ranks.from_first(write)
-    return final
-
-
-def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors as safetensors can write them."""
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    ranks.from_first(complete)
 
 
 def prune(run: Path, keep_last: int, keep_steps: Collection[int]) -> None:
@@ -141,29 +198,36 @@ def writing(run: Path, step: int) -> Iterator[None]:
 
 
 def verify(checkpoint: Path) -> None:
-    """Raises ConfigError unless each file still matches its checksum. A checkpoint from a version
-    without checksums is accepted."""
+    """Raises ConfigError unless each file still matches its checksum, of which each rank computes
+    its share. A checkpoint from a version without checksums is accepted."""
     with reading(checkpoint):
-        if not (checkpoint / CHECKSUMS).is_file():
+        if not ranks.from_first((checkpoint / CHECKSUMS).is_file):
             return
         expected = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
-        found = _checksums(checkpoint)
+        names = list(expected)
+        mine = [checkpoint / name for name in ranks.share(names)]
+        parts = ranks.gathered(_checksums(checkpoint, [x for x in mine if x.is_file()]))
+        found = {name: x for part in parts for name, x in part.items()}
         for name, digest in expected.items():
             if found.get(name) != digest:
                 what = "has changed since it was written" if name in found else "is missing"
                 raise ValueError(f"{name} {what}")
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    """Returns the SHA-256 of every file by name, without the list itself, computed in parallel."""
+def _files(folder: Path) -> list[Path]:
+    """Returns all files but the list of checksums, in order."""
+    return sorted(x for x in folder.rglob("*") if x.is_file() and x.name != CHECKSUMS)
+
+
+def _checksums(folder: Path, files: Sequence[Path]) -> dict[str, str]:
+    """Returns the SHA-256 of each file by its name in the folder, computed in parallel."""
 
     def digest(file: Path) -> str:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
 
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
     with ThreadPoolExecutor() as pool:
-        return dict(zip((p.relative_to(folder).as_posix() for p in files), pool.map(digest, files)))
+        return dict(zip((x.relative_to(folder).as_posix() for x in files), pool.map(digest, files)))
 
 
 def load_step(checkpoint: Path) -> int:
@@ -174,7 +238,8 @@ def load_optimizer(checkpoint: Path, optimizer: AdamW) -> None:
     """Restores the moments of every parameter. Missing or surplus moments also count as damage,
     because a checkpoint holds the moments of all parameters in every phase."""
     with reading(checkpoint):
-        optimizer.load_flat_state(load_file(checkpoint / OPTIMIZER))
+        state_files.read(checkpoint / OPTIMIZER, optimizer.divided_state())
+        optimizer.follow_parameters()
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bupo import ranks
 from bupo.config import Config
 from bupo.policy import parameter_layers, unembedding
-from bupo.rl import sharding
+from bupo.rl import sharding, state_files
 from bupo.rl.forward import Forward
 from bupo.rl.optimise import BatchLoss, Updates, mini_batches, optimise
 from bupo.rl.optimizer import AdamW, learning_rate
@@ -20,8 +18,6 @@ from bupo.samples import Batch, with_streams
 from bupo.types import Policy, Rollout
 
 _FINAL = Policy(None)
-PARAMETERS, MOMENTS = "critic.safetensors", "moments.safetensors"
-"""Files of a checkpoint"""
 
 
 class Critic:
@@ -111,24 +107,16 @@ class Critic:
         metrics = {"clip_fraction": clipped.sum() / max(len(clipped), 1)}
         return BatchLoss(loss, metrics, {"returns": returns, "values": old})
 
-    def whole_state(self) -> dict[str, dict[str, Tensor]]:
-        """Returns the contents of the files of a checkpoint: the parameters and the optimizer's
-        moments. On ranks other than 0, nothing is in them."""
-        return {
-            PARAMETERS: ranks.all_on_first(self._parameters.items()),
-            MOMENTS: self.optimizer.whole_state(),
-        }
+    def divided_state(self) -> dict[str, Tensor]:
+        """Returns what a checkpoint holds: the parameters and the optimizer's state, which share
+        their memory."""
+        parameters = {name: p.detach() for name, p in self._parameters.items()}
+        return parameters | self.optimizer.divided_state()
 
     def load(self, folder: Path) -> None:
-        """Reads these files. Raises ValueError if something is missing or left over."""
-        saved, parameters = load_file(folder / PARAMETERS), self.parameters()
-        if wrong := sorted(saved.keys() ^ parameters.keys()):
-            raise ValueError(f"{folder}: parameters are missing or belong to no module: {wrong}")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                rows = ranks.rows_of(saved[name], parameter)
-                ranks.local(parameter).copy_(rows)
-        self.optimizer.load_flat_state(load_file(folder / MOMENTS))
+        """Restores this state. Raises ValueError if something is missing or left over."""
+        state_files.read(folder, self.divided_state())
+        self.optimizer.follow_parameters()
 
 
 def explained_variance(rollouts: Sequence[Rollout]) -> float:

@@ -98,6 +98,7 @@ class Run:
         for step in self.diagnostics.ended_phases():
             self.schedule.end_phase(step)
         self.bad_steps = bad_steps_at_end(shared_rows(self.out / "metrics.jsonl"))
+        self.writer = checkpoint.Writer(self.out, config.checkpoint.in_background)
         self.saved, self.saved_at = self.start, time.monotonic()
         self.failure, self.updating = "", False
 
@@ -106,9 +107,12 @@ class Run:
         state is saved in both cases."""
         try:
             done = self._steps()
+            self.writer.finish()
             if done > self.saved or not ranks.from_first(lambda: checkpoints(self.out)):
                 self._save(done)
+                self.writer.finish()
         finally:
+            self.writer.close()
             self.monitor.release()
             self.recorder.close()
         rows = [r for r in read_rows(self.out / "metrics.jsonl") if r["step"] > self.start]
@@ -358,14 +362,12 @@ class Run:
             raise RunError(
                 f"step {step} broke the model ({bad}); no checkpoint of it is saved, and {kept}"
             )
-        with self.monitor.stage("save", step), checkpoint.writing(self.out, step):
-            state = {"step": step, "drawn": self.drawn}
-            parts = (self.model, self.tokenizer, self.trainer.optimizer, self.critic)
-            checkpoint.save(self.out, state, *parts)
-        self.saved, self.saved_at = step, time.monotonic()
         settings, best = self.config.checkpoint, self.evaluator.best_step()
         steps = set(self.schedule.switches()) if "switch" in settings.keep else set()
         if "best" in settings.keep and best is not None:
             steps.add(best)
-        if ranks.is_first():
-            checkpoint.prune(self.out, settings.keep_last, steps)
+        with self.monitor.stage("save", step):
+            state = {"step": step, "drawn": self.drawn}
+            parts = (self.model, self.tokenizer, self.trainer.optimizer, self.critic)
+            self.writer.save(state, *parts, settings.keep_last, steps)
+        self.saved, self.saved_at = step, time.monotonic()

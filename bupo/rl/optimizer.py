@@ -139,33 +139,19 @@ class AdamW(torch.optim.Optimizer):
             for field, value in state.items()
         }
 
-    def whole_state(self) -> dict[str, Tensor]:
-        """Returns flat_state() of all rows, on rank 0; on other ranks, nothing."""
-        state = self.flat_state().items()
-        return ranks.all_on_first(
-            (key, ranks.like(rows, self._parameter(key))) for key, rows in state
-        )
-
-    def _parameter(self, key: str) -> nn.Parameter:
-        return self._named[key.rpartition("/")[0]]
+    def divided_state(self) -> dict[str, Tensor]:
+        """Returns flat_state() as tensors of all rows, which share the memory of this rank's."""
+        return {
+            key: ranks.like(rows, self._named[key.rpartition("/")[0]])
+            for key, rows in self.flat_state().items()
+        }
 
     @torch.no_grad()
-    def load_flat_state(self, flat: Mapping[str, Tensor]) -> None:
-        """Restores the state of all rows. Raises ValueError if it does not match the parameters."""
-        expected = self.flat_state()
-        if wrong := sorted(expected.keys() ^ flat.keys()):
-            raise ValueError(f"optimizer state is missing or belongs to no parameter: {wrong}")
-        flat = {k: ranks.rows_of(x, self._parameter(k)) for k, x in flat.items()}
-        shapes = {key: list(old.shape) for key, old in expected.items()}
-        if wrong := [key for key, shape in shapes.items() if list(flat[key].shape) != shape]:
-            was, now = list(flat[wrong[0]].shape), shapes[wrong[0]]
-            raise ValueError(f"optimizer state {wrong[0]} has shape {was}, but its parameter {now}")
+    def follow_parameters(self) -> None:
+        """Renews the copies that are no part of the state, after parameters have been read."""
         for parameter, kept in self._of.items():
-            kept.copy_(
-                ranks.local(parameter)
-            )  # the model may have been loaded after the optimizer was made
-        for key, old in expected.items():
-            old.copy_(flat[key])
+            if kept.dtype == parameter.dtype:
+                kept.copy_(ranks.local(parameter))
 
 
 class _Sent(NamedTuple):

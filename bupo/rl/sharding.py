@@ -98,11 +98,18 @@ def gathered(model: Any) -> Iterator[None]:
             part.reshard()
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """Returns what a checkpoint of a divided model holds, its state_dict() or that of its adapters,
-    on the host of rank 0; nothing on the others; None for a model that is whole."""
-    if not is_sharded(model):
-        return None
+def whole_state(model: nn.Module, copy: bool) -> dict[str, Tensor]:
+    """Returns what a checkpoint of a model holds, its state_dict() or that of its adapters, on the
+    host of rank 0; nothing on the others. copy: tensors of a model that is whole are copied; else
+    they are as they are, on their device."""
     adapted = bool(adapters.parameters(model))
-    state = model.state_dict().items()
-    return ranks.all_on_first((n, x) for n, x in state if not adapted or ".lora_" in n)
+    named = [(n, x) for n, x in model.state_dict().items() if not adapted or ".lora_" in n]
+    if is_sharded(model):
+        return ranks.all_on_first(named)
+    if not ranks.is_first():
+        return {}
+    if not copy:
+        return dict(named)
+    # Tied parameters stay one tensor.
+    copies = {(x.data_ptr(), x.shape): x.detach().to("cpu", copy=True) for _, x in named}
+    return {name: copies[x.data_ptr(), x.shape] for name, x in named}
