@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +25,8 @@ from bupo import config, ranks
 from bupo.commands import run_lock
 from bupo.commands.sources import check_engine
 from bupo.rl.schedule import Schedule
+from bupo.rollouts.vllm_options import ENVIRONMENT
+from bupo.rollouts.vllm_serving import DEVELOPER, Server
 
 HERE = Path(__file__).parent
 
@@ -132,6 +137,47 @@ def test_each_rank_has_its_vllm(lora: str, tmp_path: Path) -> None:
     assert all(r["sync/logprob_gap"] < 1e-5 and r["rollout/logprob_gap"] < 1e-5 for r in found)
 
 
+def test_ranks_share_a_server(tmp_path: Path) -> None:
+    """One after the other, with and without adapters, each with all weights of its own."""
+    task = ["task_options={layers: 2, width: 128, warm_steps: 4}", "eval.every=0"]
+    few = ["rollout.engine=vllm_server", *task, "steps=3", "bupo.steps=1"]
+    said = run_of(2, tmp_path / "none", *few).communicate()[0]
+    assert "needs rollout.servers, which you start" in said
+    said = run_of(1, tmp_path / "none", *few, "rollout.servers=[http://127.0.0.1:9]").communicate()[
+        0
+    ]
+    typed = re.search(r"start it with: .* python (-m .*--port 9.*)", said)
+    assert typed, said
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [str(port) if word == "9" else word for word in shlex.split(typed[1])]
+    words += ["--load-format", "dummy"]  # the run sends all weights
+    environment = os.environ | ENVIRONMENT | DEVELOPER | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    log = (tmp_path / "server.log").open("w")
+    server = subprocess.Popen([sys.executable, *words], env=environment, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while server.poll() is None and not answers(url):
+            time.sleep(0.5)
+        for lora in ("lora.rank=4", "lora.rank=null"):
+            out = tmp_path / lora
+            finish(run_of(2, out, *few, lora, f"rollout.servers=[{url}]"))
+            assert len(rows(out)) == 3
+            for row in rows(out):
+                assert row["sync/logprob_gap"] < 1e-5 and row["rollout/logprob_gap"] < 1e-5
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        return bool(Server(url).call("version"))
+    except config.RunError:
+        return False
+
+
 def rank_of(launcher: subprocess.Popen[str], rank: int) -> int:
     """The process ID of a rank."""
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], **TEXT)
@@ -195,7 +241,6 @@ def test_what_all_ranks_refuse_is_said_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "setting",
     [
-        "rollout.engine=vllm_server",
         "rollout.vllm={tensor_parallel_size: 2}",
         "bupo.auto_layer=0.1",
     ],

@@ -231,7 +231,7 @@ def test_a_server_gets_the_gpus_after_the_first(monkeypatch):
 def test_an_answer_that_is_no_response_of_this_run(parts):
     """Aborted by somebody, or without or with other weights."""
     server = Server("http://there:1")
-    server._weights = "mine"
+    server.weights = "mine"
     whole = {"finish_reason": "stop", "weight_versions": [{"version": "mine"}]}
     server.check({"choices": [whole]})
     for wrong, message in (

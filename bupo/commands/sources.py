@@ -82,11 +82,14 @@ def check_engine(config: Config) -> None:
     rollout = config.rollout
     if ranks.world() > 1:
         for key, used in (
-            ("rollout.engine=vllm_server", rollout.engine == "vllm_server"),
             ("tensor_parallel_size in rollout.vllm", "tensor_parallel_size" in rollout.vllm),
             ("bupo.auto_layer", config.bupo.auto_layer is not None),
         ):
             require(not used, f"{key} works in a single process only (docs/scaling.md)")
+        require(
+            rollout.engine != "vllm_server" or bool(rollout.servers),
+            "rollout.engine=vllm_server with several ranks needs rollout.servers, which you start",
+        )
     if rollout.engine != "hf" and rollout.vllm and importlib.util.find_spec("vllm"):
         from bupo.rollouts.vllm_options import check_options
 
@@ -121,7 +124,7 @@ def make_engine(
     without a trainer. out: the directory for the engine's output, engine.log."""
     from bupo import adapters
     from bupo.rl import sharding
-    from bupo.rl.weight_sync import load
+    from bupo.rl.weight_sync import load, load_all
     from bupo.rollouts.hf import HFEngine
     from bupo.rollouts.vllm import VllmEngine
     from bupo.rollouts.vllm_server import VllmServerEngine
@@ -142,7 +145,7 @@ def make_engine(
     half = dtype == "bfloat16"
     try:
         if server:  # it may hold any weights
-            engine.load(adapters.all_weights(model, half).items())
+            load_all(engine, model, half)
         elif model is not None and (trained := adapters.parameters(model)):
             load(engine, model, trained, half)
     except BaseException:  # also Ctrl-C

@@ -68,6 +68,15 @@ def load(
         engine.load(changed_tensors(model, changed, half))
 
 
+def load_all(engine: RolloutEngine, model: nn.Module, half: bool = False) -> None:
+    """Loads all weights into an engine that may hold any others."""
+    if adapters.parameters(model):
+        with sharding.gathered(model):
+            engine.load(adapters.all_weights(model, half).items())
+    else:
+        engine.load(changed_tensors(model, dict(model.named_parameters())))
+
+
 def gap(engine: Sequence[Tensor], trainer: Sequence[Tensor]) -> float:
     """Returns the mean absolute difference between log-probs of the same tokens, in nats."""
     pairs = [(a, b[: len(a)]) for a, b in zip(engine, trainer)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bupo import progress
+from bupo import progress, ranks
 from bupo.config import RolloutConfig, RunError, first_line
 from bupo.rollouts.engine import numbered, seed_of
 from bupo.rollouts.vllm_options import (
@@ -32,7 +32,8 @@ POLL = 0.5
 
 
 class VllmServerEngine:
-    """Generates with one vLLM server or several, each of which holds a copy of the weights.
+    """Generates with one vLLM server or several, each of which holds a copy of the weights. Several
+    ranks share the servers: each asks for its responses, and rank 0 sends the weights.
 
     A server batches requests as they arrive, and a batch of another size rounds differently. So the
     same seed gives the same random numbers, but a run is repeated exactly only up to rounding.
@@ -58,22 +59,22 @@ class VllmServerEngine:
         self._config, self._decoder = config, decoder_of(model, tokenizer)
         vocab, gpu = self._decoder.vocab, torch.cuda.is_available()
         given = arguments(model, vocab, config, max_prompt_tokens, dtype, seed, gpu)
-        self._limit: int = given["max_model_len"]
+        self._dtype, self._limit = getattr(torch, dtype), int(given["max_model_len"])
         self._senders: list[Any] = []
         self._servers = [Server(url) for url in config.servers] or [LocalServer(given, log)]
         try:
-            self._connect(given, getattr(torch, dtype))
+            ranks.from_first(lambda: self._connect(given))
         except BaseException:  # also Ctrl-C
             self.close()
             raise
 
-    def _connect(self, given: dict[str, Any], dtype: torch.dtype) -> None:
+    def _connect(self, given: dict[str, Any]) -> None:
         from bupo.rollouts.vllm_transfer import Sender
 
         backends = [check_server(server, given) for server in self._servers]
         with self._one_line("connecting"):
             for server, backend in zip(self._servers, backends):
-                self._senders.append(Sender(server, backend, dtype))
+                self._senders.append(Sender(server, backend, self._dtype))
 
     def generate(
         self,
@@ -108,10 +109,21 @@ class VllmServerEngine:
         return rollouts
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        weights = list(tensors)  # a transfer begins with the names and shapes of all
-        with self._one_line("loading weights"):
-            for sender in self._senders:
-                sender.send(weights)
+        weights = []  # all of them, as a transfer begins with their names and shapes
+        for name, tensor in tensors:  # which all ranks gather
+            if ranks.is_first():
+                # What several GPUs divide may be too large for one, so the host holds it.
+                where = tensor.device if ranks.world() == 1 else torch.device("cpu")
+                weights.append((name, tensor.to(where, self._dtype)))
+
+        def send() -> list[str | None]:
+            with self._one_line("loading weights"):
+                for sender in self._senders:
+                    sender.send(weights)
+            return [server.weights for server in self._servers]
+
+        for server, version in zip(self._servers, ranks.from_first(send)):
+            server.weights = version
 
     def score(self, samples: Sequence[Sample]) -> list[Tensor]:
         # One token is generated, so the last token of a full context is left out.

@@ -53,7 +53,8 @@ class Server:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._weights: str | None = None
+        self.weights: str | None = None
+        """The version of the weights that were sent last"""
 
     @staticmethod
     def session(at_once: int = 1, seconds: float | None = None) -> Any:
@@ -125,7 +126,7 @@ class Server:
                 f"another program has made the vLLM server {self.url} end a response early; give "
                 "each run its own servers, then resume the run"
             )
-        if {part["version"] for part in made["weight_versions"] or ()} != {self._weights}:
+        if {part["version"] for part in made["weight_versions"] or ()} != {self.weights}:
             self._raise_other_weights()
 
     def _raise_other_weights(self) -> None:
@@ -148,7 +149,7 @@ class Server:
             self.call("shutdown_weight_transfer_engine", {})
 
     def start_weight_update(self) -> None:
-        if self._weights not in (None, self.call("weight_info")["weight_version"]):
+        if self.weights not in (None, self.call("weight_info")["weight_version"]):
             self._raise_other_weights()
         self.call("start_weight_update", {}, TRANSFER)
 
@@ -156,8 +157,8 @@ class Server:
         self.call("update_weights", {"update_info": update_info}, TRANSFER)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._weights = weight_version or secrets.token_hex(8)
-        self.call("finish_weight_update", {"weight_version": self._weights}, TRANSFER)
+        self.weights = weight_version or secrets.token_hex(8)
+        self.call("finish_weight_update", {"weight_version": self.weights}, TRANSFER)
         if not self.call("reset_prefix_cache?reset_running_requests=true", {})["success"]:
             raise RunError(f"the vLLM server {self.url} cannot empty its prefix cache; restart it")
 
