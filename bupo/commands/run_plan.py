@@ -96,6 +96,7 @@ class RunPlan:
             + f"  memory   {sizes.memory_line()}\n"
             f"  engine   {sizes.engine_line(config)}\n"
             + (f"  card     {self.fit}\n" if self.fit else "")
+            + (f"  ranks    {sizes.ranks}\n" if sizes.ranks else "")
             + f"  disk     {sizes.disk_line(config)}\n"
             f"  out      {self.out}"
             + (f" (continues {self.resume_from})" if self.resume_from else "")

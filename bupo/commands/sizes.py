@@ -49,6 +49,8 @@ class Sizes:
     """Bytes of the keys and values of a sequence of full length"""
     checkpoint: int
     """Bytes on disk"""
+    ranks: str
+    """How several ranks divide the model; empty for one process"""
 
     @property
     def resident(self) -> int:
@@ -154,6 +156,7 @@ def measure(
         longest=longest,
         cache_of_sequence=cache,
         checkpoint=checkpoint + (critic if config.advantage == "ppo" else 0),
+        ranks=_ranks(config, shapes.head, longest, world, parts) if world > 1 else "",
     )
 
 
@@ -342,6 +345,24 @@ def _of_rank(
     if config.model.gradient_checkpointing:  # else each layer's cast is kept for its backward
         found.pop("bfloat16 weights", None)
     return found
+
+
+def _ranks(config: Config, head: tuple[int, int], longest: int, world: int, parts: int) -> str:
+    """Says how ranks divide the model, and what its head costs them (docs/scaling.md)."""
+    if parts == 1:
+        return f"{world}, each with a copy of the model"
+    copies = f", with {world // parts} copies" if parts < world else ""
+    element = 2 if config.model.parameter_dtype == "bfloat16" else 4
+    vocabulary, width = head
+    rollout = config.rollout
+    tokens = rollout.prompts * rollout.samples // config.optimizer.updates_per_step * longest
+    gathered, divided = 2 * element * vocabulary * width, 6 * width * tokens * parts // world
+    less = "less" if gathered <= divided else "more, but the trainer has no other way,"
+    return (
+        f"{world}, of which {parts} divide the model{copies}; gathering the head takes "
+        f"{_size(gathered)} of traffic an update, {less} than the {_size(divided)} that hidden "
+        "states of full length would take if it stayed divided"
+    )
 
 
 def _attention_width(text: Any) -> int:

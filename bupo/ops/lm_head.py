@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from bupo.ops import operands
+from bupo.ops import operands, vocabulary_parallel
 from bupo.ops.registration import call
 from bupo.ops.results import LogProbs
 
@@ -21,6 +22,7 @@ def lm_head_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    group: ProcessGroup | None = None,
 ) -> LogProbs:
     """Computes log p(target), entropy and logsumexp of
     softmax(f(hidden @ weight.T + bias) / temperature).
@@ -46,6 +48,11 @@ def lm_head_logprobs(
         temperature: a positive number, or a tensor that broadcasts to [...]; not differentiable.
         softcap: applied before the temperature (Gemma); None for no softcap.
         ignore_index: tokens with this target give 0, 0, 0 and no gradient, whatever their values.
+        group: a process group whose ranks divide the vocabulary: weight and bias are the rows of
+            this rank, perhaps none, which follow those of the rank before it. All else is equal on
+            all ranks, and so are the results and the gradient of hidden; those of weight and bias
+            are of this rank's rows. One exchange of 3 numbers per token in the forward, one of the
+            gradient of hidden in the backward, which all ranks have to run.
 
     Returns:
         LogProbs(logprobs, entropy, logsumexp), each [...], float32 (float64 for float64 input), in
@@ -63,6 +70,19 @@ def lm_head_logprobs(
         raise TypeError(
             "bupo.ops.lm_head_logprobs: ignore_index must be an int, got "
             f"{operands.describe(ignore_index)}"
+        )
+    if group is not None:
+        vocabulary_parallel.check_group("bupo.ops.lm_head_logprobs", group)
+        return vocabulary_parallel.lm_head_logprobs(
+            lm_head_logprobs,
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            ignore_index=ignore_index,
+            group=group,
         )
     args = operands.prepare(
         "bupo.ops.lm_head_logprobs", hidden, weight, targets, bias, temperature, softcap

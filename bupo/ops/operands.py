@@ -140,9 +140,11 @@ def prepare(
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
+    divided: bool = False,
 ) -> Operands:
-    """Checks everything that does not need the tensors' values, and returns the operands. Raises
-    TypeError, ValueError and NotImplementedError, naming the argument."""
+    """Checks everything that does not need the tensors' values, and returns the operands. divided:
+    weight may have no rows, as other ranks have some. Raises TypeError, ValueError and
+    NotImplementedError, naming the argument."""
     given = ("hidden", hidden), ("weight", weight), ("bias", bias), ("temperature", temperature)
     _refuse_forward_mode(op, *given)
     hidden, weight = _matrix(op, "hidden", hidden), _matrix(op, "weight", weight)
@@ -155,7 +157,7 @@ def prepare(
             f"{op}: hidden must be [..., D] with D = {weight.shape[1]} > 0 as in weight "
             f"{list(weight.shape)}, got {describe(hidden)}"
         )
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not divided:
         raise ValueError(f"{op}: weight must have at least one row, got {describe(weight)}")
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(

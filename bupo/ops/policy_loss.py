@@ -7,8 +7,11 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from bupo.ops import operands
+from bupo.ops import operands, vocabulary_parallel
+from bupo.ops.lm_head import lm_head_logprobs
+from bupo.ops.reference import loss_of_logprobs
 from bupo.ops.registration import KL_ESTIMATORS, LOSS_TYPES, METRICS, accumulator, call
 from bupo.ops.results import PolicyLoss
 
@@ -53,6 +56,7 @@ def policy_loss(
     entropy_coef: float = 0.0,
     importance_weights: Tensor | None = None,
     max_log_ratio: float | None = None,
+    group: ProcessGroup | None = None,
 ) -> PolicyLoss:
     """Computes sum_i token_weights_i * loss_i, and its gradient in the same pass.
 
@@ -86,6 +90,8 @@ def policy_loss(
             the KL and entropy terms.
         max_log_ratio: bounds log r_i to [-max_log_ratio, max_log_ratio], so that no ratio is
             infinite; beyond it, "ppo" has no gradient. None: no bound. verl uses 20.
+        group: as in :func:`lm_head_logprobs`, with which the loss is then computed: the gradient
+            costs up to three products, over all tokens whose weight is not 0, in backward().
 
     Returns:
         PolicyLoss(loss, logprobs, entropy, metrics): loss is a float32 scalar (float64 for float64
@@ -99,7 +105,10 @@ def policy_loss(
     Sources: PPO/GRPO (2402.03300), dual clip (1912.09729), CISPO (2506.13585), BuPO's J_IPA
     (2512.19673). The derivation is in docs/ops.md. Tests compare with reference.policy_loss.
     """
-    args = operands.prepare(_OP, hidden, weight, targets, bias, temperature, softcap)
+    if group is not None:
+        vocabulary_parallel.check_group(_OP, group)
+    divided = group is not None
+    args = operands.prepare(_OP, hidden, weight, targets, bias, temperature, softcap, divided)
     acc = accumulator(args.hidden.dtype)
 
     def token(name: str, x: Tensor | None) -> Tensor | None:
@@ -119,17 +128,60 @@ def policy_loss(
         if max_log_ratio is None
         else _number("max_log_ratio", max_log_ratio, 0, "at least 0 or None"),
     ]
+    old, of_advantages, weights = (
+        operands.per_token(_OP, name, x, targets, acc)
+        for name, x in (
+            ("old_logprobs", old_logprobs),
+            ("advantages", advantages),
+            ("token_weights", token_weights),
+        )
+    )
+    reference = token("ref_logprobs", ref_logprobs)
+    importance = token("importance_weights", importance_weights)
+    if group is not None:
+        keep = weights != 0
+        logp, entropy, _ = lm_head_logprobs(
+            args.hidden,
+            args.weight,
+            args.targets.where(keep, -1),
+            bias=args.bias,
+            temperature=1.0 if args.temperature is None else args.temperature,
+            softcap=softcap,
+            ignore_index=-1,
+            group=group,
+        )
+        found = loss_of_logprobs(
+            logp,
+            entropy,
+            old,
+            of_advantages,
+            weights,
+            ref_logprobs=reference,
+            importance_weights=importance,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            loss_type=loss_type,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            entropy_coef=entropy_coef,
+            max_log_ratio=max_log_ratio,
+        )
+        return found._replace(
+            logprobs=found.logprobs.reshape(targets.shape),
+            entropy=found.entropy.reshape(targets.shape),
+        )
     grad = torch.is_grad_enabled()
     loss, logprobs, entropy, metrics, *_ = call(
         torch.ops.bupo.policy_loss,
         *args[:3],
-        token("old_logprobs", old_logprobs),
-        token("advantages", advantages),
-        token("token_weights", token_weights),
+        old,
+        of_advantages,
+        weights,
         *args[3:],
         settings,
-        token("ref_logprobs", ref_logprobs),
-        token("importance_weights", importance_weights),
+        reference,
+        importance,
         grad and args.hidden.requires_grad,
         grad and args.weight.requires_grad,
         grad and args.bias is not None and args.bias.requires_grad,
