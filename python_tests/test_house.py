@@ -25,7 +25,7 @@ ROOMS = {
     "internal": {"policy", "ops", "samples", "progress"},
     "data": {"config", "types", "hub", "progress"},
     "rewards": {"config", "types", "progress"},
-    "rollouts": {"config", "types", "samples", "policy", "terminal", "progress"},
+    "rollouts": {"config", "types", "samples", "policy", "terminal", "progress", "ranks"},
     "runlog": {"config", "types", "terminal", "progress", "ranks"},
     "evaluation": {"config", "types", "progress"},
     "report": {"internal", "runlog"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,60 +129,29 @@ def policy_loss(
         if max_log_ratio is None
         else _number("max_log_ratio", max_log_ratio, 0, "at least 0 or None"),
     ]
-    old, of_advantages, weights = (
-        operands.per_token(_OP, name, x, targets, acc)
-        for name, x in (
-            ("old_logprobs", old_logprobs),
-            ("advantages", advantages),
-            ("token_weights", token_weights),
-        )
-    )
-    reference = token("ref_logprobs", ref_logprobs)
-    importance = token("importance_weights", importance_weights)
+    given = {"old_logprobs": old_logprobs, "advantages": advantages}
+    given["token_weights"] = token_weights
+    per_token = [operands.per_token(_OP, name, x, targets, acc) for name, x in given.items()]
+    optional = token("ref_logprobs", ref_logprobs), token("importance_weights", importance_weights)
     if group is not None:
-        keep = weights != 0
-        logp, entropy, _ = lm_head_logprobs(
-            args.hidden,
-            args.weight,
-            args.targets.where(keep, -1),
-            bias=args.bias,
-            temperature=1.0 if args.temperature is None else args.temperature,
-            softcap=softcap,
-            ignore_index=-1,
-            group=group,
-        )
-        found = loss_of_logprobs(
-            logp,
-            entropy,
-            old,
-            of_advantages,
-            weights,
-            ref_logprobs=reference,
-            importance_weights=importance,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=dual_clip,
-            loss_type=loss_type,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            entropy_coef=entropy_coef,
-            max_log_ratio=max_log_ratio,
-        )
-        return found._replace(
-            logprobs=found.logprobs.reshape(targets.shape),
-            entropy=found.entropy.reshape(targets.shape),
-        )
+        options: dict[str, Any] = {
+            "clip_low": clip_low,
+            "clip_high": clip_high,
+            "dual_clip": dual_clip,
+        }
+        options |= {"loss_type": loss_type, "kl_coef": kl_coef, "kl_estimator": kl_estimator}
+        options |= {"entropy_coef": entropy_coef, "max_log_ratio": max_log_ratio}
+        found = _of_group(args, per_token, *optional, options, group)
+        shaped = {x: getattr(found, x).reshape(targets.shape) for x in ("logprobs", "entropy")}
+        return found._replace(**shaped)
     grad = torch.is_grad_enabled()
     loss, logprobs, entropy, metrics, *_ = call(
         torch.ops.bupo.policy_loss,
         *args[:3],
-        old,
-        of_advantages,
-        weights,
+        *per_token,
         *args[3:],
         settings,
-        reference,
-        importance,
+        *optional,
         grad and args.hidden.requires_grad,
         grad and args.weight.requires_grad,
         grad and args.bias is not None and args.bias.requires_grad,
@@ -192,3 +162,26 @@ def policy_loss(
         entropy.detach().reshape(targets.shape),
         dict(zip(METRICS, metrics.detach().unbind())),
     )
+
+
+def _of_group(
+    args: operands.Operands,
+    per_token: list[Tensor],
+    reference: Tensor | None,
+    importance: Tensor | None,
+    options: dict[str, Any],
+    group: ProcessGroup,
+) -> PolicyLoss:
+    """Computes the loss of a vocabulary that ranks divide, from its log-probs."""
+    logp, entropy, _ = lm_head_logprobs(
+        args.hidden,
+        args.weight,
+        args.targets.where(per_token[2] != 0, -1),
+        bias=args.bias,
+        temperature=1.0 if args.temperature is None else args.temperature,
+        softcap=args.softcap or None,
+        ignore_index=-1,
+        group=group,
+    )
+    options |= {"ref_logprobs": reference, "importance_weights": importance}
+    return loss_of_logprobs(logp, entropy, *per_token, **options)
