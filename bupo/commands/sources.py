@@ -153,7 +153,7 @@ def make_engine(
 def build_task(config: Config, sources: Sources) -> None:
     """Makes the task's weights once, if the configuration names a task and no other model."""
     if sources.files is not None and sources.model == str(sources.files.model):
-        files, wait = sources.files, Display().waiting(f"warm start of {config.task}")
+        files, wait = sources.files, Display().waiting(f"making the model of {config.task}")
         with waited_for(cache_dir() / LOCK) if ranks.is_first() else nullcontext(), wait:
             ranks.from_first(lambda: _task(config).build(config.task_options, files))
 

