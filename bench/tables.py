@@ -20,11 +20,13 @@ from rows import (
     figure,
     is_wrong_peer,
     newest,
+    read,
     shape_of,
     table,
 )
+from study.table import study_table
 
-DOCUMENTS = ("README.md", "docs/performance.md", "docs/scaling.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/scaling.md", "docs/study.md")
 PRODUCTS = {"block": "block products, AVX-512", "library": "torch's BLAS"}
 """What build_info() calls the products of a CPU, in words"""
 
@@ -246,6 +248,8 @@ MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "rollouts": ("rollouts_cpu", rollouts_table),
     "ranks_time": ("ranks_cpu", ranks_time_table),
     "ranks_memory": ("ranks_cpu", ranks_memory_table),
+    "study_arithmetic": ("study_arithmetic", study_table),
+    "study_smollm2": ("study_smollm2", study_table),
 }
 """By the name of a table: the file of its results, and what makes it of their rows"""
 
@@ -259,7 +263,11 @@ def table_named(name: str) -> str:
     if name == "predictions":
         return scan_model.predictions()
     results, make = MEASURED[name]
-    rows = newest(RESULTS / f"{results}.jsonl")
+    file = RESULTS / f"{results}.jsonl"
+    if results.startswith("study_"):  # each row is of a run of its own
+        rows = read(file) if file.exists() else []
+    else:
+        rows = newest(file)
     return make(rows) if rows else f"Not measured yet: there is no bench/results/{results}.jsonl."
 
 

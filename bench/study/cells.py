@@ -1,0 +1,74 @@
+"""What the study runs: cells, each of which is a way to train, in editions of different sizes."""
+
+from dataclasses import dataclass, field
+
+BASELINE = "GRPO"
+"""The cell that all others of an edition are compared with"""
+
+
+@dataclass(frozen=True)
+class Edition:
+    """Cells that differ in nothing but their own settings."""
+
+    recipe: str
+    seeds: tuple[int, ...]
+    common: tuple[str, ...]
+    """Settings of all cells; {seed} is replaced"""
+    cells: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """The settings of each cell, by its name"""
+
+
+def bottom_up(layer: int, steps: int, *more: str) -> tuple[str, ...]:
+    return "algorithm=bupo", f"bupo.layer={layer}", f"bupo.steps={steps}", *more
+
+
+def lower_layers(up_to: int, steps: int, total: int) -> tuple[str, ...]:
+    """The control for phase 1: the same layers, trained for the objective of the final policy."""
+    frozen = f"{{steps: {steps}, lr: {{{up_to + 1}-: 0}}}}"
+    return "algorithm=custom", f"phases=[{frozen}, {{steps: {total - steps}}}]"
+
+
+ARITHMETIC = {
+    BASELINE: ("algorithm=grpo",),
+    "RLOO": ("algorithm=rloo",),
+    "REINFORCE++": ("algorithm=reinforce_pp",),
+    "BuPO, layer 3 for 8 steps": bottom_up(3, 8),
+    "layers 1-3 under the final objective for 8 steps": lower_layers(3, 8, 60),
+    "BuPO, layer 1 for 8 steps": bottom_up(1, 8),
+    "BuPO, layer 5 for 8 steps": bottom_up(5, 8),
+    "BuPO, layer 3 for 2 steps": bottom_up(3, 2),
+    "BuPO, layer 3 for 20 steps": bottom_up(3, 20),
+    "BuPO, layer 3 for 8 steps, normed": bottom_up(3, 8, "bupo.final_norm=true"),
+    "BuPO, layer 3 for 8 steps, on RLOO": bottom_up(3, 8, "advantage=rloo"),
+    "PPO": ("algorithm=ppo",),
+}
+
+SIXTEEN = ("eval.samples=16", "eval.pass_k=[1,2,4,8,16]")
+SEEDED = ("seed={seed}", "diagnostics.every=0", "checkpoint.keep=[]", "checkpoint.keep_last=1")
+TINY = "task_options={layers: 2, width: 32, warm_steps: 4, eval_problems: 4, seed: {seed}}"
+EDITIONS = {
+    "minutes": Edition(
+        "arithmetic.yaml",
+        (1,),
+        (*SEEDED, TINY, "steps=4", "eval.samples=2", "eval.pass_k=[1,2]", "eval.every=2"),
+        {BASELINE: ("algorithm=grpo",), "BuPO": bottom_up(1, 2)},
+    ),
+    "arithmetic": Edition(
+        "arithmetic.yaml",
+        (1, 2, 3, 4, 5),
+        (*SEEDED, "task_options={seed: {seed}}", "eval.every=10", *SIXTEEN),
+        ARITHMETIC,
+    ),
+    "smollm2": Edition(
+        "smollm2.yaml",
+        (1, 2),
+        (*SEEDED, "eval.every=10", "eval.samples=8", "eval.pass_k=[1,8]"),
+        {
+            BASELINE: ("algorithm=grpo",),
+            "BuPO, layer 29 for 10 steps": bottom_up(29, 10),
+            "BuPO, layer 29 for 10 steps, normed": bottom_up(29, 10, "bupo.final_norm=true"),
+            "BuPO, layer 12 for 10 steps, normed": bottom_up(12, 10, "bupo.final_norm=true"),
+            "layers 1-12 under the final objective for 10 steps": lower_layers(12, 10, 40),
+        },
+    ),
+}
