@@ -102,11 +102,13 @@ def _check_causal(model: str, model_config: Any) -> None:
 
 
 def load_model(config: Config, source: str) -> Any:
-    """Loads the causal LM of a folder or hub name, onto the GPU if there is one. Raises ConfigError
-    or BrokenError if files are damaged or do not hold the whole model."""
+    """Loads the causal LM of a folder or hub name, onto the GPU if there is one. A model that ranks
+    are to divide stays on the host, as it may be too large for a GPU. Raises ConfigError or
+    BrokenError if files are damaged or do not hold the whole model."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from bupo import ranks
     from bupo.finite import first_bad
 
     try:
@@ -136,7 +138,8 @@ def load_model(config: Config, source: str) -> Any:
         )
     if bad := first_bad(model.named_parameters()):
         raise BrokenError(f"{source} cannot be used: {bad}; get intact files")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    divided = config.model.parts(ranks.world()) > 1
+    return model.to("cuda" if torch.cuda.is_available() and not divided else "cpu")
 
 
 def silence_noise(model: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,7 +25,8 @@ from bupo.policy import decoder_stack, unembedding
 
 def shard(model: nn.Module, settings: ModelConfig) -> None:
     """Divides a model among the ranks; all of them call this with equal models."""
-    mesh = _mesh(next(model.parameters()).device.type, settings)
+    # FSDP moves a layer to the GPU before it divides it.
+    mesh = _mesh("cuda" if torch.cuda.is_available() else "cpu", settings)
     if mesh is None:
         return
     unembedding(model)  # measures the head while it is whole
