@@ -29,7 +29,8 @@ class ModelConfig(Group, prefix="model."):
     shard_ranks: int | None = setting(None, at_least=1)
     """Of several ranks, the number that divide the model among them; each such group of consecutive
     ranks has a copy of it. 8 gathers parameters within a machine of 8 GPUs only; 1 is for a model
-    that fits every GPU whole. null: all ranks divide it (docs/scaling.md)."""
+    that fits every GPU whole. null: all ranks divide it (docs/scaling.md). A single process does
+    without."""
 
     def __post_init__(self) -> None:
         in_full = {"fp32": "float32", "bf16": "bfloat16"}
@@ -44,7 +45,7 @@ class ModelConfig(Group, prefix="model."):
 
     def parts(self, world: int) -> int:
         """Returns the number of ranks, of so many, that divide the model."""
-        size = self.shard_ranks or world
+        size = (self.shard_ranks or world) if world > 1 else 1
         require(
             world % size == 0,
             f"model.shard_ranks={size}: expected a divisor of the number of ranks, got {world}",
