@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -127,7 +127,8 @@ def _store() -> Any:
 def new_group() -> Any:
     """Returns a way for all ranks to exchange objects beside the usual one; None for a single
     process."""
-    return dist.new_group(backend="gloo") if world() > 1 else None
+    # A rank that has ended is noticed at once, and any other one may write for hours.
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world() > 1 else None
 
 
 @contextmanager
@@ -164,6 +165,20 @@ def spread(items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]]
     """Returns work(items), of which each rank does its share. work: gives a result for each."""
     parts = gathered(list(work(share(items))))
     return [parts[place % world()][place // world()] for place in range(len(items))]
+
+
+def from_all(make: Callable[[], Result]) -> list[Result]:
+    """Returns what each rank makes. An OSError on one of them is raised on all."""
+    mine: Result | None = None
+    failure: OSError | None = None
+    try:
+        mine = make()
+    except OSError as error:
+        failure = error
+    parts = gathered((mine, failure))
+    if failed := [error for _, error in parts if error is not None]:
+        raise failed[0]
+    return [cast(Result, found) for found, _ in parts]
 
 
 def any_of(flag: bool) -> bool:
@@ -258,7 +273,7 @@ def like(rows: Tensor, divided: Tensor) -> Tensor:
         return rows
     mesh = divided.device_mesh
     if rows.device.type != mesh.device_type:
-        mesh = _mesh_of(rows.device.type, tuple(mesh.shape), mesh.mesh_dim_names)
+        mesh = mesh_of(rows.device.type, tuple(mesh.shape), mesh.mesh_dim_names)
     shape, stride = divided.shape, divided.stride()
     return DTensor.from_local(rows, mesh, divided.placements, shape=shape, stride=stride)
 
@@ -268,8 +283,9 @@ def copied_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: like(local(x).to("cpu", copy=True), x) for n, x in tensors.items()}
 
 
-@lru_cache
-def _mesh_of(
-    device: str, shape: tuple[int, ...], names: tuple[str, ...] | None
+@lru_cache  # each call would make new groups of ranks
+def mesh_of(
+    device: str, shape: tuple[int, ...], names: tuple[str, ...] | None = None
 ) -> device_mesh.DeviceMesh:
+    """Returns an arrangement of all ranks. All of them make the first call with these arguments."""
     return device_mesh.init_device_mesh(device, shape, mesh_dim_names=names)

@@ -110,6 +110,18 @@ def assert_near(found: list[Any], plain: list[Any], truth: list[Any], name: str)
             assert float(off.max()) <= limit, (name, float(off.max()), limit)
 
 
+def check_a_confident_token() -> None:
+    """The little that the other ranks add keeps all its digits."""
+    logits = torch.zeros(4)
+    logits[0] = 20
+    given = {"hidden": torch.ones(1, 1), "targets": torch.zeros(1, dtype=torch.long)}
+    out = ops.lm_head_logprobs(**given, weight=mine(logits[:, None]), group=dist.group.WORLD)
+    given["hidden"] = given["hidden"].double()
+    truth = ops.reference.lm_head_logprobs(**given, weight=logits[:, None].double())
+    for found, expected in zip(out, truth):
+        assert_equal(found.double(), expected, "a confident token", rtol=1e-6, atol=0)
+
+
 LOSSES: dict[str, dict[str, Any]] = {
     "ppo": {"clip_high": 0.1},
     "dual": {"dual_clip": 3.0, "kl_coef": 0.1, "entropy_coef": 0.01, "max_log_ratio": 1.0},
@@ -159,4 +171,5 @@ if __name__ == "__main__":
             for where, of_head in options().items():
                 if "removed" not in where:
                     check_policy_loss(head(torch.float64) | of_head, extra, f"{name}, {where}")
+        check_a_confident_token()
         check_errors()

@@ -21,7 +21,7 @@ from rank_cases import CASES
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from bupo import config, ranks
+from bupo import config
 from bupo.commands import run_lock
 from bupo.commands.sources import check_engine
 from bupo.rl.schedule import Schedule
@@ -153,7 +153,7 @@ def test_ranks_share_a_server(tmp_path: Path) -> None:
     task = ["task_options={layers: 2, width: 128, warm_steps: 4}", "eval.every=0"]
     few = ["rollout.engine=vllm_server", *task, "steps=3", "bupo.steps=1"]
     said = run_of(2, tmp_path / "none", *few).communicate()[0]
-    assert "needs rollout.servers, which you start" in said
+    assert "list them in rollout.servers" in said
     said = run_of(1, tmp_path / "none", *few, "rollout.servers=[http://127.0.0.1:9]").communicate()[
         0
     ]
@@ -262,15 +262,17 @@ def test_what_all_ranks_refuse_is_said_once(tmp_path: Path) -> None:
     assert launcher.returncode != 0 and said.count("bupo.layer=7 is out of range") == 1
 
 
-def test_ranks_that_do_not_make_up_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_do_not_make_up_all() -> None:
     given = ["task=bupo.tasks.arithmetic", "rollout.engine=vllm", "model.shard_ranks=2"]
     loaded = config.load(None, [*given, "rollout.vllm={tensor_parallel_size: 2}"])
-    check_engine(loaded)
-    monkeypatch.setattr(ranks, "world", lambda: 3)
+    check_engine(loaded, 4)
     with pytest.raises(config.ConfigError, match=r"expected a divisor of the .* ranks, 3, got 2"):
-        check_engine(loaded)
+        check_engine(loaded, 3)
     with pytest.raises(config.ConfigError, match=r"model.shard_ranks=2: expected a divisor .* 3"):
         loaded.model.parts(3)
+    loaded.rollout.vllm["distributed_executor_backend"] = "mp"
+    with pytest.raises(config.ConfigError, match="expected none, as several ranks set it"):
+        check_engine(loaded, 4)
 
 
 def test_several_ranks_do_not_train_the_head_alone() -> None:

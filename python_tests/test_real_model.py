@@ -45,9 +45,10 @@ def test_a_step_of_each_phase_and_an_analysis(tmp_path: Path) -> None:
 
 
 def test_rewards_read_the_last_number() -> None:
-    responses = ["7 times 12 is 84.", "7 x 12 = 84, not 85", "It is 1,024.", "no idea", ""]
-    answers = ["84", "84", "1024", "3", "4"]
-    assert smollm2.reward(responses, answers) == [1, 0, 1, 0, 0]
+    responses = ["7 times 12 is 84.", "7 x 12 = 84, not 85", "It is 1,024.", "no idea", "84.00."]
+    answers = ["84", "84", "1024", "3", "84"]
+    assert smollm2.reward(responses, answers) == [1, 0, 1, 0, 1]
+    assert smollm2.extract("It is 84.5") == "84.5"
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

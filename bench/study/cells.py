@@ -43,6 +43,7 @@ ARITHMETIC = {
     "PPO": ("algorithm=ppo",),
 }
 
+EIGHT = ("eval.samples=8", "eval.pass_k=[1,8]")
 SIXTEEN = ("eval.samples=16", "eval.pass_k=[1,2,4,8,16]")
 SEEDED = ("seed={seed}", "diagnostics.every=0", "checkpoint.keep=[]", "checkpoint.keep_last=1")
 TINY = "task_options={layers: 2, width: 32, warm_steps: 4, eval_problems: 4, seed: {seed}}"
@@ -62,7 +63,7 @@ EDITIONS = {
     "smollm2": Edition(
         "smollm2.yaml",
         (1, 2),
-        (*SEEDED, "eval.every=10", "eval.samples=8", "eval.pass_k=[1,8]"),
+        (*SEEDED, "task_options={seed: {seed}}", "eval.every=10", *EIGHT),
         {
             BASELINE: ("algorithm=grpo",),
             "BuPO, layer 29 for 10 steps": bottom_up(29, 10),

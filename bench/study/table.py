@@ -1,14 +1,15 @@
 """The tables of docs/study.md, made of the results."""
 
-import random
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, stdev
 
 from rows import Row
 from study.cells import BASELINE
 
-RESAMPLES = 10_000
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Quantiles of Student's t for 1 to 9 degrees of freedom"""
 
 
 def last(row: Row, key: str = "avg") -> float:
@@ -16,23 +17,23 @@ def last(row: Row, key: str = "avg") -> float:
     return float(row["evals"][-1][key])
 
 
-def area(row: Row) -> float:
-    """The mean of Avg over the training, by the trapezoidal rule over the evaluations."""
-    points = [(evaluation["step"], evaluation["avg"]) for evaluation in row["evals"]]
+def area(row: Row, steps: Collection[int]) -> float:
+    """The mean of Avg over the training, by the trapezoidal rule over the evaluations after these
+    steps."""
+    found = {x["step"]: x["avg"] for x in row["evals"]}
+    points = [(step, found[step]) for step in sorted(steps)]
     pieces = pairwise(points)
     total = sum((after - before) * (a + b) / 2 for (before, a), (after, b) in pieces)
     return float(total / (points[-1][0] - points[0][0]))
 
 
 def interval(differences: Sequence[float]) -> str:
-    """The mean of paired differences and, of three or more, its 95 % bootstrap interval."""
-    mean = f"{fmean(differences):+.3f}"
-    if len(differences) < 3:
-        return f"{mean} (too few seeds)"
-    rng = random.Random(0)
-    means = sorted(fmean(rng.choices(differences, k=len(differences))) for _ in range(RESAMPLES))
-    low, high = means[RESAMPLES // 40], means[-RESAMPLES // 40 - 1]
-    return f"{mean} [{low:+.3f}, {high:+.3f}]"
+    """The mean of paired differences and its 95 % t-interval."""
+    n, mean = len(differences), fmean(differences)
+    if n < 2:
+        return f"{mean:+.3f} (one seed)"
+    half = T_975[n - 2] * stdev(differences) / math.sqrt(n)
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
 def study_table(rows: list[Row]) -> str:
@@ -41,10 +42,12 @@ def study_table(rows: list[Row]) -> str:
     for row in rows:
         by_cell.setdefault(row["cell"], {})[row["seed"]] = row
     base = by_cell.get(BASELINE, {})
+    # A run of two phases has one more evaluation, between them.
+    steps = set[int].intersection(*({x["step"] for x in row["evals"]} for row in rows))
     k = max(int(key[5:]) for key in rows[0]["evals"][-1] if key.startswith("pass@"))
     figures: list[tuple[str, Callable[[Row], float]]] = [
         ("Avg", last),
-        ("mean Avg while training", area),
+        ("mean Avg while training", lambda row: area(row, steps)),
         (f"Pass@{k}", lambda row: last(row, f"pass@{k}")),
     ]
     lines = [
@@ -62,6 +65,6 @@ def study_table(rows: list[Row]) -> str:
     n, date = rows[0]["evals"][-1]["n"], max(row["date"] for row in rows)[:10]
     before = f" Before training, Avg is {fmean(first):.3f}." if first else ""
     return "\n".join(lines) + (
-        f"\n\nAveraged over seeds; differences are paired by seed, with 95 % bootstrap intervals "
-        f"over seeds. {n} held-out problems.{before} {date}, torch {rows[0]['torch']}."
+        f"\n\nAveraged over seeds; differences are paired by seed, with 95 % t-intervals over "
+        f"seeds. {n} held-out problems.{before} {date}, torch {rows[0]['torch']}."
     )

@@ -136,7 +136,8 @@ def make_plan(config: Config, card: str | None = None, world: int | None = None)
     check_out(out)
     resume_from = resume_point(config, out)
     sources = find_sources(config)
-    check_engine(config)
+    world = world or ranks.world()
+    check_engine(config, world)
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"wandb={config.wandb} needs the package wandb, which is not installed")
 
@@ -172,7 +173,7 @@ def make_plan(config: Config, card: str | None = None, world: int | None = None)
         longest_prompt=max(len(p.token_ids) for p in prompts),
         internal_layer=max(schedule.layers(), default=None) if schedule is not None else None,
         gpu=memory is not None,
-        world=world or ranks.world(),
+        world=world,
     )
     return RunPlan(
         config=config,

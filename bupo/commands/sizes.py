@@ -134,13 +134,19 @@ def measure(
     cache = 2 * text.num_hidden_layers * _cache_width(text) * element * longest
     vllm = config.rollout.engine == "vllm"
     if vllm and gpu and config.rollout.vllm_options(gpu).get("enable_sleep_mode"):
-        host += element * total  # where its weights sleep
+        # Where its weights sleep
+        host += element * total // config.rollout.ranks_together(world)
     engine = _engine(config, element * total, cache, math.prod(shapes.head), gpu)
     if parts > 1 and config.rollout.engine == "hf":  # the whole model, while a rank generates
         engine += (2 if settings.parameter_dtype == "bfloat16" else 4) * total
     trained = 12 * adapters or (2 * total if settings.parameter_dtype == "bfloat16" else 0)
     critic = (14 if settings.parameter_dtype == "bfloat16" else 12) * total
     checkpoint = trained + (0 if adapters else 12 * total)
+    if config.checkpoint.in_background:
+        weights = 4 * adapters or memory["weights"] * parts
+        host += (
+            weights + (checkpoint - weights + (critic if config.advantage == "ppo" else 0)) // parts
+        )
     return Sizes(
         family=str(text.model_type),
         layers=text.num_hidden_layers,
@@ -356,12 +362,13 @@ def _ranks(config: Config, head: tuple[int, int], longest: int, world: int, part
     vocabulary, width = head
     rollout = config.rollout
     tokens = rollout.prompts * rollout.samples // config.optimizer.updates_per_step * longest
-    gathered, divided = 2 * element * vocabulary * width, 6 * width * tokens * parts // world
-    less = "less" if gathered <= divided else "more, but the trainer has no other way,"
+    ways = 1 if config.lora.rank is not None else 2  # parameters, and gradients
+    gathered, divided = ways * element * vocabulary * width, 6 * width * tokens * parts // world
+    than = "less" if gathered <= divided else "more"
     return (
-        f"{world}, of which {parts} divide the model{copies}; gathering the head takes "
-        f"{_size(gathered)} of traffic an update, {less} than the {_size(divided)} that hidden "
-        "states of full length would take if it stayed divided"
+        f"{world}, of which {parts} divide the model{copies}. The head is gathered, which moves "
+        f"{_size(gathered)} an update; if it stayed divided, hidden states of full length would "
+        f"move {_size(divided)}, so gathering moves {than}"
     )
 
 

@@ -76,16 +76,17 @@ def find_sources(config: Config, training: bool = True) -> Sources:
     return Sources(model, train, held_out, files)
 
 
-def check_engine(config: Config) -> None:
+def check_engine(config: Config, world: int = 1) -> None:
     """Raises ConfigError for an argument in rollout.vllm that vLLM does not have (if vLLM is not
-    installed, the check is left to the engine), and for what needs a single process."""
+    installed, the check is left to the engine), and for what so many ranks cannot have."""
     rollout = config.rollout
-    if ranks.world() > 1:
-        rollout.ranks_together(ranks.world())
+    if world > 1:
         require(
             rollout.engine != "vllm_server" or bool(rollout.servers),
-            "rollout.engine=vllm_server with several ranks needs rollout.servers, which you start",
+            "rollout.engine=vllm_server with several ranks starts no server itself: start one or "
+            "more, and list them in rollout.servers",
         )
+        rollout.ranks_together(world)
     if rollout.engine != "hf" and rollout.vllm and importlib.util.find_spec("vllm"):
         from bupo.rollouts.vllm_options import check_options
 

@@ -39,11 +39,9 @@ def _model_to_train(config: Config, source: str) -> Any:
 
 
 def _policy(plan: RunPlan, source: str) -> Any:
-    """Loads the model to train. Raises ConfigError if it cannot be trained."""
+    """Loads the model to train. Raises ConfigError."""
     from bupo import adapters
-    from bupo.policy import check_internal_policy
     from bupo.rl import checkpoint
-    from bupo.rl.schedule import Schedule
     from bupo.runlog.display import Display
 
     if plan.resume_from is not None:
@@ -59,14 +57,27 @@ def _policy(plan: RunPlan, source: str) -> Any:
         _check_start(plan, model, "lora.rank")
         with checkpoint.reading(plan.resume_from):
             adapters.add(model, lora, source, config.seed, plan.resume_from)
+    return model
+
+
+def _trainer(plan: RunPlan, model: Any, pad: int) -> Any:
+    """Makes the trainer of a model, which several ranks divide. Raises ConfigError if it cannot be
+    trained."""
+    from bupo.policy import check_internal_policy
+    from bupo.rl import sharding
+    from bupo.rl.schedule import Schedule
+    from bupo.rl.update import Trainer
+
     measured = plan.config.bupo.auto_layer is not None
     trained = None if measured else Schedule(plan.config).layers() or plan.layers
     try:
+        trainer = Trainer(model, plan.config, pad)
         check_deterministic(model)
         check_internal_policy(model, trained)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source} cannot be trained: {error}") from None
-    return model
+        raise ConfigError(f"{plan.weights} cannot be trained: {error}") from None
+    sharding.reshard(model)
+    return trainer
 
 
 def _check_start(plan: RunPlan, model: Any, key: str) -> None:
@@ -140,7 +151,6 @@ def _train(plan: RunPlan) -> int | None:
     from bupo.rl import checkpoint
     from bupo.rl.auto_layer import with_measured_layer
     from bupo.rl.loop import Parts, Run
-    from bupo.rl.update import Trainer
     from bupo.runlog.display import Display
     from bupo.runlog.run_directory import replace_text
     from bupo.runlog.watchdog import Watchdog
@@ -149,7 +159,7 @@ def _train(plan: RunPlan) -> int | None:
     build_task(config, plan.sources)
     model = _policy(plan, plan.weights)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    trainer, state = Trainer(model, config, pad), {"step": 0, "drawn": 0}
+    trainer, state = _trainer(plan, model, pad), {"step": 0, "drawn": 0}
     if plan.resume_from is not None:
         state = checkpoint.load_state(plan.resume_from)
         checkpoint.load_optimizer(plan.resume_from, trainer.optimizer)

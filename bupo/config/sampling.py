@@ -95,6 +95,10 @@ class RolloutConfig(Group, prefix="rollout."):
         if world == 1 or self.engine != "vllm":
             return 1
         require(
+            size == 1 or "distributed_executor_backend" not in self.vllm,
+            "distributed_executor_backend in rollout.vllm: expected none, as several ranks set it",
+        )
+        require(
             world % size == 0,
             f"tensor_parallel_size in rollout.vllm: expected a divisor of the number of ranks, "
             f"{world}, got {size}",

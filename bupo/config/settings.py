@@ -47,8 +47,9 @@ class CheckpointConfig(Group, prefix="checkpoint."):
     every: int = setting(0, at_least=0)
     """Number of steps between further checkpoints; 0: none."""
     in_background: bool = False
-    """Write a checkpoint while training goes on. The host then holds a copy of what it contains:
-    12 bytes per parameter, or 14 with model.parameter_dtype=bfloat16, divided among the ranks."""
+    """Write a checkpoint while training goes on. Until it is written, the host holds a copy: rank 0
+    of the model, and each rank of its part of the optimizer's state (8 bytes per parameter, or 12
+    with model.parameter_dtype=bfloat16)."""
     keep_last: int = setting(2, at_least=1)
     """Number of newest checkpoints that are kept; older ones are removed, except for `keep`."""
     keep: list[str] = setting(["switch", "best"], choices=("switch", "best"))

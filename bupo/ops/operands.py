@@ -81,7 +81,8 @@ def _matrix(op: str, name: str, x: object) -> Tensor:
         raise TypeError(f"{op}: {name} must be a tensor, got {describe(x)}")
     if hasattr(x, "full_tensor"):
         raise TypeError(
-            f"{op}: {name} is a DTensor; gather it once with {name}.full_tensor() before the call"
+            f"{op}: {name} is a DTensor; gather it once with {name}.full_tensor() before the call, "
+            f"or pass {name}.to_local() and group="
         )
     if x.device.type not in _DEVICES:
         raise ValueError(

@@ -107,19 +107,24 @@ def lm_head_logprobs(
             mine = mine._replace(logsumexp=mine.logsumexp.where(~removed, -torch.inf))
     together = _Gathered.apply(torch.stack(mine), group)  # type: ignore[no-untyped-call]
     logp, entropy, of_rank = together.unbind(1)
-    return _whole(logp, entropy, of_rank, owner, keep & known)
+    return _whole(logp, entropy, of_rank, owner, known, keep)
 
 
-def _whole(logp: Tensor, entropy: Tensor, of_rank: Tensor, owner: Tensor, keep: Tensor) -> LogProbs:
-    """logp, entropy, of_rank (logsumexp): [R, ...], those of each rank. owner, keep: [...]."""
+def _whole(
+    logp: Tensor, entropy: Tensor, of_rank: Tensor, owner: Tensor, known: Tensor, keep: Tensor
+) -> LogProbs:
+    """logp, entropy, of_rank (logsumexp): [R, ...], those of each rank. owner, known, keep: [...],
+    the rank of the target, whether there is one, and whether the token is not ignored."""
     absent = of_rank.isneginf()  # all of the rank's tokens are removed
-    # Differences from the largest one are small, and so is their rounding.
-    largest = of_rank.detach().amax(0)
+    # The largest one is left out of the sum, so that what little the others add is not rounded off.
+    place = of_rank.detach().argmax(0, keepdim=True)
+    largest = of_rank.gather(0, place)
     rest = of_rank - largest
-    whole = rest.logsumexp(0)
+    whole = rest.exp().scatter(0, place, 0.0).sum(0).log1p()
+    whole = whole + 0 * largest[0].detach()  # nan, if all tokens of all ranks are removed
     behind = (whole - rest).masked_fill(absent, 0)
     mixed = ((rest - whole).exp() * (entropy + behind)).sum(0)
-    place = owner[None]
-    target = (logp - behind).masked_fill(absent, -torch.inf).gather(0, place)[0]
+    target = (logp - behind).masked_fill(absent, -torch.inf).gather(0, owner[None])[0]
+    target = target.where(known, torch.nan)
     zero = torch.zeros((), dtype=whole.dtype, device=whole.device)
-    return LogProbs(*(torch.where(keep, x, zero) for x in (target, mixed, largest + whole)))
+    return LogProbs(*(torch.where(keep, x, zero) for x in (target, mixed, largest[0] + whole)))

@@ -83,9 +83,9 @@ class Run:
             return ""
         slowest, counts = np.unique(numbers, return_counts=True)
         return (
-            f"A rank processes {np.median(tokens):,.0f} response tokens a second. To generate, "
-            f"the slowest rank takes {np.median(longest):.3g} s and the fastest "
-            f"{np.median(shortest):.3g} s; in {counts.max() / numbers.size:.0%} of the steps rank "
+            f"A rank processes {np.median(tokens):,.0f} response tokens a second. Generation takes "
+            f"{np.median(longest):.3g} s on the slowest rank and {np.median(shortest):.3g} s on "
+            f"the fastest; in {counts.max() / numbers.size:.0%} of the steps rank "
             f"{slowest[counts.argmax()]:.0f} is the slowest."
         )
 

@@ -65,6 +65,8 @@ class Writer:
         self.finish()
         final = self._run / "checkpoints" / f"{CHECKPOINT}{state['step']:06d}"
         if ranks.from_first((final / "trainer.json").is_file):
+            if ranks.is_first():
+                prune(self._run, keep_last, keep_steps)
             return
         later = self._thread is not None
         weights = sharding.whole_state(model, copy=later)
@@ -97,6 +99,17 @@ class Writer:
             self._thread.shutdown()
 
 
+def _state_dtype(file: Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes the data type of the weights into a model's configuration. transformers takes that of
+    the model, which may be another one for a moment while the weights are written."""
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kinds = {x.dtype for x in weights.values() if x.is_floating_point()}
+        if "dtype" in config and len(kinds) == 1:
+            config["dtype"] = str(kinds.pop()).removeprefix("torch.")
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _by_way_of(group: Any, write: Callable[[], None]) -> None:
     with ranks.by_way_of(group):
         write()
@@ -122,15 +135,18 @@ def _write(
         with hub.quiet():
             model.save_pretrained(partial, state_dict=dict(weights))
             tokenizer.save_pretrained(partial)
+        _state_dtype(partial / "config.json", weights)
         (partial / "trainer.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     ranks.from_first(write_model)
     for name, tensors in parts.items():
         state_files.write(partial / name, tensors)
-    mine = [x for x in _files(partial) if state_files.writer_of(x) == ranks.rank()]
-    sums = {
-        name: x for part in ranks.gathered(_checksums(partial, mine)) for name, x in part.items()
-    }
+
+    def sums_of_mine() -> dict[str, str]:
+        mine = [x for x in _files(partial) if state_files.writer_of(x) == ranks.rank()]
+        return _checksums(partial, mine)
+
+    sums = {name: x for part in ranks.from_all(sums_of_mine) for name, x in part.items()}
 
     def complete() -> None:
         text = json.dumps(sums, indent=0, sort_keys=True) + "\n"
@@ -187,7 +203,7 @@ def writing(run: Path, step: int) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         folder = run / "checkpoints"
-        for leftover in folder.glob(".*"):
+        for leftover in folder.glob(".*") if ranks.is_first() else ():
             shutil.rmtree(leftover, ignore_errors=True)
         earlier = ", ".join(p.name for p in checkpoints(run)) or "none"
         raise RunError(

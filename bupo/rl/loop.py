@@ -107,10 +107,16 @@ class Run:
         state is saved in both cases."""
         try:
             done = self._steps()
-            self.writer.finish()
+            self._wait_for_writer(done)
             if done > self.saved or not ranks.from_first(lambda: checkpoints(self.out)):
                 self._save(done)
+                self._wait_for_writer(done)
+        except Exception:
+            try:  # what is being written, after which nobody else would ask
                 self.writer.finish()
+            except RunError as error:
+                self.monitor.display.say(str(error))
+            raise
         finally:
             self.writer.close()
             self.monitor.release()
@@ -345,6 +351,10 @@ class Run:
             or ranks.any_of(bool(late))
             or ("switch" in settings.keep and self.schedule.switches_after(step))
         )
+
+    def _wait_for_writer(self, step: int) -> None:
+        with self.monitor.stage("save", step):
+            self.writer.finish()
 
     def _save(self, step: int) -> None:
         critic = self.critic.parameters().items() if self.critic else ()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from bupo import adapters, ranks
@@ -29,10 +29,10 @@ def shard(model: nn.Module, settings: ModelConfig) -> None:
     mesh = _mesh("cuda" if torch.cuda.is_available() else "cpu", settings)
     if mesh is None:
         return
-    unembedding(model)  # measures the head while it is whole
     for layer in decoder_stack(model).layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    unembedding(model)  # measures the head, for which all ranks are needed
 
 
 def shard_head(head: nn.Linear, settings: ModelConfig) -> None:
@@ -49,8 +49,8 @@ def _mesh(device: str, settings: ModelConfig) -> DeviceMesh | None:
     if size == 1:
         return None
     if size == world:
-        return init_device_mesh(device, (world,))
-    return init_device_mesh(device, (world // size, size), mesh_dim_names=("copies", "rows"))
+        return ranks.mesh_of(device, (world,))
+    return ranks.mesh_of(device, (world // size, size), ("copies", "rows"))
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -108,7 +108,13 @@ def whole_state(model: nn.Module, copy: bool) -> dict[str, Tensor]:
     adapted = bool(adapters.parameters(model))
     named = [(n, x) for n, x in model.state_dict().items() if not adapted or ".lora_" in n]
     if is_sharded(model):
-        return ranks.all_on_first(named)
+        first: dict[int, str] = {}
+        same = {
+            name: first.setdefault(id(p), name)
+            for name, p in model.named_parameters(remove_duplicate=False)
+        }
+        found = ranks.all_on_first((n, x) for n, x in named if same.get(n, n) == n)
+        return {n: found[same.get(n, n)] for n, _ in named} if found else {}
     if not ranks.is_first():
         return {}
     if not copy:

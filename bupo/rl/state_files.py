@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from bupo import ranks
 
-FILE = 1 << 30
-"""Bytes of a file, about: the writer holds a whole file in memory"""
+FILE = 1 << 28
+"""Bytes of a file, about. The writer makes a whole file in memory, which stops all other threads"""
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:

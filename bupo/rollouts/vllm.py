@@ -75,7 +75,7 @@ class VllmEngine:
         try:
             with library_output(log):
                 options = ON_RANKS if self._on_ranks > 1 else {}
-                self._llm: Any = vllm.LLM(**arguments(*given), **options)
+                self._llm: Any = vllm.LLM(**{**arguments(*given), **options})
                 # The first call compiles kernels and fails on what this device cannot do.
                 warm_up = vllm.SamplingParams(max_tokens=1, detokenize=False)
                 self._llm.generate({"prompt_token_ids": [0, 1]}, warm_up, use_tqdm=False)

@@ -113,8 +113,8 @@ class VllmServerEngine:
         for name, tensor in tensors:  # which all ranks gather
             if ranks.is_first():
                 # What several GPUs divide may be too large for one, so the host holds it.
-                where = tensor.device if ranks.world() == 1 else torch.device("cpu")
-                weights.append((name, tensor.to(where, self._dtype)))
+                alone = ranks.world() == 1
+                weights.append((name, tensor if alone else tensor.to("cpu", self._dtype)))
 
         def send() -> list[str | None]:
             with self._one_line("loading weights"):

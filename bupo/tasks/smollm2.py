@@ -33,8 +33,8 @@ def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
 
 def extract(response: str) -> str | None:
     """Returns the last number of a response, the answer that a majority vote counts."""
-    found = re.findall(r"\d[\d,]*", response)
-    return found[-1].replace(",", "") if found else None
+    found = re.findall(r"\d[\d,]*(?:\.\d+)?", response)
+    return re.sub(r",|\.0+$", "", found[-1]) if found else None
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
