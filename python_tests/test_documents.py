@@ -80,6 +80,7 @@ def test_settings_in_commands_exist(document: Path) -> None:
     assert used or document.name in (
         "ops.md",
         "performance.md",
+        "study.md",
         "reliability.md",
         "CONTRIBUTING.md",
     )

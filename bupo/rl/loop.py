@@ -152,6 +152,8 @@ class Run:
         except Stopped:
             pass
         except Exception as error:
+            if not getattr(error, "__notes__", ()):
+                error.add_note(f"step {done + 1}, between stages")
             together = ranks.world() == 1 or isinstance(error, AgreedError)
             if together and not self.updating and done > self.saved:
                 self._save(done)  # the state is that of a complete step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -94,5 +95,8 @@ class Monitor:
     def release(self) -> None:
         self._between.close()
         self.stop.release()
+        if ranks.world() > 1:
+            # If a rank has ended, torchrun sends this to the others, which still have to say why.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.display.end()
         self._watchdog.close()
