@@ -1,4 +1,5 @@
-"""Models with random weights, and random tokens on which bench_models.py trains them."""
+"""Models with random weights, and random tokens on which bench_models.py trains them. As a program,
+makes the real SmolLM2-135M-Instruct and prints its folder: `python bench/real_models.py`."""
 
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from truth import evenly_spaced
 
 import bupo.ops as ops
+from bupo.commands.sources import cache_dir
 from bupo.policy import decoder_stack, hidden_states, internal_policy, unembedding
+from bupo.tasks import smollm2
 
 HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 QWEN3 = HEADS | {"num_hidden_layers": 36, "vocab_size": 151936, "rms_norm_eps": 1e-6}
@@ -112,3 +115,9 @@ class Training:
         entries = evenly_spaced(min(CHECKED, len(head)), len(head), head)
         entries = torch.cat([entries, self.policy(layer)[1][:CHECKED]]).unique()
         return {"head": head[entries], "first layer": down}
+
+
+if __name__ == "__main__":
+    task = smollm2.prepare({}, cache_dir())
+    smollm2.build({}, task)
+    print(task.model)

@@ -203,11 +203,7 @@ def ranks_time_table(rows: list[Row]) -> str:
     stages = {"rollout": "rollout", "old log-probs": "old_logprobs", "updates": "update"}
     stages["step"] = "step"
     cells: list[Cells] = [
-        [
-            _ranks(row),
-            *figures(row, ".2f", *stages.values(), "x_one_update"),
-        ]
-        for row in rows
+        [_ranks(row), *figures(row, ".2f", *stages.values(), "x_one_update")] for row in rows
     ]
     return (
         f"{table(['seconds', *stages, 'updates / those of 1 rank'], cells)}\n\n"
@@ -237,6 +233,22 @@ def ranks_memory_table(rows: list[Row]) -> str:
     return table(["model", *(f"{n} GPU" + "s" * (n != "1") for n in worlds)], cells)
 
 
+def head_traffic_table() -> str:
+    """GB that a rank moves for the head of Qwen3-8B in float32, in an update of a million tokens.
+    If the head is gathered, that is all its rows and their gradients; else, for each token of the
+    ranks that divide it, the hidden state in bfloat16 and its gradient in float32."""
+    rows, width, tokens, machine = 151_936, 4096, 10**6, 8
+    gathered, divided = 2 * 4 * rows * width / 1e9, (2 + 4) * width * tokens / 1e9
+    cells: list[Cells] = [
+        [f"{gpus}", f"{gathered:.1f}", f"{divided:.1f}", f"{divided * machine / gpus:.1f}"]
+        for gpus in (8, 64, 1024)
+    ]
+    ways = ["gathered head", "divided among all GPUs", "divided within each machine of 8"]
+    return table(["GPUs", *ways], cells)
+
+
+COMPUTED = {"predictions": scan_model.predictions, "head_traffic": head_traffic_table}
+"""Tables that need no results"""
 MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "cpu": ("cpu", cpu_table),
     "cpu_avx2": ("cpu_avx2", cpu_table),
@@ -260,8 +272,8 @@ def table_named(name: str) -> str:
         pictures = sorted(file.name for file in (ROOT / "docs").glob("roofline_*.png"))
         links = [f"![rates against bandwidth and peak]({picture})" for picture in pictures]
         return "\n\n".join(links) or "No picture yet: no run has measured its machine's ceilings."
-    if name == "predictions":
-        return scan_model.predictions()
+    if name in COMPUTED:
+        return COMPUTED[name]()
     results, make = MEASURED[name]
     file = RESULTS / f"{results}.jsonl"
     if results.startswith("study_"):  # each row is of a run of its own

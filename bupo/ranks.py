@@ -220,19 +220,24 @@ def add_up(tensors: Iterable[Tensor]) -> None:
     """Replaces each tensor by its sum over the ranks. Small ones are sent together."""
     if world() == 1:
         return
-    together: list[Tensor] = []
-    for tensor in (*tensors, None):
-        full = tensor is None or tensor.numel() >= _MESSAGE
-        if together and (full or sum(x.numel() for x in together) >= _MESSAGE):
-            sent = torch.cat([x.reshape(-1) for x in together])
-            dist.all_reduce(sent)
-            for x, values in zip(together, sent.split([x.numel() for x in together])):
+    for message in _messages(tensors):
+        sent = torch.cat([x.reshape(-1) for x in message]) if len(message) > 1 else message[0]
+        dist.all_reduce(sent)
+        if len(message) > 1:
+            for x, values in zip(message, sent.split([x.numel() for x in message])):
                 x.copy_(values.view_as(x))
-            together = []
-        if tensor is not None and full:
-            dist.all_reduce(tensor)
-        elif tensor is not None:
-            together.append(tensor)
+
+
+def _messages(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields the tensors in groups of at most _MESSAGE values, or of a single one."""
+    message: list[Tensor] = []
+    for tensor in tensors:
+        if message and sum(x.numel() for x in message) + tensor.numel() > _MESSAGE:
+            yield message
+            message = []
+        message.append(tensor)
+    if message:
+        yield message
 
 
 def copies(tensor: Tensor) -> int:

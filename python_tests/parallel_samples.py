@@ -111,15 +111,20 @@ def assert_near(found: list[Any], plain: list[Any], truth: list[Any], name: str)
 
 
 def check_a_confident_token() -> None:
-    """The little that the other ranks add keeps all its digits."""
-    logits = torch.zeros(4)
+    """The little that the other ranks add keeps all its digits, and so does its gradient."""
+    logits = torch.zeros(4, 1)
     logits[0] = 20
-    given = {"hidden": torch.ones(1, 1), "targets": torch.zeros(1, dtype=torch.long)}
-    out = ops.lm_head_logprobs(**given, weight=mine(logits[:, None]), group=dist.group.WORLD)
-    given["hidden"] = given["hidden"].double()
-    truth = ops.reference.lm_head_logprobs(**given, weight=logits[:, None].double())
-    for found, expected in zip(out, truth):
-        assert_equal(found.double(), expected, "a confident token", rtol=1e-6, atol=0)
+    given = {"hidden": torch.ones(1, 1), "weight": logits}
+    targets = torch.zeros(1, dtype=torch.long)
+    parts, exact = leaves(given, True, torch.float32), leaves(given, False, torch.float64)
+    found = ops.lm_head_logprobs(**parts, targets=targets, group=dist.group.WORLD)
+    truth = ops.reference.lm_head_logprobs(**exact, targets=targets)
+    found.logprobs.sum().backward()
+    truth.logprobs.sum().backward()
+    ours = [*found, *gradients(parts, False).values()]
+    expected = [*truth, *gradients(exact, True).values()]
+    for number, (a, b) in enumerate(zip(ours, expected, strict=True)):
+        assert_equal(a.double(), b, f"a confident token, {number}", rtol=1e-6, atol=0)
 
 
 LOSSES: dict[str, dict[str, Any]] = {

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import resource
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rl_samples import random_rollouts, small_model
 from run_samples import assert_same_run, rows
 
 from bupo import config
-from bupo.rl import checkpoint
+from bupo.rl import checkpoint, state_files
 from bupo.rl.optimise import Updates
 from bupo.rl.update import Trainer
 from bupo.run import main
@@ -304,6 +305,37 @@ def test_a_full_disk_loses_nothing(
     monkeypatch.setattr(checkpoint.Writer, "save", original)
     assert run(out, "checkpoint.every=2", background, "resume=auto") == 0
     assert_same_run(whole, out)
+
+
+def test_a_failure_in_the_background_is_told_beside_another_error(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    file_size_limit: Any,
+) -> None:
+    """The checkpoint of step 2 is still being written when step 3 fails."""
+    no_evaluation(monkeypatch)
+    original, may_write = state_files.write, threading.Event()
+
+    def slow(*given: Any) -> None:
+        may_write.wait()
+        file_size_limit(20_000)  # less than the optimizer has
+        original(*given)
+
+    def broken(*_: Any) -> Any:
+        if len(run_samples.rows(tmp_path / "run/metrics.jsonl")) == 2:
+            may_write.set()
+            raise ValueError("the model is tired")
+        return update(*_)
+
+    update = Trainer.update
+    monkeypatch.setattr(Trainer, "update", broken)
+    monkeypatch.setattr(state_files, "write", slow)
+    with pytest.raises(ValueError, match="the model is tired"):
+        run(tmp_path / "run", "checkpoint.every=2", "checkpoint.in_background=true", "eval.every=0")
+    file_size_limit(resource.RLIM_INFINITY)
+    said = capsys.readouterr().err
+    assert "the checkpoint of step 2 cannot be written to" in said and "File too large" in said
 
 
 def test_a_disk_that_is_full_when_a_row_is_written(

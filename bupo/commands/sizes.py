@@ -139,14 +139,13 @@ def measure(
     engine = _engine(config, element * total, cache, math.prod(shapes.head), gpu)
     if parts > 1 and config.rollout.engine == "hf":  # the whole model, while a rank generates
         engine += (2 if settings.parameter_dtype == "bfloat16" else 4) * total
-    trained = 12 * adapters or (2 * total if settings.parameter_dtype == "bfloat16" else 0)
-    critic = (14 if settings.parameter_dtype == "bfloat16" else 12) * total
-    checkpoint = trained + (0 if adapters else 12 * total)
-    if config.checkpoint.in_background:
+    extra = 2 * total if settings.parameter_dtype == "bfloat16" else 0
+    checkpoint = 12 * adapters or 12 * total + extra
+    if config.advantage == "ppo":
+        checkpoint += 12 * total + extra
+    if config.checkpoint.in_background:  # rank 0 has a copy of the whole model
         weights = 4 * adapters or memory["weights"] * parts
-        host += (
-            weights + (checkpoint - weights + (critic if config.advantage == "ppo" else 0)) // parts
-        )
+        host += weights + (checkpoint - weights) // parts
     return Sizes(
         family=str(text.model_type),
         layers=text.num_hidden_layers,
@@ -161,7 +160,7 @@ def measure(
         engine_weights=element * total,
         longest=longest,
         cache_of_sequence=cache,
-        checkpoint=checkpoint + (critic if config.advantage == "ppo" else 0),
+        checkpoint=checkpoint,
         ranks=_ranks(config, shapes.head, longest, world, parts) if world > 1 else "",
     )
 

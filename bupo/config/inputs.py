@@ -25,7 +25,6 @@ class ModelConfig(Group, prefix="model."):
     """Recompute activations in the backward pass: less memory for about a third more time."""
     attn_implementation: str = "sdpa"
     """Attention of the model, passed to transformers: sdpa, eager, flash_attention_2, ..."""
-
     shard_ranks: int | None = setting(None, at_least=1)
     """Of several ranks, the number that divide the model among them; each such group of consecutive
     ranks has a copy of it. 8 gathers parameters within a machine of 8 GPUs only; 1 is for a model

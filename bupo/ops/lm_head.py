@@ -71,22 +71,13 @@ def lm_head_logprobs(
             "bupo.ops.lm_head_logprobs: ignore_index must be an int, got "
             f"{operands.describe(ignore_index)}"
         )
+    op, divided = "bupo.ops.lm_head_logprobs", group is not None
+    args = operands.prepare(op, hidden, weight, targets, bias, temperature, softcap, divided)
     if group is not None:
-        vocabulary_parallel.check_group("bupo.ops.lm_head_logprobs", group)
-        return vocabulary_parallel.lm_head_logprobs(
-            lm_head_logprobs,
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            ignore_index=ignore_index,
-            group=group,
-        )
-    args = operands.prepare(
-        "bupo.ops.lm_head_logprobs", hidden, weight, targets, bias, temperature, softcap
-    )
+        vocabulary_parallel.check_group(op, group)
+        given = (lm_head_logprobs, args, ignore_index, group)
+        found = vocabulary_parallel.lm_head_logprobs(*given)
+        return LogProbs(*(x.reshape(targets.shape) for x in found))
     trained = (args.hidden, args.weight, args.bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained)
     # The kept logits' size depends on the budget, but a compiled graph needs fixed sizes.

@@ -106,8 +106,6 @@ def policy_loss(
     Sources: PPO/GRPO (2402.03300), dual clip (1912.09729), CISPO (2506.13585), BuPO's J_IPA
     (2512.19673). The derivation is in docs/ops.md. Tests compare with reference.policy_loss.
     """
-    if group is not None:
-        vocabulary_parallel.check_group(_OP, group)
     divided = group is not None
     args = operands.prepare(_OP, hidden, weight, targets, bias, temperature, softcap, divided)
     acc = accumulator(args.hidden.dtype)
@@ -129,18 +127,15 @@ def policy_loss(
         if max_log_ratio is None
         else _number("max_log_ratio", max_log_ratio, 0, "at least 0 or None"),
     ]
-    given = {"old_logprobs": old_logprobs, "advantages": advantages}
-    given["token_weights"] = token_weights
+    given = dict(old_logprobs=old_logprobs, advantages=advantages, token_weights=token_weights)
     per_token = [operands.per_token(_OP, name, x, targets, acc) for name, x in given.items()]
     optional = token("ref_logprobs", ref_logprobs), token("importance_weights", importance_weights)
     if group is not None:
-        options: dict[str, Any] = {
-            "clip_low": clip_low,
-            "clip_high": clip_high,
-            "dual_clip": dual_clip,
-        }
-        options |= {"loss_type": loss_type, "kl_coef": kl_coef, "kl_estimator": kl_estimator}
-        options |= {"entropy_coef": entropy_coef, "max_log_ratio": max_log_ratio}
+        options = dict(
+            clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, loss_type=loss_type,
+            kl_coef=kl_coef, kl_estimator=kl_estimator, entropy_coef=entropy_coef,
+            max_log_ratio=max_log_ratio,
+        )  # fmt: skip
         found = _of_group(args, per_token, *optional, options, group)
         shaped = {x: getattr(found, x).reshape(targets.shape) for x in ("logprobs", "entropy")}
         return found._replace(**shaped)
@@ -173,15 +168,9 @@ def _of_group(
     group: ProcessGroup,
 ) -> PolicyLoss:
     """Computes the loss of a vocabulary that ranks divide, from its log-probs."""
-    logp, entropy, _ = lm_head_logprobs(
-        args.hidden,
-        args.weight,
-        args.targets.where(per_token[2] != 0, -1),
-        bias=args.bias,
-        temperature=1.0 if args.temperature is None else args.temperature,
-        softcap=args.softcap or None,
-        ignore_index=-1,
-        group=group,
-    )
+    vocabulary_parallel.check_group(_OP, group)
+    args = args._replace(targets=args.targets.where(per_token[2] != 0, -1))
+    given = (lm_head_logprobs, args, -1, group)
+    logp, entropy, _ = vocabulary_parallel.lm_head_logprobs(*given)
     options |= {"ref_logprobs": reference, "importance_weights": importance}
     return loss_of_logprobs(logp, entropy, *per_token, **options)

@@ -12,13 +12,14 @@ All gradients follow from these, as every rank computes the same result from the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bupo.ops.operands import describe
+from bupo.ops.operands import Operands, describe
 from bupo.ops.registration import accumulator
 from bupo.ops.results import LogProbs
 
@@ -33,7 +34,7 @@ def check_group(op: str, group: object) -> None:
 
 
 class _Gathered(torch.autograd.Function):
-    """x [...] of each rank -> [R, ...]. Every rank computes the same loss of all of them, so the
+    """x [3, N] of each rank -> [R, 3, N]. Every rank computes the same loss of all of them, so the
     gradient of its own is what arrives here."""
 
     @staticmethod
@@ -64,24 +65,17 @@ class _Shared(torch.autograd.Function):
 
 
 def lm_head_logprobs(
-    op: Any,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-    group: dist.ProcessGroup,
-    **options: Any,
+    op: Callable[..., LogProbs], args: Operands, ignore_index: int, group: dist.ProcessGroup
 ) -> LogProbs:
-    """Does what bupo.ops.lm_head_logprobs, which is passed as op, does with a group."""
+    """Does what bupo.ops.lm_head_logprobs, which is passed as op, does with a group, for tokens
+    flattened to N."""
+    hidden, weight, targets, bias, temperature, softcap = args
     size = torch.tensor([weight.shape[0]], device=hidden.device)
     sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, size, group=group)
     ends, rank = torch.cat(sizes).cumsum(0), dist.get_rank(group)
     keep = targets != ignore_index
-    owner = torch.searchsorted(ends, targets.long().contiguous(), right=True)
+    owner = torch.searchsorted(ends, targets, right=True)
     known = (targets >= 0) & (owner < len(ends))
     if hidden.device.type == "cpu" and not bool((known | ~keep).all()):
         wrong = int(targets[~known & keep][0])
@@ -93,17 +87,18 @@ def lm_head_logprobs(
     rows = (targets - (ends[rank] - weight.shape[0])).where(owner == rank, 0).where(keep, -100)
 
     hidden = _Shared.apply(hidden, group)  # type: ignore[no-untyped-call]
-    removed: Tensor | bool = not len(weight)
-    if removed:  # the graph has to reach hidden, whose gradient is a sum over all ranks
-        zero = 0 * hidden[..., 0].to(accumulator(hidden.dtype)).nan_to_num(0, 0, 0)
+    if not len(weight):  # the graph has to reach hidden, whose gradient is a sum over all ranks
+        zero = 0 * hidden[:, 0].to(accumulator(hidden.dtype)).nan_to_num(0, 0, 0)
         mine = LogProbs(zero, zero, zero - torch.inf)
     else:
-        if bias is not None and softcap is None:
+        removed = None  # whether the bias removes all rows of this rank
+        if bias is not None and not softcap:
             removed = bias.isneginf().all()
             bias = bias.where(~removed, 0)
-        given = {"bias": bias, "softcap": softcap, "ignore_index": -100, **options}
-        mine = op(hidden, weight, rows, **given)
-        if isinstance(removed, Tensor):
+        heat = 1.0 if temperature is None else temperature
+        options = {"bias": bias, "temperature": heat, "softcap": softcap or None}
+        mine = op(hidden, weight, rows, ignore_index=-100, **options)
+        if removed is not None:
             mine = mine._replace(logsumexp=mine.logsumexp.where(~removed, -torch.inf))
     together = _Gathered.apply(torch.stack(mine), group)  # type: ignore[no-untyped-call]
     logp, entropy, of_rank = together.unbind(1)
@@ -113,13 +108,14 @@ def lm_head_logprobs(
 def _whole(
     logp: Tensor, entropy: Tensor, of_rank: Tensor, owner: Tensor, known: Tensor, keep: Tensor
 ) -> LogProbs:
-    """logp, entropy, of_rank (logsumexp): [R, ...], those of each rank. owner, known, keep: [...],
-    the rank of the target, whether there is one, and whether the token is not ignored."""
+    """logp, entropy, of_rank (logsumexp): [R, N], those of each rank. owner, known, keep: [N], the
+    rank of the target, whether there is one, and whether the token is not ignored."""
     absent = of_rank.isneginf()  # all of the rank's tokens are removed
-    # The largest one is left out of the sum, so that what little the others add is not rounded off.
+    # The largest one is left out of the sum, and its difference from itself has no gradient. So
+    # what little the others add is not rounded off.
     place = of_rank.detach().argmax(0, keepdim=True)
     largest = of_rank.gather(0, place)
-    rest = of_rank - largest
+    rest = (of_rank - largest).scatter(0, place, 0.0)
     whole = rest.exp().scatter(0, place, 0.0).sum(0).log1p()
     whole = whole + 0 * largest[0].detach()  # nan, if all tokens of all ranks are removed
     behind = (whole - rest).masked_fill(absent, 0)

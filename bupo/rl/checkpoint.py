@@ -93,21 +93,12 @@ class Writer:
         if writing is not None:
             writing.result()
 
-    def close(self) -> None:
-        """Waits for the thread; an error in it is not raised."""
+    def close(self) -> str:
+        """Waits for the thread. Returns why it could not write, unless finish() has raised that."""
         if self._thread is not None:
             self._thread.shutdown()
-
-
-def _state_dtype(file: Path, weights: Mapping[str, Tensor]) -> None:
-    """Writes the data type of the weights into a model's configuration. transformers takes that of
-    the model, which may be another one for a moment while the weights are written."""
-    if file.is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kinds = {x.dtype for x in weights.values() if x.is_floating_point()}
-        if "dtype" in config and len(kinds) == 1:
-            config["dtype"] = str(kinds.pop()).removeprefix("torch.")
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        error = None if self._writing is None else self._writing.exception()
+        return "" if error is None else first_line(error)
 
 
 def _by_way_of(group: Any, write: Callable[[], None]) -> None:
@@ -157,6 +148,17 @@ def _write(
         _sync(final.parent)
 
     ranks.from_first(complete)
+
+
+def _state_dtype(file: Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes the data type of the weights into a model's configuration. transformers takes that of
+    the model, which may be another one for a moment while the weights are written."""
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kinds = {x.dtype for x in weights.values() if x.is_floating_point()}
+        if "dtype" in config and len(kinds) == 1:
+            config["dtype"] = str(kinds.pop()).removeprefix("torch.")
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def prune(run: Path, keep_last: int, keep_steps: Collection[int]) -> None:

@@ -111,14 +111,9 @@ class Run:
             if done > self.saved or not ranks.from_first(lambda: checkpoints(self.out)):
                 self._save(done)
                 self._wait_for_writer(done)
-        except Exception:
-            try:  # what is being written, after which nobody else would ask
-                self.writer.finish()
-            except RunError as error:
-                self.monitor.display.say(str(error))
-            raise
         finally:
-            self.writer.close()
+            if unwritten := self.writer.close():  # beside another error, which is being raised
+                self.monitor.display.say(unwritten)
             self.monitor.release()
             self.recorder.close()
         rows = [r for r in read_rows(self.out / "metrics.jsonl") if r["step"] > self.start]

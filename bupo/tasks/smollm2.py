@@ -64,19 +64,19 @@ def _weights() -> Path:
 
 
 def prepare(options: dict[str, Any], cache: Path) -> TaskFiles:
-    """Writes tokenizer, model configuration and data. The folder of the model is named after the
-    checksum of the package's file."""
+    """Writes tokenizer, model configuration and data. The folder that the model's is in is named
+    after the checksum of the package's file."""
     from transformers import AutoConfig, AutoTokenizer
 
     settings, weights = _options(options), _weights()
     with weights.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    model = cache / f"smollm2-{digest[:16]}"
+    model = cache / f"smollm2-{digest[:16]}" / HUB.rpartition("/")[2]
     if not (model / "config.json").exists():
         with hub.quiet():
-            given = weights.parent, weights.name
-            AutoTokenizer.from_pretrained(given[0], gguf_file=given[1]).save_pretrained(model)
-            AutoConfig.from_pretrained(given[0], gguf_file=given[1]).save_pretrained(model)
+            for kind in (AutoTokenizer, AutoConfig):
+                part = kind.from_pretrained(weights.parent, gguf_file=weights.name)
+                part.save_pretrained(model)
     data = cache / ("multiplication-" + "-".join(str(settings[key]) for key in DEFAULTS))
     files = TaskFiles(model, [data / "train.jsonl"], [data / "eval.jsonl"])
     if not (data / "eval.jsonl").exists():
