@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -76,9 +77,14 @@ def joined(minutes: float) -> Iterator[None]:
     # Python objects travel by gloo, parameters and gradients of a GPU by NCCL.
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
-    yield
-    if dist.is_initialized():  # vLLM destroys it as well; after an error, the others may be gone
-        dist.destroy_process_group()
+    try:
+        yield
+        if dist.is_initialized():  # vLLM destroys it as well; after an error, others may be gone
+            dist.destroy_process_group()
+    finally:
+        # Gloo's threads need Python's lock to release the tensors that they have exchanged. If the
+        # process ends while one of them waits for it, the process is aborted.
+        time.sleep(0.2)  # without the lock
 
 
 def _interface(host: str) -> str:

@@ -17,6 +17,7 @@ from run_samples import assert_same_run, rows
 
 from bupo import config
 from bupo.rl import checkpoint, state_files
+from bupo.rl.loop import Run
 from bupo.rl.optimise import Updates
 from bupo.rl.update import Trainer
 from bupo.run import main
@@ -336,6 +337,21 @@ def test_a_failure_in_the_background_is_told_beside_another_error(
     file_size_limit(resource.RLIM_INFINITY)
     said = capsys.readouterr().err
     assert "the checkpoint of step 2 cannot be written to" in said and "File too large" in said
+
+
+def test_an_error_between_stages_names_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several ranks, that is where some learn that another one has ended."""
+
+    def broken(run: Run, step: int) -> bool:
+        raise ValueError("the clock has stopped")
+
+    no_evaluation(monkeypatch)
+    monkeypatch.setattr(Run, "_checkpoint_is_due", broken)
+    with pytest.raises(ValueError, match="the clock has stopped") as error:
+        run(tmp_path / "run")
+    assert error.value.__notes__[0] == "step 2, between stages"
 
 
 def test_a_disk_that_is_full_when_a_row_is_written(

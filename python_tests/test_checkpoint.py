@@ -51,7 +51,8 @@ def test_training_goes_on_while_a_copy_is_written(
     def after_an_update(*given: Any) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.data = parameter.data.float() + 1
+                parameter += 1
+                parameter.data = parameter.data.float()
             for value in trainer.optimizer.divided_state().values():
                 value += 1
         original(*given)

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from analyze_samples import tiny_model
+from report_samples import write_run
 from rl_samples import data_file, tiny_tokenizer, verl_row, write_parquet
 from run_samples import arguments, run
-from test_report import write_run
 
 from bupo import analyze, config, report
 from bupo.commands.models import load_model

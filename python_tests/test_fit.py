@@ -91,10 +91,10 @@ def test_peak_of_an_update(
     assert sum(predicted.memory.values()) / 2**20 == pytest.approx(measured, rel=0.1)
 
 
-def small(tmp_path: Path, *options: str) -> tuple[config.Config, sizes.Sizes]:
+def small(tmp_path: Path, *options: str, world: int = 1) -> tuple[config.Config, sizes.Sizes]:
     AutoConfig.for_model("qwen3", **SHAPE).save_pretrained(tmp_path)
     loaded = config.load(None, [*BASE, *options])
-    return loaded, sizes.measure(loaded, str(tmp_path), 32, gpu=True)
+    return loaded, sizes.measure(loaded, str(tmp_path), 32, gpu=True, world=world)
 
 
 def test_each_setting_takes_what_it_says(tmp_path: Path) -> None:
@@ -126,6 +126,25 @@ def test_each_setting_takes_what_it_says(tmp_path: Path) -> None:
     AutoConfig.for_model("gpt2", n_layer=1, n_embd=64, n_head=2).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ConfigError, match=r"lora.rank: expected a model with linear layers, got g"):
         sizes.measure(config.load(None, [*BASE, "lora.rank=8"]), str(tmp_path / "gpt2"), 32)
+
+
+def test_what_several_ranks_take(tmp_path: Path) -> None:
+    _, alone = small(tmp_path)
+    n = alone.parameters
+    _, copies = small(tmp_path, "model.shard_ranks=1", world=8)
+    assert copies.memory == alone.memory and copies.ranks == "8, each with a copy of the model"
+    _, parts = small(tmp_path, "model.shard_ranks=4", "checkpoint.in_background=true", world=8)
+    assert parts.memory["weights"] == n and parts.memory["AdamW"] == 2 * n
+    assert parts.host == 4 * n + 8 * n // 4, "rank 0: the model, and its part of the moments"
+    assert "8, of which 4 divide the model, with 2 copies. The head is gathered" in parts.ranks
+    # 2 x 4 bytes of 16000 x 512 entries; 6 x 512 bytes of 16 x 256 tokens, half of them in a copy
+    assert "moves 62.5 MiB an update" in parts.ranks and "would move 6.0 MiB" in parts.ranks
+    assert parts.ranks.endswith("so gathering moves more")
+    _, lora = small(tmp_path, "lora.rank=8", world=8)
+    assert "moves 31.2 MiB an update" in lora.ranks, "a head that is not trained has no gradient"
+    asleep = ("rollout.engine=vllm", "model.shard_ranks=1")
+    _, vllm = small(tmp_path, *asleep, "rollout.vllm={tensor_parallel_size: 4}", world=8)
+    assert vllm.host == n, "a quarter of the weights of a sleeping vLLM"
 
 
 def test_what_does_not_fit_names_the_fewest_settings_that_make_it_fit(tmp_path: Path) -> None:

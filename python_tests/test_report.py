@@ -1,8 +1,6 @@
-"""bupo.report of training runs: page and figures say what the files say, and no file can make it
-fail."""
+"""bupo.report of training runs: pages say what the files say, and no file can make it fail."""
 
 import html
-import json
 import math
 import re
 import subprocess
@@ -12,96 +10,24 @@ from html.parser import HTMLParser
 import browser as chrome
 import matplotlib
 import matplotlib.image
-import numpy as np
 import pytest
 from matplotlib.colors import to_hex
+from report_samples import (
+    HOSTILE,
+    PICTURES,
+    evaluations,
+    figures,
+    lines,
+    looks,
+    rows_of_run,
+    text_of,
+    write_run,
+)
 
 from bupo import report
 from bupo.report import palette
-from bupo.report.drawing import style
-from bupo.report.layer_maps import draw_layers
 from bupo.report.run_files import read_run
-from bupo.report.run_plots import draw_evaluations, draw_steps, draw_time
-
-PICTURES = {"reward", "entropy", "length", "pass_at_k"}
-HOSTILE = "<script>alert('x')</script> & </td> $\\frac{$ {{ 7*7 }}"
-
-
-def rows_of_run(steps, internal, layer=3):
-    """Metrics of a run that trains layer 3, then the final policy; reward 0.40 first, 0.86 last."""
-    rng = np.random.default_rng(0)
-    for step in range(1, steps + 1):
-        inside = step <= internal
-        noise = 0.02 * rng.standard_normal() if 1 < step < steps else 0.0
-        entropy = 0.3 - 0.2 * step / steps
-        yield {
-            "step": step,
-            "phase": "internal" if inside else "final",
-            "layer": layer if inside else None,
-            "reward/mean": 0.40 + 0.46 * (step - 1) / max(1, steps - 1) + noise,
-            "response/length": 20 + rng.random(),
-            "response/truncated": 0.05 * rng.random(),
-            "policy/entropy": 2.0 if inside else entropy,
-            "final/entropy": entropy,
-            "policy/ratio_max": 1.3 + rng.random(),
-        }
-
-
-def evaluations(steps, internal, dataset="arithmetic"):
-    for step, when, avg in (
-        (0, "before", 0.39),
-        (internal, "phase_switch", 0.36),
-        (steps, "after", 0.85),
-    ):
-        if step or when == "before":
-            passes = {f"pass@{k}": 1 - (1 - avg) ** math.sqrt(k) for k in (1, 4, 16)}
-            errors = {f"{key}_se": 0.0123 for key in passes}
-            common = {"step": step, "when": when, "dataset": dataset, "n": 512, "k_samples": 16}
-            yield {**common, "avg": avg, "avg_se": 0.011, **passes, **errors, "length": 19.4}
-
-
-def looks(steps, depth=4, **changes):
-    """Rows of diagnostics.jsonl of a run on layer 2: KL of layer 1 rises by 1, all else stays."""
-    for n, step in enumerate(steps):
-        row = {"step": step, "anchor": 2, "layers": list(range(1, depth + 1)), "ends_phase": ""}
-        row |= {k: [float(m) for m in range(depth)] for k in ("entropy", "similarity")}
-        row |= {"kl_to_final": [1.0 + n / (len(steps) - 1), *[1.0] * (depth - 1)]}
-        yield row | {"kl_from_anchor": [0.5] * depth, "log_perplexity": 0.2, **changes}
-
-
-def write_run(run_dir, steps=40, internal=8, metrics=None, evals=None, response="7+5=12#12"):
-    """A run directory as training leaves it; metrics and evals replace the ordinary rows."""
-    (run_dir / "rollouts").mkdir(parents=True)
-    metrics = list(rows_of_run(steps, internal)) if metrics is None else metrics
-    evals = list(evaluations(steps, internal)) if evals is None else evals
-    lines(run_dir / "metrics.jsonl", metrics)
-    lines(run_dir / "eval.jsonl", evals)
-    for row in metrics:
-        step = row["step"]
-        rollouts = [
-            {"prompt": f"p{step}_{i}=", "response": f"{response} {step}_{i}", "answer": "12",
-             "reward": float(i == 1), "advantage": 0.1, "finish_reason": "stop"}
-            for i in range(4)
-        ]  # fmt: skip
-        lines(run_dir / "rollouts" / f"step_{step:06d}.jsonl", rollouts)
-    (run_dir / "config.yaml").write_text("lr: 1.0e-4\nlayer: 3\n")
-    return run_dir
-
-
-def lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def figures(page):
-    """Every figure that the page shows: its SVG by name."""
-    found = re.findall(r'<figure id="(\w+)">.*?(<svg.*?</svg>)', page.read_text(), flags=re.DOTALL)
-    return dict(found)
-
-
-def text_of(page):
-    """What a reader sees, without the figures."""
-    without = re.sub(r"<svg.*?</svg>", "", page.read_text(), flags=re.DOTALL)
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", without)).split())
+from bupo.report.run_plots import draw_steps
 
 
 @pytest.fixture(scope="module")
@@ -153,66 +79,6 @@ def test_phases_follow_the_rows_and_not_the_configuration(tmp_path):
     assert (
         "2 on the policy of layer 3, then 4 on the final policy, then 4 on the policy of layer 5"
     ) in text_of(page)
-
-
-def drawn(draw, *arguments):
-    """The axes of a figure in the house style."""
-    with style():
-        return draw(*arguments).axes
-
-
-def curves(ax):
-    """Every line of the axes as (colour, x, y)."""
-    return [(to_hex(line.get_color()), *map(list, line.get_data())) for line in ax.lines]
-
-
-@pytest.mark.parametrize(
-    ("name", "keys"),
-    [
-        ("reward", ["reward/mean"]),
-        ("entropy", ["policy/entropy"]),
-        ("length", ["response/length", "response/truncated"]),
-    ],
-)
-def test_each_metric_is_drawn_by_phase(page, name, keys):
-    """Orange in the internal phase, which is shaded; blue after the line at the switch."""
-    rows = list(rows_of_run(40, 8))
-    axes = drawn(draw_steps, name, [read_run(page.parent, "run")])
-    for ax, key in zip(axes, keys, strict=True):
-        values = [row[key] for row in rows]
-        assert (palette.ORANGE, list(range(1, 9)), values[:8]) in curves(ax)
-        assert (palette.BLUE, list(range(9, 41)), values[8:]) in curves(ax)
-        assert (palette.GREY, [8.5, 8.5], [0, 1]) in curves(ax)
-        (band,) = ax.patches
-        assert (band.get_x(), band.get_width()) == (0.5, 8.0)
-
-
-def test_entropy_of_the_final_policy_on_the_same_tokens(page):
-    (ax,) = drawn(draw_steps, "entropy", [read_run(page.parent, "run")])
-    (line,) = [
-        x
-        for x in ax.lines
-        if x.get_label() == "final policy, same tokens" and x.get_xdata()[0] == 1
-    ]
-    assert line.get_linestyle() == "--" and max(line.get_ydata()) < 0.3
-
-
-def test_evaluations_and_their_errors_are_drawn(tmp_path):
-    rows = [*evaluations(40, 8), *evaluations(40, 8, "math500")]
-    run = read_run(write_run(tmp_path / "run", evals=rows), "run")
-    (ax,) = drawn(draw_steps, "reward", [run])
-    assert len(ax.containers) == 2
-    points, _, (bars,) = ax.containers[0]
-    assert list(points.get_ydata()) == [0.39, 0.36, 0.85]
-    assert bars.get_segments()[0] == pytest.approx(np.array([[0, 0.379], [0, 0.401]]))
-    panels = drawn(draw_evaluations, [run])
-    assert [ax.get_title("left") for ax in panels] == ["arithmetic", "math500"]
-    labels = [c.get_label() for c in panels[1].containers]
-    assert labels == ["before, step 0", "phase switch, step 8", "latest, step 40"]
-    points, _, (bars,) = panels[0].containers[2]
-    assert list(points.get_xdata()) == [1, 4, 16]
-    assert points.get_ydata() == pytest.approx([0.85, 1 - 0.15**2, 1 - 0.15**4])
-    assert np.ptp(bars.get_segments()[0][:, 1]) == pytest.approx(2 * 0.0123)
 
 
 def test_evaluation_table(tmp_path):
@@ -333,17 +199,6 @@ def test_values_that_are_no_numbers_are_left_out_and_named(tmp_path):
     assert figures(page) == figures(without)
 
 
-def test_what_was_never_recorded_is_not_drawn(tmp_path):
-    rows = [row | {"reward/mean": math.nan} for row in rows_of_run(40, 8)]
-    page = report.write_report(write_run(tmp_path / "run", metrics=rows))
-    assert set(figures(page)) == PICTURES - {"reward"}
-    assert "40 steps (8 on the policy of layer 3" in text_of(page)
-    bare = [{"step": row["step"], "reward/mean": 0.5} for row in rows_of_run(40, 8)]
-    page = report.write_report(write_run(tmp_path / "bare", metrics=bare))
-    assert set(figures(page)) == {"reward", "pass_at_k"}
-    assert "could not be drawn" not in page.read_text()
-
-
 def test_resumed_run_counts_a_repeated_step_once_and_its_last_row(page, tmp_path):
     rows = list(rows_of_run(40, 8))
     stale = [row | {"reward/mean": 0.99, "phase": "internal", "layer": 1} for row in rows[20:30]]
@@ -367,13 +222,6 @@ def test_same_files_same_bytes_and_no_global_state(page, tmp_path):
     assert dict(matplotlib.rcParams) == before
 
 
-def test_two_thousand_steps_are_drawn(tmp_path):
-    evals = [row | {"step": step} for step in range(0, 2001, 50) for row in evaluations(40, 8)]
-    page = report.write_report(write_run(tmp_path / "run", 2000, 200, evals=evals))
-    assert set(figures(page)) == PICTURES
-    assert page.stat().st_size < 3_000_000
-
-
 def test_comparison_overlays_runs_under_their_names(tmp_path):
     bupo, grpo = write_run(tmp_path / "bupo"), write_run(tmp_path / "grpo", internal=0)
     page = report.write_report(bupo, grpo)
@@ -395,37 +243,6 @@ def test_comparison_of_directories_with_the_same_name(tmp_path):
     assert page == tmp_path / "out" / "report.html"
     assert "seed1/run" in text_of(page)
     assert "seed2/run" in text_of(page)
-
-
-def test_time_of_stages_and_ranks(tmp_path):
-    """Stages are stacked up to the time of a step; of several ranks, the slowest is named."""
-    times = {"time/rollout": 2.0, "time/update": 1.5, "time/step": 4.0}
-    ranks = {"tokens_per_second": 1234.0, "rollout_max": 2.0, "rollout_min": 1.0}
-    rows = [
-        row | times | {f"ranks/{key}": x for key, x in ranks.items()} | {"ranks/slowest": n % 3 > 0}
-        for n, row in enumerate(rows_of_run(9, 3))
-    ]
-    page = report.write_report(write_run(tmp_path / "run", metrics=rows))
-    said = "Generation takes 2 s on the slowest rank and 1 s on the fastest; in 67% of the steps"
-    assert "A rank processes 1,234 response tokens a second." in text_of(page)
-    assert f"{said} rank 1 is the slowest." in text_of(page)
-    assert "time" in figures(page)
-    (ax,) = drawn(draw_time, [read_run(tmp_path / "run", "run")])
-    tops = {patch.get_label(): set(patch.get_data().values) for patch in ax.patches}
-    assert tops == {"rollout": {2.0}, "update": {3.5}, "rest": {4.0}}
-
-
-def test_layer_maps_show_the_change_of_each_layer(tmp_path):
-    run = write_run(tmp_path / "run")
-    lines(run / "diagnostics.jsonl", looks([0, 8, 20, 40]))
-    assert set(figures(report.write_report(run))) == PICTURES | {"layers"}
-    axes = drawn(draw_layers, read_run(run, "run"))
-    maps = {ax.get_title("left"): ax.images[0] for ax in axes if ax.get_title("left") and ax.images}
-    rising = maps.pop("KL(πᵐ ‖ π), nats")
-    assert rising.get_array()[0].tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
-    assert not rising.get_array()[1:].any() and rising.get_clim() == (-1, 1)
-    assert len(maps) == 3 and not any(image.get_array().any() for image in maps.values())
-    assert [text.get_text() for text in axes[1].get_xticklabels()] == ["0", "8", "20", "40"]
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,8 @@ def test_a_prompt_read_in_pieces_is_served(tmp_path):
     noise = [
         x for x in ("vllm", "Warning", "WARNING", "INFO", "it/s]", "Triton") if x in done.stderr
     ]
-    assert noise == ["vllm"] and done.stderr.count("vllm") <= 3, "our own progress: " + done.stderr
+    # Our own progress names vllm, if its start takes more than five seconds.
+    assert noise in (["vllm"], []) and done.stderr.count("vllm") <= 3, done.stderr
     log = (tmp_path / "out/engine.log").read_text()
     assert "INFO" in log and "vllm" in log.lower()
 

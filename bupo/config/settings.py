@@ -31,8 +31,8 @@ MAY_CHANGE = (
     *("eval.", "checkpoint.", "reward.workers", "reward.timeout", "rollout.max_logprob_gap"),
     # How the same sums are computed: what an out-of-memory error is cured with
     *("optimizer.micro_batch_tokens", "model.gradient_checkpointing", "model.attn_implementation"),
-    *("model.shard_ranks",),
     *("rollout.batch_size", "rollout.vllm", "rollout.servers", "optimizer.place"),
+    "model.shard_ranks",
     # Places; the weights come from the checkpoint, and the prompts are compared by their contents
     *("model.path", "data.train", "data.chat_template"),
 )
