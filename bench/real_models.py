@@ -118,6 +118,6 @@ class Training:
 
 
 if __name__ == "__main__":
-    task = smollm2.prepare({}, cache_dir())
-    smollm2.build({}, task)
-    print(task.model)
+    made = smollm2.folder(cache_dir())
+    smollm2.build({}, made)
+    print(made)

@@ -24,6 +24,7 @@ from rows import (
     shape_of,
     table,
 )
+from study.cells import PUBLISHED
 from study.table import study_table
 
 DOCUMENTS = ("README.md", "docs/performance.md", "docs/scaling.md", "docs/study.md")
@@ -260,8 +261,7 @@ MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "rollouts": ("rollouts_cpu", rollouts_table),
     "ranks_time": ("ranks_cpu", ranks_time_table),
     "ranks_memory": ("ranks_cpu", ranks_memory_table),
-    "study_arithmetic": ("study_arithmetic", study_table),
-    "study_smollm2": ("study_smollm2", study_table),
+    **{f"study_{name}": (f"study_{name}", study_table) for name in PUBLISHED},
 }
 """By the name of a table: the file of its results, and what makes it of their rows"""
 

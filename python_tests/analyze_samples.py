@@ -21,7 +21,7 @@ def tiny_model(folder: Path, **options: Any) -> str:
     """A random model with byte-level tokenizer and chat template."""
     given = {"layers": 3, "width": 32, **options}
     files = tiny.prepare(given, folder)
-    tiny.build(given, files)
+    tiny.build(given, files.model)
     return str(files.model)
 
 

@@ -63,7 +63,7 @@ def tiny_qwen3(cache: Path, **options: Any) -> tuple[Any, Any]:
     """Model and tokenizer of bupo.tasks.tiny, loaded as a run loads them; its head is padded."""
     options = {"layers": 2, "width": 32, **options}
     files = tiny.prepare(options, cache)
-    tiny.build(options, files)
+    tiny.build(options, files.model)
     model = AutoModelForCausalLM.from_pretrained(files.model, dtype=torch.float32)
     return _sharpened(model).train(), AutoTokenizer.from_pretrained(files.model)
 

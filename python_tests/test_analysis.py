@@ -2,6 +2,7 @@
 
 import math
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
+from fake_clock import Clock
 from internal_samples import build, ids, layers_of, split_at
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from bupo.internal import (
     Analysis,
     IdentityError,
     analyse,
+    budget,
     distances,
     identities,
     kl_between,
@@ -201,6 +204,47 @@ def test_top_tokens_of_the_first_tokens_alone() -> None:
         same = rows[key_of(row), row["normed"], row["place"]]
         assert row["top_token_id"] == same["top_token_id"]
     assert found.table() == whole.table()
+
+
+def test_some_tokens_have_the_figures_that_they_have_among_all() -> None:
+    model = build("qwen3")
+    whole = analyse(model, texts(), closer_tokens=2)
+    for tokens, counts in ((9, [4, 4, 1]), (7, [3, 3, 1]), (1, [1, 1, 1]), (100, [4, 11, 1])):
+        found = analyse(model, texts(), closer_tokens=2, tokens=tokens)
+        assert np.bincount(found.flow.text).tolist() == counts
+        rows = {key_of(row): row for row in found.table().to_pylist()}
+        of_all = {key_of(row): row for row in whole.table().to_pylist()}
+        for key, row in rows.items():
+            for name, value in row.items():
+                same = of_all[key][name]
+                if isinstance(value, float):
+                    same = pytest.approx(same, rel=1e-4, abs=1e-5)
+                assert value == same, name
+        tops = [each.top_table()["top_token_id"].to_pylist() for each in (found, whole)]
+        assert tops[0] == tops[1], "the heat maps show the first tokens"
+        summary = found.summary()
+        assert (summary["tokens"], summary["of_tokens"]) == (sum(counts), 16)
+    drawn = [analyse(model, texts(), tokens=5, seed=seed).flow.position.tolist() for seed in (0, 1)]
+    assert drawn[0] != drawn[1]
+
+
+def test_time_is_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock by which a text of 64 tokens takes 2 s, and each token that is measured 0.5 s."""
+    clock, long = Clock(), [split_at(ids(64), 1) for _ in range(3)]
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=clock.monotonic))
+
+    def measure(read: list[Sample]) -> None:
+        clock.now += sum(2 + 0.5 * text.count for text in read)
+
+    begin = clock.now
+    tokens = budget.tokens_within(120, long, measure)
+    measure(budget.only(long, budget.some_tokens(long, tokens, 0)))
+    assert clock.now - begin == pytest.approx(120, abs=1) and tokens > 60
+    assert budget.tokens_within(5, long, measure) == 3, "one token of each at least"
+    monkeypatch.undo()
+    found = analyse(build("qwen3"), texts(), minutes=1e-4)
+    assert np.bincount(found.flow.text).tolist() == [1, 1, 1]
+    assert len(analyse(build("qwen3"), texts(), minutes=5).flow.text) == 16
 
 
 def test_progress_rises_to_one() -> None:

@@ -96,7 +96,7 @@ def test_the_example_of_an_analysis_runs(
 ) -> None:
     options = {"layers": 3, "width": 32}
     files = tiny.prepare(options, tmp_path)
-    tiny.build(options, files)
+    tiny.build(options, files.model)
     text = (ROOT / "docs/internal_policies.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)

@@ -24,7 +24,7 @@ from bupo import analyze, config, report
 from bupo.commands.models import load_model
 from bupo.config import ConfigError, DataConfig, RewardConfig
 from bupo.data.prompts import load_prompts
-from bupo.rewards.choice import MathReward
+from bupo.rewards.choice import make_reward
 from bupo.rl import checkpoint
 from bupo.run import main
 from bupo.runlog import run_directory
@@ -206,7 +206,7 @@ def test_hostile_answers_are_neither_run_nor_waited_for(tmp_path: Path) -> None:
     ]
     pairs = [(f"\\boxed{{{text}}}", "1") for text in hostile]
     pairs += [("\\boxed{1}", text) for text in hostile] + [("\\boxed{2}", "2")] * 3
-    reward = MathReward(RewardConfig(timeout=3, workers=2))
+    reward = make_reward(RewardConfig(timeout=3, workers=2))
     begin = time.monotonic()
     try:
         grades = reward.grade(pairs)

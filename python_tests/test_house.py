@@ -29,7 +29,7 @@ ROOMS = {
     "runlog": {"config", "types", "terminal", "progress", "ranks"},
     "evaluation": {"config", "types", "progress"},
     "report": {"internal", "runlog"},
-    "tasks": {"config", "hub", "progress"},
+    "tasks": {"config", "hub", "progress", "rewards"},
 }
 """A file or folder of bupo/, and what of the others it may import. Those that are not named, rl and
 the commands, are made of all of these."""
@@ -162,8 +162,8 @@ def test_what_is_imported_at_once_is_a_dependency() -> None:
 
 
 def test_workers_start_fast() -> None:
-    worker = imports(ROOT / "bupo/rewards/math_worker.py")
-    assert worker == {"bupo.rewards.boxed", "bupo.rewards.boxed.last_boxed"}
+    assert imports(ROOT / "bupo/rewards/mathematics.py") == {"bupo.rewards.boxed"}
+    assert not imports(ROOT / "bupo/rewards/worker.py")
     assert not imports(ROOT / "bupo/rewards/boxed.py")
 
 

@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> Path:
     """A random model with a head of its own."""
     options = {"layers": 2, "width": 32, "tied": False}
     files = tiny.prepare(options, tmp_path)
-    tiny.build(options, files)
+    tiny.build(options, files.model)
     return files.model
 
 
@@ -96,7 +96,7 @@ def test_weights_of_another_shape(model: Path) -> None:
 def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
     options = {"layers": 2, "width": 32}
     files = tiny.prepare(options, tmp_path)
-    tiny.build(options, files)
+    tiny.build(options, files.model)
     assert "lm_head.weight" not in load_file(files.model / "model.safetensors")
     loaded = load_model(Config(), str(files.model))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight

@@ -13,7 +13,7 @@ from run_samples import rows
 
 from bupo.config import shipped
 from bupo.rewards.boxed import strict
-from bupo.rewards.math_worker import grade
+from bupo.rewards.mathematics import grade
 from bupo.run import main
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

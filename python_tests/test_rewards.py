@@ -14,9 +14,9 @@ import pytest
 from rl_samples import prompt, response
 
 from bupo.config import ConfigError, RewardConfig
-from bupo.rewards import math_reward
-from bupo.rewards.choice import FunctionReward, MathReward, check_sources, make_reward
-from bupo.rewards.math_worker import grade
+from bupo.rewards import killable, mathematics
+from bupo.rewards.choice import check_sources, make_reward
+from bupo.rewards.mathematics import grade
 from bupo.types import Grades
 
 HANGS = ("\\boxed{9^{9^{9^9}}}", "9^{9^{9^8}}")
@@ -25,7 +25,7 @@ HANGS = ("\\boxed{9^{9^{9^9}}}", "9^{9^{9^8}}")
 
 @pytest.fixture(scope="module")
 def grader():
-    reward = MathReward(RewardConfig(timeout=30, workers=2))
+    reward = make_reward(RewardConfig(timeout=30, workers=2))
     yield reward
     reward.close()
 
@@ -111,7 +111,7 @@ def test_reward_is_of_the_response_to_its_prompt(grader):
 
 
 def test_a_hanging_answer_is_killed_at_the_deadline():
-    reward = MathReward(RewardConfig(timeout=3, workers=2))
+    reward = make_reward(RewardConfig(timeout=3, workers=2))
     before = [w.process for w in reward._workers]
     good, wrong = ("\\boxed{\\frac{2}{4}}", "0.5"), ("\\boxed{1}", "2")
     try:
@@ -135,8 +135,8 @@ def test_closing_while_an_answer_is_graded_starts_no_new_worker(monkeypatch):
             super().__init__(*args, **options)
             started.append(self)
 
-    monkeypatch.setattr(math_reward.subprocess, "Popen", Popen)
-    reward = MathReward(RewardConfig(timeout=3000, workers=1))
+    monkeypatch.setattr(killable.subprocess, "Popen", Popen)
+    reward = make_reward(RewardConfig(timeout=3000, workers=1))
 
     def grade_two():
         with pytest.raises(CancelledError):
@@ -164,14 +164,14 @@ def test_an_interrupted_start_leaves_no_worker(monkeypatch, error):
             super().__init__(*args, **options)
             started.append(self)
 
-    monkeypatch.setattr(math_reward.subprocess, "Popen", Popen)
+    monkeypatch.setattr(killable.subprocess, "Popen", Popen)
     with pytest.raises(error):
-        MathReward(RewardConfig(workers=3))
+        make_reward(RewardConfig(workers=3))
     assert [process.poll() is not None for process in started] == [True, True]
 
 
 def test_a_worker_that_dies_at_work_is_replaced():
-    reward = MathReward(RewardConfig(timeout=120, workers=2))
+    reward = make_reward(RewardConfig(timeout=120, workers=2))
 
     def kill_who_hangs():
         deadline = time.monotonic() + 60
@@ -196,7 +196,7 @@ def test_a_worker_that_dies_at_work_is_replaced():
 
 
 def test_a_worker_that_dies_between_batches_is_replaced():
-    reward = MathReward(RewardConfig(timeout=60, workers=1))
+    reward = make_reward(RewardConfig(timeout=60, workers=1))
     process = reward._workers[0].process
     process.kill()
     process.wait()
@@ -219,28 +219,28 @@ def test_an_exception_counts_as_an_error(grader):
 def test_self_check_refuses_a_broken_installation(monkeypatch):
     started = []
 
-    class Recorded(math_reward._Worker):
-        def __init__(self):
-            super().__init__()
+    class Recorded(killable._Worker):
+        def __init__(self, function):
+            super().__init__(function)
             started.append(self.process)
 
-    monkeypatch.setattr(math_reward, "_Worker", Recorded)
-    monkeypatch.setattr(math_reward, "GOLDEN", [*math_reward.GOLDEN, ("\\boxed{1}", "2", 1.0)])
+    monkeypatch.setattr(killable, "_Worker", Recorded)
+    monkeypatch.setattr(mathematics, "GOLDEN", [*mathematics.GOLDEN, ("\\boxed{1}", "2", 1.0)])
     with pytest.raises(ConfigError, match=r"self-check.*boxed\{1\}"):
         make_reward(RewardConfig(timeout=60, workers=2))
     assert len(started) == 2 and all(p.poll() is not None for p in started), "no process is left"
 
 
 def test_self_check_refuses_timeouts(monkeypatch):
-    monkeypatch.setattr(math_reward, "GOLDEN", [(*HANGS, 0.0)])
+    monkeypatch.setattr(mathematics, "GOLDEN", [(*HANGS, 0.0)])
     with pytest.raises(ConfigError, match=r"self-check on answer .*: timeout"):
-        MathReward(RewardConfig(timeout=0.5, workers=1))
+        make_reward(RewardConfig(timeout=0.5, workers=1))
 
 
 def test_a_worker_that_cannot_start_is_an_error(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(ConfigError, match="does not start"):
-        MathReward(RewardConfig())
+        make_reward(RewardConfig())
 
 
 @pytest.fixture
@@ -248,9 +248,9 @@ def custom(tmp_path, monkeypatch):
     """Makes module:function of a body, importable under a name of its own."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def make(body):
+    def make(body, more=""):
         name = f"custom_reward_{len(list(tmp_path.iterdir()))}"
-        text = "def score(responses, answers):\n" + textwrap.indent(body, "    ")
+        text = "def score(responses, answers):\n" + textwrap.indent(body, "    ") + f"\n{more}\n"
         (tmp_path / f"{name}.py").write_text(text)
         monkeypatch.delitem(sys.modules, name, raising=False)
         return f"{name}:score"
@@ -283,7 +283,7 @@ def test_custom_function_sees_texts_and_answers(custom):
 def test_custom_function_that_answers_wrongly(custom, body, message):
     name = custom(body)
     with pytest.raises(ValueError, match=f"reward.function={name}.* {message}"):
-        FunctionReward(name)(three())
+        make_reward(RewardConfig(function=name))(three())
 
 
 @pytest.mark.parametrize(
@@ -292,16 +292,41 @@ def test_custom_function_that_answers_wrongly(custom, body, message):
 )
 def test_a_reward_that_is_no_number_is_named_and_counted(custom, given, value):
     name = custom(f"return [0.0, {given}, 1.0]")
-    grades = FunctionReward(name)(three())
+    grades = make_reward(RewardConfig(function=name))(three())
     assert (grades.timeouts, grades.errors) == (0, 1)
     assert grades.first_failure == f"reward.function={name} returned {value}"
     assert [math.isfinite(x) for x in grades.rewards] == [True, False, True]
     assert grades.rewards[::2] == [0.0, 1.0]
 
 
+def test_a_function_is_called_in_processes_that_can_be_killed(custom):
+    """If its module says so. What it prints disturbs nothing."""
+    name = custom(
+        "print('hello', flush=True)\n"
+        "while responses == ['hangs']: pass\n"
+        "if responses == ['exits']: __import__('os')._exit(1)\n"
+        "return {'none': [None], 'two': [1, 2], 'error': answers[1:]}.get(responses[0], [2])",
+        "KILLABLE = True",
+    )
+    reward = make_reward(RewardConfig(function=name, timeout=3, workers=2))
+    try:
+        grades = reward.grade([(r, "1") for r in ("hangs", "none", "two", "error", "exits", "ok")])
+    finally:
+        reward.close()
+    assert str(grades.rewards) == "[nan, nan, nan, nan, nan, 2.0]"
+    assert (grades.timeouts, grades.errors) == (1, 4)
+
+
+def test_what_a_process_cannot_load_is_said(custom):
+    name = custom("return [1]", "KILLABLE = True\ndef load():\n    import not_there")
+    message = "does not start: ModuleNotFoundError: No module named 'not_there'"
+    with pytest.raises(ConfigError, match=message):
+        make_reward(RewardConfig(function=name))
+
+
 def test_custom_function_that_raises_is_not_reward_zero(custom):
     with pytest.raises(KeyError, match="lost"):
-        FunctionReward(custom("raise KeyError('lost')"))(three())
+        make_reward(RewardConfig(function=custom("raise KeyError('lost')")))(three())
 
 
 @pytest.mark.parametrize("what", ["no_such_module_anywhere:score", "math:no_such_function"])
@@ -313,8 +338,8 @@ def test_custom_function_that_cannot_be_imported(what):
 def test_a_killed_trainer_leaves_no_worker_behind():
     """SIGKILL of the parent while an answer hangs: the worker must not compute on for ever."""
     code = (
-        "from bupo.config import RewardConfig; from bupo.rewards.choice import MathReward\n"
-        "r = MathReward(RewardConfig(timeout=600, workers=1))\n"
+        "from bupo.config import RewardConfig; from bupo.rewards.choice import make_reward\n"
+        "r = make_reward(RewardConfig(timeout=600, workers=1))\n"
         "print(r._workers[0].process.pid, flush=True)\n"
         "r.grade([('\\\\boxed{9^{9^{9^9}}}', '3')])\n"
     )
@@ -364,7 +389,7 @@ def test_a_source_without_a_reward_is_an_error():
 
 def test_by_source_closes_what_it_made(monkeypatch):
     closed = []
-    monkeypatch.setattr(MathReward, "close", lambda self: closed.append(1))
+    monkeypatch.setattr(killable.KillableReward, "close", lambda self: closed.append(1))
     sources = {"a": "math", "b": "no_such_module:f"}
     with pytest.raises(ConfigError, match="no_such_module:f cannot be loaded"):
         make_reward(RewardConfig(by_source=sources, timeout=60, workers=1))

@@ -39,7 +39,11 @@ def test_settings_of_all_cells_are_right(edition: str) -> None:
 
 
 def run(cell: str, seed: int, *avgs: float) -> dict:
-    evals = [{"step": 10 * n, "avg": x, "pass@2": x + 0.1, "n": 4} for n, x in enumerate(avgs)]
+    evals = [
+        {"step": 10 * n, "avg": x / part, "pass@2": x + 0.1, "n": 4, "dataset": f"set {part}"}
+        for n, x in enumerate(avgs)
+        for part in (1, 2)
+    ]
     return {"cell": cell, "seed": seed, "evals": evals, "date": "2026-01-02", "torch": "2"}
 
 
@@ -52,5 +56,6 @@ def test_differences_are_paired() -> None:
     line = next(line for line in text.splitlines() if line.startswith("| other"))
     # t = 4.303 for 3 differences with standard deviation 0.01
     assert line.startswith("| other | 4 | 0.300 | +0.050 [+0.025, +0.075] |"), text
+    assert line.endswith("| 0.150 | +0.025 [+0.013, +0.037] |") and "Avg on set 2" in text
     assert area(run("x", 1, 0.0, 1.0, 1.0), [0, 10, 20]) == 0.75
     assert area(run("x", 1, 0.0, 1.0, 1.0), [0, 20]) == 0.5

@@ -47,7 +47,7 @@ def parts(tmp_path_factory):
     """Engine, model and tokenizer of a tied Qwen3 whose head has padding rows."""
     options = {"layers": 3, "width": 128}
     files = tiny.prepare(options, tmp_path_factory.mktemp("tiny"))
-    tiny.build(options, files)
+    tiny.build(options, files.model)
     tokenizer = AutoTokenizer.from_pretrained(files.model)
     model = AutoModelForCausalLM.from_pretrained(files.model, dtype=torch.float32)
     engine = VllmEngine(str(files.model), tokenizer, CONFIG, 400, "float32", seed=0)
@@ -332,7 +332,7 @@ def test_a_mixture_of_experts_on_a_cpu_is_refused(parts, tmp_path):
 def test_a_model_that_vllm_cannot_serve_is_named(tmp_path):
     options = {"layers": 2, "width": 32}  # heads of 8
     files = tiny.prepare(options, tmp_path)
-    tiny.build(options, files)
+    tiny.build(options, files.model)
     script = f"""
 from transformers import AutoTokenizer
 from bupo.config import ConfigError, RolloutConfig

@@ -47,7 +47,7 @@ def parts(tmp_path_factory):
     """Engine with a server of its own, model and tokenizer of a tied Qwen3 with padded rows."""
     options, folder = {"layers": 3, "width": 128}, tmp_path_factory.mktemp("tiny")
     files = tiny.prepare(options, folder)
-    tiny.build(options, files)
+    tiny.build(options, files.model)
     tokenizer = AutoTokenizer.from_pretrained(files.model)
     model = AutoModelForCausalLM.from_pretrained(files.model, dtype=torch.float32)
     given = (str(files.model), tokenizer, SERVER, 400, "float32", 0)

@@ -19,7 +19,7 @@ from bupo import progress
 from bupo.commands.models import check_deterministic
 from bupo.commands.training import _model_to_train
 from bupo.config import RewardConfig, load
-from bupo.rewards.choice import MathReward
+from bupo.rewards.choice import make_reward
 from bupo.rl import state_files
 from bupo.rl.forward import Forward
 from bupo.rl.optimizer import AdamW
@@ -325,7 +325,7 @@ def test_every_stage_tells_the_watchdog_that_it_gets_on(
 
 
 def test_the_math_reward_says_how_far_it_is() -> None:
-    reward = MathReward(RewardConfig(workers=1))
+    reward = make_reward(RewardConfig(workers=1))
     told: list[float] = []
     try:
         with progress.watched_by(told.append):

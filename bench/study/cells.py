@@ -22,6 +22,11 @@ def bottom_up(layer: int, steps: int, *more: str) -> tuple[str, ...]:
     return "algorithm=bupo", f"bupo.layer={layer}", f"bupo.steps={steps}", *more
 
 
+def one_layer(layer: int) -> tuple[str, ...]:
+    """That layer alone is trained, for the final objective, as in arXiv 2607.01232."""
+    return "algorithm=custom", f"phases=[{{lr: {{{layer}: 1, others: 0}}}}]"
+
+
 def lower_layers(up_to: int, steps: int, total: int) -> tuple[str, ...]:
     """The control for phase 1: the same layers, trained for the objective of the final policy."""
     frozen = f"{{steps: {steps}, lr: {{{up_to + 1}-: 0}}}}"
@@ -43,10 +48,29 @@ ARITHMETIC = {
     "PPO": ("algorithm=ppo",),
 }
 
+HARDER = {
+    BASELINE: ("algorithm=grpo",),
+    "BuPO, layer 3 for 8 steps": bottom_up(3, 8),
+    "layers 1-3 under the final objective for 8 steps": lower_layers(3, 8, 60),
+    "BuPO, layer 5 for 8 steps": bottom_up(5, 8),
+    "BuPO, layer 3 for 2 steps": bottom_up(3, 2),
+    "BuPO, layer 3 for 20 steps": bottom_up(3, 20),
+    "BuPO, layer 3 for 8 steps, normed": bottom_up(3, 8, "bupo.final_norm=true"),
+    **{f"layer {layer} alone": one_layer(layer) for layer in range(1, 7)},
+}
+
 EIGHT = ("eval.samples=8", "eval.pass_k=[1,8]")
 SIXTEEN = ("eval.samples=16", "eval.pass_k=[1,2,4,8,16]")
 SEEDED = ("seed={seed}", "diagnostics.every=0", "checkpoint.keep=[]", "checkpoint.keep_last=1")
 TINY = "task_options={layers: 2, width: 32, warm_steps: 4, eval_problems: 4, seed: {seed}}"
+
+
+def harder(task: str) -> Edition:
+    own = (f"task=bupo.tasks.{task}", "rollout.max_new_tokens=48", "task_options={seed: {seed}}")
+    common = (*SEEDED, *own, "eval.every=10", *SIXTEEN)
+    return Edition("arithmetic.yaml", (1, 2, 3, 4, 5), common, HARDER)
+
+
 EDITIONS = {
     "minutes": Edition(
         "arithmetic.yaml",
@@ -60,6 +84,8 @@ EDITIONS = {
         (*SEEDED, "task_options={seed: {seed}}", "eval.every=10", *SIXTEEN),
         ARITHMETIC,
     ),
+    "countdown": harder("countdown"),
+    "modular": harder("modular"),
     "smollm2": Edition(
         "smollm2.yaml",
         (1, 2),
@@ -73,3 +99,5 @@ EDITIONS = {
         },
     ),
 }
+PUBLISHED = [name for name in EDITIONS if name != "minutes"]
+"""Those with a table in docs/study.md"""

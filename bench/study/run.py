@@ -34,7 +34,11 @@ def result(out: Path) -> Row:
     """What is kept of a run."""
     steps = read_rows(out / "metrics.jsonl")
     evals = [
-        {k: v for k, v in row.items() if k in ("step", "when", "n", "avg", "avg_se", "length")}
+        {
+            k: v
+            for k, v in row.items()
+            if k in ("step", "when", "dataset", "n", "avg", "avg_se", "length")
+        }
         | {k: v for k, v in row.items() if k.startswith("pass@") and not k.endswith("_se")}
         for row in read_rows(out / "eval.jsonl")
     ]

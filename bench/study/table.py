@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import pairwise
 from statistics import fmean, stdev
 
@@ -12,15 +13,21 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantiles of Student's t for 1 to 9 degrees of freedom"""
 
 
-def last(row: Row, key: str = "avg") -> float:
+def evaluations(row: Row, dataset: str | None = None) -> list[Row]:
+    """The evaluations on a data set; None: on the first one."""
+    name = dataset or row["evals"][0].get("dataset")
+    return [x for x in row["evals"] if x.get("dataset") == name]
+
+
+def last(row: Row, key: str = "avg", dataset: str | None = None) -> float:
     """A figure of the evaluation after training."""
-    return float(row["evals"][-1][key])
+    return float(evaluations(row, dataset)[-1][key])
 
 
 def area(row: Row, steps: Collection[int]) -> float:
     """The mean of Avg over the training, by the trapezoidal rule over the evaluations after these
     steps."""
-    found = {x["step"]: x["avg"] for x in row["evals"]}
+    found = {x["step"]: x["avg"] for x in evaluations(row)}
     points = [(step, found[step]) for step in sorted(steps)]
     pieces = pairwise(points)
     total = sum((after - before) * (a + b) / 2 for (before, a), (after, b) in pieces)
@@ -50,6 +57,8 @@ def study_table(rows: list[Row]) -> str:
         ("mean Avg while training", lambda row: area(row, steps)),
         (f"Pass@{k}", lambda row: last(row, f"pass@{k}")),
     ]
+    others = list(dict.fromkeys(x.get("dataset") for x in rows[0]["evals"]))[1:]
+    figures += [(f"Avg on {name}", partial(last, dataset=name)) for name in others]
     lines = [
         f"| cell | seeds | {' | '.join(f'{name} | against {BASELINE}' for name, _ in figures)} |",
         "|---|---:|" + "---:|---|" * len(figures),

@@ -36,6 +36,7 @@ IGNORED = "data.weights, rollout.prompts, .samples, .refills, .max_logprob_gap"
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="same as model.path=MODEL")
     parser.add_argument("--data", action="append", help="a value for data.train; may be repeated")
+    parser.add_argument("--minutes", type=float, help="same as minutes=MINUTES")
 
 
 def _settings(arguments: argparse.Namespace) -> tuple[AnalysisConfig, Path]:
@@ -44,6 +45,8 @@ def _settings(arguments: argparse.Namespace) -> tuple[AnalysisConfig, Path]:
         config = replace(config, model=replace(config.model, path=arguments.model))
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, train=arguments.data))
+    if arguments.minutes is not None:
+        config = replace(config, minutes=arguments.minutes)
     return config, Path(arguments.out or f"analyses/{time.strftime('%Y%m%d-%H%M%S')}")
 
 
@@ -95,13 +98,26 @@ def _analyse(plan: AnalysisPlan) -> list[Any]:
                 )
         model = model if model is not None else _loaded(plan, subject)
         with display.waiting(f"measuring {subject.name}"):
-            found.append(_measured(config, subject, model, [m.text for m in texts]))
+            minutes, tokens = config.minutes, config.tokens
+            if minutes is not None:
+                minutes /= len(plan.subjects)
+                if n:  # the same tokens, if both models have the same tokenizer
+                    minutes, tokens = None, len(found[0].flow.token)
+            samples = [m.text for m in texts]
+            found.append(_measured(config, subject, model, samples, minutes, tokens))
         with display.waiting("writing tables and report"):
             write_results(plan.out, config, found, plan.how, subject.own_tokens, _facts(plan))
     return found
 
 
-def _measured(config: AnalysisConfig, subject: Subject, model: Any, texts: list[Any]) -> Any:
+def _measured(
+    config: AnalysisConfig,
+    subject: Subject,
+    model: Any,
+    texts: list[Any],
+    minutes: float | None,
+    tokens: int | None,
+) -> Any:
     from bupo import internal
 
     try:
@@ -117,6 +133,8 @@ def _measured(config: AnalysisConfig, subject: Subject, model: Any, texts: list[
             temperature=config.temperature,
             tolerance=config.tolerance,
             batch_tokens=config.batch_tokens,
+            minutes=minutes,
+            tokens=tokens,
             seed=config.seed,
         )
     except internal.IdentityError as error:
@@ -172,7 +190,8 @@ def print_results(found: Sequence[Any]) -> None:
         )
         ways = summary["convergence"]
         print(
-            f"{each.name}: {len(each.flow.token)} tokens of {len(each.texts)} texts\n"
+            f"{each.name}: {summary['tokens']} of {summary['of_tokens']} tokens of "
+            f"{len(each.texts)} texts\n"
             f"  boundary layer       {where}\n"
             f"  convergence          {ways['layer']['kind']} raw, "
             f"{ways['layer_normed']['kind']} with the final norm\n"

@@ -96,6 +96,8 @@ class AnalysisPlan:
         most = len(lengths) * config.rollout.max_new_tokens
         tokens = most if self.how == "generate" else sum(lengths)
         seconds = sum(_measuring_time(config, found, tokens) for found in sizes_of)
+        if config.minutes is not None:
+            seconds = min(seconds, 60 * config.minutes)
         bound = "at most " if self.how == "generate" else ""
         beside = ", not counting generation" if self.how == "generate" else ""
         lines.append(f"  time     {bound}about {_duration(seconds)} to measure{beside}")

@@ -56,7 +56,7 @@ def find_sources(config: Config, training: bool = True) -> Sources:
     ):
         if given and made:
             raise ConfigError(f"{key} is set, but task={config.task} brings its own data")
-    model = config.model.path or (str(files.model) if files else None)
+    model = config.model.path or (str(files.model) if files and files.model else None)
     if model is None:
         raise ConfigError("model.path is not set (folder or hub name of a causal LM)")
     train = [str(f) for f in files.train] if files and files.train else config.data.train
@@ -154,9 +154,9 @@ def make_engine(
 def build_task(config: Config, sources: Sources) -> None:
     """Makes the task's weights once, if the configuration names a task and no other model."""
     if sources.files is not None and sources.model == str(sources.files.model):
-        files, wait = sources.files, Display().waiting(f"making the model of {config.task}")
+        folder, wait = Path(sources.model), Display().waiting(f"making the model of {config.task}")
         with waited_for(cache_dir() / LOCK) if ranks.is_first() else nullcontext(), wait:
-            ranks.from_first(lambda: _task(config).build(config.task_options, files))
+            ranks.from_first(lambda: _task(config).build(config.task_options, folder))
 
 
 def _task(config: Config) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bupo.config.errors import require
 from bupo.config.inputs import DataConfig, ModelConfig
 from bupo.config.limits import Group, setting
 from bupo.config.sampling import RolloutConfig
@@ -46,16 +47,27 @@ class AnalysisConfig(Group):
     """Number of tokens that each of them shows, from the first one that is measured."""
     batch_tokens: int = setting(1024, at_least=1)
     """Number of tokens in one forward pass (at least one text); does not change the result."""
+    minutes: float | None = setting(None, above=0)
+    """Time for measuring, without generation: as many tokens are measured as it allows, drawn from
+    all texts evenly. null: all tokens."""
+    tokens: int | None = setting(None, at_least=1)
+    """The same by a number of tokens, which is the same on every machine; at least one a text."""
     seed: int = 0
     """Seed of the choice of prompts, of sampling and of resampling."""
     task: str | None = None
-    """Python module that makes a model, and perhaps data (bupo.tasks.arithmetic, bupo.tasks.tiny);
-    null: none."""
+    """Python module that makes a model, and perhaps data, as for bupo.run; null: none."""
     task_options: dict[str, Any] = field(default_factory=dict)
     """Options of the task."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.minutes is None or self.tokens is None,
+            f"minutes={self.minutes} and tokens={self.tokens} are both set; choose one",
+        )
 
     def as_run(self, generates: bool = True) -> Config:
         """The same model, data and engine as settings of a run, for what commands share; without

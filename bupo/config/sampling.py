@@ -123,19 +123,22 @@ class RolloutConfig(Group, prefix="rollout."):
 
 @dataclass
 class RewardConfig(Group, prefix="reward."):
-    function: str = "math"
+    function: str | None = None
     """math: 1 if the last \\boxed{} equals the answer by Math-Verify, else 0. strict: the same by
     comparison of strings alone, as in the paper. MODULE:FUNCTION: a function of (responses:
     list[str], answers: list[str]) that returns list[float | None], None for a response that it
-    cannot grade; a function extract(response) in that module gives majority votes."""
+    cannot grade. Its module may have extract(response), for majority votes, and KILLABLE = True:
+    the function is then called in processes of its own, for one response after the other. null: the
+    reward of the task, if it has one, else math."""
     by_source: dict[str, str] = field(default_factory=dict)
     """A function for each data_source, for example {math_dapo: strict, code: my.module:run}, in
     place of reward.function. Data of a source that is not named are then an error."""
     timeout: float = setting(10.0, above=0)
-    """Seconds for one response before its worker process is killed. The response then has no
-    reward: it is left out of training and counts as wrong in evaluations (reward/timeouts)."""
+    """Seconds for one response before its worker process is killed (reward.workers). The response
+    then has no reward: it is left out of training and counts as wrong in evaluations
+    (reward/timeouts)."""
     workers: int = setting(2, at_least=1)
-    """Number of worker processes of the math reward."""
+    """Number of worker processes of math, and of a function whose module says KILLABLE = True."""
     overlong_buffer: int = setting(0, at_least=0)
     """DAPO's soft penalty on length, in training only: over this many tokens before
     rollout.max_new_tokens, the penalty grows linearly from 0 to 1; 0: none."""
@@ -144,7 +147,7 @@ class RewardConfig(Group, prefix="reward."):
         super().__post_init__()
         named = {f"by_source.{source}": name for source, name in self.by_source.items()}
         for key, name in {"function": self.function, **named}.items():
-            if name not in ("math", "strict") and name.count(":") != 1:
+            if name not in (None, "math", "strict") and name.count(":") != 1:
                 raise ConfigError(
                     f"reward.{key} must be math, strict or module:function, got {name!r}"
                 )
@@ -152,7 +155,7 @@ class RewardConfig(Group, prefix="reward."):
     @property
     def functions(self) -> list[str]:
         """Each function in use, once."""
-        return list(dict.fromkeys(self.by_source.values() or [self.function]))
+        return list(dict.fromkeys(self.by_source.values() or [self.function or "math"]))
 
 
 @dataclass

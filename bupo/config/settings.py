@@ -3,6 +3,7 @@ exists."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,8 +106,8 @@ class Config(Group):
     """Project of Weights & Biases that shows the metrics, if that package is installed; null:
     none."""
     task: str | None = None
-    """Python module that makes model and data (bupo.tasks.arithmetic, bupo.tasks.tiny); null: model
-    and data are given."""
+    """Python module that makes model and data: bupo.tasks.arithmetic, modular, countdown, smollm2,
+    reasoning_gym or tiny, or one of your own; null: model and data are given."""
     task_options: dict[str, Any] = field(default_factory=dict)
     """Options of the task."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -125,6 +126,7 @@ class Config(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.reward.function = self.reward.function or _reward_of(self.task)
         if (prompts := self.optimizer.mini_batch_prompts) is not None:
             require(
                 self.rollout.prompts % prompts == 0,
@@ -192,3 +194,12 @@ class Config(Group):
         total, rest = sum(filter(None, lengths)), lengths[-1:] == [None]
         if lengths and (total >= self.steps if rest else total != self.steps):
             yield f"phases have {total} steps{' before the last' * rest}, but steps={self.steps}"
+
+
+def _reward_of(task: str | None) -> str:
+    """Returns the name of the task's reward, or of that for mathematics if it has none."""
+    try:
+        has_one = task is not None and hasattr(importlib.import_module(task), "reward")
+    except ImportError:  # which is reported where the task is loaded
+        has_one = False
+    return f"{task}:reward" if has_one else "math"

@@ -17,13 +17,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch import nn
 
+from bupo import progress
 from bupo.internal import tables
 from bupo.internal.boundary import TOLERANCE, Boundary, boundary_layer, convergence
+from bupo.internal.budget import only, some_tokens, tokens_within
 from bupo.internal.checks import Check, identities
 from bupo.internal.curves import Curve, curves, single
 from bupo.internal.entropy_flow import EntropyFlow, FlowMeasure
 from bupo.internal.lens import Lens, LensMeasure, SimilarityMeasure
 from bupo.internal.sweep import VIEWS, sweep
+from bupo.internal.texts import measured
 from bupo.policy import num_layers, unembedding
 from bupo.samples import Sample
 
@@ -102,6 +105,7 @@ class Analysis:
             "largest_entropy": float(np.log(self.flow.vocab)),
             "texts": len(self.texts),
             "tokens": len(self.flow.token),
+            "of_tokens": sum(text.count for text in self.texts),
             "parallel_blocks": self.flow.parallel,
             "notes": self.notes(),
             "echo": {name: self.echo(name).tolist() for name in CLOSER},
@@ -130,6 +134,8 @@ def analyse(
     temperature: float = 1.0,
     tolerance: float = TOLERANCE,
     batch_tokens: int = 1024,
+    minutes: float | None = None,
+    tokens: int | None = None,
     seed: int = 0,
 ) -> Analysis:
     """Measures entropies, log-probs, norms and cosines of every layer, attention and FFN over the
@@ -137,39 +143,58 @@ def analyse(
     the last; and the top_k likeliest tokens for the first `closer_tokens` of the first `closer`
     texts.
 
-    The texts run through the model once. tokenizer: only needed for readable tokens. temperature:
-    that of every policy. tolerance: that of the boundary. Memory: that of entropy_flow and lens,
-    and O(L tokens). Errors: ValueError if there is no text, a text without a measured token, or a
-    stride or closer_tokens below 1; IdentityError if an identity of bupo.internal.checks does not
-    hold; DecompositionError; else those of bupo.policy.
+    The texts run through the model once. tokens: the number of tokens that are measured, drawn from
+    all texts evenly by seed; minutes: sets it to what can be measured in that time. The tokens of
+    the heat maps come on top, within half of the time. tokenizer: only needed for readable tokens.
+    temperature: that of every policy. tolerance: that of the boundary. Memory: that of entropy_flow
+    and lens, and O(L tokens). Errors: ValueError if there is no text, a text without a measured
+    token, or a stride or closer_tokens below 1; IdentityError if an identity of
+    bupo.internal.checks does not hold; DecompositionError; else those of bupo.policy.
     """
     for option, value in (("stride", stride), ("closer_tokens", closer_tokens)):
         if value < 1:
             raise ValueError(f"analyse: {option}: expected at least 1, got {value}")
     layers = kept_layers(num_layers(model), stride)
-    flow = FlowMeasure(model, texts, temperature)
-    first = [
-        (number < max(closer, 1)) & (np.arange(text.count) < closer_tokens)
-        for number, text in enumerate(texts)
-    ]
-    wide = LensMeasure(model, texts, 1, VIEWS, layers)
-    near = LensMeasure(model, texts, top_k, CLOSER, layers, np.concatenate(first))
-    similarity = SimilarityMeasure(texts)
-    sweep(model, texts, [flow, wide, near, similarity], temperature, batch_tokens)
-    entropies = flow.result()
+    measured("analyse", texts)
+    shown = max(closer, 1)
+
+    def measure(kept: NDArray[np.bool_], few: Sequence[Sample]) -> Any:
+        """kept: of the counted tokens of these texts, those that are measured."""
+        first = np.concatenate(
+            [(n < shown) & (np.arange(x.count) < closer_tokens) for n, x in enumerate(few)]
+        )
+        read, either = only(few, kept | first), kept | first
+        flow = FlowMeasure(model, read, temperature, kept[either])
+        wide = LensMeasure(model, read, 1, VIEWS, layers, kept[either])
+        near = LensMeasure(model, read, top_k, CLOSER, layers, first[either])
+        similarity = SimilarityMeasure(read)
+        sweep(model, read, [flow, wide, near, similarity], temperature, batch_tokens)
+        return flow.result(), wide.result(similarity), near.result(similarity)
+
+    def timed(probe: list[Sample]) -> None:
+        with progress.watched_by(lambda share: None):
+            measure(np.ones(probe[0].count, bool), probe)
+
+    if minutes is not None:
+        tokens = tokens_within(60 * minutes, texts, timed)
+        closer_tokens = max(1, min(closer_tokens, tokens // (2 * shown)))
+        tokens = max(len(texts), tokens - sum(min(x.count, closer_tokens) for x in texts[:shown]))
+    every = np.ones(sum(text.count for text in texts), bool)
+    kept = every if tokens is None else some_tokens(texts, tokens, seed)
+    entropies, wide, near = measure(kept, texts)
     found = Analysis(
         name=name,
         texts=list(texts),
         flow=entropies,
-        lens=wide.result(similarity),
-        closer=near.result(similarity),
+        lens=wide,
+        closer=near,
         boundary=boundary_layer(entropies.by_text(entropies.change("ffn")), tolerance, seed),
         checks=identities(entropies, unembedding(model).weight.dtype),
     )
     if tokenizer is not None:
-        shown = [np.concatenate([*(t.token_ids for t in texts), found.closer.final_top])]
-        shown += [x.ravel() for x in found.closer.top_tokens.values()]
-        found.pieces = readable(tokenizer, np.unique(np.concatenate(shown)))
+        pieces = [np.concatenate([*(t.token_ids for t in texts), found.closer.final_top])]
+        pieces += [x.ravel() for x in found.closer.top_tokens.values()]
+        found.pieces = readable(tokenizer, np.unique(np.concatenate(pieces)))
     return found
 
 

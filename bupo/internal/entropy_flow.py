@@ -106,8 +106,14 @@ class FlowMeasure(Measure):
 
     takes_apart = True
 
-    def __init__(self, model: nn.Module, texts: Sequence[Sample], temperature: float) -> None:
-        super().__init__("entropy_flow", texts)
+    def __init__(
+        self,
+        model: nn.Module,
+        texts: Sequence[Sample],
+        temperature: float,
+        chosen: NDArray[np.bool_] | None = None,
+    ) -> None:
+        super().__init__("entropy_flow", texts, chosen=chosen)
         self._head, self._norm = unembedding(model), decoder_stack(model).norm
         self._depth, self._temperature = num_layers(model), temperature
         self._parallel, self._decomposition_error = False, 0.0

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from bupo import progress
 from bupo.config import ConfigError, RewardConfig
-from bupo.rewards.function_reward import FunctionReward
-from bupo.rewards.math_reward import MathReward
+from bupo.rewards.function_reward import FunctionReward, find
+from bupo.rewards.killable import KillableReward
 from bupo.types import Grades, Prompt, Reward, Rollout
 
 
@@ -54,8 +54,7 @@ class SourceReward:
 def check_functions(config: RewardConfig) -> None:
     """Raises ConfigError for a function that cannot be called with responses and answers."""
     for name in config.functions:
-        if name != "math":
-            FunctionReward(name)
+        find(name)
 
 
 def check_sources(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
@@ -74,11 +73,14 @@ def make_reward(config: RewardConfig) -> Reward:
     made: dict[str, Reward] = {}
     try:
         for name in config.functions:
-            made[name] = MathReward(config) if name == "math" else FunctionReward(name)
+            function = find(name)
+            apart = function.killable
+            made[name] = KillableReward(function, config) if apart else FunctionReward(function)
     except BaseException:  # also Ctrl-C
         for reward in made.values():
             reward.close()
         raise
     if not config.by_source:
-        return made[config.function]
+        (reward,) = made.values()
+        return reward
     return SourceReward({source: made[name] for source, name in config.by_source.items()})

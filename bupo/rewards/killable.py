@@ -1,10 +1,11 @@
-"""Grades mathematical answers with Math-Verify, in processes that are killed at a deadline."""
+"""A reward whose function is called in processes that are killed at a deadline."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -16,26 +17,18 @@ from typing import Any
 
 from bupo import progress
 from bupo.config import ConfigError, RewardConfig
-from bupo.rewards import boxed
+from bupo.rewards.function_reward import GradingFunction
 from bupo.types import Grades, Rollout
-
-GOLDEN = [
-    ("so it is \\boxed{\\frac{1}{2}}", "0.5", 1.0),
-    ("\\boxed{3} no, \\boxed{4}", "4", 1.0),
-    ("\\boxed{x^2+2x+1}", "(x+1)^2", 1.0),
-    ("\\boxed{5}", "6", 0.0),
-    ("the answer is 5", "5", 0.0),
-]
-"""Response, answer and known reward; if one is graded wrong, the installation is broken."""
 
 
 class _Worker:
-    """A process of bupo.rewards.math_worker, which is restarted after each kill."""
+    """A process of bupo.rewards.worker, which is restarted after each kill."""
 
     grading: str | None = None
     """The answer that is being graded"""
 
-    def __init__(self) -> None:
+    def __init__(self, function: GradingFunction) -> None:
+        self._function = function
         self._ended, self._lock = False, threading.Lock()
         self._start()
 
@@ -44,17 +37,18 @@ class _Worker:
             if self._ended:
                 return
             self.process: Any = subprocess.Popen(
-                [sys.executable, "-m", "bupo.rewards.math_worker"],
+                [sys.executable, "-m", "bupo.rewards.worker", self._function.place],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 start_new_session=True,  # only the trainer handles Ctrl-C
             )
         try:
-            if self._reply() != {"ready": True}:
-                raise ConfigError(
-                    "the math reward's worker does not start: is math-verify installed?"
-                )
+            reply = self._reply() or {"error": "it died"}
+            if "error" in reply:
+                name = self._function.name
+                raise ConfigError(f"reward.function={name} does not start: {reply['error']}")
         except BaseException:  # also Ctrl-C
             self._kill()
             raise
@@ -81,7 +75,10 @@ class _Worker:
         if reply is None:
             self._restart()
             return math.nan, "its worker died"
-        return reply.get("reward", math.nan), reply.get("error", "")
+        if "error" in reply:
+            return math.nan, reply["error"]
+        reward = math.nan if reply["reward"] is None else reply["reward"]
+        return reward, "" if math.isfinite(reward) else f"it returned {reply['reward']}"
 
     def _send(self, request: str) -> None:
         self.process.stdin.write(request + "\n")
@@ -110,33 +107,41 @@ class _Worker:
                 pipe.close()
 
 
-class MathReward:
-    """Gives 1 if the last \\boxed{} equals the ground truth, else 0. There are reward.workers
-    processes, each watched by a thread that kills it after reward.timeout seconds."""
+class KillableReward:
+    """Calls a function that module:function names, for one response after the other. There are
+    reward.workers processes, each watched by a thread that kills it after reward.timeout
+    seconds."""
 
-    def __init__(self, config: RewardConfig) -> None:
-        self._timeout = config.timeout
+    def __init__(self, function: GradingFunction, config: RewardConfig) -> None:
+        self._function, self._timeout = function, config.timeout
         self._workers: list[_Worker] = []
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._threads = ThreadPoolExecutor(config.workers)
         try:
             for _ in range(config.workers):
-                self._workers.append(_Worker())
+                self._workers.append(_Worker(function))
                 self._idle.put(self._workers[-1])
-            grades = self.grade([(response, answer) for response, answer, _ in GOLDEN])
-            wrong = [g for g, reward in zip(GOLDEN, grades.rewards) if reward != g[2]]
-            if wrong:
-                why = grades.first_failure or wrong
-                raise ConfigError(f"the math reward fails its self-check on {why}")
+            self._check()
         except BaseException:  # also Ctrl-C
             self.close()
             raise
 
+    def _check(self) -> None:
+        """Raises ConfigError if a response whose reward is known is graded wrong."""
+        golden = getattr(self._function.module, "GOLDEN", [])
+        grades = self.grade([(response, answer) for response, answer, _ in golden])
+        wrong = [g for g, reward in zip(golden, grades.rewards) if reward != g[2]]
+        if wrong:
+            why = grades.first_failure or wrong
+            raise ConfigError(
+                f"reward.function={self._function.name} fails its self-check on {why}"
+            )
+
     def __call__(self, rollouts: Sequence[Rollout]) -> Grades:
         return self.grade([(r.text, r.prompt.answer) for r in rollouts])
 
-    def answers(self, rollouts: Sequence[Rollout]) -> list[str | None]:
-        return [boxed.extract(r.text) for r in rollouts]
+    def answers(self, rollouts: Sequence[Rollout]) -> list[str | None] | None:
+        return self._function.answers(rollouts)
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> Grades:
         """Grades (response, answer) pairs; a timeout or an error is counted and gives nan."""
