@@ -67,7 +67,7 @@ TINY = "task_options={layers: 2, width: 32, warm_steps: 4, eval_problems: 4, see
 
 def harder(task: str) -> Edition:
     own = (f"task=bupo.tasks.{task}", "rollout.max_new_tokens=48", "task_options={seed: {seed}}")
-    common = (*SEEDED, *own, "eval.every=10", *SIXTEEN)
+    common = (*SEEDED, *own, "eval.every=20", *SIXTEEN)
     return Edition("arithmetic.yaml", (1, 2, 3, 4, 5), common, HARDER)
 
 

@@ -58,7 +58,9 @@ def study_table(rows: list[Row]) -> str:
         (f"Pass@{k}", lambda row: last(row, f"pass@{k}")),
     ]
     others = list(dict.fromkeys(x.get("dataset") for x in rows[0]["evals"]))[1:]
-    figures += [(f"Avg on {name}", partial(last, dataset=name)) for name in others]
+    for name in others:
+        figures.append((f"Avg on {name}", partial(last, dataset=name)))
+        figures.append((f"Pass@{k} on {name}", partial(last, key=f"pass@{k}", dataset=name)))
     lines = [
         f"| cell | seeds | {' | '.join(f'{name} | against {BASELINE}' for name, _ in figures)} |",
         "|---|---:|" + "---:|---|" * len(figures),

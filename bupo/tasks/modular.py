@@ -75,5 +75,7 @@ def _demonstration(problem: Problem, rng: random.Random) -> str:
     return f"{';'.join(steps)}#{value}"
 
 
-TASK = Characters("modular", "0123456789+-*=;#", DEFAULTS, _problems, _demonstration)
+TASK = Characters(
+    "modular", "0123456789+-*=;#", DEFAULTS | {"warm_steps": 1200}, _problems, _demonstration
+)
 prepare, build = TASK.prepare, TASK.build
