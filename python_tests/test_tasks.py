@@ -69,7 +69,7 @@ def test_nothing_that_is_held_out_is_trained_on(task: Any, tmp_path: Path) -> No
     assert other != train
 
 
-@pytest.mark.parametrize(("task", "share"), [(arithmetic, 0.5), (countdown, 0.37), (modular, 0.5)])
+@pytest.mark.parametrize(("task", "share"), [(arithmetic, 0.5), (countdown, 0.35), (modular, 0.5)])
 def test_demonstrations_are_right_sometimes(task: Any, share: float) -> None:
     """The warm start leaves something to learn, and what is right gets its reward."""
     problems, _ = task.TASK.problems(task.DEFAULTS)
@@ -83,21 +83,23 @@ def test_demonstrations_are_right_sometimes(task: Any, share: float) -> None:
 @pytest.mark.parametrize(
     ("response", "right"),
     [
-        ("3+5=8*8=64#", True),
-        ("5+8=13-3=10;8*5=40+3=43;5+3=8*8=64#", True),
-        ("3+5=8*8=64", False),  # not ended
-        ("3+5=8*8=64#5", False),
-        ("3+5=8*8=64#;#", False),
-        ("3+5=8*8=64;5+8=13-3=10#", False),  # the last attempt counts
-        ("8*8=64#", False),  # not these numbers
-        ("8*5=61+3=64#", False),  # worked out wrong
-        ("3+5=9*8=64#", False),
-        ("64=64#", False),
+        ("8+3=11-5=6-2=4#", True),
+        ("3-2=1-5=-4+8=4#", True),
+        ("5+8=13-2=11+3=14;8+3=11-2=9-5=4#", True),
+        ("8+3=11-5=6-2=4", False),  # not ended
+        ("8+3=11-5=6-2=4#4", False),
+        ("8+3=11-5=6-2=4#;#", False),
+        ("8+3=11-5=6-2=4;5+8=13-2=11+3=14#", False),  # the last attempt counts
+        ("8-4=4#", False),  # not these numbers
+        ("8+3=11-5=6-2=4-0=4#", False),
+        ("8+5=13-3=9-2=4#", False),  # worked out wrong
+        ("-2+3=1-5=-4+8=4#", False),
+        ("4=4#", False),
         ("#", False),
     ],
 )
 def test_countdown_asks_for_a_last_attempt_that_is_right(response: str, right: bool) -> None:
-    assert countdown.reward([response], ["3,5,8>64="]) == [right]
+    assert countdown.reward([response], ["2,3,5,8>4="]) == [right]
 
 
 def test_steps_modulo_11_follow_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""Countdown: reach a target with three numbers. A search, in which most attempts fail.
+"""Countdown: reach a target by adding and subtracting four numbers. A search by trial and error.
 
-For the prompt `3,5,8>64=` the response writes attempts, each of which combines all three numbers
-from left to right, until one reaches the target: `5+8=13-3=10;3+5=8*8=64#`. It gets the reward 1 if
+For the prompt `2,3,5,8>4=` the response writes attempts, each of which takes all four numbers in
+any order, until one reaches the target: `5+8=13-2=11+3=14;8+3=11-5=6-2=4#`. It gets the reward 1 if
 its last attempt uses each number once, is worked out right, reaches the target, and is followed by
 `#` and nothing else. The warm start imitates demonstrations of up to ATTEMPTS attempts, of which
 the last is one that reaches the target with probability KNOWN and otherwise as random as the
@@ -11,26 +11,24 @@ others.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from itertools import combinations, permutations, product
+import re
+from collections.abc import Sequence
+from itertools import combinations, product
 from typing import Any
 
 from bupo.tasks.small_models import DEFAULTS, Characters, Problem, hold_out
 
-SIGNS, NUMBERS, LARGEST = "+-*", range(1, 10), 99
-ATTEMPTS, KNOWN = 3, 0.3
+NUMBERS, COUNT = range(1, 13), 4
+ATTEMPTS, KNOWN = 3, 0.2
 
 
-def _attempts(numbers: Sequence[int]) -> Iterator[tuple[str, int]]:
-    """Yields every way to combine the numbers from left to right, and its value."""
-    for (a, b, c), (first, second) in product(permutations(numbers), product(SIGNS, repeat=2)):
-        between = _apply(first, a, b)
-        value = _apply(second, between, c)
-        yield f"{a}{first}{b}={between}{second}{c}={value}", value
-
-
-def _apply(sign: str, a: int, b: int) -> int:
-    return a + b if sign == "+" else a - b if sign == "-" else a * b
+def written(numbers: Sequence[int], signs: Sequence[int]) -> str:
+    """Returns an attempt: the numbers, added (1) or subtracted (-1) from left to right."""
+    total, text = numbers[0], str(numbers[0])
+    for number, sign in zip(numbers[1:], signs[1:]):
+        total += sign * number
+        text += f"{'+' if sign > 0 else '-'}{number}={total}"
+    return text
 
 
 def extract(response: str) -> str | None:
@@ -46,39 +44,52 @@ def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
 
 
 def _is_right(attempt: str | None, prompt: str) -> bool:
-    numbers, target = prompt.rstrip("=").split(">")
-    right = [way for way, value in _attempts(_numbers(numbers)) if value == int(target)]
-    return attempt in right
+    numbers, target = _parts(prompt)
+    parts = re.findall(r"([+-]?)(\d+)(?:=-?\d+)?", attempt or "")
+    used, signs = [int(number) for _, number in parts], [-1 if s == "-" else 1 for s, _ in parts]
+    if sorted(used) != numbers or signs[0] < 0:
+        return False
+    return attempt == written(used, signs) and attempt.endswith(f"={target}")
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+def _parts(prompt: str) -> tuple[list[int], int]:
+    numbers, target = prompt[:-1].split(">")
+    return [int(number) for number in numbers.split(",")], int(target)
 
 
 def _problems(settings: dict[str, Any]) -> Any:
     problems = []
-    for numbers in combinations(NUMBERS, 3):
-        for target in sorted({value for _, value in _attempts(numbers) if 0 < value <= LARGEST}):
+    for numbers in combinations(NUMBERS, COUNT):
+        sums = {sum(x * s for x, s in zip(numbers, signs)) for signs in _signs()}
+        for target in sorted(x for x in sums if x > 0):
             prompt = f"{','.join(map(str, numbers))}>{target}="
             problems.append(Problem(prompt, prompt, "countdown"))
     return hold_out(problems, settings)
 
 
+def _signs() -> list[tuple[int, ...]]:
+    """Returns all signs but those that only subtract."""
+    return [signs for signs in product((1, -1), repeat=COUNT) if max(signs) > 0]
+
+
 def _demonstration(problem: Problem, rng: random.Random) -> str:
-    numbers, target = problem.prompt[:-1].split(">")
-    ways = list(_attempts(_numbers(numbers)))
-    written = []
-    for _ in range(rng.randint(1, ATTEMPTS)):
-        way, value = rng.choice(ways)
-        written.append(way)
-        if value == int(target):
-            return ";".join(written) + "#"
-    if rng.random() < KNOWN:
-        written[-1] = rng.choice([way for way, value in ways if value == int(target)])
-    return ";".join(written) + "#"
+    numbers, target = _parts(problem.prompt)
+    known = [s for s in _signs() if sum(x * one for x, one in zip(numbers, s)) == target]
+    attempts: list[str] = []
+    for left in reversed(range(rng.randint(1, ATTEMPTS))):
+        knows = not left and rng.random() < KNOWN
+        signed = list(zip(numbers, rng.choice(known if knows else _signs())))
+        while True:
+            rng.shuffle(signed)
+            if signed[0][1] > 0:
+                break
+        attempts.append(written(*zip(*signed)))
+        if attempts[-1].endswith(f"={target}"):
+            break
+    return ";".join(attempts) + "#"
 
 
 TASK = Characters(
-    "countdown", "0123456789+-*=,>;#", DEFAULTS | {"warm_steps": 1200}, _problems, _demonstration
+    "countdown", "0123456789+-=,>;#", DEFAULTS | {"warm_steps": 1200}, _problems, _demonstration
 )
 prepare, build = TASK.prepare, TASK.build

@@ -7,8 +7,10 @@ task_options.largest. The reward reads the last number of the response.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +100,10 @@ def build(options: dict[str, Any], folder: Path) -> None:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     weights = _weights()
-    with hub.quiet():
+    with (
+        hub.quiet(),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # a bar that it does not switch off
         model = AutoModelForCausalLM.from_pretrained(
             weights.parent,
             gguf_file=weights.name,
