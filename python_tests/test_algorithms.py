@@ -71,7 +71,7 @@ def test_algorithm_in_both_phases(name: str, tmp_path: Path) -> None:
 def start_of_runs() -> Path:
     """The task's model."""
     cache = Path(os.environ["BUPO_CACHE"])
-    (file,) = cache.glob("arithmetic-2-32-4-*-4-0/model/model.safetensors")
+    (file,) = cache.glob("arithmetic-qwen3-2-32-4-*-4-0-*/model/model.safetensors")
     return file
 
 

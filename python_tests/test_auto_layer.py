@@ -20,7 +20,7 @@ def loud_top(tmp_path: Path) -> Iterator[None]:
     entropy than what it reads: the FFN of layer 1 is the last to explore."""
     assert run(tmp_path / "first", "steps=1", "bupo.steps=0") == 0  # makes the model
     cache = Path(os.environ["BUPO_CACHE"])
-    (file,) = cache.glob("arithmetic-2-32-4-*-4-0/model/model.safetensors")
+    (file,) = cache.glob("arithmetic-qwen3-2-32-4-*-4-0-*/model/model.safetensors")
     before, weights = file.read_bytes(), load_file(file)
     weights["model.layers.1.mlp.down_proj.weight"] *= 5000
     weights["model.layers.0.mlp.down_proj.weight"] *= 0.01  # nearly uniform

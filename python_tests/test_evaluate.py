@@ -98,7 +98,7 @@ def test_greedy_and_several_data_sets(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The likeliest tokens: another seed gives the same, sampling does not."""
-    (made,) = Path(os.environ["BUPO_CACHE"]).glob("arithmetic-2-32-4-*-40-0")
+    (made,) = Path(os.environ["BUPO_CACHE"]).glob("arithmetic-qwen3-2-32-4-*-40-0-*")
     lines = (made / "eval.jsonl").read_text().splitlines()
     sets = []
     for name, part in (("first", lines[:6]), ("second", lines[6:10])):

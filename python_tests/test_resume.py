@@ -85,7 +85,7 @@ def test_bupo_evaluate_gives_the_figures_of_training(whole: Path, tmp_path: Path
 def test_stopped_between_two_data_sets(tmp_path: Path) -> None:
     """The second one of an evaluation is not forgotten because the first one is recorded."""
     assert run(tmp_path / "first", "steps=1", "bupo.steps=0") == 0
-    (made,) = Path(os.environ["BUPO_CACHE"]).glob("arithmetic-2-32-4-*-4-0")
+    (made,) = Path(os.environ["BUPO_CACHE"]).glob("arithmetic-qwen3-2-32-4-*-4-0-*")
     held_out = (made / "eval.jsonl").read_text()
     (tmp_path / "a.jsonl").write_text(held_out.replace("addition", "one"))
     (tmp_path / "b.jsonl").write_text(held_out.replace("addition", "two"))
@@ -141,7 +141,8 @@ def test_layers_above_are_untouched_until_the_switch(whole: Path, tmp_path: Path
     assert run(out, stop=6) == 128 + signal.SIGTERM  # evaluation at the switch: 3 steps are done
     trained = run_directory.checkpoints(out)[-1]
     cache = Path(os.environ["BUPO_CACHE"])
-    (start,) = cache.glob("arithmetic-2-32-4-*-4-0/model/model.safetensors")  # 4 eval_problems
+    # eval_problems is 4
+    (start,) = cache.glob("arithmetic-qwen3-2-32-4-*-4-0-*/model/model.safetensors")
     changed, same = set(), set()
     with safe_open(start, "pt") as before, safe_open(trained / "model.safetensors", "pt") as after:
         for name in before.keys():  # noqa: SIM118 - safe_open is no dict
@@ -221,7 +222,7 @@ def test_files_may_move_between_two_parts_of_a_run(
 ) -> None:
     """Model and data under other names are the same run; other data under any name are not."""
     assert run(tmp_path / "first", "steps=1", "bupo.steps=0") == 0
-    (made,) = Path(os.environ["BUPO_CACHE"]).glob("arithmetic-2-32-4-*-4-0")
+    (made,) = Path(os.environ["BUPO_CACHE"]).glob("arithmetic-qwen3-2-32-4-*-4-0-*")
     lines = (made / "train.jsonl").read_text().splitlines(keepends=True)
     out, old, new = tmp_path / "run", tmp_path / "old", tmp_path / "new"
     for folder in (old, new):

@@ -102,6 +102,15 @@ def test_countdown_asks_for_a_last_attempt_that_is_right(response: str, right: b
     assert countdown.reward([response], ["2,3,5,8>4="]) == [right]
 
 
+def test_a_task_that_has_changed_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = modular.prepare({}, tmp_path)
+    assert modular.prepare({}, tmp_path) == before
+    monkeypatch.setattr(modular, "NOISE", 0)
+    assert modular.prepare({}, tmp_path) != before
+
+
 def test_steps_modulo_11_follow_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modular, "NOISE", 0)
     written = modular.TASK.demonstration(Problem("3*9+5-8=", "2", ""), random.Random(0))

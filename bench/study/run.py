@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from measure import environment
 from rows import RESULTS, ROOT, Row, append, read
 from study.cells import EDITIONS
+from study.table import last
 
 from bupo.runlog.run_directory import read_rows
 
@@ -90,7 +91,7 @@ def main() -> int:
     def one(pair: tuple[str, int]) -> Any:
         row = run(args.edition, *pair, args.out / args.edition, args.threads)
         append(file, machine, [row])
-        print(f"{pair[0]}, seed {pair[1]}: Avg {row['evals'][-1]['avg']:.3f}", flush=True)
+        print(f"{pair[0]}, seed {pair[1]}: Avg {last(row):.3f}", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, missing))

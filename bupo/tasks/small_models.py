@@ -3,6 +3,7 @@ tokenizer, the files, and a warm start, which imitates demonstrations."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -92,12 +93,17 @@ class Characters:
     """Writes a response, which need not be right"""
 
     def prepare(self, options: dict[str, Any], cache: Path) -> TaskFiles:
-        """Writes tokenizer, model configuration and data to a folder named after the options."""
+        """Writes tokenizer, model configuration and data to a folder named after the options and
+        a digest of what the task is made of."""
         settings = checked(options, self.defaults)
-        folder = cache / "-".join([self.name, *(str(settings[key]) for key in self.defaults)])
+        parts = self.problems(settings)
+        rng = random.Random(0)
+        written = [self.demonstration(one, rng) for one in parts[1]]
+        digest = hashlib.sha256(repr([self.symbols, parts[1], written]).encode()).hexdigest()[:8]
+        named = [self.name, *(str(settings[key]) for key in self.defaults), digest]
+        folder = cache / "-".join(named)
         files = TaskFiles(folder / "model", [folder / "train.jsonl"], [folder / "eval.jsonl"])
         if not (folder / "eval.jsonl").exists():
-            parts = self.problems(settings)
             self._tokenizer().save_pretrained(files.model)
             self._config(settings).save_pretrained(files.model)
             for part, problems in zip(("train", "eval"), parts):
