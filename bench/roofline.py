@@ -7,17 +7,14 @@ flop counts the products that the mathematics needs; bytes counts every input re
 output written once. A square product and a copy in memory measure the two ceilings in the same run.
 """
 
-import hashlib
-import json
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from rows import RESULTS, ROOT, Row, is_wrong_peer, newest, shape_of
+import pictures
+from rows import RESULTS, Row, is_wrong_peer, newest, shape_of
 
-DOCS = ROOT / "docs"
 BENCHMARKS = {"cuda": "a GPU", "cpu": "a CPU", "cpu_avx2": "a CPU without AVX-512"}
 SMALL: dict[str, Any] = {"fontsize": 8}
-KEY = "results"  # the key in a picture's metadata of a digest of its rows
 
 
 def rows_to_draw(name: str) -> list[Row]:
@@ -32,14 +29,15 @@ def rows_to_draw(name: str) -> list[Row]:
     return [r for r in rows if r["dtype"] == dtype and r["live"] == 1 and not is_wrong_peer(r)]
 
 
-def draw(rows: list[Row], title: str) -> Any:
+def draw(rows: list[Row], machine: str) -> Any:
     """On the left the roofline, on the right the rate of each implementation."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    run = rows[0]
+    run, (tokens, width, vocab) = rows[0], shape_of(rows[0])
+    title = f"LM-head ops on {machine}, {run['dtype']}, N={tokens} D={width} V={vocab}"
     peak, bandwidth = run["gemm_tflops"][run["dtype"]], run["copy_gb_s"] / 1e3
     rows = sorted(rows, key=lambda row: row["gflops"])
     rates = [row["gflops"] / 1e3 for row in rows]
@@ -73,29 +71,12 @@ def draw(rows: list[Row], title: str) -> Any:
     return figure
 
 
-def is_made_from(picture: Path, digest: str) -> bool:
-    """Whether a picture is there and was made from results with this digest."""
-    from PIL import Image
-
-    if not picture.exists():
-        return False
-    with Image.open(picture) as image:
-        return image.info.get(KEY) == digest
-
-
 def update_pictures(check: bool) -> list[str]:
     """Draws the pictures that are missing or show other results; with `check` draws none. Returns
     their names."""
     stale = []
     for name, machine in BENCHMARKS.items():
-        rows, picture = rows_to_draw(name), DOCS / f"roofline_{name}.png"
-        text = json.dumps(rows, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        if not rows or is_made_from(picture, digest):
-            continue
-        stale.append(picture.name)
-        if not check:
-            tokens, width, vocab = shape_of(rows[0])
-            title = f"LM-head ops on {machine}, {rows[0]['dtype']}, N={tokens} D={width} V={vocab}"
-            draw(rows, title).savefig(picture, dpi=110, metadata={KEY: digest})
+        stale += pictures.update(
+            f"roofline_{name}.png", rows_to_draw(name), partial(draw, machine=machine), check
+        )
     return stale

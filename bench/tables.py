@@ -9,8 +9,10 @@ import re
 import sys
 from collections.abc import Callable
 
+import pictures
 import roofline
 import scan_model
+import study.plots
 from rows import (
     RESULTS,
     ROOT,
@@ -266,6 +268,12 @@ MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
 """By the name of a table: the file of its results, and what makes it of their rows"""
 
 
+def study_rows(edition: str) -> list[Row]:
+    """Each row is of a run of its own."""
+    file = RESULTS / f"study_{edition}.jsonl"
+    return read(file) if file.exists() else []
+
+
 def table_named(name: str) -> str:
     """A table of the documents, or a sentence that says which results are missing."""
     if name == "rooflines":
@@ -276,10 +284,8 @@ def table_named(name: str) -> str:
         return COMPUTED[name]()
     results, make = MEASURED[name]
     file = RESULTS / f"{results}.jsonl"
-    if results.startswith("study_"):  # each row is of a run of its own
-        rows = read(file) if file.exists() else []
-    else:
-        rows = newest(file)
+    is_study = name.removeprefix("study_") in PUBLISHED
+    rows = study_rows(name.removeprefix("study_")) if is_study else newest(file)
     return make(rows) if rows else f"Not measured yet: there is no bench/results/{results}.jsonl."
 
 
@@ -297,9 +303,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
-    stale = [
-        f"docs/{name}" for name in roofline.update_pictures(check)
-    ]  # before the tables, which link them
+    # Before the tables, which link them.
+    drawn = roofline.update_pictures(check)
+    for name in PUBLISHED:
+        drawn += pictures.update(f"study_{name}.png", study_rows(name), study.plots.draw, check)
+    stale = [f"docs/{name}" for name in drawn]
     for name in DOCUMENTS:
         text = (ROOT / name).read_text(encoding="utf-8")
         if with_new_tables(text) != text:

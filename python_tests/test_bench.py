@@ -12,6 +12,7 @@ from typing import Any
 import bench_lm_head
 import measure
 import peers
+import pictures
 import pytest
 import regression
 import roofline
@@ -223,7 +224,7 @@ def test_the_roofline_shows_what_may_be_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roofline, "RESULTS", tmp_path)
-    monkeypatch.setattr(roofline, "DOCS", tmp_path)
+    monkeypatch.setattr(pictures, "DOCS", tmp_path)
     rate = {"gflops": 5e5, "gb_s": 200.0, "live": 1, "copy_gb_s": 4000.0}
     rate |= {"gemm_tflops": {"bfloat16": 700.0}}
     rows = [

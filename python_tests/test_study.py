@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from study.cells import BASELINE, EDITIONS
+from study.plots import draw
 from study.run import command
 from study.table import area, study_table
 
@@ -57,5 +58,17 @@ def test_differences_are_paired() -> None:
     # t = 4.303 for 3 differences with standard deviation 0.01
     assert line.startswith("| other | 4 | 0.300 | +0.050 [+0.025, +0.075] |"), text
     assert "| 0.150 | +0.025 [+0.013, +0.037] |" in line and "Avg on set 2" in text
+    left, right = draw([*base, *other]).axes
+    curve = {line.get_label(): line.get_ydata() for line in left.lines}["other"]
+    assert curve == pytest.approx([0.1, 0.3])
+    (bar,) = right.containers
+    assert bar.lines[0].get_xdata() == pytest.approx([0.05])
+    assert bar.lines[2][0].get_segments()[0][:, 0] == pytest.approx([0.025, 0.075], abs=1e-3)
     assert area(run("x", 1, 0.0, 1.0, 1.0), [0, 10, 20]) == 0.75
+    left, right = draw([*base, *other]).axes
+    curve = {line.get_label(): line.get_ydata() for line in left.lines}["other"]
+    assert curve == pytest.approx([0.1, 0.3])
+    (bar,) = right.containers
+    assert bar.lines[0].get_xdata() == pytest.approx([0.05])
+    assert bar.lines[2][0].get_segments()[0][:, 0] == pytest.approx([0.025, 0.075], abs=1e-3)
     assert area(run("x", 1, 0.0, 1.0, 1.0), [0, 20]) == 0.5

@@ -7,7 +7,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 
 from rows import Row
-from study.cells import BASELINE
+from study.cells import BASELINE, EDITIONS
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantiles of Student's t for 1 to 9 degrees of freedom"""
@@ -34,21 +34,42 @@ def area(row: Row, steps: Collection[int]) -> float:
     return float(total / (points[-1][0] - points[0][0]))
 
 
-def interval(differences: Sequence[float]) -> str:
-    """The mean of paired differences and its 95 % t-interval."""
-    n, mean = len(differences), fmean(differences)
-    if n < 2:
+def by_cell(rows: list[Row]) -> dict[str, dict[int, Row]]:
+    """The runs of each cell by seed, the baseline first and the others in the study's order."""
+    named = [name for edition in EDITIONS.values() for name in edition.cells]
+    order = list(dict.fromkeys([BASELINE, *named, *(row["cell"] for row in rows)]))
+    found: dict[str, dict[int, Row]] = {}
+    for row in sorted(rows, key=lambda row: order.index(row["cell"])):
+        found.setdefault(row["cell"], {})[row["seed"]] = row
+    return found
+
+
+def differences(
+    cells: dict[str, dict[int, Row]], cell: str, figure: Callable[[Row], float]
+) -> list[float]:
+    """A figure minus that of the baseline, for each seed that both have."""
+    base, runs = cells.get(BASELINE, {}), cells[cell]
+    return [figure(runs[seed]) - figure(base[seed]) for seed in runs if seed in base]
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Their mean, and half of its 95 % t-interval; None for a single value."""
+    n = len(values)
+    half = T_975[n - 2] * stdev(values) / math.sqrt(n) if n > 1 else None
+    return fmean(values), half
+
+
+def interval(values: Sequence[float]) -> str:
+    mean, half = spread(values)
+    if half is None:
         return f"{mean:+.3f} (one seed)"
-    half = T_975[n - 2] * stdev(differences) / math.sqrt(n)
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
 def study_table(rows: list[Row]) -> str:
     """Each cell against the baseline, over the seeds that both have."""
-    by_cell: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        by_cell.setdefault(row["cell"], {})[row["seed"]] = row
-    base = by_cell.get(BASELINE, {})
+    found = by_cell(rows)
+    base = found.get(BASELINE, {})
     # A run of two phases has one more evaluation, between them.
     steps = set[int].intersection(*({x["step"] for x in row["evals"]} for row in rows))
     k = max(int(key[5:]) for key in rows[0]["evals"][-1] if key.startswith("pass@"))
@@ -65,10 +86,10 @@ def study_table(rows: list[Row]) -> str:
         f"| cell | seeds | {' | '.join(f'{name} | against {BASELINE}' for name, _ in figures)} |",
         "|---|---:|" + "---:|---|" * len(figures),
     ]
-    for cell, runs in sorted(by_cell.items(), key=lambda item: item[0] != BASELINE):
+    for cell, runs in found.items():
         cells = [cell, str(len(runs))]
         for _, figure in figures:
-            pairs = [figure(runs[seed]) - figure(base[seed]) for seed in runs if seed in base]
+            pairs = differences(found, cell, figure)
             cells.append(f"{fmean(map(figure, runs.values())):.3f}")
             cells.append("" if cell == BASELINE or not pairs else interval(pairs))
         lines.append(f"| {' | '.join(cells)} |")
