@@ -229,21 +229,24 @@ def test_some_tokens_have_the_figures_that_they_have_among_all() -> None:
 
 
 def test_time_is_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock by which a text of 64 tokens takes 2 s, and each token that is measured 0.5 s."""
-    clock, long = Clock(), [split_at(ids(64), 1) for _ in range(3)]
+    """On a clock by which a text takes 2 s, and each of its tokens that is measured 0.25 s."""
+    clock, long = Clock(), [split_at(ids(64), 1) for _ in range(9)]
     monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=clock.monotonic))
 
     def measure(read: list[Sample]) -> None:
-        clock.now += sum(2 + 0.5 * text.count for text in read)
+        clock.now += sum(2 + 0.25 * text.count for text in read)
 
-    begin = clock.now
-    tokens = budget.tokens_within(120, long, measure)
-    measure(budget.only(long, budget.some_tokens(long, tokens, 0)))
-    assert clock.now - begin == pytest.approx(120, abs=1) and tokens > 60
-    assert budget.tokens_within(5, long, measure) == 3, "one token of each at least"
+    for seconds, number, of_each in ((45, 3, 12), (60, 7, 9), (120, 9, 32), (3, 2, 1)):
+        begin = clock.now
+        few, tokens = budget.affordable(seconds, long, measure)
+        read = budget.only(long[:few], budget.some_tokens(long[:few], tokens, 0))
+        measure(read)
+        assert len(read) == number and min(text.count for text in read) == of_each
+        assert seconds < 10 or clock.now - begin <= seconds
     monkeypatch.undo()
     found = analyse(build("qwen3"), texts(), minutes=1e-4)
-    assert np.bincount(found.flow.text).tolist() == [1, 1, 1]
+    assert len(found.numbers) == 2 and found.texts[0].token_ids in [x.token_ids for x in texts()]
+    assert np.bincount(found.flow.text).tolist() == [1, 1]
     assert len(analyse(build("qwen3"), texts(), minutes=5).flow.text) == 16
 
 

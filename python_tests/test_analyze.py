@@ -169,6 +169,24 @@ def test_prompts_themselves_and_a_cut(model: str, chats: str, tmp_path: Path) ->
         assert len(text["token_ids"]) == 9 and text["start"] == 1
 
 
+def test_a_comparison_within_minutes(model: str, chats: str, tmp_path: Path) -> None:
+    """Both models are measured on the same tokens of the texts that are listed."""
+    out, other = tmp_path / "out", tiny_model(tmp_path, seed=1, layers=2, family="llama")
+    command = ["--data", chats, "responses=column", f"compare={other}", "heat_maps=1"]
+    assert main(["--model", model, "--out", str(out), *command, "--minutes", "1e-4"]) == 0
+    table, texts = tokens_of(out), texts_of(out)
+    final = table.filter(pc.field("policy") == "final").to_pylist()
+    names = {row["model"] for row in final}
+    places = [
+        [(row["text"], row["position"]) for row in final if row["model"] == name] for name in names
+    ]
+    assert places[0] == places[1] and len(places[0]) == len(texts) == 2
+    for row in final:
+        assert texts[row["text"]]["token_ids"][row["position"]] == row["token_id"]
+    with pytest.raises(config.ConfigError, match=r"minutes=1.0 and tokens=3 are both set"):
+        config.AnalysisConfig(minutes=1.0, tokens=3)
+
+
 def test_a_comparison_on_the_same_tokens(model: str, chats: str, tmp_path: Path) -> None:
     out, other = tmp_path / "out", tiny_model(tmp_path, seed=1, layers=2, family="llama")
     command = ["--data", chats, "responses=column", f"compare={other}"]

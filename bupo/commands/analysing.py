@@ -105,6 +105,9 @@ def _analyse(plan: AnalysisPlan) -> list[Any]:
                     minutes, tokens = None, len(found[0].flow.token)
             samples = [m.text for m in texts]
             found.append(_measured(config, subject, model, samples, minutes, tokens))
+        if config.minutes is not None and not n:
+            texts = [texts[number] for number in found[0].numbers]
+            write_texts(plan.out, texts)
         with display.waiting("writing tables and report"):
             write_results(plan.out, config, found, plan.how, subject.own_tokens, _facts(plan))
     return found

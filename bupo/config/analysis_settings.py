@@ -48,10 +48,10 @@ class AnalysisConfig(Group):
     batch_tokens: int = setting(1024, at_least=1)
     """Number of tokens in one forward pass (at least one text); does not change the result."""
     minutes: float | None = setting(None, above=0)
-    """Time for measuring, without generation: as many tokens are measured as it allows, drawn from
-    all texts evenly. null: all tokens."""
+    """Time for measuring, without generation: as many texts, and tokens of them, are measured as it
+    allows. null: all."""
     tokens: int | None = setting(None, at_least=1)
-    """The same by a number of tokens, which is the same on every machine; at least one a text."""
+    """Number of tokens that are measured, drawn from all texts evenly; null: all."""
     seed: int = 0
     """Seed of the choice of prompts, of sampling and of resampling."""
     task: str | None = None

@@ -20,7 +20,7 @@ from torch import nn
 from bupo import progress
 from bupo.internal import tables
 from bupo.internal.boundary import TOLERANCE, Boundary, boundary_layer, convergence
-from bupo.internal.budget import only, some_tokens, tokens_within
+from bupo.internal.budget import affordable, only, some_tokens
 from bupo.internal.checks import Check, identities
 from bupo.internal.curves import Curve, curves, single
 from bupo.internal.entropy_flow import EntropyFlow, FlowMeasure
@@ -43,6 +43,9 @@ class Analysis:
 
     name: str
     texts: list[Sample]
+    """Those that are measured"""
+    numbers: list[int]
+    """The places of these texts among those that were given"""
     flow: EntropyFlow
     lens: Lens
     """Ranks, KL and agreement of all texts, at every `stride`-th layer and the last"""
@@ -144,8 +147,9 @@ def analyse(
     texts.
 
     The texts run through the model once. tokens: the number of tokens that are measured, drawn from
-    all texts evenly by seed; minutes: sets it to what can be measured in that time. The tokens of
-    the heat maps come on top, within half of the time. tokenizer: only needed for readable tokens.
+    all texts evenly by seed. minutes: measures as many texts, drawn by seed, and tokens of them as
+    that time allows. The tokens of the heat maps come on top, within half of the time. tokenizer:
+    only needed for readable tokens.
     temperature: that of every policy. tolerance: that of the boundary. Memory: that of entropy_flow
     and lens, and O(L tokens). Errors: ValueError if there is no text, a text without a measured
     token, or a stride or closer_tokens below 1; IdentityError if an identity of
@@ -175,8 +179,11 @@ def analyse(
         with progress.watched_by(lambda share: None):
             measure(np.ones(probe[0].count, bool), probe)
 
+    numbers = list(range(len(texts)))
     if minutes is not None:
-        tokens = tokens_within(60 * minutes, texts, timed)
+        few, tokens = affordable(60 * minutes, texts, timed)
+        numbers = sorted(np.random.default_rng(seed).permutation(len(texts))[:few].tolist())
+        texts = [texts[number] for number in numbers]
         closer_tokens = max(1, min(closer_tokens, tokens // (2 * shown)))
         tokens = max(len(texts), tokens - sum(min(x.count, closer_tokens) for x in texts[:shown]))
     every = np.ones(sum(text.count for text in texts), bool)
@@ -185,6 +192,7 @@ def analyse(
     found = Analysis(
         name=name,
         texts=list(texts),
+        numbers=numbers,
         flow=entropies,
         lens=wide,
         closer=near,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -41,14 +42,18 @@ def only(texts: Sequence[Sample], chosen: NDArray[np.bool_]) -> list[Sample]:
     return made
 
 
-def tokens_within(
+def affordable(
     seconds: float, texts: Sequence[Sample], measure: Callable[[list[Sample]], object]
-) -> int:
-    """Returns the number of tokens of texts that can be measured in so many seconds, by timing how
-    long `measure` takes for few and for more tokens of the longest text. At least one a text, even
-    if that takes longer."""
+) -> tuple[int, int]:
+    """Returns the numbers of texts and of tokens that can be measured in so many seconds, by timing
+    how long `measure` takes for few and for more tokens of the longest text.
+
+    A text costs about as much as many of its tokens, as the weights are read anew for each. So if
+    the time does not allow for all texts, it goes in equal parts to texts and to their tokens. At
+    least two texts and one token of each are measured, even if that takes longer.
+    """
     begin = time.perf_counter()
-    longest = max(texts, key=lambda text: len(text.token_ids))
+    longest = max(texts, key=lambda text: text.count)
     taken = []
     for tokens in (PROBES[0], *PROBES):  # the first call also warms up
         probe = only([longest], some_tokens([longest], tokens, 0))
@@ -56,7 +61,9 @@ def tokens_within(
         measure(probe)
         taken.append((probe[0].count, time.perf_counter() - before))
     (few, of_few), (more, of_more) = taken[1:]
-    a_token = max(of_more - of_few, of_more / 10) / max(more - few, 1)
-    a_text = max(of_few - few * a_token, 0) / len(longest.token_ids)
-    left = seconds - (time.perf_counter() - begin) - a_text * sum(len(x.token_ids) for x in texts)
-    return max(len(texts), int(left / a_token))
+    a_token = max(of_more - of_few, of_more / 100) / max(more - few, 1)
+    a_text = max(of_few - few * a_token, 0)
+    left = seconds - (time.perf_counter() - begin)
+    each = a_text + a_token * max(1, math.ceil(a_text / a_token))
+    number = min(max(2, int(left / each)), len(texts))
+    return number, max(number, int((left - number * a_text) / a_token))
