@@ -92,7 +92,7 @@ EDITIONS = {
         (*SEEDED, "task_options={seed: {seed}}", "eval.every=10", *EIGHT),
         {
             BASELINE: ("algorithm=grpo",),
-            "BuPO, layer 29 for 10 steps": bottom_up(29, 10),
+            "BuPO, layer 29 for 10 steps": bottom_up(29, 10, "bupo.final_norm=false"),
             "BuPO, layer 29 for 10 steps, normed": bottom_up(29, 10, "bupo.final_norm=true"),
             "BuPO, layer 12 for 10 steps, normed": bottom_up(12, 10, "bupo.final_norm=true"),
             "layers 1-12 under the final objective for 10 steps": lower_layers(12, 10, 40),
