@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -318,3 +321,21 @@ def test_a_layer_counts_to_L_and_with_the_norm_is_the_final_policy(tmp_path: Pat
         assert mine["policy/loss"] == pytest.approx(grpo["policy/loss"], rel=1e-5)
         assert mine["policy/entropy"] == pytest.approx(grpo["policy/entropy"], rel=1e-5)
         assert mine["reward/mean"] == grpo["reward/mean"]
+
+
+def test_the_console_command(tmp_path: Path) -> None:
+    """Like `python -m`, it finds modules of the user in the current folder."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["bupo"].partition(":")
+    (tmp_path / "mine.py").write_text("def score(responses, answers):\n    return [0]\n")
+    program = [sys.executable, "-P", "-c", f"import sys, {module} as m; sys.exit(m.{function}())"]
+
+    def bupo(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*program, *words], cwd=tmp_path, capture_output=True, text=True)
+
+    done = bupo("run", "--dry_run", "reward.function=mine:score")
+    assert done.returncode == 0 and "arithmetic" in done.stderr + done.stdout, done.stderr
+    assert bupo("report", "nothing").returncode == 2
+    assert "bupo analyze" in bupo().stdout and bupo("--help").returncode == 0
+    wrong = bupo("train")
+    assert wrong.returncode == 2 and "unknown command train; there are" in wrong.stderr

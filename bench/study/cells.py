@@ -27,10 +27,10 @@ def one_layer(layer: int) -> tuple[str, ...]:
     return "algorithm=custom", f"phases=[{{lr: {{{layer}: 1, others: 0}}}}]"
 
 
-def lower_layers(up_to: int, steps: int, total: int) -> tuple[str, ...]:
+def lower_layers(up_to: int, steps: int) -> tuple[str, ...]:
     """The control for phase 1: the same layers, trained for the objective of the final policy."""
     frozen = f"{{steps: {steps}, lr: {{{up_to + 1}-: 0}}}}"
-    return "algorithm=custom", f"phases=[{frozen}, {{steps: {total - steps}}}]"
+    return "algorithm=custom", f"phases=[{frozen}, {{}}]"
 
 
 ARITHMETIC = {
@@ -38,7 +38,7 @@ ARITHMETIC = {
     "RLOO": ("algorithm=rloo",),
     "REINFORCE++": ("algorithm=reinforce_pp",),
     "BuPO, layer 3 for 8 steps": bottom_up(3, 8),
-    "layers 1-3 under the final objective for 8 steps": lower_layers(3, 8, 60),
+    "layers 1-3 under the final objective for 8 steps": lower_layers(3, 8),
     "BuPO, layer 1 for 8 steps": bottom_up(1, 8),
     "BuPO, layer 5 for 8 steps": bottom_up(5, 8),
     "BuPO, layer 3 for 2 steps": bottom_up(3, 2),
@@ -51,7 +51,7 @@ ARITHMETIC = {
 HARDER = {
     BASELINE: ("algorithm=grpo",),
     "BuPO, layer 3 for 8 steps": bottom_up(3, 8),
-    "layers 1-3 under the final objective for 8 steps": lower_layers(3, 8, 60),
+    "layers 1-3 under the final objective for 8 steps": lower_layers(3, 8),
     "BuPO, layer 5 for 8 steps": bottom_up(5, 8),
     "BuPO, layer 3 for 2 steps": bottom_up(3, 2),
     "BuPO, layer 3 for 20 steps": bottom_up(3, 20),
@@ -65,9 +65,9 @@ SEEDED = ("seed={seed}", "diagnostics.every=0", "checkpoint.keep=[]", "checkpoin
 TINY = "task_options={layers: 2, width: 32, warm_steps: 4, eval_problems: 4, seed: {seed}}"
 
 
-def harder(task: str) -> Edition:
+def harder(task: str, steps: int) -> Edition:
     own = (f"task=bupo.tasks.{task}", "rollout.max_new_tokens=48", "task_options={seed: {seed}}")
-    common = (*SEEDED, *own, "eval.every=20", *SIXTEEN)
+    common = (*SEEDED, *own, f"steps={steps}", "eval.every=20", *SIXTEEN)
     return Edition("arithmetic.yaml", (1, 2, 3, 4, 5), common, HARDER)
 
 
@@ -84,8 +84,8 @@ EDITIONS = {
         (*SEEDED, "task_options={seed: {seed}}", "eval.every=10", *SIXTEEN),
         ARITHMETIC,
     ),
-    "countdown": harder("countdown"),
-    "modular": harder("modular"),
+    "countdown": harder("countdown", 120),
+    "modular": harder("modular", 60),
     "smollm2": Edition(
         "smollm2.yaml",
         (1, 2),
@@ -95,7 +95,7 @@ EDITIONS = {
             "BuPO, layer 29 for 10 steps": bottom_up(29, 10, "bupo.final_norm=false"),
             "BuPO, layer 29 for 10 steps, normed": bottom_up(29, 10, "bupo.final_norm=true"),
             "BuPO, layer 12 for 10 steps, normed": bottom_up(12, 10, "bupo.final_norm=true"),
-            "layers 1-12 under the final objective for 10 steps": lower_layers(12, 10, 40),
+            "layers 1-12 under the final objective for 10 steps": lower_layers(12, 10),
         },
     ),
 }
