@@ -30,6 +30,7 @@ ROOMS = {
     "evaluation": {"config", "types", "progress"},
     "report": {"internal", "runlog"},
     "tasks": {"config", "hub", "progress", "rewards"},
+    "integrations": {"ops", "policy"},
 }
 """A file or folder of bupo/, and what of the others it may import. Those that are not named, rl and
 the commands, are made of all of these."""
@@ -155,14 +156,18 @@ def test_what_is_imported_at_once_is_a_dependency() -> None:
         names.get(name, name): file
         for file in sources("")
         for name in needed_at_import(file)
-        if f"bupo.rollouts.{file.stem}" not in late
+        if f"bupo.rollouts.{file.stem}" not in late and file.parent.name != "integrations"
     }
     assert {"torch", "numpy", "pyyaml"} <= needed.keys()
     assert not {name: file for name, file in needed.items() if name not in declared}
+    for file in sources("integrations"):  # each is of the extra that has its name
+        assert needed_at_import(file) <= {"torch", file.stem}
+        assert file.stem in {"__init__", *project["optional-dependencies"]}
 
 
 def test_workers_start_fast() -> None:
-    assert imports(ROOT / "bupo/rewards/mathematics.py") == {"bupo.rewards.boxed"}
+    graders = imports(ROOT / "bupo/rewards/mathematics.py")
+    assert graders == {"bupo.rewards", "bupo.rewards.boxed"}
     assert not imports(ROOT / "bupo/rewards/worker.py")
     assert not imports(ROOT / "bupo/rewards/boxed.py")
 

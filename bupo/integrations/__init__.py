@@ -1,0 +1,1 @@
+"""bupo in other trainers: bupo.integrations.trl."""
