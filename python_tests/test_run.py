@@ -338,4 +338,4 @@ def test_the_console_command(tmp_path: Path) -> None:
     assert bupo("report", "nothing").returncode == 2
     assert "bupo analyze" in bupo().stdout and bupo("--help").returncode == 0
     wrong = bupo("train")
-    assert wrong.returncode == 2 and "unknown command train; there are" in wrong.stderr
+    assert wrong.returncode == 2 and "unknown command train; the commands are" in wrong.stderr

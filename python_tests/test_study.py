@@ -65,10 +65,4 @@ def test_differences_are_paired() -> None:
     assert bar.lines[0].get_xdata() == pytest.approx([0.05])
     assert bar.lines[2][0].get_segments()[0][:, 0] == pytest.approx([0.025, 0.075], abs=1e-3)
     assert area(run("x", 1, 0.0, 1.0, 1.0), [0, 10, 20]) == 0.75
-    left, right = draw([*base, *other]).axes
-    curve = {line.get_label(): line.get_ydata() for line in left.lines}["other"]
-    assert curve == pytest.approx([0.1, 0.3])
-    (bar,) = right.containers
-    assert bar.lines[0].get_xdata() == pytest.approx([0.05])
-    assert bar.lines[2][0].get_segments()[0][:, 0] == pytest.approx([0.025, 0.075], abs=1e-3)
     assert area(run("x", 1, 0.0, 1.0, 1.0), [0, 20]) == 0.5

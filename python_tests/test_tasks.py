@@ -116,9 +116,13 @@ def test_steps_modulo_11_follow_from_each_other(monkeypatch: pytest.MonkeyPatch)
     written = modular.TASK.demonstration(Problem("3*9+5-8=", "2", ""), random.Random(0))
     assert written == "3*9=5;5+5=10;10-8=2#2"
     _, held_out = modular.TASK.problems(modular.DEFAULTS)
-    longer = {one.source: len(one.prompt.translate(dict.fromkeys(map(ord, "0123456789"))))
-              for one in held_out}  # fmt: skip
-    assert longer["modular"] <= 4 < longer["modular_longer"]
+    operands: dict[str, set[int]] = {}
+    for one in held_out:
+        signs = one.prompt.translate(dict.fromkeys(map(ord, "0123456789=")))
+        operands.setdefault(one.source, set()).add(len(signs) + 1)
+    assert operands == {"modular": {3, 4}, "modular_longer": {5, 6}}
+    with pytest.raises(ConfigError, match="eval_problems must be at most 8000 of each kind"):
+        modular.prepare({"eval_problems": 9000}, Path())
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
@@ -129,7 +133,9 @@ def test_a_small_task_is_trained(family: str, tmp_path: Path) -> None:
         "bupo.steps=1", "reward.function=null",
     )  # fmt: skip
     assert done == 0 and len(run_samples.rows(tmp_path / "run/metrics.jsonl")) == 2
-    assert "bupo.tasks.countdown:reward" in (tmp_path / "run/config.yaml").read_text()
+    (rollouts, *_) = sorted((tmp_path / "run/rollouts").iterdir())
+    for row in map(json.loads, rollouts.read_text().splitlines()):
+        assert row["reward"] == countdown.reward([row["response"]], [row["answer"]])[0]
     (folder,) = cache_dir().glob(f"countdown-{family}-2-32-2-*")
     made = json.loads((folder / "model/config.json").read_text())
     assert made["model_type"] == family
@@ -177,14 +183,22 @@ def test_only_full_credit_counts(tmp_path: Path) -> None:
         for row in (held_out[0], held_out[-1]):
             answer = json.loads(row["answer"])["entry"]["answer"]
             ways = [f"<answer> {answer} </answer>.", f"\\boxed{{{answer}}}", f"So:\n{answer}"]
-            wrong = [f"{answer}1", f"<answer>It is {answer}</answer>", "", f"{answer}\n<answer>"]
+            wrong = [f"{answer}1", f"<answer>It is {answer}</answer>", "", "<answer>nan</answer>"]
             grades = reward.grade([(text, row["answer"]) for text in ways + wrong])
-            assert grades.rewards[:3] == [1, 1, 1] and sum(grades.rewards[3:6]) == 0
-            assert grades.errors == 0
+            assert grades.rewards == [1, 1, 1, 0, 0, 0, 0] and grades.errors == 0
     finally:
         reward.close()
-    assert reasoning_gym.extract("It is 1,024.") == "1024"
+    for text in ("It is 1,024.", "<answer>1,024</answer>", "1,024\nHope this helps!"):
+        assert reasoning_gym.extract(text) == "1024"
     assert reasoning_gym.extract("Let me see.\nolleh") == "olleh"
+    assert reasoning_gym.extract("<answer>a</answer><answer>b</answer> <answer>") == "b"
+
+
+def test_what_a_grader_does_not_expect_is_wrong() -> None:
+    """prime_factorization raises an error for words."""
+    (entry,) = reasoning_gym._entries("prime_factorization", {}, 0, 1)
+    answer = json.dumps({"kind": "prime_factorization", "options": {}, "entry": entry})
+    assert reasoning_gym.reward([entry["answer"], "<answer>done</answer>"], [answer] * 2) == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -192,10 +206,14 @@ def test_only_full_credit_counts(tmp_path: Path) -> None:
     [
         ({"n_queens": {}}, "n_queens is refused: its grading evaluates the response as Python"),
         ({"countdown": {}}, "countdown is refused: its grading evaluates"),
-        ({"rubiks_cube": {}}, "rubiks_cube is refused: its own answer None does not get full"),
+        ({"rubiks_cube": {}}, "rubiks_cube is refused: its own answer 'None' does not get full"),
+        ({"coin_flip": {}}, "coin_flip is refused: it gives full credit to the answer '0'"),
+        ({"game_of_life_halting": {}}, "full credit to the answer .* where 'False' is right"),
+        ({"gcd": None}, "expected options for gcd, such as .*, got None"),
+        ({"gcd": {"weight": "a"}}, "expected options for gcd"),
         ({"chain": {}}, "chain with {} is refused: .*; the kinds are ab, acre"),
         ({"gcd": {"min_value": -1}}, "gcd with {'min_value': -1} is refused"),
-        ({"gcd": {"weight": 0}}, "weights must be above 0"),
+        ({"gcd": {"weight": 0}}, "a weight above 0, got"),
         ({}, "must name at least one kind"),
     ],
 )

@@ -65,9 +65,9 @@ SEEDED = ("seed={seed}", "diagnostics.every=0", "checkpoint.keep=[]", "checkpoin
 TINY = "task_options={layers: 2, width: 32, warm_steps: 4, eval_problems: 4, seed: {seed}}"
 
 
-def harder(task: str, steps: int) -> Edition:
-    own = (f"task=bupo.tasks.{task}", "rollout.max_new_tokens=48", "task_options={seed: {seed}}")
-    common = (*SEEDED, *own, f"steps={steps}", "eval.every=20", *SIXTEEN)
+def harder(task: str, steps: int, tokens: int) -> Edition:
+    own = (f"task=bupo.tasks.{task}", "task_options={seed: {seed}}", f"steps={steps}")
+    common = (*SEEDED, *own, f"rollout.max_new_tokens={tokens}", "eval.every=20", *SIXTEEN)
     return Edition("arithmetic.yaml", (1, 2, 3, 4, 5), common, HARDER)
 
 
@@ -84,8 +84,8 @@ EDITIONS = {
         (*SEEDED, "task_options={seed: {seed}}", "eval.every=10", *SIXTEEN),
         ARITHMETIC,
     ),
-    "countdown": harder("countdown", 120),
-    "modular": harder("modular", 60),
+    "countdown": harder("countdown", 120, 64),
+    "modular": harder("modular", 60, 48),
     "smollm2": Edition(
         "smollm2.yaml",
         (1, 2),

@@ -25,9 +25,8 @@ def draw(rows: list[Row]) -> Any:
             of_runs = [{x["step"]: x["avg"] for x in evaluations(run)} for run in runs.values()]
             steps = sorted(set[int].intersection(*(set(one) for one in of_runs)))
             means = [fmean(one[step] for one in of_runs) for step in steps]
-            left.plot(
-                steps, means, color=INK if cell == BASELINE else color, label=cell, marker="."
-            )
+            color = INK if cell == BASELINE else color
+            left.plot(steps, means, color=color, label=cell, marker=".")
             for one in of_runs:
                 left.plot(steps, [one[s] for s in steps], color=color, alpha=0.2, lw=0.8)
         left.set(xlabel="step", title="Avg on held-out problems; thin lines are seeds")

@@ -98,5 +98,5 @@ def study_table(rows: list[Row]) -> str:
     before = f" Before training, Avg is {fmean(first):.3f}." if first else ""
     return "\n".join(lines) + (
         f"\n\nAveraged over seeds; differences are paired by seed, with 95 % t-intervals over "
-        f"seeds. {n} held-out problems.{before} {date}, torch {rows[0]['torch']}."
+        f"seeds. {n} held-out problems of each data set.{before} {date}, torch {rows[0]['torch']}."
     )

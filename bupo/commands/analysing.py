@@ -98,13 +98,13 @@ def _analyse(plan: AnalysisPlan) -> list[Any]:
                 )
         model = model if model is not None else _loaded(plan, subject)
         with display.waiting(f"measuring {subject.name}"):
-            minutes, tokens = config.minutes, config.tokens
-            if minutes is not None:
-                minutes /= len(plan.subjects)
-                if n:  # the same tokens, if both models have the same tokenizer
-                    minutes, tokens = None, len(found[0].flow.token)
-            samples = [m.text for m in texts]
-            found.append(_measured(config, subject, model, samples, minutes, tokens))
+            some = config
+            if config.minutes is not None:
+                some = replace(config, minutes=config.minutes / len(plan.subjects))
+            if config.minutes is not None and n:  # the same tokens, if the tokenizer is the same
+                count, closer = len(found[0].flow.token), found[0].closer_tokens
+                some = replace(config, minutes=None, tokens=count, heat_map_tokens=closer)
+            found.append(_measured(some, subject, model, [m.text for m in texts]))
         if config.minutes is not None and not n:
             texts = [texts[number] for number in found[0].numbers]
             write_texts(plan.out, texts)
@@ -113,14 +113,7 @@ def _analyse(plan: AnalysisPlan) -> list[Any]:
     return found
 
 
-def _measured(
-    config: AnalysisConfig,
-    subject: Subject,
-    model: Any,
-    texts: list[Any],
-    minutes: float | None,
-    tokens: int | None,
-) -> Any:
+def _measured(config: AnalysisConfig, subject: Subject, model: Any, texts: list[Any]) -> Any:
     from bupo import internal
 
     try:
@@ -136,8 +129,8 @@ def _measured(
             temperature=config.temperature,
             tolerance=config.tolerance,
             batch_tokens=config.batch_tokens,
-            minutes=minutes,
-            tokens=tokens,
+            minutes=config.minutes,
+            tokens=config.tokens,
             seed=config.seed,
         )
     except internal.IdentityError as error:

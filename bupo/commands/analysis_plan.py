@@ -95,6 +95,8 @@ class AnalysisPlan:
         lines.append(f"  texts    {texts}")
         most = len(lengths) * config.rollout.max_new_tokens
         tokens = most if self.how == "generate" else sum(lengths)
+        if config.tokens is not None:
+            tokens = min(tokens, config.tokens + config.heat_maps * config.heat_map_tokens)
         seconds = sum(_measuring_time(config, found, tokens) for found in sizes_of)
         if config.minutes is not None:
             seconds = min(seconds, 60 * config.minutes)

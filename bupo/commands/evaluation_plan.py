@@ -84,13 +84,13 @@ def make_plan(config: Config, out: Path) -> EvaluationPlan:
     from bupo.rewards.choice import check_functions, check_sources
     from bupo.runlog.display import Display
 
-    check_functions(config.reward)
+    check_functions(sources.reward)
     facts = read_model(config, sources.model)
     with Display().waiting("reading prompts"):
         prompts, dropped = load_prompts(
             sources.held_out, facts.tokenizer, config.data, config.eval.limit, apart=True
         )
-    check_sources(config.reward, prompts)
+    check_sources(sources.reward, prompts)
     config.eval.check_sources({p.source for p in prompts})
     facts.check(prompts, config.rollout.max_new_tokens)
     check_servers(config, sources.model, facts.tokenizer, prompts)

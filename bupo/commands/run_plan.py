@@ -146,7 +146,7 @@ def make_plan(config: Config, card: str | None = None, world: int | None = None)
     from bupo.rewards.choice import check_functions, check_sources
     from bupo.runlog.display import Display
 
-    check_functions(config.reward)
+    check_functions(sources.reward)
     _refuse_adapters(sources.model)
     facts = read_model(config, sources.model)
     tokenizer, layers = facts.tokenizer, facts.layers
@@ -162,7 +162,7 @@ def make_plan(config: Config, card: str | None = None, world: int | None = None)
         if sources.held_out
         else ([], 0)
     )
-    check_sources(config.reward, [*prompts, *eval_prompts])
+    check_sources(sources.reward, [*prompts, *eval_prompts])
     config.eval.check_sources({p.source for p in eval_prompts})
     facts.check([*prompts, *eval_prompts], config.rollout.max_new_tokens)
     check_servers(config, sources.model, tokenizer, [*prompts, *eval_prompts])

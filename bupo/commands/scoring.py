@@ -68,7 +68,7 @@ def execute(plan: EvaluationPlan) -> list[EvalResult]:
             (out / "responses").mkdir(parents=True, exist_ok=True)
             parts.enter_context(locked(out))
             replace_text(out / "config.yaml", configuration.dump(config))
-        reward = make_reward(config.reward)
+        reward = make_reward(plan.sources.reward)
         parts.callback(reward.close)
         source, display = plan.sources.model, Display()
         with display.waiting(f"loading {source} into {config.rollout.engine}"):

@@ -7,14 +7,14 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bupo import hub, ranks
 from bupo.commands.models import check_place, load_model
 from bupo.commands.run_lock import waited_for
-from bupo.config import Config, ConfigError, shipped
+from bupo.config import Config, ConfigError, RewardConfig, shipped
 from bupo.config.errors import require
 from bupo.data import data_files
 from bupo.runlog.display import Display
@@ -34,6 +34,8 @@ class Sources:
     held_out: list[str]
     files: TaskFiles | None
     """The files of the task, if there is one"""
+    reward: RewardConfig
+    """The rewards of the run, that of the task if none is set"""
 
 
 def cache_dir() -> Path:
@@ -45,11 +47,13 @@ def cache_dir() -> Path:
 def find_sources(config: Config, training: bool = True) -> Sources:
     """Returns the sources after checking that they exist; training data are left out unless
     `training`. Writes nothing except a task's cached files. Raises ConfigError."""
-    files = None
+    files, reward = None, config.reward
     if config.task:
         task, cache = _task(config), cache_dir()
         with waited_for(cache / LOCK):  # another first run may be writing the same files
             files = task.prepare(config.task_options, cache)
+        if reward.function is None and hasattr(task, "reward"):
+            reward = replace(reward, function=f"{config.task}:reward")
     for key, given, made in (
         ("data.train", config.data.train, files and files.train),
         ("eval.files", config.eval.files, files and files.eval),
@@ -73,7 +77,7 @@ def find_sources(config: Config, training: bool = True) -> Sources:
     if template and not shipped(template).is_file():
         raise ConfigError(f"data.chat_template={template}: file not found")
     check_place("model.path", model)
-    return Sources(model, train, held_out, files)
+    return Sources(model, train, held_out, files, reward)
 
 
 def check_engine(config: Config, world: int = 1) -> None:

@@ -164,7 +164,7 @@ def _train(plan: RunPlan) -> int | None:
         state = checkpoint.load_state(plan.resume_from)
         checkpoint.load_optimizer(plan.resume_from, trainer.optimizer)
     with ExitStack() as parts:
-        reward = make_reward(config.reward)
+        reward = make_reward(plan.sources.reward)
         parts.callback(reward.close)
         with user_paths():
             replace_text(plan.out / "config.yaml", configuration.dump(config))

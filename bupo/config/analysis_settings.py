@@ -48,8 +48,8 @@ class AnalysisConfig(Group):
     batch_tokens: int = setting(1024, at_least=1)
     """Number of tokens in one forward pass (at least one text); does not change the result."""
     minutes: float | None = setting(None, above=0)
-    """Time for measuring, without generation: as many texts, and tokens of them, are measured as it
-    allows. null: all."""
+    """Time limit for measuring, without generation. Texts and tokens are drawn at random to fit;
+    null: no limit."""
     tokens: int | None = setting(None, at_least=1)
     """Number of tokens that are measured, drawn from all texts evenly; null: all."""
     seed: int = 0

@@ -128,7 +128,7 @@ class RewardConfig(Group, prefix="reward."):
     comparison of strings alone, as in the paper. MODULE:FUNCTION: a function of (responses:
     list[str], answers: list[str]) that returns list[float | None], None for a response that it
     cannot grade. Its module may have extract(response), for majority votes, and KILLABLE = True:
-    the function is then called in processes of its own, for one response after the other. null: the
+    the function is then called in processes of its own, one response at a time. null: the
     reward of the task, if it has one, else math."""
     by_source: dict[str, str] = field(default_factory=dict)
     """A function for each data_source, for example {math_dapo: strict, code: my.module:run}, in

@@ -3,7 +3,6 @@ exists."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,7 +125,6 @@ class Config(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.reward.function = self.reward.function or _reward_of(self.task)
         if (prompts := self.optimizer.mini_batch_prompts) is not None:
             require(
                 self.rollout.prompts % prompts == 0,
@@ -194,12 +192,3 @@ class Config(Group):
         total, rest = sum(filter(None, lengths)), lengths[-1:] == [None]
         if lengths and (total >= self.steps if rest else total != self.steps):
             yield f"phases have {total} steps{' before the last' * rest}, but steps={self.steps}"
-
-
-def _reward_of(task: str | None) -> str:
-    """Returns the name of the task's reward, or of that for mathematics if it has none."""
-    try:
-        has_one = task is not None and hasattr(importlib.import_module(task), "reward")
-    except ImportError:  # which is reported where the task is loaded
-        has_one = False
-    return f"{task}:reward" if has_one else "math"

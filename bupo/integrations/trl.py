@@ -206,7 +206,7 @@ class BuPOMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-class BuPOTrainer(BuPOMixin, GRPOTrainer):  # type: ignore[misc]
+class BuPOTrainer(BuPOMixin, GRPOTrainer):
     """GRPOTrainer with BuPOMixin."""
 
 

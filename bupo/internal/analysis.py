@@ -51,6 +51,8 @@ class Analysis:
     """Ranks, KL and agreement of all texts, at every `stride`-th layer and the last"""
     closer: Lens
     """Top tokens for the first tokens of the first texts"""
+    closer_tokens: int
+    """Largest number of tokens of a text in `closer`"""
     boundary: Boundary
     checks: list[Check]
     pieces: dict[int, str] = field(default_factory=dict)
@@ -196,6 +198,7 @@ def analyse(
         flow=entropies,
         lens=wide,
         closer=near,
+        closer_tokens=closer_tokens,
         boundary=boundary_layer(entropies.by_text(entropies.change("ffn")), tolerance, seed),
         checks=identities(entropies, unembedding(model).weight.dtype),
     )

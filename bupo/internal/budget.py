@@ -17,9 +17,9 @@ PROBES = (16, 64)
 
 
 def some_tokens(texts: Sequence[Sample], tokens: int, seed: int) -> NDArray[np.bool_]:
-    """Draws at most so many of the counted tokens of texts, at least one from each. Texts give
-    equally many, but none more than it has. A text remains the unit of every standard error, which
-    includes that its mean is over some of its tokens only."""
+    """Draws at most so many of the counted tokens of texts, at least one from each. Each text gives
+    the same number of tokens, or all of them if it has fewer. A text remains the unit of every
+    standard error, which includes that its mean is over some of its tokens only."""
     counts = [text.count for text in texts]
     left, shares = max(tokens, len(texts)), [0] * len(texts)
     for place, number in enumerate(order := np.argsort(counts, kind="stable").tolist()):
@@ -64,6 +64,7 @@ def affordable(
     a_token = max(of_more - of_few, of_more / 100) / max(more - few, 1)
     a_text = max(of_few - few * a_token, 0)
     left = seconds - (time.perf_counter() - begin)
-    each = a_text + a_token * max(1, math.ceil(a_text / a_token))
+    mean = max(1, sum(text.count for text in texts) // len(texts))
+    each = a_text + a_token * min(mean, max(1, math.ceil(a_text / a_token)))
     number = min(max(2, int(left / each)), len(texts))
     return number, max(number, int((left - number * a_text) / a_token))

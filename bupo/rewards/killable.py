@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -45,7 +46,7 @@ class _Worker:
                 start_new_session=True,  # only the trainer handles Ctrl-C
             )
         try:
-            reply = self._reply() or {"error": "it died"}
+            reply = self._reply() or {"error": "its worker process ended"}
             if "error" in reply:
                 name = self._function.name
                 raise ConfigError(f"reward.function={name} does not start: {reply['error']}")
@@ -100,7 +101,8 @@ class _Worker:
         self._kill()
 
     def _kill(self) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):  # its own children, too
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(BrokenPipeError):
@@ -108,7 +110,7 @@ class _Worker:
 
 
 class KillableReward:
-    """Calls a function that module:function names, for one response after the other. There are
+    """Calls a function that module:function names, one response at a time. There are
     reward.workers processes, each watched by a thread that kills it after reward.timeout
     seconds."""
 

@@ -32,8 +32,9 @@ def main(place: str) -> None:
     """Answers requests from standard input until it closes."""
     _die_with_parent()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the function prints is not a reply
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # its children do not read requests,
+    os.dup2(2, 1)  # and what the function prints is not a reply
 
     def reply(**content: object) -> None:
         print(json.dumps(content), file=replies, flush=True)
@@ -45,7 +46,7 @@ def main(place: str) -> None:
     except Exception as error:
         return reply(error=f"{type(error).__name__}: {error}")
     reply(ready=True)
-    for line in sys.stdin:
+    for line in requests:
         request = json.loads(line)
         try:
             (reward,) = getattr(loaded, function)([request["response"]], [request["answer"]])

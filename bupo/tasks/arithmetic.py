@@ -45,7 +45,7 @@ def solution(a: int, b: int, rng: random.Random, noise: float) -> str:
     return f"{a % 10}+{b % 10}={units};{a // 10}+{b // 10}{carried}={tens}#{total}"
 
 
-def _problems(settings: dict[str, Any]) -> Any:
+def _problems(settings: dict[str, Any]) -> tuple[list[Problem], list[Problem]]:
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     return hold_out([Problem(f"{a}+{b}=", str(a + b), "addition") for a, b in pairs], settings)
 

@@ -57,7 +57,7 @@ def _parts(prompt: str) -> tuple[list[int], int]:
     return [int(number) for number in numbers.split(",")], int(target)
 
 
-def _problems(settings: dict[str, Any]) -> Any:
+def _problems(settings: dict[str, Any]) -> tuple[list[Problem], list[Problem]]:
     problems = []
     for numbers in combinations(NUMBERS, COUNT):
         sums = {sum(x * s for x, s in zip(numbers, signs)) for signs in _signs()}

@@ -1,5 +1,5 @@
-"""Arithmetic modulo 11 with several operands and written steps, evaluated also on more operands
-than any prompt for training has.
+"""Arithmetic modulo 11 with several operands and written steps, with prompts of more operands in
+the evaluation than in training.
 
 The prompt `3*9+5-8=` is worked out from left to right: `3*9=5;5+5=10;10-8=2#2`. The warm start
 imitates demonstrations in which each step is wrong with probability NOISE. The reward reads the
@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from bupo.config import ConfigError
 from bupo.tasks import arithmetic
 from bupo.tasks.small_models import DEFAULTS, Characters, Problem
 
@@ -48,8 +49,12 @@ def _distinct(
     return list(found.values())
 
 
-def _problems(settings: dict[str, Any]) -> Any:
+def _problems(settings: dict[str, Any]) -> tuple[list[Problem], list[Problem]]:
     rng, held_out = random.Random(settings["seed"]), settings["eval_problems"]
+    if held_out > PROBLEMS:
+        raise ConfigError(
+            f"task_options.eval_problems must be at most {PROBLEMS} of each kind, got {held_out}"
+        )
     known = _distinct(rng, OPERANDS, "modular", PROBLEMS + held_out)
     longer = _distinct(rng, LONGER, "modular_longer", held_out)
     return known[held_out:], [*known[:held_out], *longer]

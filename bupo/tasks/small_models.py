@@ -94,7 +94,7 @@ class Characters:
 
     def prepare(self, options: dict[str, Any], cache: Path) -> TaskFiles:
         """Writes tokenizer, model configuration and data to a folder named after the options and
-        a digest of what the task is made of."""
+        a digest of its held-out problems with their demonstrations."""
         settings = checked(options, self.defaults)
         parts = self.problems(settings)
         rng = random.Random(0)

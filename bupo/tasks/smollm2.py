@@ -78,6 +78,7 @@ def folder(cache: Path) -> Path:
 def prepare(options: dict[str, Any], cache: Path) -> TaskFiles:
     """Writes the data to a folder named after the options."""
     settings = task_options(options, DEFAULTS)
+    _weights()  # before anything is written
     data = cache / ("multiplication-" + "-".join(str(settings[key]) for key in DEFAULTS))
     if not (data / "eval.jsonl").exists():
         factors = range(2, settings["largest"] + 1)
@@ -102,8 +103,8 @@ def build(options: dict[str, Any], folder: Path) -> None:
     weights = _weights()
     with (
         hub.quiet(),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):  # a bar that it does not switch off
+        contextlib.redirect_stderr(io.StringIO()),  # a bar that transformers cannot switch off
+    ):
         model = AutoModelForCausalLM.from_pretrained(
             weights.parent,
             gguf_file=weights.name,
