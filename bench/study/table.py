@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from rows import Row
 from study.cells import BASELINE, EDITIONS
 
+AREA = "mean Avg while training"
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantiles of Student's t for 1 to 9 degrees of freedom"""
 
@@ -75,7 +76,7 @@ def study_table(rows: list[Row]) -> str:
     k = max(int(key[5:]) for key in rows[0]["evals"][-1] if key.startswith("pass@"))
     figures: list[tuple[str, Callable[[Row], float]]] = [
         ("Avg", last),
-        ("mean Avg while training", lambda row: area(row, steps)),
+        (AREA, lambda row: area(row, steps)),
         (f"Pass@{k}", lambda row: last(row, f"pass@{k}")),
     ]
     others = list(dict.fromkeys(x.get("dataset") for x in rows[0]["evals"]))[1:]
@@ -86,6 +87,12 @@ def study_table(rows: list[Row]) -> str:
         f"| cell | seeds | {' | '.join(f'{name} | against {BASELINE}' for name, _ in figures)} |",
         "|---|---:|" + "---:|---|" * len(figures),
     ]
+    starts = [row | {"evals": [x for x in row["evals"] if not x["step"]]} for row in base.values()]
+    if starts:
+        cells = ["before training", str(len(starts))]
+        for name, figure in figures:
+            cells += ["" if name == AREA else f"{fmean(map(figure, starts)):.3f}", ""]
+        lines.append(f"| {' | '.join(cells)} |")
     for cell, runs in found.items():
         cells = [cell, str(len(runs))]
         for _, figure in figures:
@@ -93,10 +100,8 @@ def study_table(rows: list[Row]) -> str:
             cells.append(f"{fmean(map(figure, runs.values())):.3f}")
             cells.append("" if cell == BASELINE or not pairs else interval(pairs))
         lines.append(f"| {' | '.join(cells)} |")
-    first = [row["evals"][0]["avg"] for row in base.values()]
     n, date = rows[0]["evals"][-1]["n"], max(row["date"] for row in rows)[:10]
-    before = f" Before training, Avg is {fmean(first):.3f}." if first else ""
     return "\n".join(lines) + (
         f"\n\nAveraged over seeds; differences are paired by seed, with 95 % t-intervals over "
-        f"seeds. {n} held-out problems of each data set.{before} {date}, torch {rows[0]['torch']}."
+        f"seeds. {n} held-out problems of each data set. {date}, torch {rows[0]['torch']}."
     )
