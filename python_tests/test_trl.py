@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from bupo.config import LossConfig
+from bupo.integrations import transformers
 from bupo.integrations import trl as ours
 from bupo.integrations.trl import BuPOMixin, BuPOTrainer, use_bupo_ops
 from bupo.policy import hidden_states, internal_policy, parameter_layers, unembedding
@@ -76,7 +77,7 @@ def test_a_trainer_learns_the_same_with_the_op(folder: str, tmp_path: Path, kind
     own, with_op = (trainer(folder, tmp_path, kind) for _ in range(2))
     use_bupo_ops(with_op)
     calls = 0
-    original = ours.ops.lm_head_logprobs
+    original = transformers.ops.lm_head_logprobs
 
     def counted(*args: Any, **options: Any) -> Any:
         nonlocal calls
@@ -87,7 +88,7 @@ def test_a_trainer_learns_the_same_with_the_op(folder: str, tmp_path: Path, kind
     own.train()
     set_seed(5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ours.ops, "lm_head_logprobs", counted)
+        patch.setattr(transformers.ops, "lm_head_logprobs", counted)
         with_op.train()
     assert calls >= 2, "the op is not used"
     for theirs, mine in zip(losses(own), losses(with_op), strict=True):
@@ -230,7 +231,7 @@ def test_likeliest_tokens() -> None:
 
 def test_the_examples_of_the_documentation(folder: str, tmp_path: Path) -> None:
     text = (Path(__file__).parent.parent / "docs/integrations.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text.partition("## TRL")[2], flags=re.DOTALL)
     assert len(blocks) == 3
     for code in blocks:
         args = GRPOConfig(output_dir=str(tmp_path), **COMMON, **SAMPLED)

@@ -1,1 +1,1 @@
-"""bupo in other trainers: bupo.integrations.trl."""
+"""bupo in other people's loops: bupo.integrations.transformers and bupo.integrations.trl."""

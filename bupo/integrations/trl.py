@@ -14,11 +14,10 @@ from typing import Any, cast
 import torch
 import trl
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from bupo import ops
+from bupo.integrations.transformers import refuse, scored, whole
 from bupo.policy import check_internal_policy, internal_policy, unembedding
 
 TESTED = "1.16."
@@ -82,29 +81,12 @@ def _give_head(
         }
         if not fused_lm_head:
             return original(*args, **{k: v for k, v in given.items() if v is not None}, **kwargs)
-        if kwargs.get("output_router_logits") or "pixel_values" in kwargs:
-            raise ValueError(
-                "bupo.integrations.trl: expected a model of text without a router loss, got "
-                f"{'images' if 'pixel_values' in kwargs else 'output_router_logits=True'}"
-            )
+        refuse(kwargs)
         layer, final_norm = policy()
         with internal_policy(self, layer, final_norm):
             hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
-        if shift_labels is None:
-            assert labels is not None
-            hidden, targets = hidden[:, :-1], labels[:, 1:]
-        else:
-            targets = shift_labels
-        head = self.get_output_embeddings()
-        out = ops.lm_head_logprobs(
-            hidden,
-            _whole(head.weight),
-            targets.contiguous(),
-            bias=None if head.bias is None else _whole(head.bias),
-            temperature=head_map.temperature * temperature,
-            softcap=head_map.softcap,
-        )
-        mask = targets != -100
+        out, targets = scored(self, head_map, hidden, labels, shift_labels, temperature)
+        mask, head = targets != -100, self.get_output_embeddings()
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return FusedCausalLMOutput(
             loss=-out.logprobs.sum() / count,
@@ -117,17 +99,13 @@ def _give_head(
     model.forward = types.MethodType(forward, model)
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
 @torch.no_grad()
 def _is_likeliest(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     """Returns whether each target is its policy's likeliest token, which takes one more product
     with the head. Neither softcap nor temperature changes that."""
-    mask, weight = targets != -100, _whole(head.weight)
-    bias = None if head.bias is None else _whole(head.bias)
-    found = torch.zeros_like(mask)
+    mask, weight = targets != -100, whole(head.weight)
+    bias = None if head.bias is None else whole(head.bias)
+    found, hidden = torch.zeros_like(mask), hidden[:, : mask.shape[1]]
     chosen = [
         nn.functional.linear(rows.to(weight.dtype), weight, bias).argmax(-1)
         for rows in hidden[mask].split(ROWS)
