@@ -10,7 +10,15 @@ import pytest
 import torch
 from analyze_samples import tiny_model
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from bupo.integrations import transformers
 from bupo.integrations.transformers import use_bupo_loss
@@ -27,10 +35,9 @@ def batch() -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma2", "granite", "phi"])
-@pytest.mark.parametrize("items", [None, 7, torch.tensor(7)])
+@pytest.mark.parametrize("items", [None, torch.tensor(7)])
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_loss_and_gradient_are_those_of_the_model(family: str, items: Any) -> None:
-    """With a softcap (gemma2), a scale (granite), and a bias in the head (phi)."""
     own = families.build(family)
     mine = use_bupo_loss(copy.deepcopy(own))
     options = {} if items is None else {"num_items_in_batch": items}
@@ -41,7 +48,8 @@ def test_loss_and_gradient_are_those_of_the_model(family: str, items: Any) -> No
     for one, other in zip(own.parameters(), mine.parameters()):
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None:
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+            off, largest = (one.grad - other.grad).abs().max(), one.grad.abs().max()
+            assert off <= 1e-5 * largest + 1e-6
     assert mine(input_ids=batch()["input_ids"]).logits.shape[-1] == families.VOCAB
     shifted = batch()["labels"].roll(-1, 1).index_fill(1, torch.tensor([8]), -100)
     given = {"input_ids": batch()["input_ids"], "shift_labels": shifted}
@@ -74,7 +82,7 @@ def test_a_trainer_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         log = trainer.state.log_history
         ended.append([row.get("loss", row.get("eval_loss")) for row in log[:4]])
     assert ended[0] == pytest.approx(ended[1], rel=1e-4) and None not in ended[0]
-    assert len(calls) == 3 * 2 + 2
+    assert len(calls) == 1 + 3 * 2 + 2, "a check, micro-batches, evaluation"
 
 
 def test_adapters_and_what_is_refused() -> None:
@@ -86,9 +94,43 @@ def test_adapters_and_what_is_refused() -> None:
     on_head = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="expected a plain Linear head, got one of peft"):
         on_head(**batch())
-    for name in ("output_router_logits", "pixel_values"):
-        with pytest.raises(ValueError, match=f"without a router loss, got {name}"):
+    for name in transformers.LEFT_OUT:
+        with pytest.raises(ValueError, match=f"without router loss, .*, got {name}"):
             model(**batch(), **{name: True})
+    for wrong in ({"ignore_index": 0}, {"return_dict": False}):
+        with pytest.raises(ValueError, match="use_bupo_loss: with labels, expected a text-only"):
+            model(**batch(), **wrong)
+    with pytest.raises(AttributeError, match="computes no logits; call it without labels"):
+        _ = model(**batch()).logits
+    with pytest.raises(ValueError, match="call it before get_peft_model"):
+        use_bupo_loss(adapted)
+
+
+def test_a_model_with_another_loss_is_refused() -> None:
+    """A transform between backbone and head, a router loss, a loss function of the user."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=50, intermediate_size=32, is_decoder=True, **sizes)
+    with pytest.raises(ValueError, match="family 'bert': not supported: its own loss"):
+        use_bupo_loss(BertLMHeadModel(config))
+    moe = families.build("mixtral")
+    moe.config.output_router_logits = True
+    with pytest.raises(ValueError, match=r"(config.output_router_logits|'mixtral': not supported)"):
+        use_bupo_loss(moe)
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "decoder_attention_heads": 2}
+    config = BartConfig(vocab_size=50, d_model=16, encoder_attention_heads=2, **layers)
+    with pytest.raises(ValueError, match="expected a decoder-only model"):
+        use_bupo_loss(BartForConditionalGeneration(config))
+
+
+def test_copies_and_positional_labels() -> None:
+    model = use_bupo_loss(families.build("llama"))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert not other(input_ids=batch()["input_ids"]).logits.any()
+        ids, labels = batch()["input_ids"], batch()["labels"]
+        assert model(ids, None, None, None, None, labels).loss == model(ids, labels=labels).loss
 
 
 def test_the_examples_of_the_documentation(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 is that of bupo.run."""
 
 import copy
+import inspect
 import re
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from analyze_samples import tiny_model
@@ -13,6 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from bupo.config import LossConfig
 from bupo.integrations import transformers
@@ -38,6 +41,10 @@ SAMPLED: dict[str, Any] = {
 
 
 class Rloo(BuPOMixin, RLOOTrainer):
+    pass
+
+
+class Sft(BuPOMixin, SFTTrainer):
     pass
 
 
@@ -178,14 +185,47 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder: str, tmp_path: Path) -> 
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def test_responses_of_a_phase_are_not_used_in_the_next(folder: str, tmp_path: Path) -> None:
+    """After a resume within a generation, TRL would use the new responses past the switch."""
+    more, saves = {"layer": 1, "internal_steps": 2}, {"save_strategy": "steps", "save_steps": 1}
+    settings = {"max_steps": 4, "num_iterations": 2, **saves}
+    trainer(folder, tmp_path / "whole", BuPOTrainer, more, **settings).train()
+    again = trainer(folder, tmp_path / "again", BuPOTrainer, more, **settings)
+    made_for: list[int | None] = []
+    original = again._generate_and_score_completions
+
+    def noted(rows: Any) -> Any:
+        made_for.append(again.internal_layer())
+        return original(rows)
+
+    again._generate_and_score_completions = noted
+    again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-1"))
+    assert made_for[:2] == [1, None] and len(made_for) >= 2
+
+
+def test_generation_is_what_it_was(tmp_path: Path) -> None:
+    """It reads the signature: positions of a left-padded batch come from the mask."""
+    model = families.build("gpt2")
+    trl_utils.add_fused_lm_head(model)
+    ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+    given = {"input_ids": ids, "attention_mask": (ids > 0).long(), "max_new_tokens": 4}
+    before = model.generate(**given, do_sample=False)
+    signature = inspect.signature(model.forward)
+    ours._give_head("test", model, {}, False, lambda: ours.FINAL)
+    assert inspect.signature(model.forward) == signature
+    assert torch.equal(model.generate(**given, do_sample=False), before)
+
+
 @pytest.mark.parametrize(
     ("more", "options", "message"),
     [
         ({"layer": 9, "internal_steps": 2}, {}, "layer: expected an int in 1..3, got 9"),
-        ({"layer": 1}, {}, "expected both or neither, got layer=1 and internal_steps=0"),
+        ({"layer": 1}, {}, "expected a layer and at least one step, .* got layer=1 and internal_"),
+        ({}, {}, "or a schedule, got layer=None and internal_steps=0"),
         ({"schedule": [(1, 2)]}, {}, "expected None as its last layer"),
         ({"schedule": [(1, 0), (None, 1)]}, {}, "expected at least one step each"),
         ({"layer": 1, "internal_steps": 3}, {"num_iterations": 2}, "a multiple of 2"),
+        ({"layer": 1, "internal_steps": 1}, {"steps_per_generation": 3}, "a multiple of 3"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(
@@ -217,6 +257,10 @@ def test_another_version_of_trl_is_refused(
     bare.model, bare.ref_model = AutoModelForCausalLM.from_pretrained(folder), None
     with pytest.raises(TypeError, match="expected one whose model has TRL's fused head"):
         use_bupo_ops(bare)
+    with pytest.raises(TypeError, match="expected a GRPOTrainer, RLOOTrainer or SFTTrainer"):
+        use_bupo_ops(object())
+    with pytest.raises(TypeError, match="BuPOMixin: expected a GRPOTrainer or RLOOTrainer"):
+        trainer(folder, tmp_path, Sft, {"layer": 1, "internal_steps": 1})
 
 
 def test_likeliest_tokens() -> None:

@@ -1,1 +1,1 @@
-"""bupo in other people's loops: bupo.integrations.transformers and bupo.integrations.trl."""
+"""Integrations with other training libraries: transformers and TRL."""
