@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 from on_device import DEVICE, NOT_ON_CUDA
 from sample_inputs import EMULATED
 from torch._guards import active_fake_mode
+
+# TRL, which some tests import, would otherwise set it to ERROR for all processes that tests start.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 
 NO_FLOAT64 = (
     "hidden of Double is not supported on this device",  # the operator
