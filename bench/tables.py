@@ -26,10 +26,14 @@ from rows import (
     shape_of,
     table,
 )
+from study.analysis import analysis_table
 from study.cells import PUBLISHED
 from study.table import study_table
 
-DOCUMENTS = ("README.md", "docs/performance.md", "docs/scaling.md", "docs/study.md")
+DOCUMENTS = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("internal_policies", "performance", "scaling", "study")),
+)
 PRODUCTS = {"block": "block products, AVX-512", "library": "torch's BLAS"}
 """What build_info() calls the products of a CPU, in words"""
 
@@ -263,6 +267,7 @@ MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "rollouts": ("rollouts_cpu", rollouts_table),
     "ranks_time": ("ranks_cpu", ranks_time_table),
     "ranks_memory": ("ranks_cpu", ranks_memory_table),
+    "analysis_smollm2": ("analysis_smollm2", analysis_table),
     **{f"study_{name}": (f"study_{name}", study_table) for name in PUBLISHED},
 }
 """By the name of a table: the file of its results, and what makes it of their rows"""
@@ -284,8 +289,8 @@ def table_named(name: str) -> str:
         return COMPUTED[name]()
     results, make = MEASURED[name]
     file = RESULTS / f"{results}.jsonl"
-    is_study = name.removeprefix("study_") in PUBLISHED
-    rows = study_rows(name.removeprefix("study_")) if is_study else newest(file)
+    edition = name.removeprefix("study_")
+    rows = study_rows(edition) if edition in PUBLISHED else newest(file)
     return make(rows) if rows else f"Not measured yet: there is no bench/results/{results}.jsonl."
 
 

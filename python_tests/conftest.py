@@ -3,6 +3,8 @@
 import ctypes
 import functools
 import os
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,3 +96,18 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", refuse)
+
+
+@pytest.fixture
+def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Makes a reward function, module:function, of a body and what else its module has."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(body: str, more: str = "") -> str:
+        name = f"custom_reward_{len(list(tmp_path.iterdir()))}"
+        text = "def score(responses, answers):\n" + textwrap.indent(body, "    ") + f"\n{more}\n"
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return f"{name}:score"
+
+    return make

@@ -24,12 +24,6 @@ from bupo.report.run_files import read_run
 from bupo.report.run_plots import draw_evaluations, draw_steps, draw_time
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """The page of an ordinary run, not to be written to."""
-    return report.write_report(write_run(tmp_path_factory.mktemp("runs") / "run"))
-
-
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
@@ -38,10 +32,10 @@ def page(tmp_path_factory):
         ("length", ["response/length", "response/truncated"]),
     ],
 )
-def test_each_metric_is_drawn_by_phase(page, name, keys):
+def test_each_metric_is_drawn_by_phase(tmp_path, name, keys):
     """Orange in the internal phase, which is shaded; blue after the line at the switch."""
     rows = list(rows_of_run(40, 8))
-    axes = drawn(draw_steps, name, [read_run(page.parent, "run")])
+    axes = drawn(draw_steps, name, [read_run(write_run(tmp_path / "run"), "run")])
     for ax, key in zip(axes, keys, strict=True):
         values = [row[key] for row in rows]
         assert (palette.ORANGE, list(range(1, 9)), values[:8]) in curves(ax)
@@ -51,8 +45,8 @@ def test_each_metric_is_drawn_by_phase(page, name, keys):
         assert (band.get_x(), band.get_width()) == (0.5, 8.0)
 
 
-def test_entropy_of_the_final_policy_on_the_same_tokens(page):
-    (ax,) = drawn(draw_steps, "entropy", [read_run(page.parent, "run")])
+def test_entropy_of_the_final_policy_on_the_same_tokens(tmp_path):
+    (ax,) = drawn(draw_steps, "entropy", [read_run(write_run(tmp_path / "run"), "run")])
     (line,) = [
         x
         for x in ax.lines

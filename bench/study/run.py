@@ -25,6 +25,8 @@ from bupo.runlog.run_directory import read_rows
 
 CURVES = ("reward/mean", "policy/entropy", "final/entropy", "response/length", "time/step")
 """The figures of each step that are kept"""
+EVALUATION = ("step", "when", "dataset", "n", "avg", "avg_se", "length")
+"""Those of each evaluation, beside Pass@k"""
 
 
 def results_of(edition: str) -> Path:
@@ -35,12 +37,7 @@ def result(out: Path) -> Row:
     """What is kept of a run."""
     steps = read_rows(out / "metrics.jsonl")
     evals = [
-        {
-            k: v
-            for k, v in row.items()
-            if k in ("step", "when", "dataset", "n", "avg", "avg_se", "length")
-        }
-        | {k: v for k, v in row.items() if k.startswith("pass@") and not k.endswith("_se")}
+        {k: v for k, v in row.items() if k in EVALUATION or re.fullmatch(r"pass@\d+", k)}
         for row in read_rows(out / "eval.jsonl")
     ]
     curves = {key: [round(row[key], 5) for row in steps] for key in CURVES}

@@ -167,7 +167,7 @@ class BuPOMixin:
         self._final_norm, self._ready = final_norm, False
         if not isinstance(self, GRPOTrainer | RLOOTrainer):
             raise TypeError(
-                f"BuPOMixin: expected a GRPOTrainer or RLOOTrainer, got {type(self).__mro__[2]}"
+                f"BuPOMixin: expected a GRPOTrainer or RLOOTrainer, got {type(self).__name__}"
             )
         super().__init__(*args, **kwargs)
         _check_options(self, [steps for _, steps in self._phases])

@@ -7,13 +7,18 @@ else. A task module has two functions, and may have a third one:
     reward(responses, answers)               the default of reward.function
 """
 
+import json
 import math
+import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bupo import hub
 from bupo.config import ConfigError
+
+Item = TypeVar("Item")
 
 
 def task_options(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -31,6 +36,27 @@ def task_options(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, A
         if kind in (int, float) and not smallest <= value < math.inf:
             raise ConfigError(f"task_options.{name} must be at least {smallest}, got {value}")
     return defaults | given
+
+
+def hold_out(problems: list[Item], settings: dict[str, Any]) -> tuple[list[Item], list[Item]]:
+    """Returns the problems for training and those that are held out, all in random order. Raises
+    ConfigError if none would be left for training."""
+    number = settings["eval_problems"]
+    if number >= len(problems):
+        raise ConfigError(
+            f"task_options.eval_problems must leave some of {len(problems)} problems for training, "
+            f"got {number}"
+        )
+    random.Random(settings["seed"]).shuffle(problems)
+    return problems[number:], problems[:number]
+
+
+def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes a JSONL file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(file)
 
 
 def save_model(model: Any, folder: Path) -> None:

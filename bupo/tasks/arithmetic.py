@@ -12,7 +12,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from bupo.tasks.small_models import DEFAULTS, Characters, Problem, hold_out
+from bupo.tasks import hold_out
+from bupo.tasks.small_models import DEFAULTS, Characters, Problem
 
 NOISE = 0.2
 

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from itertools import combinations, product
 from typing import Any
 
-from bupo.tasks.small_models import DEFAULTS, Characters, Problem, hold_out
+from bupo.tasks import hold_out
+from bupo.tasks.small_models import DEFAULTS, Characters, Problem
 
 NUMBERS, COUNT = range(1, 13), 4
 ATTEMPTS, KNOWN = 3, 0.2

@@ -27,8 +27,7 @@ from typing import Any
 
 from bupo.config import ConfigError
 from bupo.rewards import boxed
-from bupo.tasks import TaskFiles, smollm2, task_options
-from bupo.tasks.small_models import write_rows
+from bupo.tasks import TaskFiles, smollm2, task_options, write_rows
 
 KILLABLE = True
 DEFAULTS: dict[str, Any] = {
@@ -43,6 +42,12 @@ none is given. train_problems: the total, divided among the kinds by weight. eva
 system_prompt: the system's message, for example one that asks for <answer></answer>."""
 TESTED = "0.1.25"
 """The version of the package whose graders have been read"""
+UNEXPECTED = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(SyntaxError, TypeError, ValueError),
+)
+"""What a grader raises for an answer of another form than it expects, which is a wrong answer. Any
+other error is counted as one."""
 CHECKED = 16
 """Problems of each kind whose grader is tried"""
 SPAN = 1_000_000
@@ -72,9 +77,10 @@ def _has_credit(response: str, kind: str, options: dict[str, Any], entry: dict[s
     given = _given(response, re.fullmatch(NUMBER, str(entry["answer"])) is not None)
     if given is None or re.search(r"\b(nan|inf|infinity)\b", given, flags=re.IGNORECASE):
         return False  # some graders compare these with limits in a way that is always true
+    grader = _grader(kind, json.dumps(options))
     try:
-        return float(_grader(kind, json.dumps(options))(given, entry)) == 1
-    except Exception:  # for an answer that has another form than the grader expects
+        return float(grader(given, entry)) == 1
+    except UNEXPECTED:
         return False
 
 

@@ -4,16 +4,15 @@ tokenizer, the files, and a warm start, which imitates demonstrations."""
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from bupo import progress
 from bupo.config import ConfigError
-from bupo.tasks import TaskFiles, save_model, task_options
+from bupo.tasks import TaskFiles, save_model, task_options, write_rows
 
 DEFAULTS: dict[str, Any] = {
     "family": "qwen3",
@@ -67,9 +66,6 @@ def checked(options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]
 
 
 # ---- tasks that write characters ---------------------------------------------------------------
-
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -151,27 +147,6 @@ class Characters:
                 ids = [code[c] for c in one.prompt + self.demonstration(one, rng)]
                 batch.append(([*ids, 1], len(one.prompt)))
             yield batch
-
-
-def hold_out(problems: list[Item], settings: dict[str, Any]) -> tuple[list[Item], list[Item]]:
-    """Returns the problems for training and those that are held out, all in random order. Raises
-    ConfigError if none would be left for training."""
-    number = settings["eval_problems"]
-    if number >= len(problems):
-        raise ConfigError(
-            f"task_options.eval_problems must leave some of {len(problems)} problems for training, "
-            f"got {number}"
-        )
-    random.Random(settings["seed"]).shuffle(problems)
-    return problems[number:], problems[:number]
-
-
-def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes a JSONL file, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(file)
 
 
 def imitate(

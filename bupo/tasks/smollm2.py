@@ -18,8 +18,7 @@ from typing import Any
 
 from bupo import hub
 from bupo.config import ConfigError
-from bupo.tasks import TaskFiles, save_model, task_options
-from bupo.tasks.small_models import hold_out, write_rows
+from bupo.tasks import TaskFiles, hold_out, save_model, task_options, write_rows
 
 DEFAULTS = {"largest": 12, "eval_problems": 32, "seed": 0}
 """task_options: the largest factor; the number of products that are held out, and their seed."""
