@@ -243,6 +243,9 @@ def test_time_is_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
         measure(read)
         assert len(read) == number and min(text.count for text in read) == of_each
         assert seconds < 10 or clock.now - begin <= seconds
+    short = [*long[:1], *[split_at(ids(3), 1) for _ in range(19)]]
+    # A text gives 5 tokens on average, so 10 of them take 32.5 s; the probes took 29.75 s.
+    assert budget.affordable(29.75 + 32.5, short, measure) == (10, 50)
     monkeypatch.undo()
     found = analyse(build("qwen3"), texts(), minutes=1e-4)
     assert len(found.numbers) == 2

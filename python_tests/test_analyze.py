@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import run_samples
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bupo import config
 from bupo.analyze import main
+from bupo.commands import analysis_plan
 from bupo.commands.analysis_texts import Measured, _one_beginning, choose_rows, measurable
 from bupo.policy import decoder_stack, unembedding
 
@@ -176,11 +178,14 @@ def test_a_comparison_within_minutes(model: str, chats: str, tmp_path: Path) -> 
     assert main(["--model", model, "--out", str(out), *command, "--minutes", "1e-4"]) == 0
     table, texts = tokens_of(out), texts_of(out)
     final = table.filter(pc.field("policy") == "final").to_pylist()
-    names = {row["model"] for row in final}
+    names = list(dict.fromkeys(row["model"] for row in final))
     places = [
         [(row["text"], row["position"]) for row in final if row["model"] == name] for name in names
     ]
     assert places[0] == places[1] and len(places[0]) == len(texts) == 2
+    tops = pq.read_table(out / "top_tokens.parquet").to_pylist()
+    shown = [{(r["text"], r["position"]) for r in tops if r["model"] == name} for name in names]
+    assert shown[0] == shown[1] and len(shown[0]) == 1
     for row in final:
         assert texts[row["text"]]["token_ids"][row["position"]] == row["token_id"]
     with pytest.raises(config.ConfigError, match=r"minutes=1.0 and tokens=3 are both set"):
@@ -288,6 +293,23 @@ def test_dry_run_writes_nothing(
     assert "4 of 5, one response to each by hf" in said and "compared" in said and "qwen3" in said
     assert re.search(r"  time     at most about (\d+ s|\d+ minutes) to measure, not count", said)
     assert not out.exists()
+
+
+def test_the_plan_knows_the_budget(
+    model: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that measures a token a second."""
+    monkeypatch.setattr(analysis_plan, "_measuring_time", lambda config, sizes, tokens: tokens)
+    common = ["responses=column", "heat_maps=1", "heat_map_tokens=2"]
+
+    def seconds(*options: str) -> str:
+        given = [f"model.path={model}", f"data.train=[{chats}]", *common, *options]
+        loaded = config.read(None, given, config.AnalysisConfig)
+        text = analysis_plan.make_plan(loaded, tmp_path / "out").describe()
+        return re.search(r"about (.*) to measure", text)[1]
+
+    every = int(seconds().removesuffix(" s"))
+    assert every > 12 and seconds("tokens=3") == "5 s" and seconds("minutes=0.1") == "6 s"
 
 
 def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ import pytest
 import run_samples
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from bupo.commands.sources import cache_dir
+from bupo import config
+from bupo.commands.sources import cache_dir, find_sources
 from bupo.config import ConfigError, RewardConfig
 from bupo.rewards.choice import make_reward
 from bupo.rewards.killable import KillableReward
@@ -133,14 +134,27 @@ def test_a_small_task_is_trained(family: str, tmp_path: Path) -> None:
         "bupo.steps=1", "reward.function=null",
     )  # fmt: skip
     assert done == 0 and len(run_samples.rows(tmp_path / "run/metrics.jsonl")) == 2
-    (rollouts, *_) = sorted((tmp_path / "run/rollouts").iterdir())
-    for row in map(json.loads, rollouts.read_text().splitlines()):
-        assert row["reward"] == countdown.reward([row["response"]], [row["answer"]])[0]
     (folder,) = cache_dir().glob(f"countdown-{family}-2-32-2-*")
     made = json.loads((folder / "model/config.json").read_text())
     assert made["model_type"] == family
     with pytest.raises(ConfigError, match="family must be qwen3 or llama, got gpt"):
         countdown.prepare({"family": "gpt"}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "used"),
+    [
+        ("countdown", None, "bupo.tasks.countdown:reward"),
+        ("countdown", "strict", "strict"),
+        ("tiny", None, None),
+    ],
+)
+def test_a_task_brings_its_reward(task: str, given: str | None, used: str | None) -> None:
+    settings = [f"task=bupo.tasks.{task}", "eval.every=0"]
+    settings += [f"reward.function={given}"] if given else []
+    loaded = config.load(None, settings)
+    assert find_sources(loaded).reward.function == used
+    assert loaded.reward.function == given, "another task later has its own"
 
 
 # ---- reasoning-gym -----------------------------------------------------------------------------
@@ -167,7 +181,7 @@ def test_seeds_of_reasoning_gym_share_no_problem(tmp_path: Path) -> None:
     for seed in (0, 1):
         for part in problems_of_gym(tmp_path, seed=seed, tasks={"chain_sum": {"min_digits": 4}}):
             asked.append({row["prompt"][0]["content"] for row in part})
-    assert sum(map(len, asked)) == len(set.union(*asked))
+    assert [len(some) for some in asked] == [1000, 40] * 2 and len(set.union(*asked)) == 2080
     few = {"chain_sum": {"max_terms": 2, "max_digits": 1}}  # 200 problems at most
     train, held_out = problems_of_gym(tmp_path, tasks=few)
     known = {str(row["prompt"]) for row in held_out}
@@ -194,11 +208,15 @@ def test_only_full_credit_counts(tmp_path: Path) -> None:
     assert reasoning_gym.extract("<answer>a</answer><answer>b</answer> <answer>") == "b"
 
 
-def test_what_a_grader_does_not_expect_is_wrong() -> None:
-    """prime_factorization raises an error for words."""
-    (entry,) = reasoning_gym._entries("prime_factorization", {}, 0, 1)
-    answer = json.dumps({"kind": "prime_factorization", "options": {}, "entry": entry})
-    assert reasoning_gym.reward([entry["answer"], "<answer>done</answer>"], [answer] * 2) == [1, 0]
+@pytest.mark.parametrize(
+    ("kind", "wrong"), [("prime_factorization", "done"), ("complex_arithmetic", "nan")]
+)
+def test_what_a_grader_does_not_expect_is_wrong(kind: str, wrong: str) -> None:
+    """The one raises an error for words, the other gives full credit to nan."""
+    (entry,) = reasoning_gym._entries(kind, {}, 0, 1)
+    answer = json.dumps({"kind": kind, "options": {}, "entry": entry})
+    responses = [f"<answer>{text}</answer>" for text in (entry["answer"], wrong)]
+    assert reasoning_gym.reward(responses, [answer] * 2) == [1, 0]
 
 
 @pytest.mark.parametrize(
