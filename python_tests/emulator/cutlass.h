@@ -133,10 +133,20 @@ struct MMA_64x192x16_F32BF16BF16_SS : Mma<192, kA, kB, kScaleA, kScaleB> {};
 #define prefetch_tma_descriptor replaced_prefetch_tma_descriptor
 #define SM90_TMA_LOAD Replaced_SM90_TMA_LOAD
 #define SM90_TMA_LOAD_MULTICAST Replaced_SM90_TMA_LOAD_MULTICAST
+#define SM90_TMA_STORE Replaced_SM90_TMA_STORE
+#define SM90_U32x4_STSM_N Replaced_SM90_U32x4_STSM_N
+#define tma_store_fence replaced_tma_store_fence
+#define tma_store_arrive replaced_tma_store_arrive
+#define tma_store_wait replaced_tma_store_wait
 #include <cute/arch/copy_sm90.hpp>
 #undef prefetch_tma_descriptor
 #undef SM90_TMA_LOAD
 #undef SM90_TMA_LOAD_MULTICAST
+#undef SM90_TMA_STORE
+#undef SM90_U32x4_STSM_N
+#undef tma_store_fence
+#undef tma_store_arrive
+#undef tma_store_wait
 namespace cute {
 inline void prefetch_tma_descriptor(const TmaDescriptor*) {}
 struct SM90_TMA_LOAD {
@@ -155,6 +165,25 @@ struct SM90_TMA_LOAD_MULTICAST {
   }
   using PREFETCH = SM90_TMA_LOAD::PREFETCH;
 };
+struct SM90_TMA_STORE {
+  static void copy(const void* map, const void* from, int32_t x, int32_t y) {
+    emulator::store_tile(map, {x, y, 0}, cast_smem_ptr_to_uint(from));
+  }
+};
+struct SM90_U32x4_STSM_N {
+  using SRegisters = uint32_t[4];
+  using DRegisters = uint128_t[1];
+  static void copy(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint128_t& to) {
+    emulator::stmatrix({a, b, c, d}, cast_smem_ptr_to_uint(&to));
+  }
+};
+inline void tma_store_fence() { emulator::store_fence(); }
+inline void tma_store_arrive() { emulator::store_commit(); }
+template <int kLeft>
+void tma_store_wait() {
+  static_assert(kLeft == 0);
+  emulator::store_wait();
+}
 }  // namespace cute
 
 #define ClusterBarrier ReplacedClusterBarrier

@@ -38,6 +38,24 @@ void multiply(const std::vector<float>& a, const std::vector<float>& b, int64_t 
   }
 }
 
+// E from each thread's own columns.
+template <Schedule kSchedule>
+struct PlainStore {
+  const Kept& kept;
+  int64_t capacity;
+  uint32_t columns[TileLayout<kSchedule>::kGroups] = {};
+
+  void begin() {}
+  void put(int group, const uint32_t (&words)[4]) { std::copy_n(words, 4, columns + group); }
+  void end(int64_t row, int64_t column) const {
+    row += threadIdx.x % 32 / 4;
+    column += threadIdx.x % 4 * 2;
+    for (int g = 0; g < TileLayout<kSchedule>::kGroups; ++g)
+      if (row < capacity && column + 8 * g < kept.stride)
+        std::memcpy(kept.e + row * kept.stride + column + 8 * g, &columns[g], 4);
+  }
+};
+
 template <Schedule kSchedule>
 void scan(const ScanArgs& args) {
   using Layout = TileLayout<kSchedule>;
@@ -52,7 +70,7 @@ void scan(const ScanArgs& args) {
       multiply(a, b, args.width, product);
       emulator::run(1, Layout::kThreads, [&] {
         const int thread = static_cast<int>(threadIdx.x);
-        const bool store = args.kept.e && first < stored;
+        const bool stores = args.kept.e && first < stored;
         float x[Layout::kAccumulators];
         for (int fragment = 0; fragment < Layout::kFragments; ++fragment)
           for (int half = 0; half < 2; ++half)
@@ -60,10 +78,11 @@ void scan(const ScanArgs& args) {
               for (int pair = 0; pair < 2; ++pair)
                 x[Layout::accumulator(fragment, half, g, pair)] = product.at(
                     Layout::row(thread, fragment, half), Layout::column(thread, g, pair));
+        PlainStore<kSchedule> store{args.kept, args.places.capacity};
         if (args.bias)
-          scan_tile<kSchedule, true, true>(args, x, thread, first, rows, tile, store);
+          scan_tile<kSchedule, true, true>(args, x, thread, first, rows, tile, stores, store);
         else
-          scan_tile<kSchedule, true, false>(args, x, thread, first, rows, tile, store);
+          scan_tile<kSchedule, true, false>(args, x, thread, first, rows, tile, stores, store);
       });
     }
   }

@@ -43,7 +43,8 @@ struct Block {
   char* shared;  // aligned as on the device
   int64_t shared_bytes;
   std::map<uint32_t, Mbarrier> mbarriers;
-  std::vector<Span> loading, reading;  // by TMA, by wgmma
+  std::vector<Span> loading, reading, storing;  // by TMA, by wgmma, by TMA
+  std::map<uint32_t, const Fiber*> unfenced;    // words that stmatrix wrote, and their writers
   std::vector<int64_t> registers;      // of each thread
   int64_t free_registers = 0;
   Event registers_freed;

@@ -17,13 +17,14 @@ extern "C" CUresult cuTensorMapEncodeTiled(CUtensorMap* out, CUtensorMapDataType
                                            CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
                                            CUtensorMapFloatOOBfill fill) {
   // What tma.h has
-  bool fine = type == CU_TENSOR_MAP_DATA_TYPE_UINT16 && rank == 3 && box[0] == 64 && box[2] == 1 &&
+  bool fine = (type == CU_TENSOR_MAP_DATA_TYPE_UINT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16) &&
+              (rank == 2 || rank == 3) && box[0] == 64 && (rank == 2 || box[2] == 1) &&
               interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
               swizzle == CU_TENSOR_MAP_SWIZZLE_128B && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
   // What CUDA refuses
   fine = fine && reinterpret_cast<uintptr_t>(data) % 16 == 0 && box[1] >= 1 && box[1] <= 256;
-  emulator::TensorMap map{static_cast<const char*>(data), {}, {2}, box[1]};
-  for (size_t d = 0; d < 3; ++d) {
+  emulator::TensorMap map{static_cast<char*>(data), {1, 1, 1}, {2}, box[1]};
+  for (size_t d = 0; d < rank; ++d) {
     map.size[d] = size[d];
     fine = fine && steps[d] == 1 && size[d] >= 1 && size[d] <= uint64_t{1} << 32;
     if (d == 0) continue;
@@ -57,10 +58,12 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
   emulator::warpgroups.clear();
+  emulator::senders.clear();
   emulator::run_clusters(config->gridDim.x, config->blockDim.x, config->attrs->val.clusterDim.x,
                          static_cast<int64_t>(config->dynamicSmemBytes), [&] {
                            kernel(arguments...);
                            emulator::leave_wgmma();
+                           emulator::leave_tma();
                          });
   return cudaSuccess;
 }

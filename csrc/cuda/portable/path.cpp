@@ -58,13 +58,8 @@ class Portable final : public Scan {
 
  private:
   LogitBlock logits(int64_t rows) const {
-    return {products_,
-            rows,
-            head.vocab,
-            stride_,
-            bias,
-            places.temperature,
-            static_cast<float>(head.softcap)};
+    const auto softcap = static_cast<float>(head.softcap);
+    return {products_, rows, head.vocab, stride_, bias, places.temperature, softcap};
   }
 
   const int64_t stride_ = products_stride(head.vocab);

@@ -68,9 +68,12 @@ struct Scan : TileLayout<kSchedule> {
   using TiledMma = typename Mainloop::TiledMma;
   static_assert(size(TiledMma{}) == Layout::kThreads);
   using Turns = cutlass::OrderedSequenceBarrier<1, 2>;  // of the warpgroups, at multiplying
+  // Eight rows of a warp and all columns of a tile, on their way from registers to E.
+  using Outgoing = cutlass::bfloat16_t[8 * Layout::kColumns];
 
   struct Shared {
     alignas(128) typename Mainloop::TensorStorage tensors;
+    alignas(1024) Outgoing outgoing[2 * kWarpgroup / 32];
     alignas(16) typename Mainloop::PipelineStorage pipeline;
     alignas(16) typename Turns::SharedStorage turns;
   };
@@ -91,6 +94,52 @@ struct Scan : TileLayout<kSchedule> {
     return true;
   }
   static_assert(layout_is_as_stated());
+};
+
+// E as TMA writes it: boxes of 8 rows x 64 columns, which shared memory holds swizzled.
+constexpr int kBoxColumns = 64, kBoxSize = 8 * kBoxColumns;
+TmaDescriptor map_of(const Kept& kept, int64_t capacity) {
+  const auto e = make_tensor(make_gmem_ptr(reinterpret_cast<cutlass::bfloat16_t*>(kept.e)),
+                             make_shape(static_cast<int>(capacity), static_cast<int>(kept.stride)),
+                             make_stride(kept.stride, _1{}));
+  constexpr auto box = GMMA::Layout_K_SW128_Atom<cutlass::bfloat16_t>{};
+  static_assert(size(box) == kBoxSize);
+  return *make_tma_copy(SM90_TMA_STORE{}, e, box).get_tma_descriptor();
+}
+
+// The Store of tile_scan.cuh: stmatrix to shared memory, TMA from there, while the warp goes on.
+// Rows beyond the capacity and columns beyond the stride are left out by TMA.
+template <int kColumns>
+struct StoreByTma {
+  const TmaDescriptor& map;
+  cutlass::bfloat16_t* outgoing;
+  int lane;
+
+  __device__ void begin() const {
+    finish();
+    __syncwarp();
+  }
+  // A lane gives the address of one of the 32 rows of four 8 x 8 matrices. The swizzle: 16 bytes
+  // change places with the row.
+  __device__ void put(int group, const uint32_t (&words)[4]) const {
+    const int row = lane % 8, chunk = (group % 8 + lane / 8) ^ row;
+    auto* to = outgoing + group / 8 * kBoxSize + row * kBoxColumns + chunk * 8;
+    SM90_U32x4_STSM_N::copy(words[0], words[1], words[2], words[3],
+                            *reinterpret_cast<uint128_t*>(to));
+  }
+  __device__ void end(int row, int column) const {
+    tma_store_fence();
+    __syncwarp();
+    if (lane != 0) return;
+#pragma unroll
+    for (int box = 0; box < kColumns / kBoxColumns; ++box)
+      SM90_TMA_STORE::copy(&map, outgoing + box * kBoxSize, column + kBoxColumns * box, row);
+    tma_store_arrive();
+  }
+  // Until TMA has read what was sent.
+  __device__ void finish() const {
+    if (lane == 0) tma_store_wait<0>();
+  }
 };
 
 // The work of a cluster, unit after unit: a tile of the columns for kClusterRows rows. Units that
@@ -122,6 +171,7 @@ class Units {
 template <Schedule kSchedule, bool kStore, bool kBias>
 __global__ void __launch_bounds__(kThreads, 1)
     head_scan_kernel(const __grid_constant__ typename Scan<kSchedule>::Mainloop::Params map,
+                     const __grid_constant__ TmaDescriptor map_of_e,
                      const __grid_constant__ ScanArgs args) {
   using S = Scan<kSchedule>;
   using Pipeline = typename S::Pipeline;
@@ -170,6 +220,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     cutlass::arch::warpgroup_reg_alloc<S::kScanRegisters>();
     const int thread = (threadIdx.x - kWarpgroup) % S::kThreads;
+    auto* outgoing = shared.outgoing[warp - kWarpgroup / 32];
+    StoreByTma<S::kColumns> store{map_of_e, outgoing, static_cast<int>(threadIdx.x % 32)};
     typename S::Mainloop::PipelineState state;
     if (S::kPingpong && warpgroup == 2) {
       state.advance(steps);
@@ -186,8 +238,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       mainloop.mma_tail(pipeline, state, steps);
       state.advance(S::kPingpong ? 2 * steps : steps);
       scan_tile<kSchedule, kStore, kBias>(args, sums.data(), thread, first, rows, tile,
-                                          kStore && first < stored);
+                                          kStore && first < stored, store);
     }
+    if constexpr (kStore) store.finish();
   }
 }
 
@@ -249,9 +302,10 @@ cudaError_t launch(const ScanArgs& args, cudaStream_t stream) {
                                          static_cast<const cutlass::bfloat16_t*>(args.weight),
                                          {args.weight_stride, _1{}, 0}},
                                         nullptr);
+  const TmaDescriptor map_of_e = kStore ? map_of(args.kept, args.places.capacity) : TmaDescriptor{};
   // CUTLASS prints a refused tensor map and goes on with zeros, which would fault on the device.
   if (is_zero(*params.tma_load_a.get_tma_descriptor()) ||
-      is_zero(*params.tma_load_b.get_tma_descriptor()))
+      is_zero(*params.tma_load_b.get_tma_descriptor()) || (kStore && is_zero(map_of_e)))
     return cudaErrorInvalidValue;
   const auto kernel = head_scan_kernel<kSchedule, kStore, kBias>;
   constexpr int kShared = sizeof(typename Scan<kSchedule>::Shared);
@@ -264,7 +318,7 @@ cudaError_t launch(const ScanArgs& args, cudaStream_t stream) {
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config = config_of(
       static_cast<int>(std::min<int64_t>(clusters, units)) * kCluster, kShared, cluster, stream);
-  return cudaLaunchKernelEx(&config, kernel, params, args);
+  return cudaLaunchKernelEx(&config, kernel, params, map_of_e, args);
 }
 
 template <Schedule kSchedule>

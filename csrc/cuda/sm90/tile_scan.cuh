@@ -17,7 +17,11 @@
 // a logit that is -inf by overflow, without a bias, gives nan as the row's entropy, as in torch.
 //
 // No CUTLASS here: python_tests/emulator runs this file on the host. That wgmma's layout is the one
-// above is a static_assert of head_scan.cu.
+// above is a static_assert of head_scan.cu. How E leaves the registers is the caller's, a Store:
+//
+//   begin()            before the words of the next eight rows of a warp and all columns of a tile
+//   put(group, words)  of these rows, the thread's two columns of each of four groups
+//   end(row, column)   the place of the first of them in E
 //
 // Tests: python_tests/test_cuda_emulated.py, test_head_scan.py.
 
@@ -62,16 +66,17 @@ struct TileLayout {
 
 // One of a thread's rows of a tile. kBias is a template parameter, for a branch among the
 // exponentials costs more than they do.
-template <Schedule kSchedule, bool kStore, bool kBias, int kFragment, int kHalf>
+template <Schedule kSchedule, bool kStore, bool kBias, int kRow, class Store>
 class RowOfTile {
   using Layout = TileLayout<kSchedule>;
+  static constexpr int kFragment = kRow / 2, kHalf = kRow % 2;
   static constexpr int kGroups = Layout::kGroups;
 
  public:
   // x: all accumulators. first: of the tile's rows, of which there are `rows` in all. Writes the
-  // partial sums, the target's logit, and E if `store`.
+  // partial sums, the target's logit, and E if `stores`.
   __device__ RowOfTile(const ScanArgs& args, float* x, int thread, int first, int rows, int tile,
-                       bool store)
+                       bool stores, Store& store)
       : args_(args),
         x_(x),
         thread_(thread),
@@ -88,7 +93,7 @@ class RowOfTile {
     const bool has_mass = largest > none * scale_ / 2 && largest < INFINITY;
     const float ref = has_mass ? ceilf(largest) : 0.0f;
     float factor = 0.0f;
-    if (kStore && store) {
+    if (kStore && stores) {
       // Relative to the row's guess where the tile's largest entry is within reach of it.
       const float guess = inside_ ? args.kept.guess[row_] : 0.0f;
       const bool within = largest <= guess + kAboveGuess && largest >= guess - kBelowGuess;
@@ -106,10 +111,7 @@ class RowOfTile {
     dot += __shfl_xor_sync(kAllLanes, dot, 2);
     if (inside_ && thread % 4 == 0)
       args.partials[static_cast<int64_t>(tile) * args.places.capacity + row_] = {ref, sum, dot};
-    if (kStore && store) {
-      __syncwarp();  // else the packing begins among the exponentials, and registers spill
-      store_row();
-    }
+    if (kStore && stores) store_row(store);
   }
 
  private:
@@ -117,24 +119,26 @@ class RowOfTile {
     return x_[Layout::accumulator(kFragment, kHalf, group, pair)];
   }
 
+  // visit(logit, its column in the tile, the number of the visit)
+  template <class Visit>
+  __device__ void each(const Visit& visit) const {
+#pragma unroll
+    for (int i = 0; i < 2 * kGroups; ++i)
+      visit(value(i / 2, i % 2), Layout::column(thread_, i / 2, i % 2), i);
+  }
+
   __device__ void add_bias(float none) const {
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      asm volatile("" ::: "memory");  // else the loads are gathered, and registers spill
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair)
-        value(g, pair) =
-            max_nan(value(g, pair) + args_.bias[column_ + Layout::column(thread_, g, pair)], none);
-    }
+    each([&](float& x, int column, int i) {
+      // Else the loads are gathered, and registers spill.
+      if (i % 2 == 0) asm volatile("" ::: "memory");
+      x = max_nan(x + args_.bias[column_ + column], none);
+    });
   }
 
   __device__ void mask_padding(int columns, float none) const {
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair)
-        if (Layout::column(thread_, g, pair) >= columns) value(g, pair) = none;
-    }
+    each([&](float& x, int column, int) {
+      if (column >= columns) x = none;
+    });
   }
 
   // Takes the target's logit out of the sums. Its place in E is overwritten later.
@@ -143,30 +147,17 @@ class RowOfTile {
     if (place < 0 || place >= Layout::kColumns || column_ + place >= args_.vocab ||
         place % 8 / 2 != thread_ % 4)
       return;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        if (static_cast<int>(place) != Layout::column(thread_, g, pair)) continue;
-        args_.target_logits[row_] = value(g, pair) == none ? -INFINITY : value(g, pair);
-        value(g, pair) = none;
-      }
-    }
+    float logit = none;
+    each([&](float& x, int column, int) {
+      if (static_cast<int>(place) == column) logit = std::exchange(x, none);
+    });
+    args_.target_logits[row_] = logit == none ? -INFINITY : logit;
   }
 
   __device__ float largest_of_quad() const {
     constexpr int kChains = 4;
-    float most[kChains];
-#pragma unroll
-    for (int c = 0; c < kChains; ++c) most[c] = -INFINITY;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        float& chain = most[g % 2 * 2 + pair];
-        chain = fmaxf(chain, value(g, pair));
-      }
-    }
+    float most[kChains] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    each([&](const float& x, int, int i) { most[i % kChains] = fmaxf(most[i % kChains], x); });
     float largest = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])) * scale_;
     largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
     return fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
@@ -193,33 +184,18 @@ class RowOfTile {
     }
   }
 
-  // A quad has 8 columns of each group, two a thread. It trades them, so that thread q ends up with
-  // all of group q of four neighbouring ones: 16 bytes a thread, 64 contiguous bytes a quad.
-  __device__ void store_row() const {
-    const int lane = thread_ % 4;
-    const bool odd = lane & 1, upper = lane & 2;
-    BFloat16* row = args_.kept.e + row_ * args_.kept.stride;
+  // A row beyond the last one has any numbers: it may have come from any hidden state.
+  __device__ void store_row(Store& store) const {
+    store.begin();
 #pragma unroll
     for (int g = 0; g < kGroups; g += 4) {
-      uint32_t w[4];
+      uint32_t words[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) w[k] = pack(value(g + k, 0), value(g + k, 1));
-      // 4 x 4 transpose: words w[k] of thread q become word q of thread k.
-      const uint32_t a = __shfl_xor_sync(kAllLanes, odd ? w[0] : w[1], 1);
-      const uint32_t b = __shfl_xor_sync(kAllLanes, odd ? w[2] : w[3], 1);
-      const uint32_t m0 = odd ? a : w[0], m1 = odd ? w[1] : a;
-      const uint32_t m2 = odd ? b : w[2], m3 = odd ? w[3] : b;
-      const uint32_t c = __shfl_xor_sync(kAllLanes, upper ? m0 : m2, 2);
-      const uint32_t d = __shfl_xor_sync(kAllLanes, upper ? m1 : m3, 2);
-      const Words words = upper ? Words{c, d, m2, m3} : Words{m0, m1, c, d};
-      const int64_t j = column_ + (g + lane) * 8;
-      if (inside_ && j < args_.kept.stride) *reinterpret_cast<Words*>(row + j) = words;
+      for (int k = 0; k < 4; ++k) words[k] = pack(value(g + k, 0), value(g + k, 1));
+      store.put(g, words);
     }
+    store.end(row_ - thread_ % 32 / 4, column_);
   }
-
-  struct alignas(16) Words {
-    uint32_t a, b, c, d;
-  };
 
   const ScanArgs& args_;
   float* x_;
@@ -229,14 +205,17 @@ class RowOfTile {
 };
 
 // All rows of a thread.
-template <Schedule kSchedule, bool kStore, bool kBias>
+template <Schedule kSchedule, bool kStore, bool kBias, class Store>
 __device__ inline void scan_tile(const ScanArgs& args, float* x, int thread, int first, int rows,
-                                 int tile, bool store) {
-  RowOfTile<kSchedule, kStore, kBias, 0, 0>(args, x, thread, first, rows, tile, store);
-  RowOfTile<kSchedule, kStore, kBias, 0, 1>(args, x, thread, first, rows, tile, store);
-  if constexpr (TileLayout<kSchedule>::kFragments == 2) {
-    RowOfTile<kSchedule, kStore, kBias, 1, 0>(args, x, thread, first, rows, tile, store);
-    RowOfTile<kSchedule, kStore, kBias, 1, 1>(args, x, thread, first, rows, tile, store);
+                                 int tile, bool stores, Store& store) {
+  using Layout = TileLayout<kSchedule>;
+  RowOfTile<kSchedule, kStore, kBias, 0, Store>(args, x, thread, first, rows, tile, stores, store);
+  RowOfTile<kSchedule, kStore, kBias, 1, Store>(args, x, thread, first, rows, tile, stores, store);
+  if constexpr (Layout::kFragments == 2) {
+    RowOfTile<kSchedule, kStore, kBias, 2, Store>(args, x, thread, first, rows, tile, stores,
+                                                  store);
+    RowOfTile<kSchedule, kStore, kBias, 3, Store>(args, x, thread, first, rows, tile, stores,
+                                                  store);
   }
 }
 
