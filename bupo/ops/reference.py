@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bupo.ops.registration import transforms_active
 from bupo.ops.results import LogProbs, PolicyLoss
 
 
@@ -184,6 +185,9 @@ def loss_of_logprobs(
 
 def _has_slope(loss: Callable[[Tensor], Tensor], logp: Tensor) -> Tensor:
     """Whether the loss depends on each log-prob, to first order."""
+    if transforms_active():  # where no tensor can be made a leaf
+        slope: Tensor = torch.func.grad(loss)(logp.detach())
+        return slope != 0
     with torch.enable_grad():
         leaf = logp.detach().requires_grad_()
         (slope,) = torch.autograd.grad(loss(leaf), leaf)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,12 +102,19 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
     extension cannot throw itself because it is built on torch's stable interface."""
     if torch.compiler.is_compiling():
         return op(*args)
+    if transforms_active():
+        op = _TRANSFORMABLE.get(op, op)
     try:
         return op(*args)
     except RuntimeError as error:
         if "bupo.ops: out of memory" in str(error):
             raise torch.OutOfMemoryError(str(error)) from None
         raise
+
+
+def transforms_active() -> bool:
+    """Returns whether this runs within torch.func.grad, vjp, vmap or another of their kind."""
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -164,35 +172,38 @@ torch.library.register_fake("bupo::lm_head_logprobs_backward", _fake_logprobs_ba
 torch.library.register_fake("bupo::policy_loss", _fake_policy_loss)
 
 
-def _refuse_double_backward(op: str) -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"bupo.ops.{op}: double backward is not supported (create_graph=True). "
-            f"bupo.ops.reference.{op} supports it."
-        )
+def _double_backward(op: str) -> RuntimeError:
+    return RuntimeError(
+        f"bupo.ops.{op}: double backward is not supported (create_graph=True). "
+        f"bupo.ops.reference.{op} supports it."
+    )
 
 
-def _save_logprobs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _refuse_double_backward(ctx: Any, op: str) -> None:
+    # torch.func always makes a graph of the backward; there _Once refuses to go back through it.
+    if torch.is_grad_enabled() and not ctx.transforms:
+        raise _double_backward(op)
+
+
+def _save_logprobs(
+    ctx: Any, inputs: tuple[Any, ...], output: Any, transforms: bool = False
+) -> None:
+    ctx.transforms = transforms
     hidden, weight, targets, bias, temperature, ctx.softcap, ctx.ignore_index, _ = inputs
     ctx.save_for_backward(hidden, weight, targets, bias, temperature, output[3])
     ctx.set_materialize_grads(False)
 
 
 def _backward_logprobs(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    _refuse_double_backward("lm_head_logprobs")
+    _refuse_double_backward(ctx, "lm_head_logprobs")
     if all(g is None for g in upstream):
         return (None,) * 8
     saved = ctx.saved_tensors  # read once, as checkpointing unpacks a tensor only once
     grads = (None if g is None else g.contiguous() for g in upstream[:3])
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    d_hidden, d_weight, d_bias = call(
-        torch.ops.bupo.lm_head_logprobs_backward,
-        *grads,
-        *saved,
-        ctx.softcap,
-        ctx.ignore_index,
-        *needs,
-    )
+    op, once = torch.ops.bupo.lm_head_logprobs_backward, (_Once.apply, "lm_head_logprobs")
+    given = (*(once if ctx.transforms else ()), op, *grads, *saved)
+    d_hidden, d_weight, d_bias = call(*given, ctx.softcap, ctx.ignore_index, *needs)
     picked = [g if need else None for g, need in zip((d_hidden, d_weight, d_bias), needs)]
     return picked[0], picked[1], None, picked[2], None, None, None, None
 
@@ -202,7 +213,8 @@ torch.library.register_autograd(
 )
 
 
-def _save_policy(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save_policy(ctx: Any, inputs: tuple[Any, ...], output: Any, transforms: bool = False) -> None:
+    ctx.transforms = transforms
     ctx.needs = inputs[-3:]
     ctx.save_for_backward(*output[4:])
     ctx.set_materialize_grads(False)
@@ -213,6 +225,8 @@ def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
     the largest tensor of a step, and a copy would double the op's memory. A scale of 1 is skipped;
     on a GPU the device checks for it, since the host would have to wait."""
     if type(grad) is not Tensor or torch.compiler.is_compiling():
+        return grad * scale
+    if torch._C._functorch.is_legacy_batchedtensor(scale):  # is_grads_batched
         return grad * scale
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return grad * scale
@@ -225,14 +239,66 @@ def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
 
 
 def _backward_policy(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    _refuse_double_backward("policy_loss")
+    _refuse_double_backward(ctx, "policy_loss")
     if grad_loss is None:
         return (None,) * 15
-    grads = [
-        _scaled(g.detach(), grad_loss) if need else None
-        for g, need in zip(ctx.saved_tensors, ctx.needs)
-    ]
-    return grads[0], grads[1], *(None,) * 4, grads[2], *(None,) * 8
+    found: list[Tensor | None] = []
+    for grad, need in zip(ctx.saved_tensors, ctx.needs):
+        if need and ctx.transforms:
+            scaled = _Once.apply("policy_loss", torch.mul, grad, grad_loss)  # type: ignore[no-untyped-call]
+            found.append(scaled)
+        else:
+            found.append(_scaled(grad.detach(), grad_loss) if need else None)
+    return found[0], found[1], *(None,) * 4, found[2], *(None,) * 8
 
 
 torch.library.register_autograd("bupo::policy_loss", _backward_policy, setup_context=_save_policy)
+
+
+# ---- torch.func, whose transforms need another kind of autograd function than register_autograd
+# makes: one with setup_context
+
+
+class _Transformable(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "bupo.ops: forward mode over reverse mode (torch.func.hessian) is not supported: use "
+            "bupo.ops.reference"
+        )
+
+
+class _Logprobs(_Transformable):
+    forward = staticmethod(torch.ops.bupo.lm_head_logprobs)
+    setup_context = staticmethod(partial(_save_logprobs, transforms=True))
+    backward = staticmethod(_backward_logprobs)
+
+
+class _PolicyLoss(_Transformable):
+    forward = staticmethod(torch.ops.bupo.policy_loss)
+    setup_context = staticmethod(partial(_save_policy, transforms=True))
+    backward = staticmethod(_backward_policy)
+
+
+class _Once(_Transformable):
+    """A part of the backward of bupo.ops.NAME: function(*args), which has no derivative itself."""
+
+    @staticmethod
+    def forward(name: str, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise _double_backward(ctx.name)
+
+
+_TRANSFORMABLE: dict[Any, Callable[..., Any]] = {
+    torch.ops.bupo.lm_head_logprobs: _Logprobs.apply,
+    torch.ops.bupo.policy_loss: _PolicyLoss.apply,
+}
