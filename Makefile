@@ -5,7 +5,7 @@
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export TORCH_INDEX PYTHON BUPO_CUDA
 
-.PHONY: help setup demo test bench gpu-check format clean
+.PHONY: help setup demo test test-verl test-transformers bench gpu-check format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -18,6 +18,12 @@ demo: setup ## train the built-in arithmetic recipe: no download, no GPU
 
 test: setup ## every check that CI runs: formats, lint, types, CUDA compile, tests
 	@tools/test.sh $(ARGS)
+
+test-verl: ## bupo in verl, in an environment of its own (.venv-verl), without a GPU
+	@tools/test_verl.sh $(ARGS)
+
+test-transformers: setup ## the oldest and the newest transformers; ARGS="5.11.0 ..." for others
+	@tools/test_transformers.sh $(ARGS)
 
 bench: setup ## time and peak memory of the LM-head ops against their peers
 	@.venv/bin/python bench/bench_lm_head.py $(ARGS)
