@@ -132,7 +132,9 @@ def test_a_trainer_learns_the_same_with_the_op(
         torch.cat([(p.detach() - x).flatten() for p, x in zip(of.model.parameters(), start)])
         for of in (own, with_op)
     ]
-    assert (moves[0] - moves[1]).norm() <= 1e-4 * moves[0].norm()
+    # How a product of bfloat16 is rounded depends on the CPU.
+    limit = 2**-8 if options is HALF else 1e-4
+    assert (moves[0] - moves[1]).norm() <= limit * moves[0].norm()
 
 
 @pytest.mark.parametrize("kind", [BuPOTrainer, Rloo])
