@@ -59,7 +59,7 @@ VARIANTS = {
     "no epilogue": without_epilogue(PINGPONG),
     "cooperative, no epilogue": without_epilogue(COOPERATIVE),
     "E not stored": Variant(
-        changes=((SCAN, "kStore && first < stored);", "false);"),), right=False
+        changes=((SCAN, "kStore && first < stored, store);", "false, store);"),), right=False
     ),
 }
 DEFAULT = ["ping-pong", "cooperative", "no epilogue"]
