@@ -220,7 +220,8 @@ def test_gradient_checkpointing_with_backward_after_the_context(
     expected = gradients(model)
     calls: list[int] = []
     for index, layer in enumerate(parts(model)[0]):
-        layer.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+        part = next(layer.children())  # newer versions recompute a layer without its own hooks
+        part.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with internal_policy(model, 2):
         logits = unembedding(model).logits(hidden_states(model, ids))

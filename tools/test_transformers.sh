@@ -10,6 +10,7 @@ oldest=$(sed -n 's/^ *"transformers>=\([0-9.]*\)",$/\1/p' pyproject.toml)
 newest=$("$py" -m pip index versions transformers 2>/dev/null | sed -n '1s/.*(\(.*\)).*/\1/p')
 [ $# -gt 0 ] || set -- "$oldest" "$newest"
 tests=(policy policy_head internal models transformers update decoding prompts two_turns)
+failed=0
 for version in "$@"; do
   folder=build/transformers-$version
   if [ ! -e "$folder/ready" ]; then
@@ -21,5 +22,6 @@ for version in "$@"; do
   came=$(PYTHONPATH=$folder "$py" -c 'import transformers; print(transformers.__version__)')
   printf '== transformers %s\n' "$came"
   PYTHONPATH=$folder "$py" -m pytest -q -n 2 --dist worksteal -p no:cacheprovider \
-    $(printf "python_tests/test_%s.py " "${tests[@]}")
+    $(printf "python_tests/test_%s.py " "${tests[@]}") || failed=1
 done
+exit $failed
