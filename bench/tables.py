@@ -32,7 +32,10 @@ from study.table import study_table
 
 DOCUMENTS = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("internal_policies", "performance", "scaling", "study")),
+    *(
+        f"docs/{name}.md"
+        for name in ("integrations", "internal_policies", "performance", "scaling", "study")
+    ),
 )
 PRODUCTS = {"block": "block products, AVX-512", "library": "torch's BLAS"}
 """What build_info() calls the products of a CPU, in words"""
@@ -263,6 +266,7 @@ MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "cuda_shapes": ("cuda", cuda_shapes_table),
     "models": ("models_cuda", models_table),
     "train_step": ("train_step_cpu", train_step_table),
+    "trl_ops": ("trl_ops_cpu", train_step_table),
     "internal": ("internal_cpu", internal_table),
     "rollouts": ("rollouts_cpu", rollouts_table),
     "ranks_time": ("ranks_cpu", ranks_time_table),
