@@ -220,8 +220,8 @@ def recurrent_gemma() -> nn.Module:
 def test_a_state_that_does_not_follow_its_rows_keeps_them(made):
     """With a warning that says why, and the result of generate() itself. Without an end: in
     transformers' RWKV a row depends on the others, ended ones too."""
-    torch.manual_seed(0)
     model = made().eval()
+    torch.manual_seed(0)  # after what the family's own initialisation draws, which varies
     for parameter in model.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, 0.0, 0.2)
@@ -237,7 +237,7 @@ def test_a_state_that_does_not_follow_its_rows_keeps_them(made):
         input_ids=ids, attention_mask=torch.ones_like(ids), suppress_tokens=padded, **options
     )
     assert tokens(rollouts) == own[:, 3:].tolist()
-    assert len({tuple(t) for t in tokens(rollouts)}) >= 3  # of 4
+    assert len({tuple(t) for t in tokens(rollouts)}) == 4
     with pytest.warns(UserWarning, match="finished rows stay"):
         ended = tokens(generate(engine_of(model), asked, 6))
     assert any(len(t) < LIMIT for t in ended) and not any(set(t[:-1]) & set(EOS) for t in ended)

@@ -148,15 +148,21 @@ def test_each_rank_or_pair_of_ranks_has_its_vllm(
     assert len(lines) == 16, "4 prompts with 4 responses each"
 
 
+BY_SERVER = [
+    "rollout.engine=vllm_server", "task_options={layers: 2, width: 128, warm_steps: 4}",
+    "eval.every=0", "steps=3", "bupo.steps=1",
+]  # fmt: skip
+
+
+def test_ranks_start_no_server(tmp_path: Path) -> None:
+    said = run_of(2, tmp_path, *BY_SERVER).communicate()[0]
+    assert "list them in rollout.servers" in said
+
+
 def test_ranks_share_a_server(tmp_path: Path) -> None:
     """One after the other, with and without adapters, each with all weights of its own."""
-    task = ["task_options={layers: 2, width: 128, warm_steps: 4}", "eval.every=0"]
-    few = ["rollout.engine=vllm_server", *task, "steps=3", "bupo.steps=1"]
-    said = run_of(2, tmp_path / "none", *few).communicate()[0]
-    assert "list them in rollout.servers" in said
-    said = run_of(1, tmp_path / "none", *few, "rollout.servers=[http://127.0.0.1:9]").communicate()[
-        0
-    ]
+    nobody = "rollout.servers=[http://127.0.0.1:9]"
+    said = run_of(1, tmp_path / "none", *BY_SERVER, nobody).communicate()[0]
     typed = re.search(r"start it with: .* python (-m .*--port 9.*)", said)
     assert typed, said
     with socket.socket() as free:
@@ -173,7 +179,7 @@ def test_ranks_share_a_server(tmp_path: Path) -> None:
             time.sleep(0.5)
         for lora in ("lora.rank=4", "lora.rank=null"):
             out = tmp_path / lora
-            finish(run_of(2, out, *few, lora, f"rollout.servers=[{url}]"))
+            finish(run_of(2, out, *BY_SERVER, lora, f"rollout.servers=[{url}]"))
             assert len(rows(out)) == 3
             for row in rows(out):
                 assert row["sync/logprob_gap"] < 1e-5 and row["rollout/logprob_gap"] < 1e-5

@@ -26,9 +26,8 @@ def bupo(command: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def test_a_step_of_each_phase_and_an_analysis(tmp_path: Path) -> None:
-    """The engine has the trainer's weights before and after an update, and figures of all layers
-    satisfy their identities, without which the analysis would end with status 1."""
+def test_a_step_of_each_phase(tmp_path: Path) -> None:
+    """The engine has the trainer's weights before and after an update."""
     recipe, out = str(shipped("smollm2.yaml")), tmp_path / "run"
     bupo("run", "--config", recipe, "--out", str(out), *FEW)
     rows = run_samples.rows(out / "metrics.jsonl")
@@ -36,12 +35,21 @@ def test_a_step_of_each_phase_and_an_analysis(tmp_path: Path) -> None:
     for row in rows:
         assert row["sync/logprob_gap"] < 1e-4 and row["rollout/logprob_gap"] < 1e-4
         assert not row["policy/skipped_updates"]
-    texts = ["--data", str(out / "rollouts/step_000002.jsonl"), "prompts=2", "max_tokens=48"]
-    bupo("analyze", "--model", str(out), "--out", str(tmp_path / "analysis"), *texts)
-    (model,) = json.loads((tmp_path / "analysis/summary.json").read_text())["models"]
-    assert (model["layers"], model["texts"]) == (30, 2)
-    assert len(model["checks"]) >= 5 and all(x["value"] <= x["limit"] for x in model["checks"])
     shutil.rmtree(out / "checkpoints")  # gigabytes
+
+
+def test_an_analysis(tmp_path: Path) -> None:
+    """The figures of all layers satisfy their identities, without which it would end with 1."""
+    model = smollm2.prepare({}, tmp_path).model
+    smollm2.build({}, model)
+    texts = tmp_path / "texts.jsonl"
+    rows = [{"prompt": f"What is {n} times 12?", "response": f"{12 * n}"} for n in (7, 8)]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "analysis"
+    bupo("analyze", "--model", str(model), "--out", str(out), "--data", str(texts), "max_tokens=48")
+    (found,) = json.loads((out / "summary.json").read_text())["models"]
+    assert (found["layers"], found["texts"]) == (30, 2)
+    assert len(found["checks"]) >= 5 and all(x["value"] <= x["limit"] for x in found["checks"])
 
 
 def test_rewards_read_the_last_number() -> None:

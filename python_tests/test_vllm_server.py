@@ -244,7 +244,7 @@ def test_an_answer_that_is_no_response_of_this_run(parts):
 
 
 def test_a_run_starts_a_server_and_resumes_without_it(tmp_path):
-    """The server is killed in the middle, and the run at its start."""
+    """The server is killed in the middle."""
     out, engine = tmp_path / "run", "rollout.engine=vllm_server"
     with subprocess.Popen(**command(out, engine, "steps=300"), stderr=subprocess.PIPE) as started:
         while not (out / "checkpoints/step_000002").is_dir():
@@ -257,15 +257,25 @@ def test_a_run_starts_a_server_and_resumes_without_it(tmp_path):
     rows = run(out, engine, f"steps={steps}", "resume=auto")
     assert [r["step"] for r in rows] == list(range(1, steps + 1))
     assert all(r["sync/logprob_gap"] < NEAR and r["rollout/logprob_gap"] < NEAR for r in rows)
-    with subprocess.Popen(**command(tmp_path / "killed", engine), stderr=subprocess.PIPE) as killed:
-        while not servers_in(tmp_path / "killed"):
+    assert none_is_left_in(tmp_path)
+
+
+def test_a_server_ends_with_a_killed_run(tmp_path):
+    """The run is killed while its server starts."""
+    arguments = command(tmp_path, "rollout.engine=vllm_server")
+    with subprocess.Popen(**arguments, stderr=subprocess.PIPE) as killed:
+        while not servers_in(tmp_path):
             assert killed.poll() is None, killed.stderr.read()
             time.sleep(0.1)
         killed.kill()
+    assert none_is_left_in(tmp_path)
+
+
+def none_is_left_in(folder):
     deadline = time.monotonic() + 60
-    while (left := servers_in(tmp_path)) and time.monotonic() < deadline:
+    while (left := servers_in(folder)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert left == []
+    return left == []
 
 
 def servers_in(folder):
