@@ -16,7 +16,7 @@ setup: ## make .venv, install what is needed and build the extension; quick when
 demo: setup ## train the built-in arithmetic recipe: no download, no GPU
 	@.venv/bin/python -m bupo.run $(ARGS)
 
-test: setup ## every check that CI runs: formats, lint, types, CUDA compile, tests
+test: setup ## every check of .ci/run: formats, lint, types, CUDA compile, tests
 	@tools/test.sh $(ARGS)
 
 test-verl: ## bupo in verl, in an environment of its own (.venv-verl), without a GPU

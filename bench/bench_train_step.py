@@ -1,7 +1,7 @@
 """A training step of bupo, and of TRL's GRPOTrainer with its own fused head and with bupo.ops in
 its place: seconds by stage and peak memory, on a CPU.
 
-Both train the same model on the same prompts, with the same numbers of rollouts, tokens, optimiser
+All train the same model on the same prompts, with the same numbers of rollouts, tokens, optimiser
 updates and rollouts per micro-batch, in float32, and generate by transformers or by vLLM. Each runs
 in a process of its own; the processes take turns, so that a slow moment of the machine affects all.
 Protocol: bench/README.md.

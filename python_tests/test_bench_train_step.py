@@ -58,6 +58,31 @@ def test_a_small_run_without_trl(tmp_path: Path) -> None:
     assert phase["grad_norm"] != full["grad_norm"], "another policy"
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_trl_is_measured_with_the_op(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import step_trl
+
+    from bupo import ops
+
+    calls: list[Any] = []
+    original = ops.lm_head_logprobs
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(ops, "lm_head_logprobs", counted)
+    workload.write(SMALL, tmp_path)
+    for with_ops in (False, True):
+        assert not calls
+        step_trl.main(tmp_path, SMALL, 1, 1, {}, with_ops)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('{"')]
+        assert json.loads(lines[-1])["tokens"] == 8 * 5
+    assert calls
+
+
 def test_no_response_can_end(tmp_path: Path) -> None:
     """The end of sequence is out of reach after any token, and of prompts as well."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
