@@ -8,6 +8,10 @@
 
 namespace bupo {
 
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
 // The LM head on N tokens: z[i, j] = softcap(<hidden_i, weight_j> + bias_j) / temperature_i.
 struct HeadArgs {
   const void* hidden;       // [N, D], inner stride 1
@@ -37,12 +41,10 @@ struct TokenOutputs {
   void* logsumexp;  // null in policy_loss
 };
 
-// Coefficients of the per-token op's backward, [N] in the accumulator type; null where none is
-// given.
-struct TokenGrads {
-  const void* logprobs;
-  const void* entropy;
-  const void* logsumexp;
+// Gradients of every token's log-prob, entropy and logsumexp, [N] in the accumulator type; null
+// where there is none.
+struct Coefficients {
+  const void *on_logprob, *on_entropy, *on_logsumexp;
 };
 
 // Inputs of the policy loss, [N] in the accumulator type; null where optional and not given.

@@ -80,8 +80,8 @@ struct Inputs {
 };
 
 // Upstream gradients of the per-token op.
-inline TokenGrads token_grads(const char* op, const Inputs& in, const OptionalTensor& logprobs,
-                              const OptionalTensor& entropy, const OptionalTensor& logsumexp) {
+inline Coefficients coefficients(const char* op, const Inputs& in, const OptionalTensor& logprobs,
+                                 const OptionalTensor& entropy, const OptionalTensor& logsumexp) {
   const int64_t n = in.args.tokens;
   if (logprobs) check_vector(op, "grad_logprobs", *logprobs, n, in.acc);
   if (entropy) check_vector(op, "grad_entropy", *entropy, n, in.acc);

@@ -48,7 +48,7 @@ struct Operators {
     const Backend backend(hidden, in);
     backend.check_tokens(op, [&](int64_t i) { return in.args.targets[i] != ignore_index; });
     check_vector(op, "kept", kept, Backend::kKeeps ? kept.numel() : 0, ScalarType::Byte);
-    const TokenGrads upstream = token_grads(op, in, grad_logprobs, grad_entropy, grad_logsumexp);
+    const Coefficients upstream = coefficients(op, in, grad_logprobs, grad_entropy, grad_logsumexp);
     Grads grads(in, hidden, need_hidden, need_weight, need_bias);
     if (grads.args.any())
       backend.lm_head_logprobs_backward(ignore_index, upstream, grads.args,

@@ -91,13 +91,21 @@ BUPO_HOST_DEVICE inline Row<T> finish_row(RowSums<T> others, T target_logit, lon
   return row;
 }
 
-// dz_t of the target, less the temperature, of the gradients of log-prob, entropy and logsumexp.
+// Gradients of one token's log-prob, entropy and logsumexp.
 template <class T>
-BUPO_HOST_DEVICE inline T target_gradient(const Row<T>& row, T on_logprob, T on_entropy,
-                                          T on_logsumexp) {
-  const T dz = on_logprob * row.target_rest + on_logsumexp * row.target_prob;
+struct Coefficient {
+  T on_logprob, on_entropy, on_logsumexp;
+  BUPO_HOST_DEVICE bool is_live() const {  // nan is
+    return !(on_logprob == T(0) && on_entropy == T(0) && on_logsumexp == T(0));
+  }
+};
+
+// dz_t of the target, less the temperature.
+template <class T>
+BUPO_HOST_DEVICE inline T target_gradient(const Row<T>& row, const Coefficient<T>& c) {
+  const T dz = c.on_logprob * row.target_rest + c.on_logsumexp * row.target_prob;
   if (row.target_prob == T(0)) return dz;
-  return dz - on_entropy * row.target_prob * (row.target - row.mean);
+  return dz - c.on_entropy * row.target_prob * (row.target - row.mean);
 }
 
 enum class LossType : int { kPpo = 0, kCispo = 1 };

@@ -296,6 +296,16 @@ def test_clip_edges_are_those_of_torch(edge: tuple, advantage: float) -> None:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-14, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_ratio_to_its_own_logprobs_is_exactly_one(dtype: torch.dtype) -> None:
+    """So that a clip range without width clips nothing on-policy."""
+    call = Sample("on-policy", OP, one_policy(head("on-policy", (40,), 16, 700), 1.0, 1.0))
+    call = call.to(dtype).but(clip_low=0.0, clip_high=0.0)
+    metrics = call.call(old_logprobs=call.call().logprobs).metrics
+    assert metrics["ratio_mean"] == metrics["ratio_max"] == 1
+    assert metrics["clip_fraction"] == metrics["approx_kl"] == 0
+
+
 def test_cispo_keeps_the_gradient_of_clipped_tokens() -> None:
     """Its coefficient is min(r, 1 + clip_high) A: never 0, and the ratio carries no gradient."""
     arguments = head("cispo", (5,), 8, 20)

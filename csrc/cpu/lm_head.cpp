@@ -30,13 +30,11 @@ namespace {
 constexpr int64_t kBufferBytes = int64_t{64} << 20;
 constexpr int64_t kForwardTokens = 256;
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Upstream gradients of one token's log-prob, entropy and logsumexp.
-struct Coefficients {
-  double logprob = 0, entropy = 0, logsumexp = 0;
-  bool live() const { return logprob != 0 || entropy != 0 || logsumexp != 0; }
-};
+// Entry i of an array that may be null.
+template <class T>
+double at(const void* array, int64_t i, double otherwise = 0) {
+  return array ? static_cast<const T*>(array)[i] : otherwise;
+}
 
 template <class Products>
 class Head {
@@ -62,9 +60,7 @@ class Head {
   int64_t tile_rows(int64_t tile) const {
     return std::min(kTileRows, args_.vocab - tile * kTileRows);
   }
-  double temperature(int64_t token) const {
-    return args_.temperature ? static_cast<const Acc*>(args_.temperature)[token] : 1.0;
-  }
+  double temperature(int64_t token) const { return at<Acc>(args_.temperature, token, 1); }
   bool capped() const { return args_.softcap != 0; }
   // The tile keeps z, or with a softcap u = z / scale.
   Acc scale(int64_t token) const {
@@ -148,20 +144,20 @@ class Gradients {
 
   // The last reserved logits become dz of the tokens with a gradient.
   void append(const int64_t* tokens, const std::vector<Row<double>>& rows,
-              const std::vector<Coefficients>& coefficients) {
+              const std::vector<Coefficient<double>>& coefficients) {
     const int64_t base = static_cast<int64_t>(columns_.size());
     GradientColumns<Acc> live{};
     for (size_t i = 0; i < rows.size(); ++i) {
-      const Coefficients& c = coefficients[i];
-      if (!c.live()) continue;
+      const Coefficient<double>& c = coefficients[i];
+      if (!c.is_live()) continue;
       const double temperature = head_.temperature(tokens[i]);
       columns_.push_back(tokens[i]);
       live.column.push_back(static_cast<int32_t>(i));
       live.max.push_back(Acc(rows[i].max));
       live.log_total.push_back(Acc(rows[i].log_total));
       live.mean.push_back(Acc(rows[i].mean));
-      live.on_p.push_back(Acc((c.logsumexp - c.logprob) / temperature));
-      live.on_gap.push_back(Acc(-c.entropy / temperature));
+      live.on_p.push_back(Acc((c.on_logsumexp - c.on_logprob) / temperature));
+      live.on_gap.push_back(Acc(-c.on_entropy / temperature));
       if (head_.capped()) live.scale.push_back(head_.scale(tokens[i]));
     }
     const int64_t count = live.count = static_cast<int64_t>(live.column.size());
@@ -209,8 +205,9 @@ class Gradients {
   }
 
  private:
-  double target_gradient(const Row<double>& row, const Coefficients& c, int64_t token) const {
-    double dz = bupo::target_gradient(row, c.logprob, c.entropy, c.logsumexp);
+  double target_gradient(const Row<double>& row, const Coefficient<double>& c,
+                         int64_t token) const {
+    double dz = bupo::target_gradient(row, c);
     if (head_.capped()) {
       const double u = (row.max + row.target) / head_.kept_scale(token);
       dz *= 1 - u * u;
@@ -246,8 +243,8 @@ class Gradients {
 };
 
 template <class Body>
-void for_products(Scalar dtype, const HeadArgs& args, const Body& body) {
-  if (dtype == Scalar::kDouble) return body.template operator()<LibraryProducts<double>>();
+void for_products(ScalarType dtype, const HeadArgs& args, const Body& body) {
+  if (dtype == ScalarType::Double) return body.template operator()<LibraryProducts<double>>();
   const auto run = [&]<class Stored>() {
     if (BlockProducts<Stored>::usable(args)) {
       body.template operator()<BlockProducts<Stored>>();
@@ -255,7 +252,8 @@ void for_products(Scalar dtype, const HeadArgs& args, const Body& body) {
       body.template operator()<LibraryProducts<Stored, float>>();
     }
   };
-  dtype == Scalar::kFloat ? run.template operator()<float>() : run.template operator()<uint16_t>();
+  dtype == ScalarType::Float ? run.template operator()<float>()
+                             : run.template operator()<uint16_t>();
 }
 
 // visit(tokens, count, rows) for all chosen tokens, with their logits kept if `gradients` is set.
@@ -273,11 +271,6 @@ void for_chunks(Head<Products>& head, const std::vector<int64_t>& tokens,
 }
 
 template <class T>
-T at(const void* values, int64_t i) {
-  return static_cast<const T*>(values)[i];
-}
-
-template <class T>
 void write(const TokenOutputs& out, int64_t token, const Row<double>& row) {
   static_cast<T*>(out.logprobs)[token] = T(row.logprob);
   static_cast<T*>(out.entropy)[token] = T(row.entropy);
@@ -286,7 +279,7 @@ void write(const TokenOutputs& out, int64_t token, const Row<double>& row) {
 
 }  // namespace
 
-void lm_head_logprobs(Scalar dtype, const HeadArgs& args, int64_t ignore_index,
+void lm_head_logprobs(ScalarType dtype, const HeadArgs& args, int64_t ignore_index,
                       const TokenOutputs& out) {
   for_products(dtype, args, [&]<class Products>() {
     Head<Products> head(args);
@@ -300,21 +293,21 @@ void lm_head_logprobs(Scalar dtype, const HeadArgs& args, int64_t ignore_index,
   });
 }
 
-void lm_head_logprobs_backward(Scalar dtype, const HeadArgs& args, int64_t ignore_index,
-                               const TokenGrads& upstream, const GradArgs& grads) {
+void lm_head_logprobs_backward(ScalarType dtype, const HeadArgs& args, int64_t ignore_index,
+                               const Coefficients& upstream, const GradArgs& grads) {
   for_products(dtype, args, [&]<class Products>() {
     using Acc = typename Products::Acc;
     const auto coefficients = [&](int64_t i) {
-      const auto of = [i](const void* array) { return array ? at<Acc>(array, i) : Acc(0); };
-      return Coefficients{of(upstream.logprobs), of(upstream.entropy), of(upstream.logsumexp)};
+      return Coefficient<double>{at<Acc>(upstream.on_logprob, i), at<Acc>(upstream.on_entropy, i),
+                                 at<Acc>(upstream.on_logsumexp, i)};
     };
     Head<Products> head(args);
     std::vector<int64_t> tokens;
     for (int64_t i = 0; i < args.tokens; ++i)
-      if (args.targets[i] != ignore_index && coefficients(i).live()) tokens.push_back(i);
+      if (args.targets[i] != ignore_index && coefficients(i).is_live()) tokens.push_back(i);
     Gradients<Products> gradients(head, grads, static_cast<int64_t>(tokens.size()));
     for_chunks(head, tokens, &gradients, [&](const int64_t* chunk, const auto& rows) {
-      std::vector<Coefficients> of_chunk;
+      std::vector<Coefficient<double>> of_chunk;
       for (size_t i = 0; i < rows.size(); ++i) of_chunk.push_back(coefficients(chunk[i]));
       gradients.append(chunk, rows, of_chunk);
     });
@@ -322,14 +315,14 @@ void lm_head_logprobs_backward(Scalar dtype, const HeadArgs& args, int64_t ignor
   });
 }
 
-void policy_loss(Scalar dtype, const HeadArgs& args, const PolicyArgs& policy,
+void policy_loss(ScalarType dtype, const HeadArgs& args, const PolicyArgs& policy,
                  const TokenOutputs& out, const GradArgs& grads, void* loss, void* metrics) {
   for_products(dtype, args, [&]<class Products>() {
     using Acc = typename Products::Acc;
     Head<Products> head(args);
     std::vector<int64_t> tokens;
     for (int64_t i = 0; i < args.tokens; ++i)
-      if (at<Acc>(policy.token_weights, i) != Acc(0)) tokens.push_back(i);
+      if (at<Acc>(policy.token_weights, i) != 0) tokens.push_back(i);
     std::unique_ptr<Gradients<Products>> gradients;
     if (grads.any())
       gradients =
@@ -337,18 +330,17 @@ void policy_loss(Scalar dtype, const HeadArgs& args, const PolicyArgs& policy,
 
     PolicySums sums;
     for_chunks(head, tokens, gradients.get(), [&](const int64_t* chunk, const auto& rows) {
-      std::vector<Coefficients> coefficients(rows.size());
+      std::vector<Coefficient<double>> coefficients(rows.size());
       for (size_t i = 0; i < rows.size(); ++i) {
         const int64_t token = chunk[i];
         write<Acc>(out, token, rows[i]);
         const double weight = at<Acc>(policy.token_weights, token);
-        const auto t = policy_token<double>(
-            policy.settings, rows[i].logprob, rows[i].entropy, at<Acc>(policy.old_logprobs, token),
-            at<Acc>(policy.advantages, token),
-            policy.ref_logprobs ? at<Acc>(policy.ref_logprobs, token) : 0,
-            policy.importance_weights ? at<Acc>(policy.importance_weights, token) : 1);
+        const auto t = policy_token<double>(  // of log-probs as they are returned and come back
+            policy.settings, Acc(rows[i].logprob), rows[i].entropy,
+            at<Acc>(policy.old_logprobs, token), at<Acc>(policy.advantages, token),
+            at<Acc>(policy.ref_logprobs, token), at<Acc>(policy.importance_weights, token, 1));
         coefficients[i] = {weight * t.d_logprob, weight * t.d_entropy, 0};
-        sums.add(t, weight, rows[i].entropy, coefficients[i].live());
+        sums.add(t, weight, rows[i].entropy, coefficients[i].is_live());
       }
       if (gradients) gradients->append(chunk, rows, coefficients);
     });

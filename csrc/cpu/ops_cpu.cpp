@@ -16,11 +16,7 @@ struct Cpu {
     explicit Guard(int32_t) {}
   };
 
-  Cpu(const Tensor&, const Inputs& inputs)
-      : in(inputs),
-        dtype(in.dtype == ScalarType::Float    ? cpu::Scalar::kFloat
-              : in.dtype == ScalarType::Double ? cpu::Scalar::kDouble
-                                               : cpu::Scalar::kBfloat16) {}
+  Cpu(const Tensor&, const Inputs& inputs) : in(inputs) {}
 
   // The values that the tokens selected by `included` may hold; other tokens may hold anything.
   template <class Included>
@@ -36,19 +32,18 @@ struct Cpu {
 
   int64_t bytes_to_keep() const { return 0; }
   void lm_head_logprobs(int64_t ignore_index, const TokenOutputs& out, void*) const {
-    cpu::lm_head_logprobs(dtype, in.args, ignore_index, out);
+    cpu::lm_head_logprobs(in.dtype, in.args, ignore_index, out);
   }
-  void lm_head_logprobs_backward(int64_t ignore_index, const TokenGrads& upstream,
+  void lm_head_logprobs_backward(int64_t ignore_index, const Coefficients& upstream,
                                  const GradArgs& grads, void*, int64_t) const {
-    cpu::lm_head_logprobs_backward(dtype, in.args, ignore_index, upstream, grads);
+    cpu::lm_head_logprobs_backward(in.dtype, in.args, ignore_index, upstream, grads);
   }
   void policy_loss(const PolicyArgs& policy, const TokenOutputs& out, const GradArgs& grads,
                    void* loss, void* metrics) const {
-    cpu::policy_loss(dtype, in.args, policy, out, grads, loss, metrics);
+    cpu::policy_loss(in.dtype, in.args, policy, out, grads, loss, metrics);
   }
 
   const Inputs& in;
-  cpu::Scalar dtype;
 };
 
 }  // namespace

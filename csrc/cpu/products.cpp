@@ -17,7 +17,6 @@ constexpr int64_t kTransposed = 256;   // tokens of a transposed block of dz
 constexpr int64_t kColumns = 1024;     // of the weight, with such a block: 512 KiB in cache
 constexpr int64_t kLiveMultiple = 32;  // few distinct sizes, so few kernels are generated
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 int64_t panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
 template <class T>

@@ -5,7 +5,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
+
+#include "../args.h"
 
 namespace bupo::cuda {
 
@@ -28,10 +29,6 @@ inline int64_t budget_within(int64_t free) {
   int64_t budget = int64_t{4} << 30;
   while (budget > free / 4 && budget > int64_t{256} << 20) budget /= 2;
   return budget;
-}
-
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
 }
 
 // Rows a chunk when `bytes` are there: a multiple of kRowMultiple, or of `multiple` if they are

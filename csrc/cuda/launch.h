@@ -50,11 +50,6 @@ cudaError_t launch_policy_coefficients(const PolicyRows& rows, float* on_logprob
 cudaError_t launch_policy_sums(const PolicyRows& rows, float* loss, float* metrics,
                                cudaStream_t stream);
 
-// Upstream gradients of a row's outputs, [rows] each; null where there is none.
-struct Coefficients {
-  const float *on_logprob, *on_entropy, *on_logsumexp;
-};
-
 // What the rows of a chunk are, by place.
 struct Places {
   int32_t* counts;     // [2]: rows that take part, and how many of them come first and are stored

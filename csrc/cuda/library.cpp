@@ -14,9 +14,6 @@
 namespace bupo::cuda {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 Tensor as_tensor(const Device& device, const Matrix& m) {
   std::array<int64_t, 2> sizes{m.rows, m.columns}, strides{m.stride, 1};
   if (m.transposed) {

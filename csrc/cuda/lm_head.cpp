@@ -140,7 +140,8 @@ void lm_head_logprobs_backward(const Path& path, const Call& call, int64_t ignor
   // Under capture every row keeps its place, and an eager forward has not left them so.
   if (kept && !call.device.capturing) return backward_of_kept(path, call, upstream, grads, kept);
   Rows rows{{call.head.targets, ignore_index, nullptr},
-            {upstream.on_logprob, upstream.on_entropy, upstream.on_logsumexp}};
+            {at<float>(upstream.on_logprob, 0), at<float>(upstream.on_entropy, 0),
+             at<float>(upstream.on_logsumexp, 0)}};
   rows.only_stored = true;
   walk(path, call, rows, {}, grads, upstream,
        [&](int64_t first, int64_t) { return from(upstream, first); });

@@ -38,15 +38,11 @@ struct Cuda {
   void lm_head_logprobs(int64_t ignore_index, const TokenOutputs& out, void* kept) const {
     cuda::lm_head_logprobs(path, call, ignore_index, out, kept);
   }
-  void lm_head_logprobs_backward(int64_t ignore_index, const TokenGrads& upstream,
+  void lm_head_logprobs_backward(int64_t ignore_index, const Coefficients& upstream,
                                  const GradArgs& grads, void* kept, int64_t bytes) const {
     // A saved weight may come back at another address (hooks that offload it), on the other path.
     if (bytes != kept_bytes(path, call)) kept = nullptr;
-    cuda::lm_head_logprobs_backward(
-        path, call, ignore_index,
-        {cuda::at<float>(upstream.logprobs, 0), cuda::at<float>(upstream.entropy, 0),
-         cuda::at<float>(upstream.logsumexp, 0)},
-        grads, kept);
+    cuda::lm_head_logprobs_backward(path, call, ignore_index, upstream, grads, kept);
   }
   void policy_loss(const PolicyArgs& policy, const TokenOutputs& out, const GradArgs& grads,
                    void* loss, void* metrics) const {

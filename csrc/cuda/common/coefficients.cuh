@@ -8,22 +8,12 @@
 namespace bupo::cuda {
 
 // One row's.
-struct Coefficient {
-  float on_logprob, on_entropy, on_logsumexp;
-
-  __device__ Coefficient(const Coefficients& c, int64_t row)
-      : on_logprob(c.on_logprob ? c.on_logprob[row] : 0.0f),
-        on_entropy(c.on_entropy ? c.on_entropy[row] : 0.0f),
-        on_logsumexp(c.on_logsumexp ? c.on_logsumexp[row] : 0.0f) {}
-
-  __device__ float largest() const {
-    return fmaxf(fmaxf(fabsf(on_logprob), fabsf(on_entropy)), fabsf(on_logsumexp));
-  }
-  __device__ bool is_live() const {
-    const float sum = on_logprob + on_entropy + on_logsumexp;
-    return largest() != 0.0f || sum != sum;
-  }
-};
+__device__ inline Coefficient<float> coefficient_of(const Coefficients& c, int64_t row) {
+  return {at(c.on_logprob, row), at(c.on_entropy, row), at(c.on_logsumexp, row)};
+}
+__device__ inline float largest(const Coefficient<float>& c) {
+  return fmaxf(fmaxf(fabsf(c.on_logprob), fabsf(c.on_entropy)), fabsf(c.on_logsumexp));
+}
 
 // What float16's values are larger by, so that small ones survive.
 inline constexpr float kHalfGain = 1024.0f;

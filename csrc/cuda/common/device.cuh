@@ -39,6 +39,11 @@ __device__ inline void narrow(float x, Float16& out) {
 }
 __device__ inline void narrow(float x, float& out) { out = x; }
 
+// Entry i of an array that may be null.
+__device__ inline float at(const void* array, int64_t i, float otherwise = 0.0f) {
+  return array ? static_cast<const float*>(array)[i] : otherwise;
+}
+
 // 2^n of an integer, exactly; 0 below 2^-126, infinity above 2^127.
 __device__ inline float exp2_integer(float n) {
   if (!(n >= -126.0f)) return 0.0f;

@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kThreads) live_places_kernel(LivePlacesArgs ar
   int base = 0;
   for (int start = 0; start < stored; start += kThreads) {
     const int i = start + static_cast<int>(threadIdx.x);
-    const bool live = i < stored && Coefficient(args.coefficients, args.places.order[i]).is_live();
+    const bool live =
+        i < stored && coefficient_of(args.coefficients, args.places.order[i]).is_live();
     const int place = next_place<kThreads>(live, base, counts);
     if (live) args.source[place] = i;
   }
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float shared[kThreads / 32];
   float mine = 0.0f;
   for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
-    const float size = Coefficient(bounds, i).largest();
+    const float size = largest(coefficient_of(bounds, i));
     if (size > mine && size < INFINITY) mine = size;
   }
   mine = block_reduce<kThreads>(mine, shared, [](float a, float b) { return a > b ? a : b; });

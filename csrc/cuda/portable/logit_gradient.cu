@@ -26,11 +26,11 @@ __global__ void __launch_bounds__(kThreads) logit_gradient_kernel(LogitGradientA
   const int64_t k = blockIdx.x, place = args.source ? args.source[k] : k;
   const int64_t row = args.places.order[place], vocab = args.logits.vocab;
   T* out = static_cast<T*>(args.out) + k * args.out_stride;
-  const Coefficient c(args.coefficients, row);
+  const auto c = coefficient_of(args.coefficients, row);
   const RowLogits z(args.logits, place);
   const float scale =
       !c.is_live() ? 0.0f
-                   : power_of_two(c.largest() / z.temperature()) / (args.half ? kHalfGain : 1.0f);
+                   : power_of_two(largest(c) / z.temperature()) / (args.half ? kHalfGain : 1.0f);
   if (threadIdx.x == 0) {
     args.scale[k] = scale;
     if (args.order) args.order[k] = row;
@@ -49,8 +49,7 @@ __global__ void __launch_bounds__(kThreads) logit_gradient_kernel(LogitGradientA
     if (j < vocab) {
       const float unit = z.unit(j), d = z.z(unit) - record.max;
       if (j == target) {
-        dz = factor * target_gradient(record, c.on_logprob, c.on_entropy, c.on_logsumexp) *
-             z.slope(unit);
+        dz = factor * target_gradient(record, c) * z.slope(unit);
       } else if (d != -INFINITY) {
         const float p = expf(d - record.log_total);
         dz = p * (on_p + on_gap * (d - record.mean)) * z.slope(unit);

@@ -15,10 +15,6 @@ namespace {
 
 constexpr int kSumThreads = 512;
 
-__device__ double at(const void* array, int64_t i, double otherwise = 0) {
-  return array ? static_cast<const float*>(array)[i] : otherwise;
-}
-
 __device__ PolicyToken<double> token_of(const PolicyRows& r, int64_t i) {
   const PolicyArgs& p = r.policy;
   return policy_token<double>(p.settings, r.logprobs[i], r.entropy[i], at(p.old_logprobs, i),
@@ -46,9 +42,8 @@ __global__ void __launch_bounds__(kSumThreads)
     if (weight == 0) continue;
     const PolicyToken<double> token = token_of(rows, i);
     // Live as the gradient sees it: coefficients are floats there.
-    const bool live = static_cast<float>(weight * token.d_logprob) != 0.0f ||
-                      static_cast<float>(weight * token.d_entropy) != 0.0f;
-    mine.add(token, weight, rows.entropy[i], live);
+    const Coefficient<float> c{float(weight * token.d_logprob), float(weight * token.d_entropy), 0};
+    mine.add(token, weight, rows.entropy[i], c.is_live());
   }
   const PolicySums all =
       block_reduce<kSumThreads>(mine, shared, [](PolicySums a, const PolicySums& b) {

@@ -35,13 +35,13 @@ __global__ void __launch_bounds__(kThreads) gradient_rows_kernel(GradientRowsArg
   BFloat16* out = args.out + k * args.kept.stride;
   float* references = args.kept.references + place * args.tiles;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Coefficient c(args.coefficients, row);
+  const auto c = coefficient_of(args.coefficients, row);
   const bool by_row = !args.coefficients.on_entropy && !args.coefficients.on_logsumexp;
   const PlacedRow record = args.records[place];
   const float temperature = args.places.temperature ? args.places.temperature[place] : 1.0f;
   const float scale = !c.is_live() ? 0.0f
                       : by_row     ? -c.on_logprob * record.gain / temperature
-                                   : power_of_two(c.largest() / temperature);
+                                   : power_of_two(largest(c) / temperature);
   const float factor = 1.0f / (temperature * scale);
   // dz / scale = e (on_e + on_gap (ln e + shift)) with e = E 2^(...)
   const float on_e = by_row ? 1.0f : record.gain * (c.on_logsumexp - c.on_logprob) * factor;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) gradient_rows_kernel(GradientRowsArg
   args.scale[k] = scale;
   const int64_t target = args.places.targets[place];
   if (scale == 0.0f || target < 0 || target >= args.vocab) return;
-  const float dz = target_gradient(record.row, c.on_logprob, c.on_entropy, c.on_logsumexp);
+  const float dz = target_gradient(record.row, c);
   narrow(by_row ? -record.row.target_rest / record.gain : factor * dz, out[target]);
 }
 

@@ -204,19 +204,15 @@ class RowOfTile {
   float scale_;
 };
 
-// All rows of a thread.
-template <Schedule kSchedule, bool kStore, bool kBias, class Store>
+// Rows kRow and following of a thread.
+template <Schedule kSchedule, bool kStore, bool kBias, class Store, int kRow = 0>
 __device__ inline void scan_tile(const ScanArgs& args, float* x, int thread, int first, int rows,
                                  int tile, bool stores, Store& store) {
-  using Layout = TileLayout<kSchedule>;
-  RowOfTile<kSchedule, kStore, kBias, 0, Store>(args, x, thread, first, rows, tile, stores, store);
-  RowOfTile<kSchedule, kStore, kBias, 1, Store>(args, x, thread, first, rows, tile, stores, store);
-  if constexpr (Layout::kFragments == 2) {
-    RowOfTile<kSchedule, kStore, kBias, 2, Store>(args, x, thread, first, rows, tile, stores,
-                                                  store);
-    RowOfTile<kSchedule, kStore, kBias, 3, Store>(args, x, thread, first, rows, tile, stores,
-                                                  store);
-  }
+  RowOfTile<kSchedule, kStore, kBias, kRow, Store>(args, x, thread, first, rows, tile, stores,
+                                                   store);
+  if constexpr (kRow + 1 < 2 * TileLayout<kSchedule>::kFragments)
+    scan_tile<kSchedule, kStore, kBias, Store, kRow + 1>(args, x, thread, first, rows, tile, stores,
+                                                         store);
 }
 
 }  // namespace bupo::cuda::sm90
