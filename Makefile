@@ -5,7 +5,7 @@
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export TORCH_INDEX PYTHON BUPO_CUDA
 
-.PHONY: help setup demo test test-verl test-transformers bench gpu-check format clean
+.PHONY: help setup demo test test-verl test-wheel test-transformers bench gpu-check format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -22,6 +22,9 @@ test: setup ## every check of .ci/run: formats, lint, types, CUDA compile, tests
 test-verl: ## bupo in verl, in an environment of its own (.venv-verl), without a GPU
 	@tools/test_verl.sh $(ARGS)
 
+test-wheel: setup ## a wheel, with the oldest and the newest torch; ARGS="2.12.0 ..." for others
+	@tools/test_wheel.sh $(ARGS)
+
 test-transformers: setup ## the oldest and the newest transformers; ARGS="5.11.0 ..." for others
 	@tools/test_transformers.sh $(ARGS)
 
@@ -37,5 +40,5 @@ format: setup ## rewrite the sources in the house format
 	@find csrc -regex '.*\.\(h\|cpp\|cuh\|cu\)' -exec .venv/bin/clang-format -i {} +
 
 clean: ## remove build products and caches; keeps .venv
-	@rm -rf build dist *.egg-info bupo/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf build dist *.egg-info bupo/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

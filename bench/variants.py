@@ -68,7 +68,7 @@ DEFAULT = ["ping-pong", "cooperative", "no epilogue"]
 def copy_sources(name: str, folder: Path) -> Path:
     """Makes the variant's own tree and returns it."""
     tree = folder / name.replace(" ", "_")
-    ignored = shutil.ignore_patterns("_C*.so", "__pycache__", "results")
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "results")
     for item in COPIED:
         if (ROOT / item).is_dir():
             shutil.copytree(ROOT / item, tree / item, ignore=ignored, dirs_exist_ok=True)

@@ -1,4 +1,5 @@
-// The Python module bupo._C: importing it registers the operators; build_info() says what is in it.
+// The Python module bupo._C: importing it loads the operators' library, which knows nothing of
+// Python; build_info() says what is in that.
 
 #include <pybind11/pybind11.h>
 

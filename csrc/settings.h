@@ -1,4 +1,5 @@
-// Settings of the CUDA operators, for the whole process; bupo.ops sets them.
+// Settings of the CUDA operators, for the whole process; bupo.ops sets them by bupo._C, hence they
+// are visible to it.
 
 #pragma once
 
@@ -9,12 +10,12 @@ namespace bupo {
 
 // Bytes that an operator may take beside its results; 0: by the memory that is free (cuda/library).
 // Its smallest unit, 128 rows, is always taken.
-inline std::atomic<int64_t> workspace_bytes{0};
+[[gnu::visibility("default")]] inline std::atomic<int64_t> workspace_bytes{0};
 
 // Which kernels serve CUDA calls. kAuto: the first row of cuda/paths.cpp that can.
 enum class Kernels : int { kAuto, kPortable, kCooperative, kPingpong };
 inline constexpr const char* kKernelNames[] = {"auto", "portable", "sm90_cooperative",
                                                "sm90_pingpong"};
-inline std::atomic<Kernels> kernels{Kernels::kAuto};
+[[gnu::visibility("default")]] inline std::atomic<Kernels> kernels{Kernels::kAuto};
 
 }  // namespace bupo

@@ -30,7 +30,7 @@ tests then run that code in place of the CPU operators."""
 if EMULATED:
     torch.ops.load_library(EMULATED)
     library = ctypes.CDLL(EMULATED)
-    library.emulator_workspace(ctypes.c_int64(int(os.environ["BUPO_WORKSPACE"])))
+    ops.set_workspace_bytes(int(os.environ["BUPO_WORKSPACE"]))
     library.emulator_capability(int(os.environ["BUPO_CAPABILITY"]))
 
 if EMULATED:

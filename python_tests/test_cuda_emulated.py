@@ -65,7 +65,7 @@ def test_float16(emulated: Path) -> None:
     text = """
 for scale in (1.0, 1e-5):
     for workspace in (1 << 17, 1 << 30):
-        library.emulator_workspace(ctypes.c_int64(workspace))
+        ops.set_workspace_bytes(workspace)
         call = sample(torch.float16)
         call["token_weights"] *= scale
         truth = run(double(call), ops.reference)
@@ -83,7 +83,7 @@ for scale in (1.0, 1e-5):
 def test_graph_capture_reads_nothing_and_gives_the_same(emulated: Path) -> None:
     text = """
 for dtype in (torch.float32, torch.bfloat16):
-    library.emulator_workspace(ctypes.c_int64(1 << 17))
+    ops.set_workspace_bytes(1 << 17)
     call = sample(dtype)
     before = library.emulator_reads()
     normal = run(call)
@@ -121,7 +121,7 @@ def test_a_call_takes_the_memory_that_was_planned(
     call takes more than its budget."""
     text = f"""
 library.emulator_capability({capability})
-library.emulator_workspace(ctypes.c_int64(1 << 18))
+ops.set_workspace_bytes(1 << 18)
 call = sample(torch.bfloat16, tokens=700, width=64, vocab=800)
 with torch.set_grad_enabled({gradients}), torch.profiler.profile(profile_memory=True) as seen:
     ops.policy_loss(**call)
@@ -138,7 +138,7 @@ print(max(event.cpu_memory_usage for event in seen.events()))
 def test_masked_tokens_are_not_multiplied(emulated: Path) -> None:
     text = """
 for workspace in (1 << 17, 1 << 30):
-    library.emulator_workspace(ctypes.c_int64(workspace))
+    ops.set_workspace_bytes(workspace)
     call = sample(torch.float32)
     before = library.emulator_logit_rows()
     run(call)
@@ -168,7 +168,7 @@ def test_a_row_does_not_depend_on_its_batch(emulated: Path) -> None:
     text = """
 call = sample(torch.float32)
 whole = ops.lm_head_logprobs(call["hidden"].detach(), call["weight"], call["targets"])
-library.emulator_workspace(ctypes.c_int64(1 << 17))
+ops.set_workspace_bytes(1 << 17)
 parts = ops.lm_head_logprobs(call["hidden"].detach(), call["weight"], call["targets"])
 assert all(torch.equal(x, y) for x, y in zip(whole, parts))
 """

@@ -11,7 +11,7 @@ from emulation import run_script
 
 HOPPER = """
 library.emulator_capability(90)
-library.emulator_workspace(ctypes.c_int64(1 << 30))
+ops.set_workspace_bytes(1 << 30)
 bf16 = torch.bfloat16
 # Three roundings to bfloat16 (of E, of dz or of x times its scale, of the result), 1.7e-3 each in
 # the mean, and a few entries that dominate these small samples.
@@ -40,18 +40,18 @@ def run(library: Path, text: str) -> str:
 def test_which_calls_it_serves(emulated: Path) -> None:
     """Hopper alone, bfloat16, no softcap, a weight that TMA can read."""
     text = """
-def served(capability=90, dtype=bf16, width=16, offset=0, kernels=0, **options):
+def served(capability=90, dtype=bf16, width=16, offset=0, kernels="auto", **options):
     library.emulator_capability(capability)
-    library.emulator_kernels(kernels)
+    ops.set_cuda_kernels(kernels)
     weight = torch.randn(40 * width + 8).to(dtype)[offset:][: 40 * width].view(40, width)
     before = library.emulator_scans()
     ops.lm_head_logprobs(torch.randn(3, width).to(dtype), weight, torch.arange(3), **options)
-    library.emulator_kernels(0)
+    ops.set_cuda_kernels("auto")
     return library.emulator_scans() > before
 
 assert served() and served(bias=torch.randn(40).to(bf16)) and served(offset=8)
-assert served(kernels=2) and served(kernels=3)
-assert not served(kernels=1)
+assert served(kernels="sm90_cooperative") and served(kernels="sm90_pingpong")
+assert not served(kernels="portable")
 for capability in (80, 89, 100, 120):  # Blackwell has no wgmma
     assert not served(capability)
 assert not served(dtype=torch.float32) and not served(softcap=5.0)
@@ -77,7 +77,7 @@ for rows in (everything[7:8], everything.flip(0), everything[100:141:3]):
     with torch.no_grad():
         same(ops.lm_head_logprobs(**part), rows)
 for budget in (1 << 18, 1 << 30):
-    library.emulator_workspace(ctypes.c_int64(budget))
+    ops.set_workspace_bytes(budget)
     policy = ops.policy_loss(**call)
     rows = call["token_weights"].nonzero().squeeze(1)
     same((policy.logprobs[rows], policy.entropy[rows]), rows)
@@ -91,7 +91,7 @@ def test_gradients_are_near_those_of_float64(emulated: Path) -> None:
     """Within the house's twice of plain torch's error, and the roundings that the path makes."""
     text = """
 for budget in (1 << 19, 1 << 30):
-    library.emulator_workspace(ctypes.c_int64(budget))
+    ops.set_workspace_bytes(budget)
     for options in ({}, {"clip_low": 0.02, "clip_high": 0.02}, {"entropy_coef": 0.3},
                     {"kl_coef": 0.2, "ref_logprobs": True}, {"temperature": 0.6},
                     {"temperature": torch.linspace(0.5, 1.5, 150)}):
@@ -134,7 +134,7 @@ for capability, limit in ((90, LIMIT), (80, 3e-3)):
     for upstream in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, -0.5, 0.3)):
         found = {}
         for budget in (1 << 30, 1 << 19):
-            library.emulator_workspace(ctypes.c_int64(budget))
+            ops.set_workspace_bytes(budget)
             call = wide()
             call["targets"][5:40] = -100
             leaves = [call[name] for name in ("hidden", "weight", "bias")]
@@ -232,10 +232,10 @@ def test_what_is_kept_by_one_path_is_not_read_by_the_other(emulated: Path) -> No
 call = wide()
 leaves = [call[name] for name in ("hidden", "weight", "bias")]
 normal = torch.autograd.grad(ops.lm_head_logprobs(**head(call)).logprobs.sum(), leaves)
-for first in (False, True):
-    library.emulator_kernels(int(first))
+for first, second in (("auto", "portable"), ("portable", "auto")):
+    ops.set_cuda_kernels(first)
     loss = ops.lm_head_logprobs(**head(call)).logprobs.sum()
-    library.emulator_kernels(int(not first))
+    ops.set_cuda_kernels(second)
     other = torch.autograd.grad(loss, leaves)
     assert error(other, [x.double() for x in normal]) < 5e-3
 """

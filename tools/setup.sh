@@ -118,8 +118,13 @@ if ! recorded packages "$packages"; then
 fi
 
 nvcc=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v nvcc || true)
-extension="$(hash_of CMakeLists.txt setup.py pyproject.toml csrc) $facts ${BUPO_CUDA:-} $nvcc ${CXX:-}"
-if ! recorded extension "$extension" || [ ! -f "bupo/_C$suffix" ]; then
+mode=${BUPO_CUDA:-OFF}
+if [ -z "${BUPO_CUDA:-}" ] && [ -n "$nvcc" ] && [ "$(awk '{print $2}' <<<"$torch")" != None ]; then
+  mode=ON
+fi
+export BUPO_CUDA=$mode
+extension="$(hash_of CMakeLists.txt setup.py pyproject.toml csrc) $facts $mode $nvcc ${CXX:-}"
+if ! recorded extension "$extension" || [ ! -f "bupo/_C$suffix" ] || [ ! -f bupo/libbupo_ops.so ]; then
   compiler=
   for name in ${CXX:-c++ g++ clang++}; do
     if "$name" -std=c++20 -x c++ -fsyntax-only /dev/null 2>/dev/null; then compiler=$name; break; fi

@@ -85,9 +85,10 @@ def _matrix(op: str, name: str, x: object) -> Tensor:
             f"or pass {name}.to_local() and group="
         )
     if x.device.type not in _DEVICES:
+        cuda = ". Reinstall it with BUPO_CUDA=ON in the environment and nvcc on the PATH"
         raise ValueError(
             f"{op}: {name} is on {x.device}; this build of bupo runs on {', '.join(_DEVICES[:-1])} "
-            "(see bupo.ops.build_info())"
+            f"(see bupo.ops.build_info()){cuda if x.is_cuda else ''}"
         )
     return x
 

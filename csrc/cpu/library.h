@@ -59,6 +59,6 @@ struct BlockKernel {
 // T is float or uint16_t (bfloat16). Null where this CPU or this torch has none, or where
 // BUPO_CPU_PRODUCTS=library forbids it.
 template <class T>
-const BlockKernel<T>& block_kernel();
+[[gnu::visibility("default")]] const BlockKernel<T>& block_kernel();
 
 }  // namespace bupo::cpu

@@ -21,13 +21,9 @@ int64_t reads = 0, logit_rows = 0;
 }  // namespace
 
 #define BUPO_EXPORT extern "C" __attribute__((visibility("default")))
-BUPO_EXPORT void emulator_workspace(int64_t bytes) { bupo::workspace_bytes = bytes; }
 BUPO_EXPORT void emulator_capturing(bool yes) { capturing = yes; }
 BUPO_EXPORT void emulator_capability(int value) { capability = value; }
 BUPO_EXPORT int64_t emulator_scans() { return bupo::cuda::sm90::scans; }
-BUPO_EXPORT void emulator_kernels(int which) {
-  bupo::kernels = static_cast<bupo::Kernels>(which);
-}
 BUPO_EXPORT int64_t emulator_reads() { return reads; }
 BUPO_EXPORT int64_t emulator_logit_rows() { return logit_rows; }
 
