@@ -50,7 +50,7 @@ struct Coefficients {
 // Inputs of the policy loss, [N] in the accumulator type; null where optional and not given.
 struct PolicyArgs {
   PolicySettings settings;
-  const void* old_logprobs;
+  const void* old_logprobs;  // null: the call's own
   const void* advantages;
   const void* token_weights;
   const void* ref_logprobs;

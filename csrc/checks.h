@@ -61,8 +61,8 @@ template <class Included>
 void check_targets(const char* op, const int64_t* targets, int64_t count, int64_t vocab,
                    const Included& included) {
   for (int64_t i = 0; i < count; ++i)
-    require(!included(i) || (targets[i] >= 0 && targets[i] < vocab), op, ": targets[", i,
-            "] must be in [0, ", vocab, "), got ", targets[i]);
+    require(!included(i) || (targets[i] >= 0 && targets[i] < vocab), op, ": targets.flatten()[", i,
+            "] must be in [0, ", vocab, ") unless it is excluded, got ", targets[i]);
 }
 
 }  // namespace bupo

@@ -90,12 +90,12 @@ inline Coefficients coefficients(const char* op, const Inputs& in, const Optiona
 }
 
 inline PolicyArgs policy_args(const char* op, const Inputs& in, const std::vector<double>& values,
-                              const Tensor& old_logprobs, const Tensor& advantages,
+                              const OptionalTensor& old_logprobs, const Tensor& advantages,
                               const Tensor& token_weights, const OptionalTensor& ref_logprobs,
                               const OptionalTensor& importance_weights) {
   const int64_t n = in.args.tokens;
   check_vector(op, "token_weights", token_weights, n, in.acc);
-  check_vector(op, "old_logprobs", old_logprobs, n, in.acc);
+  if (old_logprobs) check_vector(op, "old_logprobs", *old_logprobs, n, in.acc);
   check_vector(op, "advantages", advantages, n, in.acc);
   if (ref_logprobs) check_vector(op, "ref_logprobs", *ref_logprobs, n, in.acc);
   if (importance_weights) check_vector(op, "importance_weights", *importance_weights, n, in.acc);

@@ -58,7 +58,7 @@ struct Operators {
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
-      Tensor hidden, Tensor weight, Tensor targets, Tensor old_logprobs, Tensor advantages,
+      Tensor hidden, Tensor weight, Tensor targets, OptionalTensor old_logprobs, Tensor advantages,
       Tensor token_weights, OptionalTensor bias, OptionalTensor temperature, double softcap,
       std::vector<double> settings, OptionalTensor ref_logprobs, OptionalTensor importance_weights,
       bool need_hidden, bool need_weight, bool need_bias) {

@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(bupo, m) {
       " bool need_weight, bool need_bias)"
       " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   m.def(
-      "policy_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor old_logprobs,"
+      "policy_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor? old_logprobs,"
       " Tensor advantages, Tensor token_weights, Tensor? bias, Tensor? temperature,"
       " float softcap, float[] settings, Tensor? ref_logprobs, Tensor? importance_weights,"
       " bool need_hidden, bool need_weight, bool need_bias)"

@@ -398,6 +398,13 @@ def _settings() -> dict[str, dict[str, Any]]:
         "importance weights": importance,
         "every term": kl | importance | {"dual_clip": 1.5, "entropy_coef": 0.1},
         "every term, cispo": kl | importance | {"loss_type": "cispo", "entropy_coef": 0.1},
+        "on-policy": {"old_logprobs": None},
+        "on-policy, cispo": {"old_logprobs": None, "loss_type": "cispo"},
+        "on-policy, every term": kl | importance | {"old_logprobs": None, "entropy_coef": 0.1},
+        "reinforce": {"old_logprobs": None, "loss_type": "reinforce"},
+        "reinforce, every term": kl
+        | importance
+        | {"old_logprobs": None, "loss_type": "reinforce", "entropy_coef": 0.1},
         "every head option": head_options | kl | {"entropy_coef": 0.1},
     }
     return {name: base | options for name, options in choices.items()}

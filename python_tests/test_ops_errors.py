@@ -4,6 +4,7 @@ import math
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from on_device import DEVICE
@@ -20,8 +21,12 @@ import bupo.ops as ops
 from bupo.ops.registration import CUDA_KERNELS
 
 WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "target below 0": (ValueError, r"targets\[1\].*\[0, 150\).*-7", {"targets": [3, -7]}),
-    "target at V": (ValueError, r"targets\[0\].*\[0, 150\).*150", {"targets": [150, 3]}),
+    "target below 0": (
+        ValueError,
+        r"targets.flatten\(\)\[1\].*\[0, 150\).*-7",
+        {"targets": [3, -7]},
+    ),
+    "target at V": (ValueError, r"targets.flatten\(\)\[0\].*\[0, 150\).*150", {"targets": [150, 3]}),
     "float targets": (TypeError, "targets.*int64.*float32", {"targets": [1.0, 2.0]}),
     "targets of another shape": (ValueError, r"targets.*\[2\].*\[3\]", {"targets": [1, 2, 3]}),
     "weight of another width": (ValueError, "hidden.*D = 23", {"weight": torch.ones(150, 23)}),
@@ -76,12 +81,47 @@ WRONG_POLICY: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "loss_type": (ValueError, "loss_type.*ppo, cispo.*'grpo'", {"loss_type": "grpo"}),
     "kl_estimator": (ValueError, "kl_estimator.*k1, k2, k3", {"kl_estimator": "k4"}),
     "no reference": (ValueError, "ref_logprobs.*kl_coef", {"kl_coef": 0.1}),
+    "reinforce with old_logprobs": (
+        ValueError,
+        "old_logprobs must be None.*reinforce.*float32 tensor",
+        {"loss_type": "reinforce"},
+    ),
+    "no advantages": (TypeError, "advantages must be a float tensor.*None", {"advantages": None}),
+    "kl_coef None": (TypeError, "kl_coef must be a number, got NoneType", {"kl_coef": None}),
+    "a long list": (
+        TypeError,
+        r"advantages must be a float tensor, got list \[0, 0, 0, .{,80}$",
+        {"advantages": [0] * 10**5},
+    ),
     "clip_low": (ValueError, "clip_low.*-0.1", {"clip_low": -0.1}),
     "clip_high": (ValueError, "clip_high.*nan", {"clip_high": math.nan}),
     "clip_high is text": (TypeError, "clip_high", {"clip_high": "0.2"}),
     "dual_clip": (ValueError, "dual_clip.*0.5", {"dual_clip": 0.5}),
     "entropy_coef": (ValueError, "entropy_coef", {"entropy_coef": math.inf}),
 }
+
+
+@pytest.mark.parametrize(
+    "name", ["old_logprobs", "advantages", "token_weights", "ref_logprobs", "importance_weights"]
+)
+def test_what_is_not_differentiable_is_refused(name: str) -> None:
+    """Rather than trained by nothing, as a learned baseline in the advantages would be."""
+    call = sample("policy_loss", "every term").to(torch.float32)
+    learned = call.arguments[name].clone().requires_grad_()
+    with pytest.raises(ValueError, match=f"policy_loss: {name} is not differentiable, pass {name}"):
+        call.call(**{name: learned})
+    with torch.no_grad():
+        call.call(**{name: learned})
+
+
+@pytest.mark.parametrize(
+    "kind", [np.float32, np.float64, torch.tensor, lambda x: torch.tensor(x).bfloat16()]
+)
+def test_numbers_may_be_of_numpy_and_torch(kind: Any) -> None:
+    call = sample("policy_loss", "every term").to(torch.float32)
+    numbers = dict(temperature=0.75, softcap=5.0, clip_low=0.25, kl_coef=0.5, entropy_coef=0.125)
+    given = {name: kind(x) for name, x in numbers.items()}
+    assert torch.equal(call.call(**given).loss, call.call(**numbers).loss)
 
 
 @pytest.mark.parametrize("change", [{"temperature": 1e-39}, {"softcap": 1e300}])

@@ -2,7 +2,8 @@
 # A wheel from a source distribution, and what somebody has who installs it alone, without vLLM, with
 # the oldest torch that bupo supports and with the newest. Arguments: other versions of torch. From
 # PyPI a torch is gigabytes. The wheel lies in dist/; its platform is this machine's glibc, so the
-# ones to publish are made in a manylinux container (.github/workflows/wheels.yml).
+# ones to publish are made in a manylinux container (.github/workflows/wheels.yml). Environment:
+# WHEEL, one that is there already.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
@@ -10,10 +11,13 @@ root=$PWD
 py=$root/.venv/bin/python
 [ $# -gt 0 ] || set -- 2.11.0 2.15.0
 
-rm -rf dist build/wheel
-PATH="$root/.venv/bin:$PATH" "$py" -m build --no-isolation --outdir build/wheel .
-PATH="$root/.venv/bin:$PATH" "$py" -m auditwheel repair --wheel-dir dist \
-  --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcud*' build/wheel/*.whl
+if [ -z "${WHEEL:-}" ]; then
+  rm -rf dist build/wheel
+  PATH="$root/.venv/bin:$PATH" "$py" -m build --no-isolation --outdir build/wheel .
+  PATH="$root/.venv/bin:$PATH" "$py" -m auditwheel repair --wheel-dir dist \
+    --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcud*' build/wheel/*.whl
+fi
+wheel=$(echo ${WHEEL:-$root/dist/*.whl})
 
 for version in "$@"; do
   folder=$root/build/wheel-torch-$version
@@ -23,8 +27,8 @@ for version in "$@"; do
     "$folder/bin/python" -m pip install -qq "torch==$version" pytest pytest-timeout hypothesis filelock
     touch "$folder/ready"
   fi
-  "$folder/bin/python" -m pip install -qq --force-reinstall --no-deps dist/*.whl
-  "$folder/bin/python" -m pip install -qq dist/*.whl
+  "$folder/bin/python" -m pip install -qq --force-reinstall --no-deps "$wheel"
+  "$folder/bin/python" -m pip install -qq "$wheel"
   cd "$folder"  # away from the sources
   echo "== torch $("$folder/bin/python" -c 'import torch; print(torch.__version__)')," \
     "$("$folder/bin/python" -c 'import bupo; print(bupo.__file__)')"

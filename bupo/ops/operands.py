@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -41,7 +43,18 @@ def describe(x: object) -> str:
         return (
             f"{str(x.dtype).removeprefix('torch.')} tensor of shape {list(x.shape)} on {x.device}"
         )
-    return f"{type(x).__name__} {x!r}"
+    text = repr(x)
+    return f"{type(x).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def number(op: str, name: str, x: object, or_none: str = "") -> float:
+    """Returns a number of Python, numpy, or a tensor without dimensions, as a float. Raises
+    TypeError."""
+    if isinstance(x, Tensor) and x.dim() == 0 and x.dtype != torch.bool and not x.requires_grad:
+        return float(x)
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, numbers.Real):
+        raise TypeError(f"{op}: {name} must be a number{or_none}, got {describe(x)}")
+    return float(x)
 
 
 def per_token(op: str, name: str, x: object, targets: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,6 +71,8 @@ def per_token(op: str, name: str, x: object, targets: Tensor, dtype: torch.dtype
         )
     if x.device != targets.device:
         raise ValueError(f"{op}: {name} must be on {targets.device}, got {describe(x)}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: {name} is not differentiable, pass {name}.detach()")
     return x.detach().reshape(-1).to(dtype).contiguous()
 
 
@@ -107,10 +122,7 @@ def _temperature(
                 f"{list(targets.shape)}, got {describe(temperature)}"
             ) from None
         return full.reshape(-1).contiguous()
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(
-            f"{op}: temperature must be a number or a tensor, got {describe(temperature)}"
-        )
+    temperature = number(op, "temperature", temperature, " or a tensor")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
     if temperature == 1:
@@ -183,8 +195,8 @@ def prepare(
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{op}: bias must be [{weight.shape[0]}], got {describe(bias)}")
         bias = bias.to(weight.dtype).contiguous()
-    if softcap is not None and (isinstance(softcap, bool) or not isinstance(softcap, (int, float))):
-        raise TypeError(f"{op}: softcap must be a number or None, got {describe(softcap)}")
+    if softcap is not None:
+        softcap = number(op, "softcap", softcap, " or None")
     if softcap is not None and not 0 < softcap <= torch.finfo(accumulator(hidden.dtype)).max:
         raise ValueError(f"{op}: softcap must be positive and finite or None, got {softcap}")
     rows = hidden.reshape(-1, hidden.shape[-1])

@@ -23,11 +23,10 @@ _LARGEST = sys.float_info.max
 
 
 def _number(name: str, x: float, low: float, why: str, high: float = math.inf) -> float:
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise TypeError(f"{_OP}: {name} must be a number, got {operands.describe(x)}")
+    x = operands.number(_OP, name, x)
     if not (low <= x <= high):
         raise ValueError(f"{_OP}: {name} must be {why}, got {x}")
-    return float(x)
+    return x
 
 
 def _choice(name: str, x: str, choices: tuple[str, ...]) -> int:
@@ -40,7 +39,7 @@ def policy_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     token_weights: Tensor,
     *,
@@ -67,6 +66,7 @@ def policy_loss(
         "ppo":    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); with dual_clip c and A < 0,
                   at most -c A
         "cispo":  -sg(min(r, 1 + clip_high)) A logp
+        "reinforce":  -A logp; takes no old_logprobs
         times importance_weights_i
         + kl_coef * KL, with g = ref - logp      k1: -g    k2: g^2 / 2    k3: e^g - g - 1
         - entropy_coef * H
@@ -79,7 +79,9 @@ def policy_loss(
 
     Args:
         hidden, weight, targets, bias, temperature, softcap: as in :func:`lm_head_logprobs`.
-        old_logprobs: float [...], log-probs of the policy in the denominator of the ratio.
+        old_logprobs: float [...], log-probs of the policy in the denominator of the ratio. None:
+            those of this call, without a gradient, as in a step whose rollouts are of this very
+            policy. Then every ratio is 1 and nothing is clipped; there is no further pass.
         advantages: float [...], A.
         token_weights: float [...], mask and normaliser in one (for example mask / total tokens of
             the optimiser step). A token with weight 0 is excluded and costs nothing, even if it
@@ -113,13 +115,17 @@ def policy_loss(
     def token(name: str, x: Tensor | None) -> Tensor | None:
         return None if x is None else operands.per_token(_OP, name, x, targets, acc)
 
-    if kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(f"{_OP}: ref_logprobs is needed when kl_coef is not 0, got None")
+    if loss_type == "reinforce" and old_logprobs is not None:
+        raise ValueError(
+            f"{_OP}: old_logprobs must be None for loss_type 'reinforce', in which they play no "
+            f"part, got {operands.describe(old_logprobs)}"
+        )
     settings = [  # in the order of PolicySettings in csrc/row_math.h
         _number("clip_low", clip_low, 0, "at least 0 (inf: no bound)"),
         _number("clip_high", clip_high, 0, "at least 0 (inf: no bound)"),
         math.inf if dual_clip is None else _number("dual_clip", dual_clip, 1, "at least 1 or None"),
-        float(_choice("loss_type", loss_type, LOSS_TYPES)),
+        # REINFORCE is CISPO with ratio 1
+        float(min(_choice("loss_type", loss_type, LOSS_TYPES), 1)),
         _number("kl_coef", kl_coef, -_LARGEST, "finite", _LARGEST),
         float(_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)),
         _number("entropy_coef", entropy_coef, -_LARGEST, "finite", _LARGEST),
@@ -127,8 +133,11 @@ def policy_loss(
         if max_log_ratio is None
         else _number("max_log_ratio", max_log_ratio, 0, "at least 0 or None"),
     ]
-    given = dict(old_logprobs=old_logprobs, advantages=advantages, token_weights=token_weights)
+    if settings[4] != 0 and ref_logprobs is None:
+        raise ValueError(f"{_OP}: ref_logprobs is needed when kl_coef is not 0, got None")
+    given = dict(advantages=advantages, token_weights=token_weights)
     per_token = [operands.per_token(_OP, name, x, targets, acc) for name, x in given.items()]
+    old_logprobs = token("old_logprobs", old_logprobs)
     optional = token("ref_logprobs", ref_logprobs), token("importance_weights", importance_weights)
     if group is not None:
         options = dict(
@@ -136,13 +145,14 @@ def policy_loss(
             kl_coef=kl_coef, kl_estimator=kl_estimator, entropy_coef=entropy_coef,
             max_log_ratio=max_log_ratio,
         )  # fmt: skip
-        found = _of_group(args, per_token, *optional, options, group)
+        found = _of_group(args, old_logprobs, per_token, *optional, options, group)
         shaped = {x: getattr(found, x).reshape(targets.shape) for x in ("logprobs", "entropy")}
         return found._replace(**shaped)
     grad = torch.is_grad_enabled()
     loss, logprobs, entropy, metrics, *_ = call(
         torch.ops.bupo.policy_loss,
         *args[:3],
+        old_logprobs,
         *per_token,
         *args[3:],
         settings,
@@ -161,6 +171,7 @@ def policy_loss(
 
 def _of_group(
     args: operands.Operands,
+    old_logprobs: Tensor | None,
     per_token: list[Tensor],
     reference: Tensor | None,
     importance: Tensor | None,
@@ -169,8 +180,8 @@ def _of_group(
 ) -> PolicyLoss:
     """Computes the loss of a vocabulary that ranks divide, from its log-probs."""
     vocabulary_parallel.check_group(_OP, group)
-    args = args._replace(targets=args.targets.where(per_token[2] != 0, -1))
+    args = args._replace(targets=args.targets.where(per_token[1] != 0, -1))
     given = (lm_head_logprobs, args, -1, group)
     logp, entropy, _ = vocabulary_parallel.lm_head_logprobs(*given)
     options |= {"ref_logprobs": reference, "importance_weights": importance}
-    return loss_of_logprobs(logp, entropy, *per_token, **options)
+    return loss_of_logprobs(logp, entropy, old_logprobs, *per_token, **options)

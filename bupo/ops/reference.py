@@ -50,7 +50,7 @@ def policy_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     token_weights: Tensor,
     *,
@@ -101,7 +101,7 @@ def policy_loss(
 def loss_of_logprobs(
     logp: Tensor,
     entropy: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     token_weights: Tensor,
     *,
@@ -123,6 +123,7 @@ def loss_of_logprobs(
     every token of a response the mean over it. approx_kl always uses those of single tokens.
     """
     keep = token_weights != 0
+    old = logp.detach() if old_logprobs is None else old_logprobs.to(logp.dtype)
 
     def kept(x: Tensor) -> Tensor:
         return x.to(logp.dtype).where(keep, 0)
@@ -136,13 +137,13 @@ def loss_of_logprobs(
     def of(logp: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns for each token its loss without the entropy term, whether it is clipped, its own
         log-ratio and its ratio."""
-        token_log_ratio = logp - old_logprobs.to(logp.dtype).where(keep, logp.detach())
+        token_log_ratio = logp - old.where(keep, logp.detach())
         log_ratio = log_ratio_of(token_log_ratio)
         limited = log_ratio.abs() > limit
         log_ratio = clamped(log_ratio)
         moving = (advantages != 0) | log_ratio.isnan()  # 0 * inf must give 0
         ratio, r = log_ratio.exp(), log_ratio.where(moving, 0).exp()
-        if loss_type == "cispo":
+        if loss_type in ("cispo", "reinforce"):  # the latter with ratio 1
             loss = -r.detach().clamp(max=1 + clip_high) * advantages * logp.where(moving, 0)
             clipped = ratio > 1 + clip_high
         else:

@@ -21,7 +21,7 @@ except ImportError as error:  # pragma: no cover - depends on the installation
         f"`pip install --no-build-isolation -e .` in the environment of this torch. ({error})"
     ) from error
 
-LOSS_TYPES = ("ppo", "cispo")
+LOSS_TYPES = ("ppo", "cispo", "reinforce")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 METRICS = (
     "clip_fraction",

@@ -334,11 +334,12 @@ void policy_loss(ScalarType dtype, const HeadArgs& args, const PolicyArgs& polic
       for (size_t i = 0; i < rows.size(); ++i) {
         const int64_t token = chunk[i];
         write<Acc>(out, token, rows[i]);
-        const double weight = at<Acc>(policy.token_weights, token);
-        const auto t = policy_token<double>(  // of log-probs as they are returned and come back
-            policy.settings, Acc(rows[i].logprob), rows[i].entropy,
-            at<Acc>(policy.old_logprobs, token), at<Acc>(policy.advantages, token),
-            at<Acc>(policy.ref_logprobs, token), at<Acc>(policy.importance_weights, token, 1));
+        const double weight = at<Acc>(policy.token_weights, token), exact = rows[i].logprob;
+        const double returned = Acc(exact), old = at<Acc>(policy.old_logprobs, token, returned);
+        const auto t = policy_token<double>(  // the ratio to what the call returns is exactly 1
+            policy.settings, old == returned ? old : exact, rows[i].entropy, old,
+            at<Acc>(policy.advantages, token), at<Acc>(policy.ref_logprobs, token),
+            at<Acc>(policy.importance_weights, token, 1));
         coefficients[i] = {weight * t.d_logprob, weight * t.d_entropy, 0};
         sums.add(t, weight, rows[i].entropy, coefficients[i].is_live());
       }

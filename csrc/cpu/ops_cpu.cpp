@@ -25,8 +25,8 @@ struct Cpu {
     for (int64_t i = 0; in.args.temperature && i < in.args.tokens; ++i) {
       const double t = in.value(in.args.temperature, i);
       const bool invertible = in.acc == ScalarType::Double || std::isfinite(float(1 / t));
-      require(!included(i) || (t > 0 && std::isfinite(t) && invertible), op, ": temperature[", i,
-              "] must be positive and finite, got ", t);
+      require(!included(i) || (t > 0 && std::isfinite(t) && invertible), op,
+              ": temperature.flatten()[", i, "] must be positive and finite, got ", t);
     }
   }
 

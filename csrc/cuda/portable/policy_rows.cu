@@ -17,9 +17,9 @@ constexpr int kSumThreads = 512;
 
 __device__ PolicyToken<double> token_of(const PolicyRows& r, int64_t i) {
   const PolicyArgs& p = r.policy;
-  return policy_token<double>(p.settings, r.logprobs[i], r.entropy[i], at(p.old_logprobs, i),
-                              at(p.advantages, i), at(p.ref_logprobs, i),
-                              at(p.importance_weights, i, 1));
+  return policy_token<double>(p.settings, r.logprobs[i], r.entropy[i],
+                              at(p.old_logprobs, i, r.logprobs[i]), at(p.advantages, i),
+                              at(p.ref_logprobs, i), at(p.importance_weights, i, 1));
 }
 
 __global__ void coefficients_kernel(PolicyRows rows, float* on_logprob, float* on_entropy) {
