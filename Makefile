@@ -5,7 +5,7 @@
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export TORCH_INDEX PYTHON BUPO_CUDA
 
-.PHONY: help setup demo test test-verl test-wheel test-transformers bench gpu-check format clean
+.PHONY: help setup demo test test-verl test-wheel test-transformers bench docs gpu-check format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -30,6 +30,9 @@ test-transformers: setup ## the oldest and the newest transformers; ARGS="5.11.0
 
 bench: setup ## time and peak memory of the LM-head ops against their peers
 	@.venv/bin/python bench/bench_lm_head.py $(ARGS)
+
+docs: setup ## the documentation site, in build/site
+	@tools/docs.sh $(ARGS)
 
 gpu-check: ## what only a machine with an NVIDIA GPU can check; needs no network
 	@tools/gpu_check.sh $(ARGS)

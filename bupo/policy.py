@@ -8,7 +8,8 @@ paper; final_norm=True applies the model's final norm to it, and layer L is then
 For all families, the layer list temporarily shows only its first l layers and the final norm
 returns its input. To do so, both modules are given another class, as FSDP2 does. Replacing the
 modules instead would hide the upper layers from state_dict() and FSDP's lazy initialisation, and
-torch.compile would not notice modules shadowed in __dict__ and would keep the full policy's graph.
+torch.compile would not notice modules shadowed in `__dict__` and would keep the full policy's
+graph.
 """
 
 import math

@@ -45,7 +45,7 @@ class Rollout(Sample):
 
     Its counted tokens are those that the policy has sampled. A stage never changes a rollout: it
     returns copies, with another value or with one more stream. The streams, in the order in which
-    they are added::
+    they are added:
 
         engine      log-probs of the final policy at the sampling temperature, by the rollout engine
                     (hf: over all rows of its head; vllm: over the rows that it may sample)

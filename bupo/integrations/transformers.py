@@ -47,7 +47,7 @@ def use_bupo_loss(model: AnyModel) -> AnyModel:
     """Makes model(input_ids, labels=...) compute its loss with bupo.ops and without logits, and
     returns the model. Without labels, the model behaves as before.
 
-    The loss is that of transformers::
+    The loss is that of transformers:
 
         loss = -sum_t log p(label_t) / n
 

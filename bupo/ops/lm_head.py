@@ -25,9 +25,7 @@ def lm_head_logprobs(
     group: ProcessGroup | None = None,
 ) -> LogProbs:
     """Computes log p(target), entropy and logsumexp of
-    softmax(f(hidden @ weight.T + bias) / temperature).
-
-    ::
+    softmax(f(hidden @ weight.T + bias) / temperature):
 
         z_ij = f(x_i . w_j + b_j) / T_i        f = identity, or softcap * tanh(. / softcap)
         L_i = log sum_j exp z_ij     logp_i = z_it - L_i     H_i = L_i - sum_j p_ij z_ij
@@ -35,7 +33,7 @@ def lm_head_logprobs(
     [tokens, vocab] is never stored. On the CPU, the memory beyond the outputs is one tile of logits
     per thread, and in the backward (which recomputes the logits) one block of about 64 MiB, or of
     the logits of 128 tokens. A GPU uses the workspace budget
-    (:func:`bupo.ops.set_workspace_bytes`). If the logits of all tokens fit into it, the forward
+    (`set_workspace_bytes`). If the logits of all tokens fit into it, the forward
     keeps them and the backward recomputes nothing: three passes over the vocabulary, not four.
 
     Args:

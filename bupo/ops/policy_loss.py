@@ -60,8 +60,8 @@ def policy_loss(
 ) -> PolicyLoss:
     """Computes sum_i token_weights_i * loss_i, and its gradient in the same pass.
 
-    With logp_i and H_i from :func:`lm_head_logprobs`, r_i = exp(logp_i - old_i) and
-    A_i = advantages_i, the loss of a token is::
+    With logp_i and H_i from `lm_head_logprobs`, r_i = exp(logp_i - old_i) and
+    A_i = advantages_i, the loss of a token is:
 
         "ppo":    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); with dual_clip c and A < 0,
                   at most -c A
@@ -78,7 +78,9 @@ def policy_loss(
     weight, none are computed or stored.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap: as in :func:`lm_head_logprobs`.
+        hidden: as in `lm_head_logprobs`.
+        weight: as in `lm_head_logprobs`.
+        targets: as in `lm_head_logprobs`.
         old_logprobs: float [...], log-probs of the policy in the denominator of the ratio. None:
             those of this call, without a gradient, as in a step whose rollouts are of this very
             policy. Then every ratio is 1 and nothing is clipped; there is no further pass.
@@ -86,14 +88,18 @@ def policy_loss(
         token_weights: float [...], mask and normaliser in one (for example mask / total tokens of
             the optimiser step). A token with weight 0 is excluded and costs nothing, even if it
             holds nan or a target out of range.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; inf: no bound.
+        bias: as in `lm_head_logprobs`.
+        temperature: as in `lm_head_logprobs`.
+        softcap: as in `lm_head_logprobs`.
+        clip_low: the ratio is clipped to [1 - clip_low, 1 + clip_high]; inf: no bound.
+        clip_high: see clip_low.
         dual_clip: c > 1, or None.
         ref_logprobs: float [...], log-probs of the reference policy of the KL term.
         importance_weights: float [...], e.g. truncated pi_old / pi_rollout. They do not multiply
             the KL and entropy terms.
         max_log_ratio: bounds log r_i to [-max_log_ratio, max_log_ratio], so that no ratio is
             infinite; beyond it, "ppo" has no gradient. None: no bound. verl uses 20.
-        group: as in :func:`lm_head_logprobs`, with which the loss is then computed: the gradient
+        group: as in `lm_head_logprobs`, with which the loss is then computed: the gradient
             costs up to three products, over all tokens whose weight is not 0, in backward().
 
     Returns:

@@ -28,7 +28,7 @@ def lm_head_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> LogProbs:
-    """Computes the same as :func:`bupo.ops.lm_head_logprobs`."""
+    """Computes the same as `bupo.ops.lm_head_logprobs`."""
     keep = targets != ignore_index
     z = F.linear(hidden.masked_fill(~keep[..., None], 0), weight, bias)
     z = z if z.dtype == torch.float64 else z.float()
@@ -68,7 +68,7 @@ def policy_loss(
     importance_weights: Tensor | None = None,
     max_log_ratio: float | None = None,
 ) -> PolicyLoss:
-    """Computes the same as :func:`bupo.ops.policy_loss`."""
+    """Computes the same as `bupo.ops.policy_loss`."""
     keep = token_weights != 0
     logp, entropy, _ = lm_head_logprobs(
         hidden,

@@ -42,7 +42,7 @@ def build_info() -> dict[str, Any]:
     and, for bfloat16, AVX512_BF16; bfloat16 calls with an odd width do not use it) or "library"
     (torch's BLAS in float32, slower);
     ``cpu_vectors``, the vector width in bits of the other CPU code; ``workspace_bytes``, see
-    :func:`set_workspace_bytes`, 0 for its default; ``cuda_kernels``, see :func:`set_cuda_kernels`.
+    `set_workspace_bytes`, 0 for its default; ``cuda_kernels``, see `set_cuda_kernels`.
     """
     return dict(_C.build_info())
 

@@ -27,6 +27,8 @@ def load() -> None:
 
 
 def reward(responses: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """Returns 1 for each response whose last boxed answer equals the ground truth, as a string or
+    by Math-Verify, else 0."""
     return [grade(response, answer) for response, answer in zip(responses, answers)]
 
 
