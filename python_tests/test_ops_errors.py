@@ -26,7 +26,11 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         r"targets.flatten\(\)\[1\].*\[0, 150\).*-7",
         {"targets": [3, -7]},
     ),
-    "target at V": (ValueError, r"targets.flatten\(\)\[0\].*\[0, 150\).*150", {"targets": [150, 3]}),
+    "target at V": (
+        ValueError,
+        r"targets.flatten\(\)\[0\].*\[0, 150\).*150",
+        {"targets": [150, 3]},
+    ),
     "float targets": (TypeError, "targets.*int64.*float32", {"targets": [1.0, 2.0]}),
     "targets of another shape": (ValueError, r"targets.*\[2\].*\[3\]", {"targets": [1, 2, 3]}),
     "weight of another width": (ValueError, "hidden.*D = 23", {"weight": torch.ones(150, 23)}),
