@@ -272,8 +272,9 @@ EDGES = [
 
 
 @pytest.mark.parametrize(("edge", "advantage"), list(itertools.product(EDGES, [1.5, -1.5, 0.0])))
-def test_clip_edges_are_those_of_torch(edge: tuple, advantage: float) -> None:
-    """At an edge the gradient is what autograd gives for clamp, maximum and minimum."""
+def test_clip_edges_have_their_gradient(edge: tuple, advantage: float) -> None:
+    """A ratio at an edge of the range is in it; at the dual clip it has half its gradient, as
+    torch.minimum gives at a tie."""
     log_ratio, clip_low, clip_high, dual_clip = edge
     one = torch.ones(1, dtype=torch.float64)
     arguments = {

@@ -36,6 +36,6 @@ for version in "$@"; do
   "$folder/bin/pytest" -q -c "$root/pyproject.toml" "$root"/python_tests/test_{lm_head,policy_loss}.py \
     "$root"/python_tests/test_ops_{errors,autograd,tensors}.py
   rm -rf run
-  "$folder/bin/bupo" run steps=2 out=run
+  "$folder/bin/bupo" run steps=2 bupo.steps=1 out=run
   cd "$root"
 done

@@ -129,7 +129,7 @@ def loss_of_logprobs(
         return x.to(logp.dtype).where(keep, 0)
 
     def clamped(log_ratio: Tensor) -> Tensor:
-        return log_ratio.clamp(-limit, limit)
+        return _bounded(log_ratio, -limit, limit)
 
     limit = math.inf if max_log_ratio is None else max_log_ratio
     advantages = kept(advantages)
@@ -147,7 +147,8 @@ def loss_of_logprobs(
             loss = -r.detach().clamp(max=1 + clip_high) * advantages * logp.where(moving, 0)
             clipped = ratio > 1 + clip_high
         else:
-            free, bounded = -r * advantages, -r.clamp(1 - clip_low, 1 + clip_high) * advantages
+            free = -r * advantages
+            bounded = -_bounded(r, 1 - clip_low, 1 + clip_high) * advantages
             loss, clipped = torch.maximum(free, bounded), bounded > free
             if dual_clip is not None:
                 bound = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
@@ -182,6 +183,11 @@ def loss_of_logprobs(
         "live_fraction": live.to(logp.dtype).sum() / max(keep.numel(), 1),
     }
     return PolicyLoss(total, logp.detach(), entropy.detach(), metrics)
+
+
+def _bounded(x: Tensor, low: float, high: float) -> Tensor:
+    """clamp with gradient 1 at the bounds, as torch's had before 2.15; there it is 0."""
+    return torch.where(x > high, high, torch.where(x < low, low, x))
 
 
 def _has_slope(loss: Callable[[Tensor], Tensor], logp: Tensor) -> Tensor:

@@ -98,8 +98,9 @@ if "BUPO_CUDA_KERNELS" in os.environ:
 
 
 def call(op: Callable[..., Any], *args: Any) -> Any:
-    """Returns op(*args). Raises torch.OutOfMemoryError if the GPU has no memory left, which the
-    extension cannot throw itself because it is built on torch's stable interface."""
+    """Returns op(*args). Raises what the extension cannot throw itself, because it is built on
+    torch's stable interface: torch.OutOfMemoryError if the GPU has no memory left, and with torch
+    2.15 the ValueError of an argument, which is named after the op."""
     if torch.compiler.is_compiling():
         return op(*args)
     if transforms_active():
@@ -109,6 +110,8 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
     except RuntimeError as error:
         if "bupo.ops: out of memory" in str(error):
             raise torch.OutOfMemoryError(str(error)) from None
+        if str(error).startswith("bupo.ops."):
+            raise ValueError(str(error)) from None
         raise
 
 
