@@ -128,9 +128,6 @@ def loss_of_logprobs(
     def kept(x: Tensor) -> Tensor:
         return x.to(logp.dtype).where(keep, 0)
 
-    def clamped(log_ratio: Tensor) -> Tensor:
-        return _bounded(log_ratio, -limit, limit)
-
     limit = math.inf if max_log_ratio is None else max_log_ratio
     advantages = kept(advantages)
 
@@ -140,7 +137,7 @@ def loss_of_logprobs(
         token_log_ratio = logp - old.where(keep, logp.detach())
         log_ratio = log_ratio_of(token_log_ratio)
         limited = log_ratio.abs() > limit
-        log_ratio = clamped(log_ratio)
+        log_ratio = _bounded(log_ratio, -limit, limit)
         moving = (advantages != 0) | log_ratio.isnan()  # 0 * inf must give 0
         ratio, r = log_ratio.exp(), log_ratio.where(moving, 0).exp()
         if loss_type in ("cispo", "reinforce"):  # the latter with ratio 1
@@ -161,7 +158,7 @@ def loss_of_logprobs(
             gap = kept(ref_logprobs) - logp
             kl = {"k1": -gap, "k2": gap**2 / 2, "k3": torch.expm1(gap) - gap}[kl_estimator]
             loss = loss + kl_coef * kl
-        return loss, clipped, clamped(token_log_ratio), ratio
+        return loss, clipped, _bounded(token_log_ratio, -limit, limit), ratio
 
     loss, clipped, log_ratio, ratio = of(logp)
     weights = token_weights.to(logp.dtype)
