@@ -137,7 +137,7 @@ def with_errors(head_scan: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     command = [command[0], *first, *command[1 : command.index("-o")], "-O1", "-o", str(planted)]
     source = ROOT / "python_tests/emulator/hopper_head_scan.cpp"
     subprocess.run([*command, "-c", source], check=True)
-    (cases,) = BUILD.rglob("head_scan_cases.cpp.o")
+    (cases,) = (BUILD / "python_tests").rglob("head_scan_cases.cpp.o")
     subprocess.run([command[0], planted, cases, "-o", folder / "program"], check=True)
     return folder / "program"
 
