@@ -74,11 +74,9 @@ class CMakeBuild(build_ext):
             sys.exit("bupo cannot be built, for it needs\n  " + "\n  ".join(lacking))
         what = "CPU operators (about a minute)"
         if MODE == "OFF" and torch["cuda"]:
-            what += (
-                "; with BUPO_CUDA=ON in the environment also the CUDA kernels (nvcc, 10 minutes)"
-            )
+            what += "; with BUPO_CUDA=ON in the environment also the CUDA kernels (nvcc, minutes)"
         elif MODE != "OFF":
-            what += f" and CUDA kernels (BUPO_CUDA={MODE}; about ten minutes)"
+            what += f" and CUDA kernels (BUPO_CUDA={MODE}; several minutes)"
         print(f"bupo: building {what} for torch {torch['__version__']}", file=sys.stderr)
         in_place = self.inplace or self.editable_mode
         package = ROOT / "bupo" if in_place else Path(self.build_lib).resolve() / "bupo"
