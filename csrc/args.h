@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "row_math.h"
+#include "policy_math.h"
 
 namespace bupo {
 
@@ -38,7 +38,8 @@ struct GradArgs {
 struct TokenOutputs {
   void* logprobs;
   void* entropy;
-  void* logsumexp;  // null in policy_loss
+  void* logsumexp;         // null in policy_loss
+  void* losses = nullptr;  // in policy_loss: of each token, less weight and entropy term
 };
 
 // Gradients of every token's log-prob, entropy and logsumexp, [N] in the accumulator type; null
@@ -50,11 +51,13 @@ struct Coefficients {
 // Inputs of the policy loss, [N] in the accumulator type; null where optional and not given.
 struct PolicyArgs {
   PolicySettings settings;
-  const void* old_logprobs;  // null: the call's own
+  const int64_t* sequence_ids;  // null at token level; ascending
+  const void* old_logprobs;     // null: the call's own
   const void* advantages;
   const void* token_weights;
   const void* ref_logprobs;
   const void* importance_weights;
+  const void* entropy_weights;  // null: token_weights
 };
 
 }  // namespace bupo

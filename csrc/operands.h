@@ -89,28 +89,58 @@ inline Coefficients coefficients(const char* op, const Inputs& in, const Optiona
   return {data(logprobs), data(entropy), data(logsumexp)};
 }
 
+// An enumerator by its number.
+template <class Enum>
+Enum one_of(const char* op, const char* name, double value) {
+  const int number = static_cast<int>(value);
+  require(number >= 0 && number < static_cast<int>(Enum::kCount), op, ": unknown ", name, " ",
+          number);
+  return static_cast<Enum>(number);
+}
+
+// Per-token tensors of the policy loss that may be left out, in the order of the schema.
+struct PolicyOptions {
+  const OptionalTensor &sequence_ids, &old_logprobs, &ref_logprobs, &importance_weights,
+      &entropy_weights;
+};
+
 inline PolicyArgs policy_args(const char* op, const Inputs& in, const std::vector<double>& values,
-                              const OptionalTensor& old_logprobs, const Tensor& advantages,
-                              const Tensor& token_weights, const OptionalTensor& ref_logprobs,
-                              const OptionalTensor& importance_weights) {
+                              const Tensor& advantages, const Tensor& token_weights,
+                              const PolicyOptions& given) {
   const int64_t n = in.args.tokens;
   check_vector(op, "token_weights", token_weights, n, in.acc);
-  if (old_logprobs) check_vector(op, "old_logprobs", *old_logprobs, n, in.acc);
   check_vector(op, "advantages", advantages, n, in.acc);
-  if (ref_logprobs) check_vector(op, "ref_logprobs", *ref_logprobs, n, in.acc);
-  if (importance_weights) check_vector(op, "importance_weights", *importance_weights, n, in.acc);
-  require(values.size() == 8, op, ": settings must be 8 numbers, got ", values.size());
-  const int type = static_cast<int>(values[3]), estimator = static_cast<int>(values[5]);
-  const PolicySettings settings{values[0], values[1],
-                                values[2], static_cast<LossType>(type),
-                                values[4], static_cast<KlEstimator>(estimator),
-                                values[6], values[7]};
-  require(settings.kl_coef == 0 || ref_logprobs, op,
+  const auto optional = [&](const char* name, const OptionalTensor& x) {
+    if (x) check_vector(op, name, *x, n, in.acc);
+    return data(x);
+  };
+  if (given.sequence_ids)
+    check_vector(op, "sequence_ids", *given.sequence_ids, n, ScalarType::Long);
+  require(values.size() == 13, op, ": settings must be 13 numbers, got ", values.size());
+  const auto* v = values.data();
+  const PolicySettings settings{one_of<LossType>(op, "loss_type", v[0]),
+                                one_of<RatioLevel>(op, "ratio_level", v[1]),
+                                {v[2], v[3], v[4], v[5]},
+                                v[6],
+                                v[7],
+                                one_of<KlEstimator>(op, "kl_estimator", v[8]),
+                                v[9] != 0,
+                                v[10] != 0,
+                                v[11],
+                                v[12],
+                                given.ref_logprobs.has_value()};
+  require(settings.kl_coef == 0 || given.ref_logprobs, op,
           ": ref_logprobs is needed when kl_coef is not 0");
-  require(type >= 0 && type <= 1, op, ": unknown loss_type ", type);
-  require(estimator >= 0 && estimator <= 2, op, ": unknown kl_estimator ", estimator);
-  return {settings,           data(old_logprobs),      data(advantages), data(token_weights),
-          data(ref_logprobs), data(importance_weights)};
+  require(settings.of_sequences() == given.sequence_ids.has_value(), op,
+          ": sequence_ids are needed exactly when the ratio is one of sequences");
+  return {settings,
+          static_cast<const int64_t*>(data(given.sequence_ids)),
+          optional("old_logprobs", given.old_logprobs),
+          data(advantages),
+          data(token_weights),
+          optional("ref_logprobs", given.ref_logprobs),
+          optional("importance_weights", given.importance_weights),
+          optional("entropy_weights", given.entropy_weights)};
 }
 
 // The gradients that an operator returns; empty where not wanted.

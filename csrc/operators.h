@@ -57,26 +57,32 @@ struct Operators {
     return {grads.hidden, grads.weight, grads.bias};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
       Tensor hidden, Tensor weight, Tensor targets, OptionalTensor old_logprobs, Tensor advantages,
       Tensor token_weights, OptionalTensor bias, OptionalTensor temperature, double softcap,
-      std::vector<double> settings, OptionalTensor ref_logprobs, OptionalTensor importance_weights,
-      bool need_hidden, bool need_weight, bool need_bias) {
+      std::vector<double> settings, OptionalTensor sequence_ids, OptionalTensor ref_logprobs,
+      OptionalTensor importance_weights, OptionalTensor entropy_weights, bool need_hidden,
+      bool need_weight, bool need_bias) {
     const typename Backend::Guard guard(hidden.get_device());
     constexpr const char* op = "bupo.ops.policy_loss";
     const Inputs in(op, Backend::kDtypes, hidden, weight, targets, bias, temperature, softcap);
-    const PolicyArgs policy = policy_args(op, in, settings, old_logprobs, advantages, token_weights,
-                                          ref_logprobs, importance_weights);
+    const PolicyArgs policy = policy_args(
+        op, in, settings, advantages, token_weights,
+        {sequence_ids, old_logprobs, ref_logprobs, importance_weights, entropy_weights});
     const Backend backend(hidden, in);
     backend.check_tokens(op, [&](int64_t i) { return in.value(policy.token_weights, i) != 0; });
+    backend.check_sequences(op, policy.sequence_ids);
     Tensor logprobs = make(hidden, {in.args.tokens}, in.acc);
     Tensor entropy = make(hidden, {in.args.tokens}, in.acc);
+    Tensor losses = make(hidden, {in.args.tokens}, in.acc);
     Tensor loss = make(hidden, {}, in.acc);
     Tensor metrics = make(hidden, {kPolicyMetrics}, in.acc);
     Grads grads(in, hidden, need_hidden, need_weight, need_bias);
-    backend.policy_loss(policy, {logprobs.mutable_data_ptr(), entropy.mutable_data_ptr(), nullptr},
+    backend.policy_loss(policy,
+                        {logprobs.mutable_data_ptr(), entropy.mutable_data_ptr(), nullptr,
+                         losses.mutable_data_ptr()},
                         grads.args, loss.mutable_data_ptr(), metrics.mutable_data_ptr());
-    return {loss, logprobs, entropy, metrics, grads.hidden, grads.weight, grads.bias};
+    return {loss, logprobs, entropy, metrics, losses, grads.hidden, grads.weight, grads.bias};
   }
 };
 

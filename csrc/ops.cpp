@@ -20,9 +20,10 @@ STABLE_TORCH_LIBRARY(bupo, m) {
   m.def(
       "policy_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor? old_logprobs,"
       " Tensor advantages, Tensor token_weights, Tensor? bias, Tensor? temperature,"
-      " float softcap, float[] settings, Tensor? ref_logprobs, Tensor? importance_weights,"
+      " float softcap, float[] settings, Tensor? sequence_ids, Tensor? ref_logprobs,"
+      " Tensor? importance_weights, Tensor? entropy_weights,"
       " bool need_hidden, bool need_weight, bool need_bias)"
-      " -> (Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics,"
+      " -> (Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics, Tensor token_losses,"
       " Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   m.def("scale_(Tensor(a!) gradient, Tensor scale) -> ()");
 }

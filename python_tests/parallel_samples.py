@@ -131,6 +131,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "ppo": {"clip_high": 0.1},
     "dual": {"dual_clip": 3.0, "kl_coef": 0.1, "entropy_coef": 0.01, "max_log_ratio": 1.0},
     "cispo": {"loss_type": "cispo", "kl_coef": 0.1, "kl_estimator": "k2"},
+    "sequences": {"ratio_level": "sequence", "sequence_ids": torch.arange(N) // 3},
 }
 
 

@@ -178,6 +178,7 @@ def _magnitudes(truth: Evaluation, sample: Sample, dtype: torch.dtype) -> dict[s
         terms = (a["token_weights"] * truth.token_loss).where(keep, 0).abs().sum()
         found = dict.fromkeys(truth.results, 1 + highest) | found
         found["loss"] = terms + (dz.sum(-1) * z).sum()
+        found["token_losses"] = (1 + truth.results["token_losses"].abs()) * (1 + highest)
     ulps = torch.finfo(accumulator(dtype)).eps / torch.finfo(dtype).eps
     found |= {name: (1 + highest * ulps) * x for name, x in gradients.items()}
     if dtype == torch.float64:
@@ -383,13 +384,15 @@ def _settings() -> dict[str, dict[str, Any]]:
     bias = {"bias": torch.randn(150, dtype=torch.float64, generator=g).bfloat16().double()}
     kl = {"ref_logprobs": ref, "kl_coef": 0.3}
     head_options = bias | {"temperature": 0.7, "softcap": 5.0}
+    cispo = {"loss_type": "cispo", "loss_options": {"ratio_max": 1.2}}
     choices: dict[str, dict[str, Any]] = {
         "clip higher": {"clip_low": 0.2, "clip_high": 0.28},
         "dual clip": {"dual_clip": 1.5},
         "bounded ratio": {"max_log_ratio": 0.0937},
         "bounded ratio, dual clip": {"max_log_ratio": 0.3, "dual_clip": 1.1},
-        "bounded ratio, cispo": {"max_log_ratio": 0.0937, "loss_type": "cispo"},
-        "cispo": {"loss_type": "cispo"},
+        "bounded ratio, cispo": cispo | {"max_log_ratio": 0.0937},
+        "cispo": cispo,
+        "cispo, two bounds": cispo | {"loss_options": {"ratio_min": 0.8, "ratio_max": 1.2}},
         "k1": kl | {"kl_estimator": "k1"},
         "k2": kl | {"kl_estimator": "k2"},
         "k3": kl | {"kl_estimator": "k3"},
@@ -397,16 +400,35 @@ def _settings() -> dict[str, dict[str, Any]]:
         "entropy penalty": {"entropy_coef": -0.1},
         "importance weights": importance,
         "every term": kl | importance | {"dual_clip": 1.5, "entropy_coef": 0.1},
-        "every term, cispo": kl | importance | {"loss_type": "cispo", "entropy_coef": 0.1},
+        "every term, cispo": kl | importance | cispo | {"entropy_coef": 0.1},
         "on-policy": {"old_logprobs": None},
-        "on-policy, cispo": {"old_logprobs": None, "loss_type": "cispo"},
+        "on-policy, cispo": cispo | {"old_logprobs": None},
         "on-policy, every term": kl | importance | {"old_logprobs": None, "entropy_coef": 0.1},
         "reinforce": {"old_logprobs": None, "loss_type": "reinforce"},
         "reinforce, every term": kl
         | importance
         | {"old_logprobs": None, "loss_type": "reinforce", "entropy_coef": 0.1},
         "every head option": head_options | kl | {"entropy_coef": 0.1},
+        "|KL|": kl | {"kl_estimator": "abs"},
+        "k3+, bounded": kl | {"kl_estimator": "k3+", "max_kl": 0.2},
+        "KL times ratio": kl | {"kl_times_ratio": True, "max_log_ratio": 0.3},
+        "entropy weights": {
+            "entropy_coef": 0.1,
+            "entropy_weights": importance["importance_weights"],
+        },
     }
+    losses = ("sapo", "dppo_tv", "dppo_kl", "dro", "gmpo", "vespo")
+    choices |= {name: {"loss_type": name} for name in losses}
+    choices["dro"]["old_logprobs"] = base["old_logprobs"] - 0.01  # no gradient that is just 0
+    choices |= {f"every term, {name}": kl | importance | {"loss_type": name} for name in losses}
+    packed = torch.tensor([0] * 3 + [2] * 40 + [3] * 7 + [9] * 40).reshape(shape)
+    every = kl | importance | {"entropy_coef": 0.1, "kl_times_ratio": True}
+    for level in ("sequence", "sequence_token", "sequence_sum"):
+        of_rows = {"ratio_level": level, "clip_low": 3e-3, "clip_high": 4e-3}
+        choices[level] = of_rows
+        choices[f"{level}, packed"] = of_rows | {"sequence_ids": packed}
+        choices[f"{level}, every term"] = of_rows | every | {"dual_clip": 1.5}
+        choices[f"{level}, cispo"] = cispo | {"ratio_level": level, "sequence_ids": packed}
     return {name: base | options for name, options in choices.items()}
 
 
@@ -468,6 +490,9 @@ def fuzzed_policy(draw: st.DrawFn) -> dict[str, Any]:
         "entropy_coef": draw(st.sampled_from([0.0, 0.05])),
         "max_log_ratio": draw(st.sampled_from([None, 0.0937])),
     }
+    if options["loss_type"] == "cispo":
+        options["loss_options"] = {"ratio_max": 1 + options.pop("clip_high")}
+        del options["dual_clip"]
     if draw(st.booleans()):
         options["importance_weights"] = torch.linspace(0, 2, like.numel()).double().view_as(like)
     if draw(st.booleans()):

@@ -22,10 +22,8 @@ from update_samples import (
     update,
 )
 
-from bupo import ops
 from bupo.config import LossConfig
-from bupo.ops import LogProbs
-from bupo.rl.losses import LOSSES, drop, mean_kl
+from bupo.rl.losses import drop, mean_kl, policy_loss
 from bupo.samples import Batch, with_streams
 from bupo.types import Policy
 
@@ -160,23 +158,24 @@ def test_aggregations_and_importance_against_a_slow_loop(kind, aggregation):
 
 
 def gspo(log_ratios, lengths, advantages, **options):
-    """Of given log-ratios; returns loss, its slope in each log-prob, and metrics."""
-    leaf = torch.tensor(log_ratios, dtype=torch.float64, requires_grad=True)
-    advantages = torch.tensor(advantages, dtype=torch.float64)
-    weights, zeros = torch.ones_like(advantages), torch.zeros_like(leaf)
-    streams = {"old": zeros, "advantage": advantages, "weight": weights}
+    """Of given log-ratios, on a vocabulary of two; returns loss, its slope in each log-prob, and
+    metrics."""
+    log_ratios = torch.tensor(log_ratios, dtype=torch.float64)
     none = torch.zeros(0, dtype=torch.long)
     rows = torch.tensor(
         [n for n, length in enumerate(lengths) for _ in range(length)], dtype=torch.long
     )
-    batch = Batch(list(range(len(lengths))), lengths, none, none, rows, none, none, streams)
+    old = torch.full_like(log_ratios, math.log(0.5)) - log_ratios
+    advantages = torch.tensor(advantages, dtype=torch.float64)
+    streams = {"old": old, "advantage": advantages, "weight": torch.ones_like(advantages)}
+    targets = torch.zeros(len(log_ratios), dtype=torch.long)
+    batch = Batch(list(range(len(lengths))), lengths, none, none, rows, none, targets, streams)
     settings = LossConfig(**{"type": "gspo", "clip_low": 0.2, "clip_high": 0.28} | options)
-    log_probs = LogProbs(leaf, zeros, zeros)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "lm_head_logprobs", lambda *_, **__: log_probs)
-        out = LOSSES["gspo"](zeros, {}, batch, settings)
-    (slope,) = torch.autograd.grad(out.loss, leaf)
-    return out.loss.item(), slope.tolist(), {k: float(v) for k, v in out.metrics.items()}
+    hidden = torch.zeros(len(log_ratios), 1, dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([[2.0], [0.0]], dtype=torch.float64)  # d logp / d hidden = 1
+    out = policy_loss(hidden, {"weight": weight}, batch, settings)
+    (slope,) = torch.autograd.grad(out.loss, hidden)
+    return out.loss.item(), slope[:, 0].tolist(), {k: float(v) for k, v in out.metrics.items()}
 
 
 def test_gspo_has_one_ratio_for_a_response():

@@ -29,6 +29,7 @@ from sample_inputs import (
 from torch import Tensor
 
 import bupo.ops as ops
+from bupo.ops.results import METRICS
 
 OP = "policy_loss"
 
@@ -128,10 +129,16 @@ def test_advantage_zero_beats_an_infinite_ratio_or_logprob(api: Any, loss_type: 
         assert torch.equal(got[name], without[name]), name
 
 
-@pytest.mark.parametrize("loss_type", ["ppo", "cispo"])
+CLIPS: dict[str, dict[str, Any]] = {
+    "ppo": {"clip_low": math.inf, "clip_high": math.inf},
+    "cispo": {"loss_type": "cispo", "loss_options": {"ratio_max": math.inf}},
+}
+
+
+@pytest.mark.parametrize("loss_type", CLIPS)
 def test_infinite_clip_range_is_no_clip(loss_type: str) -> None:
-    call = sample(OP, "masked vocabulary").to(torch.float64).but(loss_type=loss_type)
-    wide = call.but(clip_low=math.inf, clip_high=math.inf)
+    call = sample(OP, "cispo" if loss_type == "cispo" else "dual clip").to(torch.float64)
+    wide = call.but(**CLIPS[loss_type], dual_clip=None)
     got, truth = evaluate(ops, wide).results, evaluate(ops.reference, wide).results
     for name in ("loss", "d hidden", "d weight"):
         torch.testing.assert_close(got[name], truth[name])
@@ -211,7 +218,7 @@ BY_HAND: list[tuple[str, float, float, dict, float]] = [
     ("dual clip not reached", 2.5, -2.0, {"dual_clip": 3.0}, 5.0),
     ("dual clip leaves A > 0", 4.0, 2.0, {"dual_clip": 3.0}, -2.4),
     ("cispo", 1.1, 2.0, {"loss_type": "cispo"}, 1.1 * 2 * math.log(2)),
-    ("cispo bounded", 9.0, 2.0, {"loss_type": "cispo"}, 1.2 * 2 * math.log(2)),
+    ("cispo bounded", 9.0, 2.0, {"loss_type": "cispo"}, 5 * 2 * math.log(2)),
     ("cispo has no lower bound", 0.1, -2.0, {"loss_type": "cispo"}, -0.1 * 2 * math.log(2)),
     ("importance", 1.1, 2.0, {"importance_weights": 0.5}, -1.1),
     ("entropy", 1.1, 0.0, {"entropy_coef": 0.1}, -0.1 * math.log(2)),
@@ -308,12 +315,12 @@ def test_the_ratio_to_its_own_logprobs_is_exactly_one(dtype: torch.dtype) -> Non
 
 
 def test_cispo_keeps_the_gradient_of_clipped_tokens() -> None:
-    """Its coefficient is min(r, 1 + clip_high) A: never 0, and the ratio carries no gradient."""
+    """Its coefficient is min(r, ratio_max) A: never 0, and the ratio carries no gradient."""
     arguments = head("cispo", (5,), 8, 20)
     gradients = {}
     for ratio in (0.1, 1.0, 1.27, 1.28, 5.0):
         call = Sample("cispo", OP, one_policy(arguments, ratio, -0.5))
-        call = call.but(loss_type="cispo", clip_high=0.28, clip_low=0.1)
+        call = call.but(loss_type="cispo", loss_options={"ratio_max": 1.28})
         result = evaluate(ops, call).results
         gradients[ratio] = result["d hidden"]
         assert result["clip_fraction"] == (1 if ratio == 5.0 else 0) or ratio == 1.28
@@ -334,7 +341,7 @@ PER_TOKEN = ("old_logprobs", "advantages", "ref_logprobs", "importance_weights")
 def test_excluded_tokens_may_hold_anything(
     garbage: float, loss_type: str, dtype: torch.dtype
 ) -> None:
-    call = sample(OP, "every term").but(loss_type=loss_type).to(dtype)
+    call = sample(OP, "every term" + ", cispo" * (loss_type == "cispo")).to(dtype)
     excluded = call.arguments["token_weights"] == 0
     assert 5 < excluded.sum() < 40
     dirty = {k: call.arguments[k].masked_fill(excluded, garbage) for k in PER_TOKEN}
@@ -422,10 +429,12 @@ def test_an_entropy_or_kl_term_makes_every_included_token_live() -> None:
     assert call.call(ref_logprobs=ref, kl_coef=0.1).metrics["live_fraction"] == share
 
 
-def test_a_reference_without_coefficient_is_not_read() -> None:
+def test_a_reference_without_coefficient_is_only_measured() -> None:
     call = sample(OP, "dual clip").to(torch.float32)
     nan = torch.full_like(call.arguments["advantages"], math.nan)
-    assert torch.equal(call.call(ref_logprobs=nan).loss, call.call().loss)
+    found = call.call(ref_logprobs=nan)
+    assert torch.equal(found.loss, call.call().loss)
+    assert found.metrics["ref_kl"].isnan()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -483,12 +492,11 @@ def test_only_the_loss_is_differentiable(dtype: torch.dtype) -> None:
     assert result.loss.shape == ()
     assert result.loss.dtype == result.logprobs.dtype == accumulator(dtype)
     shape = call.arguments["targets"].shape
-    for x in (result.logprobs, result.entropy, *result.metrics.values()):
+    for x in (result.logprobs, result.entropy, result.token_losses, *result.metrics.values()):
         assert not x.requires_grad
         assert x.dtype == accumulator(dtype)
     assert result.logprobs.shape == result.entropy.shape == shape
-    names = "clip_fraction ratio_mean ratio_max approx_kl entropy_mean live_fraction"
-    assert list(result.metrics) == names.split()
+    assert tuple(result.metrics) == METRICS
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

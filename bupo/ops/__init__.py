@@ -7,6 +7,7 @@ The mathematics is in docs/ops.md; `reference` has the same functions in eager t
 from bupo.ops import reference
 from bupo.ops.lm_head import LogProbs, lm_head_logprobs
 from bupo.ops.policy_loss import PolicyLoss, policy_loss
+from bupo.ops.reductions import token_weights
 from bupo.ops.registration import build_info, set_cuda_kernels, set_workspace_bytes
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "reference",
     "set_cuda_kernels",
     "set_workspace_bytes",
+    "token_weights",
 ]

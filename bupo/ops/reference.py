@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bupo.ops import policy_losses
+from bupo.ops.policy_losses import Settings
 from bupo.ops.registration import transforms_active
 from bupo.ops.results import LogProbs, PolicyLoss
 
@@ -57,18 +61,14 @@ def policy_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    loss_type: str = "ppo",
+    sequence_ids: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
-    entropy_coef: float = 0.0,
     importance_weights: Tensor | None = None,
-    max_log_ratio: float | None = None,
+    entropy_weights: Tensor | None = None,
+    **options: Any,
 ) -> PolicyLoss:
-    """Computes the same as `bupo.ops.policy_loss`."""
+    """Computes the same as `bupo.ops.policy_loss`, which lists the options."""
+    found = policy_losses.settings(**options)
     keep = token_weights != 0
     logp, entropy, _ = lm_head_logprobs(
         hidden,
@@ -85,16 +85,148 @@ def policy_loss(
         old_logprobs,
         advantages,
         token_weights,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        loss_type=loss_type,
+        found,
+        sequence_ids=policy_losses.sequence_ids_of(found.ratio_level, sequence_ids, targets),
         ref_logprobs=ref_logprobs,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef,
         importance_weights=importance_weights,
-        max_log_ratio=max_log_ratio,
+        entropy_weights=entropy_weights,
+    )
+
+
+class _Token(NamedTuple):
+    """What the loss of every token is made of."""
+
+    r: Tensor
+    """the ratio, 1 where the advantage is 0, since 0 * inf must give 0"""
+    log_ratio: Tensor
+    """the logarithm of the ratio, of all tokens"""
+    own_log_ratio: Tensor
+    """that of the token itself, without a bound"""
+    a: Tensor
+    """the advantage"""
+    logp: Tensor
+    """0 where the advantage is 0"""
+    old: Tensor
+    held: Tensor
+    """whether max_log_ratio bounds the ratio"""
+    options: dict[str, float]
+
+
+_Clips = tuple[Tensor, Tensor, Tensor]
+"""Whether a token is clipped below, above and by the dual clip"""
+
+
+def _ppo(t: _Token) -> tuple[Tensor, _Clips]:
+    low, high, dual = 1 - t.options["clip_low"], 1 + t.options["clip_high"], t.options["dual_clip"]
+    loss = torch.maximum(-t.r * t.a, -_bounded(t.r, low, high) * t.a)
+    bound = torch.where(t.a < 0, -dual * t.a, torch.inf)
+    held, at_dual = t.held & (t.a != 0), (t.a < 0) & (t.r >= dual)
+    below = ((t.a < 0) & (t.r < low)) | (held & (t.log_ratio < 0))
+    above = ((t.a > 0) & (t.r > high)) | (held & (t.log_ratio > 0) & ~at_dual)
+    return torch.minimum(loss, bound), (below, above, at_dual)
+
+
+def _cispo(t: _Token) -> tuple[Tensor, _Clips]:
+    low, high = t.options.get("ratio_min", 0.0), t.options.get("ratio_max", math.inf)
+    ratio = t.log_ratio.exp()
+    loss = -t.r.detach().clamp(low, high) * t.a * t.logp
+    return loss, (ratio < low, ratio > high, t.held & False)
+
+
+def _sapo(t: _Token) -> tuple[Tensor, _Clips]:
+    positive, negative = t.options["temperature_positive"], t.options["temperature_negative"]
+    heat = _either(t.a > 0, positive, negative, t.a)
+    gate = torch.sigmoid(heat * (_bounded(t.r, 0, 1e6) - 1))
+    never = t.held & False
+    return -gate * 4 / heat * t.a, (never, never, never)
+
+
+def _dppo(t: _Token, of_kl: bool) -> tuple[Tensor, _Clips]:
+    low, high = t.options["divergence_low"], t.options["divergence_high"]
+    p, q = t.logp.detach().exp(), t.old.exp()
+    above, below = p - q > high, q - p > low
+    if of_kl:
+        rest = (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()
+        kl = q * (t.old - t.logp.detach()) + rest
+        above, below = (kl > high) & (p > q), (kl > low) & (p < q)
+    above, below = above & (t.a > 0), below & (t.a < 0)
+    limit = t.options["ratio_max"]
+    weight = t.r.detach().clamp(max=limit)
+    loss = torch.where(above | below, 0, -weight * t.a * t.logp.where(~(above | below), 0))
+    return loss, (below, above, (t.r > limit) & (t.a != 0) & ~(above | below))
+
+
+def _dro(t: _Token) -> tuple[Tensor, _Clips]:
+    never = t.held & False
+    return -t.a * t.logp + t.options["beta"] / 2 * t.log_ratio**2, (never, never, never)
+
+
+def _gmpo(t: _Token) -> tuple[Tensor, _Clips]:
+    below = (t.a < 0) & (t.own_log_ratio < -t.options["log_clip_low"])
+    above = (t.a > 0) & (t.own_log_ratio > t.options["log_clip_high"])
+    return -t.r * t.a, (below, above, t.held & False)
+
+
+def _vespo(t: _Token) -> tuple[Tensor, _Clips]:
+    o, negative = t.options, t.a < 0
+    k = _either(negative, o["k_negative"], o["k_positive"], t.a)
+    rate = _either(negative, o["lambda_negative"], o["lambda_positive"], t.a)
+    phi = (rate + k * t.log_ratio - rate * t.log_ratio.exp()).exp().detach()
+    phi = phi.where(~phi.isnan() | t.log_ratio.isnan(), 0)
+    never = t.held & False
+    return -phi.where(t.a != 0, 0) * t.a * t.logp, (never, never, never)
+
+
+_LOSSES: dict[str, Callable[[_Token], tuple[Tensor, _Clips]]] = {
+    "ppo": _ppo,
+    "cispo": _cispo,
+    "reinforce": _cispo,
+    "sapo": _sapo,
+    "dppo_tv": partial(_dppo, of_kl=False),
+    "dppo_kl": partial(_dppo, of_kl=True),
+    "dro": _dro,
+    "gmpo": _gmpo,
+    "vespo": _vespo,
+}
+
+
+def _kl(settings: Settings, gap: Tensor) -> Tensor:
+    """Returns the KL estimate of the log-probs' gap to the reference, ref - logp."""
+    kl = {
+        "k1": -gap,
+        "k2": gap**2 / 2,
+        "k3": torch.expm1(gap) - gap,
+        "abs": gap.abs(),
+    }[settings.kl_estimator]
+    kl = _bounded(kl, -settings.max_kl, settings.max_kl)
+    if settings.kl_straight_through:
+        k2 = gap**2 / 2
+        kl = k2 - k2.detach() + kl.detach()
+    return kl
+
+
+def _log_ratio(
+    settings: Settings, own: Tensor, a: Tensor, keep: Tensor, sequence_ids: Tensor | None
+) -> Tensor:
+    """Returns the log-ratio in the loss of each token, from those of single tokens."""
+    if sequence_ids is None:
+        return own
+    part = own
+    if settings.loss_type == "gmpo":
+        bound = settings.options
+        part = torch.where(a > 0, _bounded(own, -math.inf, bound["log_clip_high"]), own)
+        part = torch.where(a < 0, _bounded(part, -bound["log_clip_low"], math.inf), part)
+        part = part.where(a != 0, 0)
+    ids = sequence_ids.reshape(-1)
+    index = torch.cat([ids.new_zeros(min(1, len(ids))), (ids.diff() != 0).cumsum(0)])
+    none = part.new_zeros(len(ids))
+    sums = none.index_add(0, index, part.where(keep, 0).reshape(-1))
+    if settings.ratio_level != "sequence_sum":
+        counts = none.index_add(0, index, keep.to(part.dtype).reshape(-1))
+        sums = sums / counts.clamp(min=1)
+    found = sums[index].reshape(own.shape)
+    return (
+        found.detach() + own - own.detach() if settings.ratio_level == "sequence_token" else found
     )
 
 
@@ -104,82 +236,85 @@ def loss_of_logprobs(
     old_logprobs: Tensor | None,
     advantages: Tensor,
     token_weights: Tensor,
+    settings: Settings,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    loss_type: str = "ppo",
+    sequence_ids: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
-    entropy_coef: float = 0.0,
     importance_weights: Tensor | None = None,
-    max_log_ratio: float | None = None,
-    log_ratio_of: Callable[[Tensor], Tensor] = lambda log_ratio: log_ratio,
+    entropy_weights: Tensor | None = None,
 ) -> PolicyLoss:
-    """Computes the same loss from log-probs and entropies, differentiable in both.
-
-    log_ratio_of: maps logp - old of all tokens to the log-ratios that the loss uses; GSPO gives
-    every token of a response the mean over it. approx_kl always uses those of single tokens.
-    """
+    """Computes the same loss from log-probs and entropies, differentiable in both."""
     keep = token_weights != 0
     old = logp.detach() if old_logprobs is None else old_logprobs.to(logp.dtype)
+    old = old.where(keep, logp.detach())
 
     def kept(x: Tensor) -> Tensor:
         return x.to(logp.dtype).where(keep, 0)
 
-    limit = math.inf if max_log_ratio is None else max_log_ratio
-    advantages = kept(advantages)
+    limit, a = settings.max_log_ratio, kept(advantages)
 
-    def of(logp: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns for each token its loss without the entropy term, whether it is clipped, its own
-        log-ratio and its ratio."""
-        token_log_ratio = logp - old.where(keep, logp.detach())
-        log_ratio = log_ratio_of(token_log_ratio)
-        limited = log_ratio.abs() > limit
-        log_ratio = _bounded(log_ratio, -limit, limit)
-        moving = (advantages != 0) | log_ratio.isnan()  # 0 * inf must give 0
-        ratio, r = log_ratio.exp(), log_ratio.where(moving, 0).exp()
-        if loss_type in ("cispo", "reinforce"):  # the latter with ratio 1
-            loss = -r.detach().clamp(max=1 + clip_high) * advantages * logp.where(moving, 0)
-            clipped = ratio > 1 + clip_high
-        else:
-            free = -r * advantages
-            bounded = -_bounded(r, 1 - clip_low, 1 + clip_high) * advantages
-            loss, clipped = torch.maximum(free, bounded), bounded > free
-            if dual_clip is not None:
-                bound = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
-                loss, clipped = torch.minimum(loss, bound), clipped | (loss >= bound)
-            clipped = clipped | (limited & (advantages != 0))
+    def of(logp: Tensor) -> tuple[Tensor, _Clips, Tensor, Tensor, Tensor]:
+        """Returns for each token its loss, clips, own log-ratio, ratio and KL estimate."""
+        own = logp - old
+        level = _log_ratio(settings, own, a, keep, sequence_ids)
+        log_ratio = _bounded(level, -limit, limit)
+        moving = (a != 0) | log_ratio.isnan()
+        loss, clips = _LOSSES[settings.loss_type](
+            _Token(
+                log_ratio.where(moving, 0).exp(),
+                log_ratio,
+                own,
+                a,
+                logp.where(moving, 0),
+                old,
+                level.abs() > limit,
+                settings.options,
+            )
+        )
         if importance_weights is not None:
             loss = loss * kept(importance_weights)
-        if kl_coef:
-            assert ref_logprobs is not None
-            gap = kept(ref_logprobs) - logp
-            kl = {"k1": -gap, "k2": gap**2 / 2, "k3": torch.expm1(gap) - gap}[kl_estimator]
-            loss = loss + kl_coef * kl
-        return loss, clipped, _bounded(token_log_ratio, -limit, limit), ratio
+        kl = torch.zeros_like(loss)
+        if ref_logprobs is not None:
+            kl = _kl(settings, kept(ref_logprobs) - logp)
+        if settings.kl_coef:
+            loss = loss + settings.kl_coef * (
+                kl * log_ratio.exp() if settings.kl_times_ratio else kl
+            )
+        return loss, clips, _bounded(own, -limit, limit), log_ratio.exp(), kl
 
-    loss, clipped, log_ratio, ratio = of(logp)
+    loss, clips, log_ratio, ratio, kl = of(logp)
     weights = token_weights.to(logp.dtype)
-    total = (weights * kept(loss - entropy_coef * entropy)).sum()
+    bonus = weights if entropy_weights is None else entropy_weights.to(logp.dtype)
+    total = (weights * kept(loss)).sum()
+    if settings.entropy_coef:
+        total = total - (kept(bonus) * settings.entropy_coef * kept(entropy)).sum()
 
-    live = keep
-    if not entropy_coef:
-        live = _has_slope(lambda logp: (weights * kept(of(logp)[0])).sum(), logp)
+    live = _has_slope(lambda logp: (weights * kept(of(logp)[0])).sum(), logp)
+    if settings.entropy_coef:
+        live = live | (kept(bonus) != 0)
 
     def mean(x: Tensor) -> Tensor:
         return kept(x.detach()).sum() / keep.sum().clamp(min=1)
 
     metrics = {
-        "clip_fraction": mean(clipped),
+        "clip_fraction": mean(clips[0] | clips[1] | clips[2]),
         "ratio_mean": mean(ratio),
         "ratio_max": kept(ratio.detach()).amax() if keep.numel() else kept(ratio.detach()).sum(),
         "approx_kl": mean(torch.expm1(log_ratio) - log_ratio),
         "entropy_mean": mean(entropy),
         "live_fraction": live.to(logp.dtype).sum() / max(keep.numel(), 1),
+        "clip_low_fraction": mean(clips[0]),
+        "clip_high_fraction": mean(clips[1]),
+        "clip_dual_fraction": mean(clips[2]),
+        "approx_kl_k1": mean(-log_ratio),
+        "ref_kl": mean(kl),
     }
-    return PolicyLoss(total, logp.detach(), entropy.detach(), metrics)
+    return PolicyLoss(total, logp.detach(), entropy.detach(), metrics, kept(loss.detach()))
+
+
+def _either(condition: Tensor, x: float, y: float, like: Tensor) -> Tensor:
+    """torch.where for two numbers, in the dtype of `like`."""
+    return torch.where(condition, torch.full_like(like, x), torch.full_like(like, y))
 
 
 def _bounded(x: Tensor, low: float, high: float) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bupo.ops.results import METRICS
+
 try:
     from bupo import _C
 except ImportError as error:  # pragma: no cover - depends on the installation
@@ -20,17 +22,6 @@ except ImportError as error:  # pragma: no cover - depends on the installation
         "bupo.ops: the compiled extension bupo._C cannot be loaded. Build it with `make setup`, or "
         f"`pip install --no-build-isolation -e .` in the environment of this torch. ({error})"
     ) from error
-
-LOSS_TYPES = ("ppo", "cispo", "reinforce")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-METRICS = (
-    "clip_fraction",
-    "ratio_mean",
-    "ratio_max",
-    "approx_kl",
-    "entropy_mean",
-    "live_fraction",
-)
 
 
 def build_info() -> dict[str, Any]:
@@ -157,7 +148,8 @@ def _fake_policy_loss(
     per_token = (hidden.new_empty(targets.shape, dtype=acc) for _ in range(2))
     metrics = hidden.new_empty((len(METRICS),), dtype=acc)
     grads = _fake_grads(hidden, weight, *args[-3:])
-    return (hidden.new_empty((), dtype=acc), *per_token, metrics, *grads)
+    losses = hidden.new_empty(targets.shape, dtype=acc)
+    return (hidden.new_empty((), dtype=acc), *per_token, metrics, losses, *grads)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -219,7 +211,7 @@ torch.library.register_autograd(
 def _save_policy(ctx: Any, inputs: tuple[Any, ...], output: Any, transforms: bool = False) -> None:
     ctx.transforms = transforms
     ctx.needs = inputs[-3:]
-    ctx.save_for_backward(*output[4:])
+    ctx.save_for_backward(*output[5:])
     ctx.set_materialize_grads(False)
 
 
@@ -244,7 +236,7 @@ def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
 def _backward_policy(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     _refuse_double_backward(ctx, "policy_loss")
     if grad_loss is None:
-        return (None,) * 15
+        return (None,) * 17
     found: list[Tensor | None] = []
     for grad, need in zip(ctx.saved_tensors, ctx.needs):
         if need and ctx.transforms:
@@ -252,7 +244,7 @@ def _backward_policy(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tenso
             found.append(scaled)
         else:
             found.append(_scaled(grad.detach(), grad_loss) if need else None)
-    return found[0], found[1], *(None,) * 4, found[2], *(None,) * 8
+    return found[0], found[1], *(None,) * 4, found[2], *(None,) * 10
 
 
 torch.library.register_autograd("bupo::policy_loss", _backward_policy, setup_context=_save_policy)

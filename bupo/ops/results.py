@@ -6,6 +6,25 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+METRICS = (
+    "clip_fraction",
+    "ratio_mean",
+    "ratio_max",
+    "approx_kl",
+    "entropy_mean",
+    "live_fraction",
+    "clip_low_fraction",
+    "clip_high_fraction",
+    "clip_dual_fraction",
+    "approx_kl_k1",
+    "ref_kl",
+)
+"""Metrics of policy_loss: over the tokens with nonzero weight, the share that is clipped, in all
+and below, above and by the dual clip; mean and maximum of the ratio in the loss; k3 and k1
+estimates of KL(old || new); the means of the entropy and of the KL estimate against the reference;
+and the share of all tokens that take part in the gradient products (live_fraction). A new one goes
+last, here and in PolicySums::write of csrc/policy_math.h."""
+
 
 class LogProbs(NamedTuple):
     """Per-token results in nats, each of the shape of ``targets``; ignored tokens hold 0.
@@ -31,6 +50,6 @@ class PolicyLoss(NamedTuple):
     entropy: Tensor
     """per token, nats, 0 where token_weights is 0"""
     metrics: dict[str, Tensor]
-    """Scalars over the tokens with nonzero weight: clip_fraction, ratio_mean, ratio_max, approx_kl
-    (k3 estimate of KL(old || new)), entropy_mean; and live_fraction, the share of all tokens that
-    are part of the gradient products."""
+    """Scalars, named in METRICS"""
+    token_losses: Tensor
+    """per token, before its weight and without the entropy term, 0 where token_weights is 0"""

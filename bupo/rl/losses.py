@@ -11,73 +11,53 @@ from torch import Tensor
 
 from bupo import ops
 from bupo.config import LossConfig
-from bupo.ops import reference
 from bupo.ops.results import PolicyLoss
 from bupo.samples import Batch, with_streams
 from bupo.types import Rollout
 
-Loss = Callable[[Tensor, Mapping[str, Any], Batch, LossConfig], PolicyLoss]
-"""Maps (hidden [T, D], head, batch, settings) to the loss and metrics of a micro-batch. `head`
-holds the arguments of the LM-head ops that describe the head (bupo.rl.forward). The batch has the
-streams old, advantage and weight, and also reference and importance if the settings need them."""
 
-
-def token_loss(
+def policy_loss(
     hidden: Tensor, head: Mapping[str, Any], batch: Batch, settings: LossConfig
 ) -> PolicyLoss:
-    """Computes the losses ppo and cispo with the fused op, which has a ratio for each token; see
-    bupo.ops.policy_loss for the formulas."""
-    options = _options(batch, settings)
-    return ops.policy_loss(
-        hidden, targets=batch.targets, loss_type=settings.type, **head, **options
-    )
+    """Computes loss.type of a micro-batch with the fused op; see bupo.ops.policy_loss.
 
-
-def sequence_loss(
-    hidden: Tensor, head: Mapping[str, Any], batch: Batch, settings: LossConfig
-) -> PolicyLoss:
-    """Computes the loss gspo: Group Sequence Policy Optimization (arXiv 2507.18071, eq. 5 to 7)::
-
-        s_i = exp(1/|o_i| sum_t (logp_t - old_t))
-        loss_t = -min(s_i A_t, clip(s_i, 1 - clip_low, 1 + clip_high) A_t)
-
-    This is the ppo loss with s_i in place of each token's ratio. It couples the tokens of a
-    response, so it is computed by torch from the log-probs of the op and is not a mode of the op.
-    With the weights 1 / (N |o_i|) of loss.aggregation=seq_mean, it is the loss of the paper.
+    hidden: [T, D]. head: the arguments of the LM-head ops that describe the head
+    (bupo.rl.forward). The batch has the streams old, advantage and weight, and also reference and
+    importance if the settings need them.
     """
-
-    def mean_of_response(log_ratio: Tensor) -> Tensor:
-        none, response = log_ratio.new_zeros(len(batch.counts)), batch.rows
-        sums = none.index_add(0, response, log_ratio)
-        counts = none.index_add(0, response, torch.ones_like(log_ratio))
-        return (sums / counts.clamp(min=1))[response]
-
-    out = ops.lm_head_logprobs(hidden, targets=batch.targets, **head)
-    return reference.loss_of_logprobs(
-        out.logprobs, out.entropy, log_ratio_of=mean_of_response, **_options(batch, settings)
+    in_loss = settings.kl_coef if settings.kl_estimator != "k1_reward" else 0.0
+    return ops.policy_loss(
+        hidden,
+        targets=batch.targets,
+        old_logprobs=batch.streams["old"],
+        advantages=batch.streams["advantage"],
+        token_weights=batch.streams["weight"],
+        ref_logprobs=batch.streams["reference"] if in_loss else None,
+        importance_weights=batch.streams.get("importance"),
+        max_log_ratio=settings.max_log_ratio,
+        kl_coef=in_loss,
+        kl_estimator=settings.kl_estimator if in_loss else "k3",
+        entropy_coef=settings.entropy_coef,
+        **LOSSES[settings.type](batch, settings),
+        **head,
     )
 
 
-LOSSES: dict[str, Loss] = {"ppo": token_loss, "cispo": token_loss, "gspo": sequence_loss}
-"""Maps loss.type to its loss"""
+def _clips(settings: LossConfig) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in ("clip_low", "clip_high", "dual_clip")}
 
 
-def _options(batch: Batch, settings: LossConfig) -> dict[str, Any]:
-    in_loss = settings.kl_coef if settings.kl_estimator != "k1_reward" else 0.0
-    return {
-        "old_logprobs": batch.streams["old"],
-        "advantages": batch.streams["advantage"],
-        "token_weights": batch.streams["weight"],
-        "clip_low": settings.clip_low,
-        "clip_high": settings.clip_high,
-        "dual_clip": settings.dual_clip,
-        "max_log_ratio": settings.max_log_ratio,
-        "ref_logprobs": batch.streams["reference"] if in_loss else None,
-        "kl_coef": in_loss,
-        "kl_estimator": settings.kl_estimator if in_loss else "k3",
-        "entropy_coef": settings.entropy_coef,
-        "importance_weights": batch.streams.get("importance"),
-    }
+LOSSES: dict[str, Callable[[Batch, LossConfig], dict[str, Any]]] = {
+    "ppo": lambda _, settings: _clips(settings),
+    "cispo": lambda _, settings: {
+        "loss_type": "cispo",
+        "loss_options": {"ratio_max": 1 + settings.clip_high},
+    },
+    "gspo": lambda batch, settings: (
+        _clips(settings) | {"ratio_level": "sequence", "sequence_ids": batch.rows}
+    ),
+}
+"""Maps loss.type to the arguments of bupo.ops.policy_loss that make it"""
 
 
 def with_weights(

@@ -14,7 +14,7 @@ from bupo.config import GPU_WORKSPACE, Config, LossConfig
 from bupo.policy import parameter_layers
 from bupo.rl import sharding
 from bupo.rl.forward import Forward, TokenStats
-from bupo.rl.losses import LOSSES, with_weights
+from bupo.rl.losses import policy_loss, with_weights
 from bupo.rl.optimise import BatchLoss, Updates, mini_batches, optimise
 from bupo.rl.optimizer import AdamW, learning_rate
 from bupo.samples import Batch
@@ -80,7 +80,7 @@ class Trainer:
             hidden, head = self.forward.hidden(batch, policy), self.forward.head()
             if old is not None:
                 batch = old.completed(batch, hidden, head)
-            out = LOSSES[loss_settings.type](hidden, head, batch, loss_settings)
+            out = policy_loss(hidden, head, batch, loss_settings)
             made_of = {
                 "hidden states": hidden,
                 "old log-probs": batch.streams["old"],

@@ -30,6 +30,12 @@ struct Cpu {
     }
   }
 
+  void check_sequences(const char* op, const int64_t* ids) const {
+    for (int64_t i = 1; ids && i < in.args.tokens; ++i)
+      require(ids[i] >= ids[i - 1], op, ": sequence_ids.flatten()[", i,
+              "] must not be below the one before it, ", ids[i - 1], ", got ", ids[i]);
+  }
+
   int64_t bytes_to_keep() const { return 0; }
   void lm_head_logprobs(int64_t ignore_index, const TokenOutputs& out, void*) const {
     cpu::lm_head_logprobs(in.dtype, in.args, ignore_index, out);

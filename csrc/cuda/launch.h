@@ -37,16 +37,21 @@ struct LogitBlock {
   float softcap;             // 0: none
 };
 
-// Rows [first, first + rows) of a call.
+// Rows [first, first + rows) of a call; with sequences these are all its rows.
 struct PolicyRows {
   PolicyArgs policy;
   const float *logprobs, *entropy;
   int64_t first, rows;
+  // d loss / d logprob and d loss / d entropy, the token's weight included; on_entropy null: none.
+  float *on_logprob, *on_entropy;
+  double* log_ratios;  // L of each row's sequence; null without sequences
+  float* losses;       // of each token
 };
-// d loss / d logprob and d loss / d entropy, the token's weight included; on_entropy null: none.
-cudaError_t launch_policy_coefficients(const PolicyRows& rows, float* on_logprob, float* on_entropy,
-                                       cudaStream_t stream);
-// The loss and the kPolicyMetrics metrics, from all rows at once, summed in double.
+// on_logprob, on_entropy and log_ratios.
+cudaError_t launch_policy_coefficients(const PolicyRows& rows, cudaStream_t stream);
+// signal[i] = 1 where a row of weight in row i's sequence has an advantage, else 0.
+cudaError_t launch_sequence_signals(const PolicyRows& rows, float* signal, cudaStream_t stream);
+// The losses, their sum and the kPolicyMetrics metrics, from all rows at once, summed in double.
 cudaError_t launch_policy_sums(const PolicyRows& rows, float* loss, float* metrics,
                                cudaStream_t stream);
 

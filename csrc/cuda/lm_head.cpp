@@ -152,28 +152,51 @@ void policy_loss(const Path& path, const Call& call, const PolicyArgs& policy,
   const PolicySettings& settings = policy.settings;
   const int64_t tokens = call.head.tokens;
   const auto* weights = at<float>(policy.token_weights, 0);
-  float *on_logprob = nullptr, *on_entropy = nullptr;
-  const Tensor arrays = make_workspace(call.like, [&](Slab& slab) {
-    on_logprob = slab.take<float>(tokens);
-    if (settings.entropy_coef != 0) on_entropy = slab.take<float>(tokens);
-  });
+  cudaStream_t stream = call.device.stream;
   PolicyRows of{policy, at<float>(out.logprobs, 0), at<float>(out.entropy, 0), 0, tokens};
+  of.losses = from(out.losses, 0);
+  float* signal = nullptr;
+  const Tensor arrays = make_workspace(call.like, [&](Slab& slab) {
+    of.on_logprob = slab.take<float>(tokens);
+    if (settings.entropy_coef != 0) of.on_entropy = slab.take<float>(tokens);
+    if (!settings.of_sequences()) return;
+    of.log_ratios = slab.take<double>(tokens);
+    signal = slab.take<float>(tokens);
+  });
+  const RowChoice choice{call.head.targets, 0, weights};
+  const Coefficients coefficients{of.on_logprob, of.on_entropy, nullptr};
+  const auto set_coefficients = [&](int64_t first, int64_t count) {
+    of.first = first;
+    of.rows = count;
+    check(launch_policy_coefficients(of, stream));
+    return from(coefficients, first);
+  };
   // Advantage 0 is no gradient, unless of entropy or KL.
-  Rows rows{{call.head.targets, 0, weights}, {at<float>(policy.advantages, 0)}};
-  rows.all_store = settings.entropy_coef != 0 || settings.kl_coef != 0;
+  Rows rows{choice, {at<float>(policy.advantages, 0)}};
+  rows.all_store = settings.without_advantage();
   rows.old_logprobs = at<float>(policy.old_logprobs, 0);
-  // token_weights bound the coefficients up to advantages of ordinary size.
-  walk(path, call, rows, out, grads, {weights, nullptr, nullptr},
-       [&](int64_t first, int64_t count) {
-         of.first = first;
-         of.rows = count;
-         check(launch_policy_coefficients(of, on_logprob, on_entropy, call.device.stream));
-         return from(Coefficients{on_logprob, on_entropy, nullptr}, first);
-       });
+  if (settings.of_sequences() && grads.any()) {
+    check(launch_sequence_signals(of, signal, stream));
+    rows.signals[0] = signal;
+  }
+  const bool at_once = tokens <= path.plan(call.shape(grads), workspace_budget(call.device)).chunk;
+  if (!settings.of_sequences() || at_once) {
+    // token_weights bound the coefficients up to advantages of ordinary size.
+    walk(path, call, rows, out, grads, {weights, nullptr, nullptr}, set_coefficients);
+    if (!grads.any()) set_coefficients(0, tokens);
+  } else {  // a sequence may go over chunks: all log-probs first
+    walk(path, call, {choice}, out, {}, {}, {});
+    set_coefficients(0, tokens);
+    Rows live{choice, {of.on_logprob, of.on_entropy}};
+    live.only_stored = true;
+    live.old_logprobs = rows.old_logprobs;
+    if (grads.any())
+      walk(path, call, live, {}, grads, coefficients,
+           [&](int64_t first, int64_t) { return from(coefficients, first); });
+  }
   of.first = 0;
   of.rows = tokens;
-  check(launch_policy_sums(of, static_cast<float*>(loss), static_cast<float*>(metrics),
-                           call.device.stream));
+  check(launch_policy_sums(of, static_cast<float*>(loss), static_cast<float*>(metrics), stream));
 }
 
 }  // namespace bupo::cuda

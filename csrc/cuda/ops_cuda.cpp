@@ -28,6 +28,7 @@ struct Cuda {
 
   template <class Included>
   void check_tokens(const char*, const Included&) const {}
+  void check_sequences(const char*, const int64_t*) const {}
 
   // Nothing where that is over the budget, while a CUDA graph is recorded, or without a token.
   int64_t bytes_to_keep() const {
