@@ -7,6 +7,8 @@ from torch import Tensor
 
 import bupo.ops as ops
 
+SEQUENCE = 256
+
 
 @dataclasses.dataclass
 class Batch:
@@ -57,6 +59,10 @@ class Batch:
         """The same with advantage 0, and so no gradient, for all tokens but one of 1 / share."""
         live = torch.arange(len(self.targets), device=self.targets.device) % round(1 / share) == 0
         return dataclasses.replace(self, advantages=self.advantages * live)
+
+    def sequence_ids(self) -> Tensor:
+        """Which sequence each token is of, if all have SEQUENCE tokens."""
+        return torch.arange(len(self.targets), device=self.targets.device) // SEQUENCE
 
     def head(self) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of lm_head_logprobs."""

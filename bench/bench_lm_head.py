@@ -20,6 +20,7 @@ from implementations import (
     ONE,
     POLICY,
     POLICY_PORTABLE,
+    SEQUENCE_RATIO,
     SWEEP,
     SWEEP_GEMM,
     SWEEP_ROWS,
@@ -188,12 +189,13 @@ def print_table(rows: list[Row]) -> None:
 def cpu_bars(rows: list[Row]) -> list[str]:
     """A line for each bar both of whose figures are there."""
     ms = {(row["name"], row["dtype"]): row["ms"] for row in rows if "ms" in row}
-    quarter = live_name(0.25)
+    quarter, token = live_name(0.25), (POLICY, "float32")
     bars = [
         ("policy_loss float32 / three bare GEMMs", (POLICY, "float32"), (THREE, "float32"), 1.25),
         ("policy_loss bfloat16 / float32", (POLICY, "bfloat16"), (POLICY, "float32"), 1.0),
         ("policy_loss float32 / eager", (POLICY, "float32"), ("eager fwd+bwd", "float32"), 1 / 1.4),
         ("float32 live 0.25 / live 1", (quarter, "float32"), (POLICY, "float32"), 0.6),
+        ("float32 sequence ratio / token ratio", (SEQUENCE_RATIO, "float32"), token, 1.15),
         ("bfloat16 live 0.25 / live 1", (quarter, "bfloat16"), (POLICY, "bfloat16"), 0.6),
     ]
     return [

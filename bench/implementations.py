@@ -15,6 +15,7 @@ import bupo.ops as ops
 
 ONE, THREE = "one bare GEMM", "three bare GEMMs"
 POLICY = "policy_loss fwd+bwd"
+SEQUENCE_RATIO = f"{POLICY}, sequence ratio"
 LOGPROBS, LOGPROBS_FORWARD = "lm_head_logprobs fwd+bwd", "lm_head_logprobs fwd"
 POLICY_PORTABLE, FORWARD_PORTABLE = f"{POLICY}, portable", f"{LOGPROBS_FORWARD}, portable"
 SWEEP, SWEEP_GEMM = "lm_head_logprobs fwd, layer sweep", "one bare GEMM, layer sweep"
@@ -33,7 +34,8 @@ class Implementation:
     live: float = 1.0  # share of the tokens that have a gradient
     peer: bool = False
     loss: str = "policy"
-    """whose gradient it leaves: the "policy" loss, or plain "cross entropy" over N"""
+    """whose gradient it leaves: the "policy" loss, with a "sequence ratio", or plain "cross
+    entropy" over N"""
 
     @property
     def short_name(self) -> str:
@@ -52,6 +54,19 @@ def ratio_loss(batch: Batch, logprobs: Tensor) -> Tensor:
 
 def policy_loss(batch: Batch) -> Outputs:
     result = ops.policy_loss(**batch.policy(), clip_low=1.0, clip_high=1e9)
+    result.loss.backward()
+    return {"logprobs": result.logprobs, "entropy": result.entropy}
+
+
+def sequence_ratio(batch: Batch) -> Outputs:
+    """GSPO's loss on sequences of SEQUENCE tokens."""
+    result = ops.policy_loss(
+        **batch.policy(),
+        clip_low=1.0,
+        clip_high=1e9,
+        ratio_level="sequence",
+        sequence_ids=batch.sequence_ids(),
+    )
     result.loss.backward()
     return {"logprobs": result.logprobs, "entropy": result.entropy}
 
@@ -87,6 +102,7 @@ def ours(cuda: bool) -> list[Implementation]:
     Hopper also by the kernels of every other GPU."""
     shares = (1.0, 0.5, 0.25) if cuda else (1.0, 0.25)
     found = [Implementation(live_name(share), policy_loss, 3, live=share) for share in shares]
+    found.append(Implementation(SEQUENCE_RATIO, sequence_ratio, 3, loss="sequence ratio"))
     found.append(Implementation(LOGPROBS_FORWARD, logprobs_forward, 1))
     found.append(Implementation(LOGPROBS, logprobs, 3))
     if cuda and torch.cuda.get_device_capability() == (9, 0):

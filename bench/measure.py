@@ -204,7 +204,7 @@ def errors_of(case: Case, batch: Batch, truth: Truth) -> dict[str, float]:
         if name in got:
             found[f"error_{name}"] = float((got[name].double() - exact).abs().max())
     if batch.hidden.grad is not None and batch.weight.grad is not None:
-        slope = policy_slope(batch, truth.logprobs)
+        slope = policy_slope(batch, truth.logprobs, implementation.loss == "sequence ratio")
         if implementation.loss == "cross entropy":
             slope = torch.full_like(slope, -1 / len(slope))
         d_hidden, d_weight = truth.gradients(batch, slope)

@@ -67,10 +67,16 @@ def evenly_spaced(count: int, size: int, like: Tensor) -> Tensor:
     return torch.arange(count, device=like.device) * (size - 1) // (count - 1)
 
 
-def policy_slope(batch: Batch, logprobs: Tensor) -> Tensor:
+def policy_slope(batch: Batch, logprobs: Tensor, of_sequences: bool = False) -> Tensor:
     """dLoss / dlogp of the ratio loss without clipping."""
-    ratio = (logprobs - batch.old_logprobs).exp()
-    return -batch.token_weights * batch.advantages * ratio
+    log_ratio, weights = logprobs - batch.old_logprobs, -batch.token_weights * batch.advantages
+    if not of_sequences:
+        return weights * log_ratio.exp()
+    ids = batch.sequence_ids()
+    none = log_ratio.new_zeros(len(ids))
+    counts = none.index_add(0, ids, torch.ones_like(log_ratio)).clamp(min=1)
+    ratio = (none.index_add(0, ids, log_ratio) / counts).exp()
+    return (ratio * none.index_add(0, ids, weights.to(none.dtype)) / counts)[ids]
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:

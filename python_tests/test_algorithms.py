@@ -24,6 +24,8 @@ ALGORITHMS = {
         "loss.type=gspo", "loss.aggregation=seq_mean", "loss.kl_coef=0.1", "loss.kl_estimator=k2",
         "model.compute_dtype=bfloat16", "model.gradient_checkpointing=true",
     ],
+    "gmpo": ["loss.type=gmpo", "loss.clip_low=0.02", "loss.clip_high=0.02"],
+    "sapo": ["loss.type=sapo", "loss.kl_coef=0.1"],
     "cispo-k3-entropy": ["loss.type=cispo", "loss.kl_coef=0.1", "loss.entropy_coef=0.01"],
     "dapo": [
         "rollout.refills=2", "reward.overlong_buffer=6", "loss.clip_high=0.28",

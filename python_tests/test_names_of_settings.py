@@ -28,6 +28,14 @@ STANDS_FOR = {
     "reinforce_pp_baseline": ["policy=final", "advantage=reinforce_pp_baseline"],
     "ppo": ["policy=final", "advantage=ppo"],
     "gspo": ["policy=final", "loss.type=gspo", "loss.clip_low=3e-4", "loss.clip_high=4e-4"],
+    "gmpo": [
+        "policy=final",
+        "loss.type=gmpo",
+        "loss.clip_low=0.4",
+        "loss.clip_high=0.4",
+        "loss.aggregation=seq_mean",
+    ],
+    "sapo": ["policy=final", "loss.type=sapo", "loss.aggregation=seq_mean"],
     "cispo": ["policy=final", "loss.type=cispo", "loss.clip_high=4"],
 }
 

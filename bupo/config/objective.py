@@ -30,6 +30,16 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "advantage": "grpo",
         "loss": {"type": "gspo", "clip_low": 3e-4, "clip_high": 4e-4},
     },
+    "gmpo": {
+        "policy": "final",
+        "advantage": "grpo",
+        "loss": {"type": "gmpo", "clip_low": 0.4, "clip_high": 0.4, "aggregation": "seq_mean"},
+    },
+    "sapo": {
+        "policy": "final",
+        "advantage": "grpo",
+        "loss": {"type": "sapo", "aggregation": "seq_mean"},
+    },
     "cispo": {  # bounds the ratio only from above
         "policy": "final",
         "advantage": "grpo",
@@ -103,10 +113,11 @@ class PhaseConfig(Group, prefix="phases[]."):
 
 @dataclass
 class LossConfig(Group, prefix="loss."):
-    type: str = setting("ppo", choices=("ppo", "cispo", "gspo"))
+    type: str = setting("ppo", choices=("ppo", "cispo", "gspo", "gmpo", "sapo"))
     """ppo: the clipped ratio of each token. cispo: the clipped ratio as the weight of each token's
     log-prob. gspo: one ratio per response, the geometric mean of its tokens'; clips of about
-    3e-4."""
+    3e-4. gmpo: the same, but each token's log-ratio is clipped, to [-clip_low, clip_high]; clips of
+    about 0.4. sapo: a sigmoid of each token's ratio in place of a clip."""
     clip_low: float = setting(0.2, at_least=0, at_most=1)
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]; 1: no lower bound."""
     clip_high: float = setting(0.2, at_least=0, at_most=math.inf)

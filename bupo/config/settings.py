@@ -83,8 +83,8 @@ class Config(Group):
     bupo: the internal one for bupo.steps steps, then the final one. custom: those of `phases`.
     algorithm=NAME sets a well-known combination: bupo, internal and custom set only the policy;
     grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline and ppo set policy=final and that
-    advantage (dr_grpo also its aggregation); gspo and cispo set policy=final, that loss.type and
-    the published clips. Keys that are given next to it win."""
+    advantage (dr_grpo also its aggregation); gspo, gmpo, sapo and cispo set policy=final, that
+    loss.type and what was published with it. Keys that are given next to it win."""
     phases: list[PhaseConfig] = field(default_factory=list)
     """Phases of policy=custom, for example from the bottom up: [{layer: 2, steps: 10}, {layer: 4,
     steps: 10}, {}]; or the layers up to 6 under the final policy's objective: [{lr: {7-: 0}}]."""

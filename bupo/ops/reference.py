@@ -259,27 +259,18 @@ def loss_of_logprobs(
         level = _log_ratio(settings, own, a, keep, sequence_ids)
         log_ratio = _bounded(level, -limit, limit)
         moving = (a != 0) | log_ratio.isnan()
-        loss, clips = _LOSSES[settings.loss_type](
-            _Token(
-                log_ratio.where(moving, 0).exp(),
-                log_ratio,
-                own,
-                a,
-                logp.where(moving, 0),
-                old,
-                level.abs() > limit,
-                settings.options,
-            )
-        )
+        r, moving_logp = log_ratio.where(moving, 0).exp(), logp.where(moving, 0)
+        held = level.abs() > limit
+        token = _Token(r, log_ratio, own, a, moving_logp, old, held, settings.options)
+        loss, clips = _LOSSES[settings.loss_type](token)
         if importance_weights is not None:
             loss = loss * kept(importance_weights)
         kl = torch.zeros_like(loss)
         if ref_logprobs is not None:
             kl = _kl(settings, kept(ref_logprobs) - logp)
         if settings.kl_coef:
-            loss = loss + settings.kl_coef * (
-                kl * log_ratio.exp() if settings.kl_times_ratio else kl
-            )
+            factor = log_ratio.exp() if settings.kl_times_ratio else 1
+            loss = loss + settings.kl_coef * kl * factor
         return loss, clips, _bounded(own, -limit, limit), log_ratio.exp(), kl
 
     loss, clips, log_ratio, ratio, kl = of(logp)

@@ -56,6 +56,12 @@ LOSSES: dict[str, Callable[[Batch, LossConfig], dict[str, Any]]] = {
     "gspo": lambda batch, settings: (
         _clips(settings) | {"ratio_level": "sequence", "sequence_ids": batch.rows}
     ),
+    "gmpo": lambda batch, settings: {
+        "loss_type": "gmpo",
+        "loss_options": {"log_clip_low": settings.clip_low, "log_clip_high": settings.clip_high},
+        "sequence_ids": batch.rows,
+    },
+    "sapo": lambda _, settings: {"loss_type": "sapo"},
 }
 """Maps loss.type to the arguments of bupo.ops.policy_loss that make it"""
 
