@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "divergence_math.h"
 #include "policy_math.h"
 
 namespace bupo {
@@ -18,7 +19,7 @@ struct HeadArgs {
   const void* weight;       // [V, D], inner stride 1
   const void* bias;         // [V] contiguous, dtype of weight, or null
   const void* temperature;  // [N] in the accumulator type, or null for 1
-  const int64_t* targets;   // [N]
+  const int64_t* targets;   // [N]; null in lm_head_divergence
   int64_t tokens, width, vocab;
   int64_t hidden_stride, weight_stride;
   double softcap;  // 0: none
@@ -58,6 +59,14 @@ struct PolicyArgs {
   const void* ref_logprobs;
   const void* importance_weights;
   const void* entropy_weights;  // null: token_weights
+};
+
+// Two heads on the same tokens and the same vocabulary, without targets.
+struct DivergenceArgs {
+  HeadArgs student, teacher;
+  DivergenceKind kind;
+  double beta;                // of kJsd
+  const void* token_weights;  // [N] in the accumulator type
 };
 
 }  // namespace bupo

@@ -41,7 +41,7 @@ struct Inputs {
   ScalarType dtype, acc;  // of hidden and weight; of the per-token tensors
 
   Inputs(const char* op, std::initializer_list<ScalarType> supported, const Tensor& hidden,
-         const Tensor& weight, const Tensor& targets, const OptionalTensor& bias,
+         const Tensor& weight, const OptionalTensor& targets, const OptionalTensor& bias,
          const OptionalTensor& temperature, double softcap) {
     check_matrix(op, "hidden", hidden);
     check_matrix(op, "weight", weight);
@@ -56,7 +56,7 @@ struct Inputs {
     require(weight.size(0) > 0, op, ": weight must have at least one row, got ", shape_of(weight));
     acc = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     const int64_t tokens = hidden.size(0);
-    check_vector(op, "targets", targets, tokens, ScalarType::Long);
+    if (targets) check_vector(op, "targets", *targets, tokens, ScalarType::Long);
     if (bias) check_vector(op, "bias", *bias, weight.size(0), dtype);
     if (temperature) check_vector(op, "temperature", *temperature, tokens, acc);
     args = {data(hidden),

@@ -84,6 +84,39 @@ struct Operators {
                         grads.args, loss.mutable_data_ptr(), metrics.mutable_data_ptr());
     return {loss, logprobs, entropy, metrics, losses, grads.hidden, grads.weight, grads.bias};
   }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+  lm_head_divergence(Tensor hidden, Tensor weight, OptionalTensor bias, OptionalTensor temperature,
+                     double softcap, Tensor teacher_hidden, Tensor teacher_weight,
+                     OptionalTensor teacher_bias, OptionalTensor teacher_temperature,
+                     double teacher_softcap, Tensor token_weights, int64_t kind, double beta,
+                     std::vector<bool> needs) {
+    const typename Backend::Guard guard(hidden.get_device());
+    constexpr const char* op = "bupo.ops.lm_head_divergence";
+    const Inputs in(op, Backend::kDtypes, hidden, weight, std::nullopt, bias, temperature, softcap);
+    const Inputs of(op, Backend::kDtypes, teacher_hidden, teacher_weight, std::nullopt,
+                    teacher_bias, teacher_temperature, teacher_softcap);
+    const int64_t n = in.args.tokens;
+    require(of.dtype == in.dtype && of.args.tokens == n && of.args.vocab == in.args.vocab, op,
+            ": teacher_hidden and teacher_weight must have the dtype, tokens and vocabulary of "
+            "hidden and weight");
+    check_vector(op, "token_weights", token_weights, n, in.acc);
+    require(needs.size() == 6, op, ": needs must be 6, got ", needs.size());
+    const Backend student(hidden, in), teacher(teacher_hidden, of);
+    const auto included = [&](int64_t i) { return in.value(data(token_weights), i) != 0; };
+    student.check_tokens(op, included);
+    teacher.check_tokens(op, included);
+    Tensor loss = make(hidden, {}, in.acc), divergence = make(hidden, {n}, in.acc);
+    Grads mine(in, hidden, needs[0], needs[1], needs[2]);
+    Grads its(of, teacher_hidden, needs[3], needs[4], needs[5]);
+    const DivergenceArgs args{in.args, of.args,
+                              one_of<DivergenceKind>(op, "kind", static_cast<double>(kind)), beta,
+                              data(token_weights)};
+    student.lm_head_divergence(teacher, args, mine.args, its.args, divergence.mutable_data_ptr(),
+                               loss.mutable_data_ptr());
+    return {loss,      divergence, mine.hidden, mine.weight,
+            mine.bias, its.hidden, its.weight,  its.bias};
+  }
 };
 
 }  // namespace bupo

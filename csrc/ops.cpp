@@ -1,8 +1,8 @@
 // The table of contents of the extension: every operator schema, and nothing else.
 // Shapes: hidden [N, D], weight [V, D], per-token tensors [N]; kept: bytes that a forward leaves
-// for its backward, possibly none; settings: PolicySettings, in the order of its fields. csrc/cpu
-// and csrc/cuda implement them; bupo/ops/registration.py adds the fake (shape) functions and the
-// autograd formulas.
+// for its backward, possibly none; settings: PolicySettings, in the order of its fields; needs:
+// which of the last six results are wanted. csrc/cpu and csrc/cuda implement them;
+// bupo/ops/registration.py adds the fake (shape) functions and the autograd formulas.
 
 #include <torch/csrc/stable/library.h>
 
@@ -25,5 +25,13 @@ STABLE_TORCH_LIBRARY(bupo, m) {
       " bool need_hidden, bool need_weight, bool need_bias)"
       " -> (Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics, Tensor token_losses,"
       " Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "lm_head_divergence(Tensor hidden, Tensor weight, Tensor? bias, Tensor? temperature,"
+      " float softcap, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias,"
+      " Tensor? teacher_temperature, float teacher_softcap, Tensor token_weights, int kind,"
+      " float beta, bool[] needs)"
+      " -> (Tensor loss, Tensor divergence, Tensor grad_hidden, Tensor grad_weight,"
+      " Tensor grad_bias, Tensor grad_teacher_hidden, Tensor grad_teacher_weight,"
+      " Tensor grad_teacher_bias)");
   m.def("scale_(Tensor(a!) gradient, Tensor scale) -> ()");
 }

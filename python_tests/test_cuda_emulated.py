@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from emulation import HERE, ROOT, run_script
 
-POLICY, HEAD = "test_policy_loss.py", "test_lm_head.py"
+POLICY, HEAD, DIVERGENCE = "test_policy_loss.py", "test_lm_head.py", "test_divergence.py"
 # What takes minutes here, or is about the CPU's own products.
 SLOW = "micro_batches or many or more_logits or number_of_threads or buffers or what_other"
 SMALL, LARGE = 300_000, 1 << 24
@@ -34,6 +34,7 @@ SMALL, LARGE = 300_000, 1 << 24
         (90, POLICY, LARGE, 90),
         (90, HEAD, SMALL, 60),
         (90, HEAD, LARGE, 60),
+        (80, DIVERGENCE, SMALL, 30),
     ],
 )
 def test_the_tests_of_the_cpu_operators(

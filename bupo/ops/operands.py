@@ -57,8 +57,11 @@ def number(op: str, name: str, x: object, or_none: str = "") -> float:
     return float(x)
 
 
-def per_token(op: str, name: str, x: object, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """Checks a tensor with the shape of targets, and returns it flattened and detached, in `dtype`.
+def per_token(
+    op: str, name: str, x: object, targets: Tensor, dtype: torch.dtype, shape: str = "targets"
+) -> Tensor:
+    """Checks a tensor with the shape of targets, which is that of `shape` to the
+    user, and returns it flattened and detached, in `dtype`.
     Raises TypeError and ValueError."""
     _refuse_forward_mode(op, (name, x))
     if not isinstance(x, Tensor):
@@ -67,7 +70,7 @@ def per_token(op: str, name: str, x: object, targets: Tensor, dtype: torch.dtype
         raise TypeError(f"{op}: {name} must be a float tensor, got {describe(x)}")
     if x.shape != targets.shape:
         raise ValueError(
-            f"{op}: {name} must have the shape of targets {list(targets.shape)}, got {describe(x)}"
+            f"{op}: {name} must have the shape of {shape} {list(targets.shape)}, got {describe(x)}"
         )
     if x.device != targets.device:
         raise ValueError(f"{op}: {name} must be on {targets.device}, got {describe(x)}")

@@ -19,7 +19,7 @@ from torch import Tensor
 from bupo.ops import policy_losses
 from bupo.ops.policy_losses import Settings
 from bupo.ops.registration import transforms_active
-from bupo.ops.results import LogProbs, PolicyLoss
+from bupo.ops.results import Divergence, LogProbs, PolicyLoss
 
 
 def lm_head_logprobs(
@@ -34,12 +34,7 @@ def lm_head_logprobs(
 ) -> LogProbs:
     """Computes the same as `bupo.ops.lm_head_logprobs`."""
     keep = targets != ignore_index
-    z = F.linear(hidden.masked_fill(~keep[..., None], 0), weight, bias)
-    z = z if z.dtype == torch.float64 else z.float()
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    scale = torch.as_tensor(temperature, dtype=z.dtype, device=z.device).expand(targets.shape)
-    z = z / scale.where(keep, 1)[..., None]
+    z = _logits(hidden, weight, keep, bias, temperature, softcap)
     logsumexp = z.logsumexp(-1)
     logp = z - logsumexp[..., None]
     p = logp.exp()
@@ -48,6 +43,62 @@ def lm_head_logprobs(
     logprobs = logp.gather(-1, index.long()).squeeze(-1)
     zero = torch.zeros((), dtype=z.dtype)
     return LogProbs(*(torch.where(keep, x, zero) for x in (logprobs, entropy, logsumexp)))
+
+
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+) -> Tensor:
+    z = F.linear(hidden.masked_fill(~keep[..., None], 0), weight, bias)
+    z = z if z.dtype == torch.float64 else z.float()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    scale = torch.as_tensor(temperature, dtype=z.dtype, device=z.device).expand(keep.shape)
+    return z / scale.where(keep, 1)[..., None]
+
+
+def lm_head_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_weights: Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_temperature: float | Tensor = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_grad: bool = False,
+) -> Divergence:
+    """Computes the same as `bupo.ops.lm_head_divergence`."""
+    keep = token_weights != 0
+    z = _logits(hidden, weight, keep, bias, temperature, softcap)
+    y = _logits(
+        teacher_hidden, teacher_weight, keep, teacher_bias, teacher_temperature, teacher_softcap
+    )
+    q, p = z.log_softmax(-1), (y if teacher_grad else y.detach()).log_softmax(-1)
+    if kind == "jsd":
+        parts = torch.stack([p + math.log(beta), q + math.log1p(-beta)])
+        m = torch.logsumexp(parts.where((parts > -math.inf).any(0), 0), 0)
+        divergence = beta * _kl_of(p, m) + (1 - beta) * _kl_of(q, m)
+    else:
+        divergence = _kl_of(p, q) if kind == "forward_kl" else _kl_of(q, p)
+    divergence = divergence.where(keep, 0)
+    return Divergence((token_weights.to(z.dtype) * divergence).sum(), divergence.detach())
+
+
+def _kl_of(a: Tensor, b: Tensor) -> Tensor:
+    """KL(a || b) of log-probs."""
+    some = a > -math.inf
+    return (a.exp() * (a.where(some, 0) - b.where(some, 0))).sum(-1)
 
 
 def policy_loss(

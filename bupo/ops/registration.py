@@ -1,6 +1,6 @@
 """Loads the extension and registers its operators' fake (shape) functions and autograd with torch.
 
-Only this file, lm_head.py and policy_loss.py use torch.ops.bupo.
+Only this file, lm_head.py, policy_loss.py and divergence.py use torch.ops.bupo.
 """
 
 from __future__ import annotations
@@ -152,6 +152,14 @@ def _fake_policy_loss(
     return (hidden.new_empty((), dtype=acc), *per_token, metrics, losses, *grads)
 
 
+def _fake_divergence(*args: Any) -> tuple[Tensor, ...]:
+    hidden, weight, teacher_hidden, teacher_weight, needs = (args[k] for k in (0, 1, 5, 6, -1))
+    acc = accumulator(hidden.dtype)
+    results = hidden.new_empty((), dtype=acc), hidden.new_empty(hidden.shape[:1], dtype=acc)
+    teacher = _fake_grads(teacher_hidden, teacher_weight, *needs[3:])
+    return (*results, *_fake_grads(hidden, weight, *needs[:3]), *teacher)
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Adds a @ b to total, accumulating in total's float32 within the product. The extension calls
     this function because addmm takes numbers, which torch's stable interface cannot pass."""
@@ -165,6 +173,7 @@ torch.library.impl("bupo::add_product_", "cuda", _add_product)
 torch.library.register_fake("bupo::lm_head_logprobs", _fake_logprobs)
 torch.library.register_fake("bupo::lm_head_logprobs_backward", _fake_logprobs_backward)
 torch.library.register_fake("bupo::policy_loss", _fake_policy_loss)
+torch.library.register_fake("bupo::lm_head_divergence", _fake_divergence)
 
 
 def _double_backward(op: str) -> RuntimeError:
@@ -209,9 +218,19 @@ torch.library.register_autograd(
 
 
 def _save_policy(ctx: Any, inputs: tuple[Any, ...], output: Any, transforms: bool = False) -> None:
-    ctx.transforms = transforms
-    ctx.needs = inputs[-3:]
-    ctx.save_for_backward(*output[5:])
+    _save_grads(ctx, inputs[-3:], output[5:], transforms)
+
+
+def _save_divergence(
+    ctx: Any, inputs: tuple[Any, ...], output: Any, transforms: bool = False
+) -> None:
+    _save_grads(ctx, inputs[-1], output[2:], transforms)
+
+
+def _save_grads(ctx: Any, needs: Any, grads: Any, transforms: bool) -> None:
+    """Of an op that computes its gradients in the forward."""
+    ctx.transforms, ctx.needs = transforms, tuple(needs)
+    ctx.save_for_backward(*grads)
     ctx.set_materialize_grads(False)
 
 
@@ -233,21 +252,35 @@ def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
     return grad.mul_(scale)
 
 
-def _backward_policy(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    _refuse_double_backward(ctx, "policy_loss")
+def _scaled_grads(ctx: Any, op: str, grad_loss: Tensor | None) -> list[Tensor | None]:
+    """Returns the gradients that the forward has computed, times that of the loss."""
+    _refuse_double_backward(ctx, op)
     if grad_loss is None:
-        return (None,) * 17
+        return [None] * len(ctx.needs)
     found: list[Tensor | None] = []
     for grad, need in zip(ctx.saved_tensors, ctx.needs):
         if need and ctx.transforms:
-            scaled = _Once.apply("policy_loss", torch.mul, grad, grad_loss)  # type: ignore[no-untyped-call]
+            scaled = _Once.apply(op, torch.mul, grad, grad_loss)  # type: ignore[no-untyped-call]
             found.append(scaled)
         else:
             found.append(_scaled(grad.detach(), grad_loss) if need else None)
-    return found[0], found[1], *(None,) * 4, found[2], *(None,) * 10
+    return found
+
+
+def _backward_policy(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias = _scaled_grads(ctx, "policy_loss", grad_loss)
+    return hidden, weight, *(None,) * 4, bias, *(None,) * 10
+
+
+def _backward_divergence(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    found = _scaled_grads(ctx, "lm_head_divergence", grad_loss)
+    return *found[:3], None, None, *found[3:], *(None,) * 6
 
 
 torch.library.register_autograd("bupo::policy_loss", _backward_policy, setup_context=_save_policy)
+torch.library.register_autograd(
+    "bupo::lm_head_divergence", _backward_divergence, setup_context=_save_divergence
+)
 
 
 # ---- torch.func, whose transforms need another kind of autograd function than register_autograd
@@ -277,6 +310,12 @@ class _PolicyLoss(_Transformable):
     backward = staticmethod(_backward_policy)
 
 
+class _Divergence(_Transformable):
+    forward = staticmethod(torch.ops.bupo.lm_head_divergence)
+    setup_context = staticmethod(partial(_save_divergence, transforms=True))
+    backward = staticmethod(_backward_divergence)
+
+
 class _Once(_Transformable):
     """A part of the backward of bupo.ops.NAME: function(*args), which has no derivative itself."""
 
@@ -296,4 +335,5 @@ class _Once(_Transformable):
 _TRANSFORMABLE: dict[Any, Callable[..., Any]] = {
     torch.ops.bupo.lm_head_logprobs: _Logprobs.apply,
     torch.ops.bupo.policy_loss: _PolicyLoss.apply,
+    torch.ops.bupo.lm_head_divergence: _Divergence.apply,
 }

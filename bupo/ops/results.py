@@ -53,3 +53,12 @@ class PolicyLoss(NamedTuple):
     """Scalars, named in METRICS"""
     token_losses: Tensor
     """per token, before its weight and without the entropy term, 0 where token_weights is 0"""
+
+
+class Divergence(NamedTuple):
+    """The loss, ready for ``backward()``, and what it is a sum of."""
+
+    loss: Tensor
+    """sum of token_weights times divergence, a scalar"""
+    divergence: Tensor
+    """per token, in nats, detached, 0 where token_weights is 0"""

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "../operators.h"
+#include "divergence.h"
 #include "lm_head.h"
 
 namespace bupo {
@@ -21,7 +22,8 @@ struct Cpu {
   // The values that the tokens selected by `included` may hold; other tokens may hold anything.
   template <class Included>
   void check_tokens(const char* op, const Included& included) const {
-    check_targets(op, in.args.targets, in.args.tokens, in.args.vocab, included);
+    if (in.args.targets)
+      check_targets(op, in.args.targets, in.args.tokens, in.args.vocab, included);
     for (int64_t i = 0; in.args.temperature && i < in.args.tokens; ++i) {
       const double t = in.value(in.args.temperature, i);
       const bool invertible = in.acc == ScalarType::Double || std::isfinite(float(1 / t));
@@ -49,6 +51,20 @@ struct Cpu {
     cpu::policy_loss(in.dtype, in.args, policy, out, grads, loss, metrics);
   }
 
+  void lm_head_divergence(const Cpu&, const DivergenceArgs& args, const GradArgs& student,
+                          const GradArgs& teacher, void* divergence, void* loss) const {
+    cpu::lm_head_divergence(in.dtype, args, student, teacher, divergence);
+    double total = 0;
+    for (int64_t i = 0; i < in.args.tokens; ++i)
+      if (const double weight = in.value(args.token_weights, i); weight != 0)
+        total += weight * in.value(divergence, i);
+    if (in.acc == ScalarType::Double) {
+      *static_cast<double*>(loss) = total;
+    } else {
+      *static_cast<float*>(loss) = static_cast<float>(total);
+    }
+  }
+
   const Inputs& in;
 };
 
@@ -58,6 +74,7 @@ STABLE_TORCH_LIBRARY_IMPL(bupo, CPU, m) {
   m.impl("lm_head_logprobs", TORCH_BOX(&Operators<Cpu>::lm_head_logprobs));
   m.impl("lm_head_logprobs_backward", TORCH_BOX(&Operators<Cpu>::lm_head_logprobs_backward));
   m.impl("policy_loss", TORCH_BOX(&Operators<Cpu>::policy_loss));
+  m.impl("lm_head_divergence", TORCH_BOX(&Operators<Cpu>::lm_head_divergence));
 }
 
 }  // namespace bupo

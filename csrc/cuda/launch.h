@@ -129,12 +129,35 @@ struct LogitGradientArgs {
 cudaError_t launch_logit_gradient(Number number, const LogitGradientArgs& args,
                                   cudaStream_t stream);
 
+// One side of a divergence, and its dz / scale, which takes the place of the products.
+struct DivergenceSide {
+  LogitBlock logits;   // by place; temperature by row
+  bool gradient;       // wanted?
+  int64_t out_stride;  // of dz, in its number
+  float* scale;        // by place, out
+};
+// Of the first student.logits.rows places, in the order of the rows' places.
+struct DivergenceRowsArgs {
+  DivergenceSide student, teacher;
+  DivergenceKind kind;
+  float beta;
+  bool half;             // values for float16: larger, so that small ones survive
+  const int64_t* order;  // the row of each place
+  const float* weights;  // by row; 0: no part in anything
+  float* divergence;     // by row, out
+};
+cudaError_t launch_divergence_rows(Number number, const DivergenceRowsArgs& args,
+                                   cudaStream_t stream);
+// loss[0] = sum_i weights[i] divergence[i] over the rows with weight, in double.
+cudaError_t launch_weighted_sum(const float* weights, const float* divergence, int64_t rows,
+                                float* loss, cudaStream_t stream);
+
 // norm[0] = the power of two not above the largest finite |coefficient| of all rows, 1 where there
 // is none, over 2^10. float16 only: it keeps x * scale / norm in range.
 cudaError_t launch_norm(const Coefficients& bounds, int64_t rows, float* norm, cudaStream_t stream);
 
-// out[k, :] = x[order[k], :] * scale[k] / norm; order null: x[k, :], and out may be x; norm
-// null: 1.
+// out[k, :] = x[order[k], :] * scale[k] / norm; order null: x[k, :], and out may be x; scale or
+// norm null: 1.
 struct GatherArgs {
   const void* x;
   int64_t stride, width, count;

@@ -6,6 +6,7 @@
 #include <platform.cuh>
 
 #include "../operators.h"
+#include "divergence.h"
 #include "lm_head.h"
 
 namespace bupo {
@@ -50,6 +51,12 @@ struct Cuda {
     cuda::policy_loss(path, call, policy, out, grads, loss, metrics);
   }
 
+  void lm_head_divergence(const Cuda& teacher, const DivergenceArgs& args, const GradArgs& student,
+                          const GradArgs& its, void* divergence, void* loss) const {
+    cuda::lm_head_divergence(call, teacher.call, args, student, its,
+                             static_cast<float*>(divergence), static_cast<float*>(loss));
+  }
+
   cuda::Call call;
   const cuda::Path& path;
 };
@@ -71,6 +78,7 @@ STABLE_TORCH_LIBRARY_IMPL(bupo, BUPO_DISPATCH_KEY, m) {
   m.impl("lm_head_logprobs", TORCH_BOX(&Operators<Cuda>::lm_head_logprobs));
   m.impl("lm_head_logprobs_backward", TORCH_BOX(&Operators<Cuda>::lm_head_logprobs_backward));
   m.impl("policy_loss", TORCH_BOX(&Operators<Cuda>::policy_loss));
+  m.impl("lm_head_divergence", TORCH_BOX(&Operators<Cuda>::lm_head_divergence));
   m.impl("scale_", TORCH_BOX(&scale_));
 }
 

@@ -78,4 +78,14 @@ __device__ T block_reduce(T value, T* shared, const Combine& combine) {
   return value;
 }
 
+// The sum over the block's threads; all of them have it.
+template <int kThreads>
+__device__ double block_sum(double value, double* shared) {
+  __syncthreads();
+  value = block_reduce<kThreads>(value, shared, [](double a, double b) { return a + b; });
+  if (threadIdx.x == 0) shared[0] = value;
+  __syncthreads();
+  return shared[0];
+}
+
 }  // namespace bupo::cuda

@@ -25,8 +25,10 @@ __device__ inline bool takes_part(const RowChoice& choice, int64_t row) {
 // z[j] of one row.
 class RowLogits {
  public:
-  __device__ RowLogits(const LogitBlock& block, int64_t row)
-      : products_(block.products + row * block.stride),
+  __device__ RowLogits(const LogitBlock& block, int64_t place) : RowLogits(block, place, place) {}
+  // row: of its temperature
+  __device__ RowLogits(const LogitBlock& block, int64_t place, int64_t row)
+      : products_(block.products + place * block.stride),
         bias_(block.bias),
         softcap_(block.softcap),
         temperature_(block.temperature ? block.temperature[row] : 1.0f),

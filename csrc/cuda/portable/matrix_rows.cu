@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(GatherArgs args) {
   const int64_t k = blockIdx.x;
   const T* from = static_cast<const T*>(args.x) + (args.order ? args.order[k] : k) * args.stride;
   T* to = static_cast<T*>(args.out) + k * args.width;
-  const float factor = args.scale[k] / (args.norm ? *args.norm : 1.0f);
+  const float factor = (args.scale ? args.scale[k] : 1.0f) / (args.norm ? *args.norm : 1.0f);
   for (int64_t d = threadIdx.x; d < args.width; d += kThreads)
     narrow(factor == 0.0f ? 0.0f : widen(from[d]) * factor, to[d]);  // 0 also where x is nan
 }

@@ -65,16 +65,6 @@ __device__ int64_t end_of_sequence(const int64_t* ids, int64_t begin, int64_t ro
   return low;
 }
 
-// The sum over the block's threads; all of them have it.
-template <int kThreads>
-__device__ double block_sum(double value, double* shared) {
-  __syncthreads();
-  value = block_reduce<kThreads>(value, shared, [](double a, double b) { return a + b; });
-  if (threadIdx.x == 0) shared[0] = value;
-  __syncthreads();
-  return shared[0];
-}
-
 __global__ void __launch_bounds__(kRowThreads) sequence_kernel(PolicyRows rows) {
   __shared__ double shared[kRowThreads / 32];
   const PolicySettings& s = rows.policy.settings;

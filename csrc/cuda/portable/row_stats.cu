@@ -10,40 +10,13 @@
 
 #include "../common/device.cuh"
 #include "../common/logit.cuh"
+#include "../common/running_sums.cuh"
 #include "../launch.h"
 
 namespace bupo::cuda {
 namespace {
 
 constexpr int kThreads = kRowThreads;
-
-// A thread's part of a row, with compensated sums: beside one dominant entry the hundreds of small
-// ones that follow would otherwise be rounded away one by one.
-struct RunningSums {
-  RowSums<float> sums;
-  float lost_sum = 0.0f, lost_dot = 0.0f;  // what the last additions rounded away, negated
-
-  __device__ static void add(float& total, float& lost, float x) {
-    const float y = x - lost, next = total + y;
-    lost = (next - total) - y;
-    total = next;
-  }
-
-  // One more entry. -inf has no mass; nan stays in sum and dot.
-  __device__ void add(float z) {
-    if (z == -INFINITY) return;
-    if (z > sums.max) {
-      const float shift = sums.max - z, scale = sums.sum == 0.0f ? 0.0f : expf(shift);
-      sums.dot = sums.sum == 0.0f ? 0.0f : scale * (sums.dot + sums.sum * shift);
-      sums.sum *= scale;
-      lost_sum = lost_dot = 0.0f;
-      sums.max = z;
-    }
-    const float d = z - sums.max, e = expf(d);
-    add(sums.sum, lost_sum, e);
-    add(sums.dot, lost_dot, e == 0.0f ? 0.0f : e * d);
-  }
-};
 
 __global__ void __launch_bounds__(kThreads) row_stats_kernel(RowStatsArgs args) {
   __shared__ RowSums<float> shared[kThreads / 32];
@@ -62,11 +35,7 @@ __global__ void __launch_bounds__(kThreads) row_stats_kernel(RowStatsArgs args) 
     RunningSums running;
     for (int64_t j = threadIdx.x; j < vocab; j += kThreads)
       if (j != target) running.add(z[j]);
-    RowSums<float> sums = running.sums;
-    sums = block_reduce<kThreads>(sums, shared, [](RowSums<float> a, const RowSums<float>& b) {
-      merge(a, b);
-      return a;
-    });
+    const RowSums<float> sums = merged<kThreads>(running.sums, shared);
     if (threadIdx.x == 0)
       record = in_float(finish_row<double>({sums.max, sums.sum, sums.dot}, z[target], vocab));
   }
