@@ -55,6 +55,17 @@ class Batch:
         copies = {k: x.detach().clone().requires_grad_(x.requires_grad) for k, x in rows.items()}
         return Batch(**copies)
 
+    def of_double(self) -> "Batch":
+        """The same numbers in float64, with gradients of their own."""
+        return Batch(
+            **{
+                k: x.detach().double().requires_grad_(x.requires_grad)
+                if x.is_floating_point()
+                else x
+                for k, x in self.policy().items()
+            }
+        )
+
     def live(self, share: float) -> "Batch":
         """The same with advantage 0, and so no gradient, for all tokens but one of 1 / share."""
         live = torch.arange(len(self.targets), device=self.targets.device) % round(1 / share) == 0
