@@ -49,6 +49,8 @@ def test_the_tests_of_the_cpu_operators(
     }
     # Hopper's own path is of bfloat16; float32 takes the other there too.
     left_out = f"{SLOW} or float32" if capability == 90 else SLOW
+    if (capability, workspace) != (80, SMALL):  # the formulas of losses are the same everywhere
+        left_out += " or sapo or dppo or dro or vespo or cispo"
     done = subprocess.run(
         [*command, "-k", f"not ({left_out})"],
         env=os.environ | environment,

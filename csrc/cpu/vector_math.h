@@ -154,7 +154,7 @@ BUPO_INLINE V log1p_nonpositive(const V& x) {
     const V y = x + 1.0f;
     const Bits n = ((Bits)y - 0x3f3504f3) >> 23;  // m in [sqrt(1/2), sqrt(2))
     const V m = (V)((Bits)y - (n << 23));
-    const V s = n == 0 ? x / (x + 2.0f) : (m - 1.0f) / (m + 1.0f), q = s * s;
+    const V s = (n == 0 ? x : m - 1.0f) / (n == 0 ? x + 2.0f : m + 1.0f), q = s * s;
     V poly = fill<V>(1.0f / 9);
     poly = poly * q + 1.0f / 7;
     poly = poly * q + 1.0f / 5;
