@@ -25,7 +25,7 @@ SCRATCH = ROOT / "build" / "gpu-check-scratch"
 """Beside the results and not among them, because whoever fetches those wants few files."""
 LAST_BENCH = SCRATCH / "bench.jsonl"
 """A copy for the next call, because the results may be fetched and deleted in between."""
-OPERATOR_TESTS = [f"test_{name}.py" for name in ("lm_head", "policy_loss")]
+OPERATOR_TESTS = [f"test_{name}.py" for name in ("lm_head", "policy_loss", "divergence")]
 OPERATOR_TESTS += [f"test_ops_{name}.py" for name in ("tensors", "autograd", "errors")]
 GPU_TESTS = ["test_gpu.py", "test_gpu_sizes.py"]
 NEEDED_BY_TESTS = ("pytest", "pytest_timeout", "hypothesis")
