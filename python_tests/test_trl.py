@@ -25,7 +25,7 @@ from bupo.integrations import trl as ours
 from bupo.integrations.trl import BuPOMixin, BuPOTrainer, use_bupo_ops
 from bupo.ops import reference
 from bupo.policy import hidden_states, internal_policy, parameter_layers, unembedding
-from bupo.rl.losses import token_loss
+from bupo.rl.losses import policy_loss
 from bupo.samples import Sample, micro_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,7 +211,7 @@ def test_loss_and_gradient_are_those_of_bupo(folder: str, tmp_path: Path, final_
     head = unembedding(model)
     given = {"weight": head.weight, "bias": None, "softcap": None, "temperature": 0.7}
     settings = LossConfig(clip_low=1e-4, clip_high=1e-4, kl_coef=0.05)
-    mine = token_loss(hidden, given, batch, settings).loss
+    mine = policy_loss(hidden, given, batch, settings).loss
     mine.backward()
     assert float(theirs) == pytest.approx(float(mine), rel=1e-5, abs=1e-7)
     for name, parameter in model.named_parameters():
