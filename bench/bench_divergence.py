@@ -5,8 +5,8 @@ and gradients are compared with float64 on the first tokens.
 """
 
 import argparse
-import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,12 +14,15 @@ import torch.nn.functional as F
 from batch import Batch
 from implementations import Gemms, Implementation, Outputs
 from measure import Case, environment, memory_of, reason, time_rounds
-from rows import Row, aligned, append, bar, figure, print_run, table
+from rows import Row, aligned, append, bar, print_run
+from tables import divergence_table
 from truth import relative_error
 
 import bupo.ops as ops
 from bupo.ops.divergence import KINDS
 
+Run = Callable[[Batch, str], torch.Tensor]
+"""Maps a batch and a kind to divergences, and leaves gradients"""
 FOUR, EAGER, LIGER = "four bare GEMMs", "eager", "liger fused linear JSD"
 
 
@@ -72,9 +75,9 @@ def cases_of(batch: Batch, dtype: torch.dtype, with_eager: bool) -> list[Case]:
         floor.one(batch)
         return floor.three(batch)
 
-    def case(name: str, run: object, kind: str, peer: bool) -> Case:
+    def case(name: str, run: Run, kind: str, peer: bool) -> Case:
         def once(batch: Batch) -> Outputs:
-            return {"divergence": run(batch, kind)}  # type: ignore[operator]
+            return {"divergence": run(batch, kind)}
 
         return Case(Implementation(f"{name}, {kind}", once, 4, peer=peer), dtype, [batch])
 
@@ -106,10 +109,13 @@ def errors_of(case: Case, batch: Batch, kind: str) -> Row:
 
 def measure(batch: Batch, dtype: torch.dtype, args: argparse.Namespace) -> list[Row]:
     cases = cases_of(batch, dtype, args.device == "cuda" or dtype == torch.float32)
-    memory = {}
-    for case in cases:  # before memory is kept that time_rounds() leaves
-        with contextlib.suppress(Exception):  # it fails again below
+    memory: dict[str, Row] = {}
+    for case in cases:  # before time_rounds(), which leaves memory with the process
+        try:
             memory[case.label] = memory_of(case)
+        except Exception as error:
+            case.failed = reason(error)
+            case.release()
     time_rounds(cases, args.rounds, warm_up=2 if args.device == "cuda" else 1)
     floor = cases[0].times()["ms"]
     few = batch.first(args.error_tokens)
@@ -170,13 +176,8 @@ def main() -> None:
         batch = Batch.make(args.tokens, args.width, args.vocab, dtype, args.device)
         rows = measure(batch, dtype, args)
         append(args.json, run, rows)
-        columns = [("ms", ".0f"), ("x_four_gemms", ".2f"), ("peak_mib", ".0f")]
-        columns += [(f"error_{x}", ".1e") for x in ("divergence", "d_hidden", "d_weight")]
-        cells = [
-            [row["name"], *(figure(row, *column, row.get("failed", "")) for column in columns)]
-            for row in rows
-        ]
-        print(aligned(table([name, *(key for key, _ in columns)], cells)))
+        print(aligned(divergence_table([run | row for row in rows if "ms" in row])))
+        print(*(f"{row['name']}: {row['failed']}" for row in rows if "failed" in row), sep="\n")
         print(*bars(rows), sep="\n")
 
 

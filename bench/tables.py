@@ -56,12 +56,32 @@ def cpu_table(rows: list[Row]) -> str:
         ]
         for row in rows
     ]
+    return f"{table(titles, cells, 2)}\n\n{_of_cpu(run)}"
+
+
+def _of_cpu(run: Row) -> str:
     return (
-        f"{table(titles, cells, 2)}\n\n"
         f"N={run['tokens']}, D={run['width']}, V={run['vocab']}, {run['threads']} threads of "
         f"{run['cpu']} ({PRODUCTS[run['cpu_products']['float32']]}), torch {run['torch']}, "
         f"{run['date'][:10]}; ratios of medians in one run."
     )
+
+
+def divergence_table(rows: list[Row]) -> str:
+    """The divergence of two heads on the CPU against bare GEMMs and plain torch."""
+    ms = {row["name"]: row["ms"] for row in rows}
+    titles = (None, "x four bare GEMMs", "x eager", "peak MiB", "error of D", "rel. error dW")
+    cells = []
+    for row in rows:
+        eager = ms.get(f"eager, {row['name'].rpartition(' ')[2]}")
+        cells.append(
+            [
+                *(row["name"], figure(row, "x_four_gemms", ".2f")),
+                *(f"{row['ms'] / eager:.2f}" if eager else None, figure(row, "peak_mib", ".0f")),
+                *figures(row, ".1e", "error_divergence", "error_d_weight"),
+            ]
+        )
+    return f"{table(titles, cells)}\n\n{_of_cpu(rows[0])}"
 
 
 def _machine(run: Row) -> str:
@@ -262,6 +282,7 @@ COMPUTED = {"predictions": scan_model.predictions, "head_traffic": head_traffic_
 MEASURED: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "cpu": ("cpu", cpu_table),
     "cpu_avx2": ("cpu_avx2", cpu_table),
+    "divergence": ("divergence_cpu", divergence_table),
     "cuda": ("cuda", cuda_table),
     "cuda_shapes": ("cuda", cuda_shapes_table),
     "models": ("models_cuda", models_table),

@@ -12,8 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_device import DEVICE
 from sample_inputs import (
     DTYPES,
+    EMULATED,
     THREE_WAY_DTYPES,
     Sample,
     accumulator,
@@ -29,6 +31,7 @@ from sample_inputs import (
 from torch import Tensor
 
 import bupo.ops as ops
+from bupo.ops import policy_losses
 from bupo.ops.results import METRICS
 
 OP = "policy_loss"
@@ -505,3 +508,63 @@ def test_the_same_call_twice_is_bitwise_equal(dtype: torch.dtype) -> None:
     first, second = evaluate(ops, call).results, evaluate(ops, call).results
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+# ---- sequences ---------------------------------------------------------------------------------
+
+
+def check_against_two_ops(lengths: list[int], vocab: int) -> None:
+    """One call against lm_head_logprobs with the loss in torch on top, and against itself without
+    gradients."""
+    tokens = sum(lengths)
+    call = Sample("sequences", OP, with_policy("sequences", head("sequences", (tokens,), 8, vocab)))
+    call = call.to(torch.float32)
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    options = {"ratio_level": "sequence", "clip_low": 3e-3, "clip_high": 4e-3}
+    mine = evaluate(ops, call.but(sequence_ids=ids, **options)).results
+    leaves = call.leaves()
+    found = ops.lm_head_logprobs(**leaves, targets=call.arguments["targets"])
+    names = ("old_logprobs", "advantages", "token_weights")
+    given = [call.arguments[name] for name in names]
+    settings = policy_losses.settings(**options)
+    loss = ops.reference.loss_of_logprobs(
+        found.logprobs, found.entropy, *given, settings, sequence_ids=ids
+    )
+    loss.loss.backward()
+    assert 0 < mine["clip_fraction"] < 1 and 0 < mine["live_fraction"] < 1
+    for name in ("hidden", "weight"):
+        grad = leaves[name].grad
+        assert (mine[f"d {name}"] - grad).norm() < 1e-5 * grad.norm(), name
+    torch.testing.assert_close(mine["loss"], loss.loss.detach())
+    for name, x in loss.metrics.items():
+        torch.testing.assert_close(mine[name], x, rtol=1e-5, atol=1e-5, msg=name)
+    with torch.no_grad():
+        quiet = call.call(sequence_ids=ids, **options)
+    assert torch.equal(quiet.loss, mine["loss"])
+    assert torch.equal(quiet.metrics["clip_fraction"], mine["clip_fraction"])
+
+
+def test_sequences_over_several_chunks() -> None:
+    """In the emulator 128 tokens fit into a chunk of this vocabulary; without gradients 256 do on
+    the CPU."""
+    check_against_two_ops([5, 270, 3, 140, 60], 700)
+
+
+def test_a_sequence_of_many_tokens_is_scanned_twice() -> None:
+    """Whose logits are more than the CPU's block for sequences, 256 MiB."""
+    check_against_two_ops([200, 2150, 100], 32003)
+
+
+def test_sequences_are_in_order() -> None:
+    """Else it is an error, or on a device whose values the host does not read, nan."""
+    call = sample(OP, "sequence, packed").to(torch.float32)
+    ids = call.arguments["sequence_ids"].clone()
+    ids[1, -20:] = 1
+    if EMULATED or DEVICE == "cuda":
+        result = evaluate(ops, call.but(sequence_ids=ids)).results
+        assert result["loss"].isnan() and result["d weight"].isnan().any()
+        return
+    with pytest.raises(
+        ValueError, match=r"sequence_ids.flatten\(\)\[70\] must not be below.*9, got 1"
+    ):
+        call.call(sequence_ids=ids)

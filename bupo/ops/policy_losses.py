@@ -53,7 +53,6 @@ _KINDS = {
     ),
 }
 LOSS_TYPES = tuple(_KINDS)
-OPTION_NAMES = {name: tuple(kind.options) for name, kind in _KINDS.items()}
 _POSITIVE = ("temperature_positive", "temperature_negative", "beta")
 
 

@@ -5,7 +5,7 @@
 // Work: products of 2NDV flop, one forward a side and two for the gradients of each side that has
 // some. Memory beyond inputs and outputs: a buffer of logits a side (see head.h).
 //
-// Tests: python_tests/test_divergence.py. Bench: bench/bench_lm_head.py.
+// Tests: python_tests/test_divergence.py. Bench: bench/bench_divergence.py.
 
 #include "divergence.h"
 
