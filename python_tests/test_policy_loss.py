@@ -513,25 +513,33 @@ def test_the_same_call_twice_is_bitwise_equal(dtype: torch.dtype) -> None:
 # ---- sequences ---------------------------------------------------------------------------------
 
 
-def check_against_two_ops(lengths: list[int], vocab: int) -> None:
+KL = {"kl_coef": 0.1, "kl_estimator": "k2"}
+"""With it, the tokens of a sequence differ in their coefficients."""
+
+
+def check_against_two_ops(lengths: list[int], vocab: int, kl: dict[str, Any]) -> None:
     """One call against lm_head_logprobs with the loss in torch on top, and against itself without
     gradients."""
     tokens = sum(lengths)
     call = Sample("sequences", OP, with_policy("sequences", head("sequences", (tokens,), 8, vocab)))
     call = call.to(torch.float32)
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    options = {"ratio_level": "sequence", "clip_low": 3e-3, "clip_high": 4e-3}
-    mine = evaluate(ops, call.but(sequence_ids=ids, **options)).results
+    options: dict[str, Any] = {"ratio_level": "sequence", "clip_low": 3e-3, "clip_high": 4e-3}
+    options |= kl
+    reference = {"ref_logprobs": call.arguments["old_logprobs"] - 0.3} if kl else {}
+    call = call.but(sequence_ids=ids, **options, **reference)
+    mine = evaluate(ops, call).results
     leaves = call.leaves()
     found = ops.lm_head_logprobs(**leaves, targets=call.arguments["targets"])
     names = ("old_logprobs", "advantages", "token_weights")
     given = [call.arguments[name] for name in names]
     settings = policy_losses.settings(**options)
     loss = ops.reference.loss_of_logprobs(
-        found.logprobs, found.entropy, *given, settings, sequence_ids=ids
+        found.logprobs, found.entropy, *given, settings, sequence_ids=ids, **reference
     )
     loss.loss.backward()
-    assert 0 < mine["clip_fraction"] < 1 and 0 < mine["live_fraction"] < 1
+    assert 0 < mine["clip_fraction"] < 1
+    assert 0 < mine["live_fraction"] < 1
     for name in ("hidden", "weight"):
         grad = leaves[name].grad
         assert (mine[f"d {name}"] - grad).norm() < 1e-5 * grad.norm(), name
@@ -539,20 +547,22 @@ def check_against_two_ops(lengths: list[int], vocab: int) -> None:
     for name, x in loss.metrics.items():
         torch.testing.assert_close(mine[name], x, rtol=1e-5, atol=1e-5, msg=name)
     with torch.no_grad():
-        quiet = call.call(sequence_ids=ids, **options)
+        quiet = call.call()
     assert torch.equal(quiet.loss, mine["loss"])
     assert torch.equal(quiet.metrics["clip_fraction"], mine["clip_fraction"])
 
 
-def test_sequences_over_several_chunks() -> None:
+@pytest.mark.parametrize("kl", [{}, KL], ids=["alone", "with KL"])
+def test_sequences_over_several_chunks(kl: dict[str, Any]) -> None:
     """In the emulator 128 tokens fit into a chunk of this vocabulary; without gradients 256 do on
     the CPU."""
-    check_against_two_ops([5, 270, 3, 140, 60], 700)
+    check_against_two_ops([5, 400, 3, 140, 60], 700, kl)
 
 
 def test_a_sequence_of_many_tokens_is_scanned_twice() -> None:
-    """Whose logits are more than the CPU's block for sequences, 256 MiB."""
-    check_against_two_ops([200, 2150, 100], 32003)
+    """Its logits, of the four in five tokens that have weight, are more than the CPU's block for
+    sequences, 256 MiB."""
+    check_against_two_ops([200, 2900, 100], 32003, KL)
 
 
 def test_sequences_are_in_order() -> None:
