@@ -273,6 +273,7 @@ def test_many_tokens_are_their_parts() -> None:
         parts.append(evaluate(ops, given | some, kind="jsd", teacher_grad=True))
     for name, together in (
         ("divergence", torch.cat([p["divergence"] for p in parts])),
+        ("d hidden", torch.cat([p["d hidden"] for p in parts])),
         ("d teacher_hidden", torch.cat([p["d teacher_hidden"] for p in parts])),
         ("d weight", torch.stack([p["d weight"] for p in parts]).sum(0)),
         ("d teacher_weight", torch.stack([p["d teacher_weight"] for p in parts]).sum(0)),
